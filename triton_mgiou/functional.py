@@ -1,0 +1,202 @@
+"""`mgiou_loss`: checks its arguments, picks the backend and reduces."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from triton_mgiou import reference
+
+REDUCTIONS = ("none", "mean", "sum")
+AXIS_WEIGHTS = ("uniform", "length", "soft")
+BACKENDS = ("auto", "eager", "triton")
+
+
+def mgiou_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    pred_lengths: Tensor | None = None,
+    target_lengths: Tensor | None = None,
+    pred_mask: Tensor | None = None,
+    target_mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    avg_factor: float | Tensor | None = None,
+    reduction: str = "mean",
+    axis_weight: str = "uniform",
+    axis_grad: bool = True,
+    convexity_weight: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Marginalized GIoU loss between two batches of polygons.
+
+    Each sample's loss is (1 - MGIoU) / 2, in [0, 1), plus `convexity_weight` times its convexity term. MGIoU is
+    the weighted mean, over the edge normals of both polygons, of the 1-D GIoU of their projections. It does not
+    change when both polygons are moved, turned or scaled together. Coordinates have any one unit.
+
+    A polygon of one vertex is a point, of two a segment. Where a side of a sample has no real vertex, or neither
+    polygon has an edge, the sample's loss and gradient are 0. Any finite input gives a finite value and
+    gradient; NaN or Inf in a real vertex makes that sample's value and gradient NaN and leaves the others'
+    gradients alone.
+
+    Args:
+        pred: Predicted vertices, shape (B, N, 2), in order along the outline; float16, bfloat16, float32 or
+            float64. Computed in float64 if either input is float64, else in float32.
+        target: Target vertices, shape (B, M, 2); M may differ from N. Gets a gradient if it asks for one.
+        pred_lengths: How many vertices are real, shape (B,), any integer type; the rest is padding and may hold
+            anything. Clamped to 0..N. Without lengths and mask, every vertex is real; repeating a vertex is
+            then a padding that changes no MGIoU.
+        target_lengths: The same for `target`.
+        pred_mask: The other way to say it: shape (B, N), bool, True for a real vertex. Holes are allowed: an
+            edge goes to the next real vertex.
+        target_mask: The same for `target`, shape (B, M).
+        weight: Factor on each sample's loss, shape (B,), or (B, k) to be averaged over k.
+        avg_factor: With `reduction="mean"`, divide the sum by this instead of by B. Above 0, a number or a
+            tensor of one element. Not allowed with "sum", without effect with "none" (as in mmdetection).
+        reduction: "mean", "sum" or "none".
+        axis_weight: Weight of an edge's normal in the mean. "uniform": 1 if the edge is longer than 1e-6 of the
+            sample's extent, else 0 (the paper's). "length": the edge's share of its polygon's perimeter. "soft":
+            1 - exp(-length / (0.01 extent)). The extent is the longer side of the joint bounding box.
+        axis_grad: Whether the gradient includes the path through the axes (directions and weights). The value is
+            the same without it.
+        convexity_weight: Factor, 0 or above, on a scale-free term that is 0 for a convex `pred` whose vertices
+            are in order and grows with dents and crossings. MGIoU alone sees only the convex hull.
+        backend: "eager" (PyTorch), "triton" (fused kernels; an error where they cannot run) or "auto".
+
+    Returns:
+        The loss: a scalar, or shape (B,) for "none"; float64 if either input is float64, else float32. For B = 0
+        it is 0 and connected to the graph.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value.
+
+    Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
+    """
+    _check_vertices("pred", pred)
+    _check_vertices("target", target)
+    if target.shape[0] != pred.shape[0]:
+        raise ValueError(f"target must have pred's batch size {pred.shape[0]}, got {target.shape[0]}")
+    _check_device("target", target, pred)
+    _check_real("pred", pred, pred_lengths, pred_mask)
+    _check_real("target", target, target_lengths, target_mask)
+    _check_choice("reduction", reduction, REDUCTIONS)
+    _check_choice("axis_weight", axis_weight, AXIS_WEIGHTS)
+    _check_choice("backend", backend, BACKENDS)
+    if not isinstance(axis_grad, bool):
+        raise TypeError(f"axis_grad must be a bool, got {type(axis_grad).__name__}")
+    _check_number("convexity_weight", convexity_weight)
+    if convexity_weight < 0:
+        raise ValueError(f"convexity_weight must be 0 or above, got {convexity_weight}")
+    _check_weight(weight, pred)
+    _check_avg_factor(avg_factor, reduction, pred)
+    if backend == "triton":
+        raise RuntimeError('backend="triton" cannot run: this version has no Triton kernels yet; use "auto" or "eager"')
+
+    loss = reference.per_sample_loss(
+        pred,
+        target,
+        pred_lengths=pred_lengths,
+        target_lengths=target_lengths,
+        pred_mask=pred_mask,
+        target_mask=target_mask,
+        axis_weight=axis_weight,
+        axis_grad=axis_grad,
+        convexity_weight=convexity_weight,
+    )
+    return _reduce(loss, weight, reduction, avg_factor)
+
+
+def _reduce(loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None) -> Tensor:
+    if weight is not None:
+        weight = weight.to(loss.dtype)
+        loss = loss * (weight if weight.dim() == 1 else weight.mean(1))
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    if reduction == "sum" or loss.shape[0] == 0:
+        return total
+    return total / (loss.shape[0] if avg_factor is None else avg_factor)
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _check_device(name: str, value: Tensor, pred: Tensor) -> None:
+    if value.device != pred.device:
+        raise ValueError(f"{name} must be on pred's device {pred.device}, got {value.device}")
+
+
+def _check_vertices(name: str, value: Tensor) -> None:
+    _check_tensor(name, value)
+    size = "N" if name == "pred" else "M"
+    if value.dim() != 3 or value.shape[2] != 2 or value.shape[1] == 0:
+        raise ValueError(f"{name} must have shape (B, {size}, 2) with {size} >= 1, got {tuple(value.shape)}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating, got {value.dtype}")
+
+
+def _check_real(side: str, vertices: Tensor, lengths: Tensor | None, mask: Tensor | None) -> None:
+    if lengths is not None and mask is not None:
+        raise ValueError(f"{side}_lengths and {side}_mask say the same: expected at most one, got both")
+    if lengths is not None:
+        name = f"{side}_lengths"
+        _check_tensor(name, lengths)
+        _check_device(name, lengths, vertices)
+        if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
+            raise TypeError(f"{name} must be integers, got {lengths.dtype}")
+        if lengths.shape != vertices.shape[:1]:
+            raise ValueError(f"{name} must have shape {tuple(vertices.shape[:1])}, got {tuple(lengths.shape)}")
+    if mask is not None:
+        name = f"{side}_mask"
+        _check_tensor(name, mask)
+        _check_device(name, mask, vertices)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{name} must be torch.bool, got {mask.dtype}")
+        if mask.shape != vertices.shape[:2]:
+            raise ValueError(f"{name} must have shape {tuple(vertices.shape[:2])}, got {tuple(mask.shape)}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def _check_weight(weight: Tensor | None, pred: Tensor) -> None:
+    if weight is None:
+        return
+    _check_tensor("weight", weight)
+    _check_device("weight", weight, pred)
+    if weight.dtype.is_complex:
+        raise TypeError(f"weight must be real, got {weight.dtype}")
+    batch = pred.shape[0]
+    if weight.dim() not in (1, 2) or weight.shape[0] != batch or (weight.dim() == 2 and weight.shape[1] == 0):
+        raise ValueError(f"weight must have shape ({batch},) or ({batch}, k), got {tuple(weight.shape)}")
+
+
+def _check_avg_factor(avg_factor: float | Tensor | None, reduction: str, pred: Tensor) -> None:
+    if avg_factor is None:
+        return
+    if reduction == "sum":
+        raise ValueError('avg_factor goes with reduction="mean" or "none", got reduction="sum"')
+    if isinstance(avg_factor, Tensor):
+        if avg_factor.numel() != 1:
+            raise ValueError(f"avg_factor must have one element, got shape {tuple(avg_factor.shape)}")
+        if avg_factor.dim() > 0 or avg_factor.device.type != "cpu":
+            _check_device("avg_factor", avg_factor, pred)
+    else:
+        _check_number("avg_factor", avg_factor)
+        if avg_factor <= 0 and pred.shape[0] > 0:
+            raise ValueError(f"avg_factor must be above 0, got {avg_factor}")

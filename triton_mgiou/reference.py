@@ -1,0 +1,246 @@
+"""MGIoU of padded polygon batches in plain PyTorch: the definition that every other backend is held against.
+
+Every step here is differentiable by autograd, launches no host synchronisation and works on any device.
+
+On an axis, p and g are the intervals of the projections of P and G, and h is the length of their joint hull:
+
+    GIoU1D = (|p| + |g|) / h - 1,  so  (1 - GIoU1D) / 2 = (|max_p - max_g| + |min_p - min_g|) / (2 h)
+
+The right-hand side is what is computed. It is exactly 0 at P == G, keeps its relative accuracy near 0, and
+its derivative is that of `abs` and `maximum`: bounded, and 0 at a tie of the two intervals.
+
+Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU", AAAI-26, arXiv 2504.16443.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+MIN_AXIS_LENGTH = 1e-6  # of the extent: a shorter edge is no axis under "uniform" weights
+SOFT_AXIS_LENGTH = 0.01  # of the extent: the edge whose "soft" weight is 1 - 1/e
+
+# Coordinates are scaled to about 1, so squared lengths below these are far under their resolution: they count
+# as 0. No quotient below can then overflow.
+_TINY = {torch.float32: 2.0**-96, torch.float64: 2.0**-800}
+
+# Same-sized integer, bits of the mantissa, largest value of the exponent field.
+_FLOAT_BITS = {torch.float32: (torch.int32, 23, 0xFF), torch.float64: (torch.int64, 52, 0x7FF)}
+
+
+class _Polygons(NamedTuple):
+    vertices: Tensor  # (B, N, 2), the real ones first; 0 behind them
+    real: Tensor  # (B, N), True for a real vertex
+    following: Tensor  # (B, N, 2), the next real vertex of each real one
+    edges: Tensor  # (B, N, 2), edge k runs from vertex k to the next real one; 0 behind the real ones
+    on_edge: Tensor  # (B, N, N), [b, k, j] is True where vertex j is an end of edge k
+
+
+def compute_dtype(pred: Tensor, target: Tensor) -> torch.dtype:
+    """The type that the loss is computed and returned in: float64 if either input has it, else float32."""
+    return torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)
+
+
+def per_sample_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    pred_lengths: Tensor | None = None,
+    target_lengths: Tensor | None = None,
+    pred_mask: Tensor | None = None,
+    target_mask: Tensor | None = None,
+    axis_weight: str = "uniform",
+    axis_grad: bool = True,
+    convexity_weight: float = 0.0,
+) -> Tensor:
+    """The loss of every sample, shape (B,), before weights and reduction; arguments as in `mgiou_loss`."""
+    dtype = compute_dtype(pred, target)
+    p, p_count = _real_first(pred.to(dtype), pred_lengths, pred_mask)
+    g, g_count = _real_first(target.to(dtype), target_lengths, target_mask)
+
+    # Where a side has no vertex, both become single points at the origin: no axis, so loss 0 and gradient 0.
+    present = (p_count > 0) & (g_count > 0)
+    p, p_real = _clear_padding(p, p_count, present)
+    g, g_real = _clear_padding(g, g_count, present)
+
+    p, g, extent = _normalise(p, p_real, g, g_real)
+    p_polygons, g_polygons = _with_edges(p, p_real), _with_edges(g, g_real)
+
+    p_sum, p_weight, p_is_axis = _sum_over_axes(p_polygons, g_polygons, extent, axis_weight, axis_grad)
+    g_sum, g_weight, _ = _sum_over_axes(g_polygons, p_polygons, extent, axis_weight, axis_grad)
+    weight = p_weight + g_weight
+    loss = 0.5 * (p_sum + g_sum) / torch.where(weight == 0, 1.0, weight)
+    if convexity_weight:
+        loss = loss + convexity_weight * _convexity(p_polygons, p_is_axis)
+    return loss
+
+
+def _real_first(vertices: Tensor, lengths: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Move the real vertices to the front, in order, and count them: (B, N, 2) and (B,) (section 1)."""
+    batch, size, _ = vertices.shape
+    if mask is not None:
+        order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
+        return torch.take_along_dim(vertices, order.unsqueeze(-1), dim=1), mask.sum(1)
+    if lengths is not None:
+        return vertices, lengths.clamp(0, size)
+    return vertices, torch.full((batch,), size, device=vertices.device)
+
+
+def _clear_padding(vertices: Tensor, count: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Put 0 in the padding, so that what stood there reaches neither the value nor a gradient."""
+    index = torch.arange(vertices.shape[1], device=vertices.device)
+    real = index < torch.where(present, count, 1).unsqueeze(1)
+    return torch.where((real & present.unsqueeze(1)).unsqueeze(-1), vertices, 0.0), real
+
+
+def _normalise(p: Tensor, p_real: Tensor, g: Tensor, g_real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale each sample by a power of two, move it to the origin, and measure its extent (section 6).
+
+    The scale brings the largest coordinate near 1 and is exact. The lower corner of the joint bounding box
+    goes to the origin. The extent, (B, 1), is the longer side of that box; no gradient flows through either.
+    A sample with NaN or Inf in a real vertex becomes NaN as a whole.
+    """
+    vertices = torch.cat((p, g), dim=1).detach()
+    real = torch.cat((p_real, g_real), dim=1).unsqueeze(-1)
+    low = vertices.masked_fill(~real, torch.inf).amin(1, keepdim=True)  # (B, 1, 2)
+    high = vertices.masked_fill(~real, -torch.inf).amax(1, keepdim=True)
+    largest = torch.maximum(low.abs(), high.abs()).amax(2, keepdim=True)  # (B, 1, 1)
+    scale = torch.where(largest.isfinite(), _inverse_power_of_two(largest), torch.nan)
+    low, high = low * scale, high * scale
+    p = torch.where(p_real.unsqueeze(-1), _scale(p, scale) - low, 0.0)
+    g = torch.where(g_real.unsqueeze(-1), _scale(g, scale) - low, 0.0)
+    return p, g, (high - low).amax(2)
+
+
+def _inverse_power_of_two(values: Tensor) -> Tensor:
+    """2^-k for values in [2^k, 2^(k+1)), built from the bits; k stays where both 2^k and 2^-k are normal."""
+    integer, mantissa, top = _FLOAT_BITS[values.dtype]
+    exponent = (values.view(integer) >> mantissa) & top
+    return ((top - 1 - exponent.clamp(2, top - 3)) << mantissa).view(values.dtype)
+
+
+class _Scale(torch.autograd.Function):
+    """`values * scale`, with a gradient that saturates at the largest finite number instead of overflowing.
+
+    An Inf that comes from above is passed on: a GradScaler needs to see it.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, scale: Tensor) -> Tensor:
+        return values * scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        largest = torch.finfo(grad.dtype).max
+        scaled = grad * scale
+        return torch.where(grad.isinf(), scaled, scaled.clamp(-largest, largest)), None
+
+
+def _scale(values: Tensor, scale: Tensor) -> Tensor:
+    return cast("Tensor", _Scale.apply(values, scale))  # type: ignore[no-untyped-call]
+
+
+def _with_edges(vertices: Tensor, real: Tensor) -> _Polygons:
+    index = torch.arange(vertices.shape[1], device=vertices.device)
+    is_last = index == real.sum(1, keepdim=True) - 1  # (B, N)
+    following = torch.where(is_last.unsqueeze(-1), vertices[:, :1], vertices.roll(-1, dims=1))
+    edges = torch.where(real.unsqueeze(-1), following - vertices, 0.0)
+    next_index = torch.where(is_last, 0, index + 1).unsqueeze(-1)
+    on_edge = (index == index.unsqueeze(-1)) | (index == next_index)
+    return _Polygons(vertices, real, following, edges, on_edge)
+
+
+def _axes(edges: Tensor) -> Tensor:
+    return torch.stack((edges[..., 1], -edges[..., 0]), dim=-1)
+
+
+def _project(polygons: _Polygons, axes: Tensor) -> Tensor:
+    """Project all vertices on all axes: (B, K, N). Never a matrix product: autocast would halve its inputs."""
+    x, y = polygons.vertices.unsqueeze(1).unbind(-1)
+    return axes[..., :1] * x + axes[..., 1:] * y
+
+
+def _own_interval(polygons: _Polygons, axes: Tensor) -> tuple[Tensor, Tensor]:
+    """The interval of a polygon on its own axes, low and high, both (B, N).
+
+    Both ends of an edge have one projection on its normal. Rounding would break this tie, and with it the even
+    split of the gradient, so the larger of the two stands for both in the maximum and the smaller in the minimum.
+    """
+    projections = _project(polygons, axes)
+    start = (axes * polygons.vertices).sum(-1)
+    end = (axes * polygons.following).sum(-1)
+    low = _tie(projections, polygons.on_edge, torch.minimum(start, end))
+    high = _tie(projections, polygons.on_edge, torch.maximum(start, end))
+    return _low(low, polygons), _high(high, polygons)
+
+
+def _tie(projections: Tensor, on_edge: Tensor, values: Tensor) -> Tensor:
+    """`projections` with `values`, (B, K), at both ends of the edge, and the derivative of `projections`."""
+    tied = torch.where(on_edge, values.unsqueeze(-1), projections).detach()
+    return tied + (projections - projections.detach())
+
+
+def _low(projections: Tensor, polygons: _Polygons) -> Tensor:
+    return projections.masked_fill(~polygons.real.unsqueeze(1), torch.inf).amin(-1)
+
+
+def _high(projections: Tensor, polygons: _Polygons) -> Tensor:
+    return projections.masked_fill(~polygons.real.unsqueeze(1), -torch.inf).amax(-1)
+
+
+def _axis_weights(edges: Tensor, extent: Tensor, axis_weight: str) -> tuple[Tensor, Tensor]:
+    """The weights w_k of section 3 and which edges are axes at all, both (B, N)."""
+    floor = torch.full_like(extent, _TINY[edges.dtype])
+    if axis_weight == "uniform":
+        floor = torch.maximum(floor, (MIN_AXIS_LENGTH * extent).square())
+    squared = edges.square().sum(-1)
+    is_axis = ~(squared <= floor)  # a NaN edge is an axis: its NaN must reach the loss
+    if axis_weight == "uniform":
+        return is_axis.to(edges.dtype), is_axis
+    lengths = torch.where(is_axis, torch.where(is_axis, squared, 1.0).sqrt(), 0.0)
+    if axis_weight == "length":
+        perimeter = lengths.sum(1, keepdim=True)
+        return lengths / torch.where(perimeter == 0, 1.0, perimeter), is_axis
+    return -torch.expm1(-lengths / (SOFT_AXIS_LENGTH * torch.where(extent == 0, 1.0, extent))), is_axis
+
+
+def _sum_over_axes(
+    own: _Polygons, other: _Polygons, extent: Tensor, axis_weight: str, axis_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of w_k (1 - GIoU1D_k) and of w_k over the axes of `own`, both (B,), and which edges are axes."""
+    edges = own.edges if axis_grad else own.edges.detach()
+    weights, is_axis = _axis_weights(edges, extent, axis_weight)
+    axes = _axes(edges)
+    own_low, own_high = _own_interval(own, axes)
+    projections = _project(other, axes)
+    other_low, other_high = _low(projections, other), _high(projections, other)
+    difference = (own_high - other_high).abs() + (own_low - other_low).abs()
+    hull = torch.maximum(own_high, other_high) - torch.minimum(own_low, other_low)
+    return (weights * _quotient(difference, hull)).sum(1), weights.sum(1), is_axis
+
+
+def _convexity(polygons: _Polygons, is_axis: Tensor) -> Tensor:
+    """The scale-free convexity term of section 7, (B,): 0 for a convex polygon whose vertices are in order."""
+    axes = _axes(polygons.edges)
+    low, high = _own_interval(polygons, axes)
+    start = (axes * polygons.vertices).sum(-1, keepdim=True)
+    counts = polygons.real.unsqueeze(1) & ~polygons.on_edge
+    distance = torch.where(counts, _project(polygons, axes) - start, 0.0)
+    smaller_side = torch.minimum(distance.relu().sum(-1), (-distance).relu().sum(-1))
+    terms = torch.where(is_axis, _quotient(smaller_side, high - low), 0.0)
+    return terms.sum(1) / (polygons.real.sum(1) * is_axis.sum(1).clamp(min=1))
+
+
+def _quotient(numerator: Tensor, width: Tensor) -> Tensor:
+    """`numerator / width`, or 0 with gradient 0 where all projections are equal (section 5)."""
+    flat = width <= _TINY[width.dtype]
+    return torch.where(flat, 0.0, numerator / torch.where(flat, 1.0, width))
