@@ -1,0 +1,232 @@
+"""MGIoU by the paper's Algorithm 1 in float64 numpy: one loop per sample, axis and vertex, nothing from the package.
+
+Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+SHORTEST_EDGE = 1e-6  # of the extent: shorter edges are no axes under "uniform"
+SOFT_LENGTH = 0.01  # of the extent: the scale of "soft"
+STEP = 1e-6  # of the extent: the step of the central differences
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The normal of an edge, not normalised, and its weight in the mean."""
+
+    x: float
+    y: float
+    weight: float
+
+
+def real_vertices(row, length=None, mask=None):
+    """Return which vertices of one row are real, as a list of indices."""
+    if length is not None:
+        return list(range(min(max(int(length), 0), len(row))))
+    return [i for i in range(len(row)) if mask is None or mask[i]]
+
+
+def polygon_edges(polygon):
+    """Return the edges of a polygon, each to the next vertex and the last to the first."""
+    edges = []
+    for i, (x, y) in enumerate(polygon):
+        next_x, next_y = polygon[(i + 1) % len(polygon)]
+        edges.append((next_x - x, next_y - y))
+    return edges
+
+
+def joint_extent(pred, target):
+    """Return the longer side of the bounding box of both polygons."""
+    xs = [x for x, _ in [*pred, *target]]
+    ys = [y for _, y in [*pred, *target]]
+    return max(max(xs) - min(xs), max(ys) - min(ys))
+
+
+def polygon_axes(polygon, axis_weight, extent):
+    """Return an `Axis` for each edge of a polygon; one that is no axis has weight 0."""
+    edges = polygon_edges(polygon)
+    lengths = [math.hypot(x, y) for x, y in edges]
+    perimeter = sum(lengths)
+    axes = []
+    for (x, y), length in zip(edges, lengths, strict=True):
+        if length == 0:
+            weight = 0.0
+        elif axis_weight == "uniform":
+            weight = 1.0 if length > SHORTEST_EDGE * extent else 0.0
+        elif axis_weight == "length":
+            weight = length / perimeter
+        elif axis_weight == "soft":
+            weight = 1 - math.exp(-length / (SOFT_LENGTH * extent))
+        else:
+            raise ValueError(axis_weight)
+        axes.append(Axis(y, -x, weight))
+    return axes
+
+
+def interval(polygon, axis):
+    """Return the least and the largest projection of a polygon on an axis."""
+    least, largest = math.inf, -math.inf
+    for x, y in polygon:
+        projection = x * axis.x + y * axis.y
+        least, largest = min(least, projection), max(largest, projection)
+    return least, largest
+
+
+def giou_1d(pred, target):
+    """Return the GIoU of two intervals in the paper's form: inter / union - (hull - union) / hull."""
+    (min_p, max_p), (min_g, max_g) = pred, target
+    hull = max(max_p, max_g) - min(min_p, min_g)
+    if hull == 0:  # everything projects to one point
+        return 1.0
+    inter = max(0.0, min(max_p, max_g) - max(min_p, min_g))
+    union = (max_p - min_p) + (max_g - min_g) - inter
+    iou = inter / union if union > 0 else 0.0  # two different points share nothing
+    return iou - (hull - union) / hull
+
+
+def mgiou(pred, target, axes):
+    """Return the weighted mean of the 1-D GIoUs over the axes, 1 where there is no axis."""
+    total = weights = 0.0
+    for axis in axes:
+        if axis.weight > 0:
+            total += axis.weight * giou_1d(interval(pred, axis), interval(target, axis))
+            weights += axis.weight
+    return total / weights if weights > 0 else 1.0
+
+
+def convexity_term(pred, edge_is_axis):
+    """Return how far a polygon is from convex, without a scale: 0 if it is convex and in order."""
+    total = count = 0.0
+    for i, (edge_x, edge_y) in enumerate(polygon_edges(pred)):
+        if not edge_is_axis[i]:
+            continue
+        count += 1
+        start_x, start_y = pred[i]
+        length = math.hypot(edge_x, edge_y)
+        above = below = 0.0
+        distances = []
+        for x, y in pred:
+            distance = ((x - start_x) * edge_y - (y - start_y) * edge_x) / length
+            above += max(0.0, distance)
+            below += max(0.0, -distance)
+            distances.append(distance)
+        width = max(distances) - min(distances)
+        if width > 0:
+            total += min(above, below) / (len(pred) * width)
+    return total / count if count > 0 else 0.0
+
+
+def sample_loss(pred, target, axis_weight="uniform", convexity_weight=0.0, *, base=None, axis_grad=True):
+    """Return the loss of one sample, two lists of real vertices.
+
+    `base` is the pair of polygons around which differences are taken: the extent, and which edges of the prediction
+    the convexity term runs over, are those of `base`; with `axis_grad=False` so are the axes and their weights.
+    """
+    if not pred or not target:
+        return 0.0
+    if not all(math.isfinite(value) for vertex in [*pred, *target] for value in vertex):
+        return math.nan
+    base_pred, base_target = (pred, target) if base is None else base
+    extent = joint_extent(base_pred, base_target)
+    base_pred_axes = polygon_axes(base_pred, axis_weight, extent)
+    if axis_grad:
+        axes = [*polygon_axes(pred, axis_weight, extent), *polygon_axes(target, axis_weight, extent)]
+    else:
+        axes = [*base_pred_axes, *polygon_axes(base_target, axis_weight, extent)]
+    loss = (1 - mgiou(pred, target, axes)) / 2
+    if convexity_weight:
+        loss += convexity_weight * convexity_term(pred, [axis.weight > 0 for axis in base_pred_axes])
+    return loss
+
+
+def _side(vertices, lengths, masks):
+    """Yield, for each sample, the real vertices of one side and where in their row they stand."""
+    for b, row in enumerate(vertices):
+        places = real_vertices(row, None if lengths is None else lengths[b], None if masks is None else masks[b])
+        yield [(float(row[i][0]), float(row[i][1])) for i in places], places
+
+
+def per_sample_loss(
+    pred,
+    target,
+    *,
+    pred_lengths=None,
+    target_lengths=None,
+    pred_mask=None,
+    target_mask=None,
+    axis_weight="uniform",
+    convexity_weight=0.0,
+):
+    """Return each sample's loss, shape (B,), for `pred` (B, N, 2) and `target` (B, M, 2)."""
+    samples = zip(_side(pred, pred_lengths, pred_mask), _side(target, target_lengths, target_mask), strict=True)
+    losses = [sample_loss(p, g, axis_weight, convexity_weight) for (p, _), (g, _) in samples]
+    return np.array(losses, dtype=np.float64)
+
+
+def sample_factors(batch, weight=None, reduction="mean", avg_factor=None):
+    """Return what each sample's loss is multiplied by in the result, shape (B,)."""
+    factors = []
+    for b in range(batch):
+        factor = 1.0
+        if weight is not None:
+            row = np.atleast_1d(np.asarray(weight[b], dtype=np.float64))
+            factor = sum(row) / len(row)
+        if reduction == "mean":
+            factor /= batch if avg_factor is None else avg_factor
+        factors.append(factor)
+    return np.array(factors, dtype=np.float64)
+
+
+def loss(pred, target, *, weight=None, reduction="mean", avg_factor=None, **options):
+    """Return the reduced loss, a float, or shape (B,) for "none"."""
+    losses = per_sample_loss(pred, target, **options) * sample_factors(len(pred), weight, reduction, avg_factor)
+    return losses if reduction == "none" else float(sum(losses))
+
+
+def gradient(
+    pred,
+    target,
+    *,
+    side="pred",
+    axis_grad=True,
+    pred_lengths=None,
+    target_lengths=None,
+    pred_mask=None,
+    target_mask=None,
+    axis_weight="uniform",
+    convexity_weight=0.0,
+):
+    """Return each sample's own gradient with respect to `side`, by central differences.
+
+    Both one-sided slopes are averaged, which is the even split of a tie between two. Padding has 0. Where a polygon
+    is convex but has three vertices on a line the convexity term has a kink, and no slope to compare with.
+    """
+    result = np.zeros(np.shape(pred if side == "pred" else target), dtype=np.float64)
+    samples = zip(_side(pred, pred_lengths, pred_mask), _side(target, target_lengths, target_mask), strict=True)
+    for b, ((p, p_places), (g, g_places)) in enumerate(samples):
+        moved, places = (p, p_places) if side == "pred" else (g, g_places)
+        if not p or not g:
+            continue
+        extent = joint_extent(p, g)
+        step = STEP * extent
+        for i, place in enumerate(places):
+            for coordinate in range(2):
+                if not math.isfinite(extent):
+                    result[b, place, coordinate] = math.nan
+                    continue
+                if step == 0:
+                    continue
+                values = []
+                for signed in (step, -step):
+                    vertex = list(moved[i])
+                    vertex[coordinate] += signed
+                    polygon = [*moved[:i], tuple(vertex), *moved[i + 1 :]]
+                    pair = (polygon, g) if side == "pred" else (p, polygon)
+                    values.append(sample_loss(*pair, axis_weight, convexity_weight, base=(p, g), axis_grad=axis_grad))
+                result[b, place, coordinate] = (values[0] - values[1]) / (2 * step)
+    return result
