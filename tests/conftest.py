@@ -22,7 +22,7 @@ from triton_mgiou import mgiou_loss
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_KERNELS = importlib.util.find_spec("triton_mgiou.ops") is not None
 
-settings.register_profile("default", max_examples=60, deadline=None, derandomize=True)
+settings.register_profile("default", max_examples=40, deadline=None, derandomize=True)
 settings.register_profile("interpreter", max_examples=8, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=1000, deadline=None)
 settings.load_profile("interpreter" if INTERPRETED else "default")
