@@ -200,7 +200,7 @@ def test_first_vertex_and_direction_do_not_matter(backend, pair, shifts, flips, 
         value, gradient = backend.value_and_gradient(pred.to(dtype), target.to(dtype), **options)
         other = backend.value_and_gradient(reorder(pred, 0).to(dtype), reorder(target, 1).to(dtype), **options)
         assert_close(other[0], value, atol=atol)
-        assert_gradient_close(other[1], reorder(gradient, 0), rtol=rtol)
+        assert_gradient_close(other[1], reorder(gradient, 0), rtol=rtol, atol=atol / 10)
 
 
 @axis_grads
@@ -304,7 +304,7 @@ def test_lengths_masks_and_slices_agree(backend, pair, seed, *, axis_weight, axi
         one = slice(b, b + 1)
         sliced = backend.value_and_gradient(pred[one, : pred_lengths[b]], target[one, : target_lengths[b]], **options)
         assert_close(sliced[0], by_lengths[0][one], atol=5e-7, what="value of the slice")
-        assert_gradient_close(sliced[1], by_lengths[1][one, : pred_lengths[b]], rtol=1e-5, what="gradient of the slice")
+        assert_gradient_close(sliced[1], by_lengths[1][one, : pred_lengths[b]], rtol=1e-5, atol=1e-7, what="slice")
 
 
 @axis_grads
@@ -322,7 +322,7 @@ def test_masks_with_holes_agree_with_the_compacted_polygons(backend, pair, seed,
         one = slice(b, b + 1)
         compact = backend.value_and_gradient(pred[one, masks[0][b]], target[one, masks[1][b]], **options)
         assert_close(compact[0], holes[0][one], atol=5e-7)
-        assert_gradient_close(compact[1], holes[1].cpu()[one, masks[0][b]], rtol=1e-5)
+        assert_gradient_close(compact[1], holes[1].cpu()[one, masks[0][b]], rtol=1e-5, atol=1e-7)
 
 
 @given(pair=pairs(), order=st.permutations(range(3)))
