@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from numbers import Real
 
 import torch
@@ -93,8 +94,18 @@ def mgiou_loss(
         raise ValueError(f"convexity_weight must be 0 or above, got {convexity_weight}")
     _check_weight(weight, pred)
     _check_avg_factor(avg_factor, reduction, pred)
-    if backend == "triton":
-        raise RuntimeError('backend="triton" cannot run: this version has no Triton kernels yet; use "auto" or "eager"')
+    if pred.shape[0] > 0 and _picks_triton(backend, pred):
+        from triton_mgiou import ops  # noqa: PLC0415 - needs Triton
+
+        pred_real = pred_lengths if pred_mask is None else pred_mask
+        target_real = target_lengths if target_mask is None else target_mask
+        options = (axis_weight, axis_grad, convexity_weight)
+        if isinstance(avg_factor, Tensor) or (weight is not None and weight.requires_grad):
+            loss = ops.fused_loss(pred, target, pred_real, target_real, None, "none", None, *options)
+            return _reduce(loss, weight, reduction, avg_factor)
+        if weight is not None:
+            weight = _per_sample(weight, reference.compute_dtype(pred, target))
+        return ops.fused_loss(pred, target, pred_real, target_real, weight, reduction, avg_factor, *options)
 
     loss = reference.per_sample_loss(
         pred,
@@ -110,16 +121,53 @@ def mgiou_loss(
     return _reduce(loss, weight, reduction, avg_factor)
 
 
+def _picks_triton(backend: str, pred: Tensor) -> bool:
+    if backend == "eager" or (backend == "auto" and not pred.is_cuda):
+        return False
+    reason = kernels_unavailable(pred.device)
+    if reason is not None and backend == "triton":
+        raise RuntimeError(
+            f'backend="triton" cannot run: {reason}; expected a GPU that can, or backend "auto" or "eager"'
+        )
+    return reason is None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def kernels_unavailable(device: torch.device) -> str | None:
+    """Why the kernels cannot run on tensors of this device, or None if they can."""
+    return _kernels_unavailable(device)
+
+
+@cache
+def _kernels_unavailable(device: torch.device) -> str | None:
+    try:
+        import triton  # noqa: PLC0415 - not everywhere, and slow
+    except ImportError:
+        return "Triton is not installed"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 4):
+        return f"the kernels need Triton 3.4, and {triton.__version__} is installed"
+    from triton_mgiou import ops  # noqa: PLC0415 - needs Triton
+
+    return ops.unavailable(device)
+
+
 def _reduce(loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None) -> Tensor:
     if weight is not None:
-        weight = weight.to(loss.dtype)
-        loss = loss * (weight if weight.dim() == 1 else weight.mean(1))
+        loss = loss * _per_sample(weight, loss.dtype)
     if reduction == "none":
         return loss
     total = loss.sum()
     if reduction == "sum" or loss.shape[0] == 0:
         return total
+    if isinstance(avg_factor, Tensor):
+        avg_factor = avg_factor.reshape(())
     return total / (loss.shape[0] if avg_factor is None else avg_factor)
+
+
+def _per_sample(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """One weight for each sample, (B,)."""
+    weight = weight.to(dtype)
+    return weight if weight.dim() == 1 else weight.mean(1)
 
 
 def _check_tensor(name: str, value: object) -> None:

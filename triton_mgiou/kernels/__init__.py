@@ -1,0 +1,1 @@
+"""The Triton kernel and the small functions that it is made of."""

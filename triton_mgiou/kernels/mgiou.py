@@ -1,0 +1,692 @@
+"""The fused MGIoU kernel: value, reduction and gradient to `pred` in one launch.
+
+With p and g the intervals of the projections of P and G on axis k, and h_k the length of their joint hull:
+
+    d_k = 1 - GIoU1D_k = (|top| + |bottom|) / h_k,   top = max_p - max_g,  bottom = min_p - min_g
+    loss = sum_k w_k d_k / (2 sum_k w_k) + convexity_weight * convexity
+
+    d d_k / d max_p =  (sign(top)    - d_k [max_p > max_g]) / h_k       [.] is 1/2 and sign is 0 at equality
+    d d_k / d min_p =  (sign(bottom) + d_k [min_p < min_g]) / h_k
+    d d_k / d max_g = -(sign(top)    + d_k [max_g > max_p]) / h_k
+    d d_k / d min_g = -(sign(bottom) - d_k [min_g < min_p]) / h_k
+
+An extreme hands its derivative, times the axis, to the vertices that attain it, in equal shares. The axis
+a = (e_y, -e_x) of edge e collects the derivative times those vertices and hands it on to the edge's two ends.
+
+A program takes POLYGONS samples at a time. LANES lanes work on one sample; each keeps SLOTS vertices of P and of
+G in registers, vertex index = slot * LANES + lane, as tuples of (POLYGONS, LANES) tiles. Axes come one at a time,
+from vertices that are loaded again, so the code's size depends neither on the vertex counts nor on the batch.
+A slot without a real vertex has coordinates 0 and projections NaN, which `min`, `max` and `==` pass over.
+"""
+
+import triton
+import triton.language as tl
+
+# AXIS_WEIGHT
+UNIFORM = tl.constexpr(0)
+LENGTH = tl.constexpr(1)
+SOFT = tl.constexpr(2)
+
+# PRED_REAL and TARGET_REAL: what says which vertices are real
+ALL = tl.constexpr(0)
+LENGTHS = tl.constexpr(1)
+MASK = tl.constexpr(2)
+
+PARTIALS = tl.constexpr(1024)  # how many partial sums the last program adds at a time
+SERIES_TERMS = tl.constexpr(15)  # of expm1 below 1/2: the rest is under 2^-53
+
+
+@triton.jit
+def _load_vertices(ptr, offsets, mask, COMPUTE: tl.constexpr):
+    """Coordinates of the vertices at `offsets`, 0 where the mask is False. A vertex of up to 64 bits is one access."""
+    DTYPE: tl.constexpr = ptr.dtype.element_ty
+    if DTYPE == tl.float64:
+        x = tl.load(ptr + 2 * offsets, mask=mask, other=0.0)
+        y = tl.load(ptr + 2 * offsets + 1, mask=mask, other=0.0)
+    elif DTYPE == tl.float32:
+        words = tl.load(ptr.to(tl.pointer_type(tl.int64), bitcast=True) + offsets, mask=mask, other=0)
+        x = words.to(tl.int32).to(DTYPE, bitcast=True)
+        y = (words >> 32).to(tl.int32).to(DTYPE, bitcast=True)
+    else:
+        words = tl.load(ptr.to(tl.pointer_type(tl.int32), bitcast=True) + offsets, mask=mask, other=0)
+        x = words.to(tl.int16).to(DTYPE, bitcast=True)
+        y = (words >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    return x.to(COMPUTE), y.to(COMPUTE)
+
+
+@triton.jit
+def _store_vertices(ptr, offsets, x, y, mask, COMPUTE: tl.constexpr):
+    """The reverse, in COMPUTE."""
+    if COMPUTE == tl.float64:
+        tl.store(ptr + 2 * offsets, x, mask=mask)
+        tl.store(ptr + 2 * offsets + 1, y, mask=mask)
+    else:
+        low = x.to(tl.uint32, bitcast=True).to(tl.int64)
+        words = (y.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
+        tl.store(ptr.to(tl.pointer_type(tl.int64), bitcast=True) + offsets, words, mask=mask)
+
+
+@triton.jit
+def _is_real(polygons, index, count, inside, REAL: tl.constexpr):
+    if REAL == MASK:
+        _, _, _, size, mask_ptr, mask_offset, mask_stride = polygons
+        offset = mask_offset + index * mask_stride
+        return tl.load(mask_ptr + offset, mask=inside & (offset * 0 + index < size), other=0) != 0
+    else:
+        return index < count
+
+
+@triton.jit
+def _load_polygons(
+    polygons, inside, lane, SLOTS: tl.constexpr, LANES: tl.constexpr, REAL: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """Slots of x, y and real; how many vertices are real, and the index of the last, (POLYGONS, 1)."""
+    ptr, offset, stride, size, real_ptr, real_offset, _ = polygons
+    count = tl.where(inside, size, 0)
+    if REAL == LENGTHS:
+        length = tl.load(real_ptr + real_offset, mask=inside, other=0)
+        count = tl.where(length < size, tl.where(length > 0, length, 0), size).to(tl.int32)
+    last = tl.maximum(count - 1, 0)
+    if REAL == MASK:
+        count *= 0
+        last *= 0
+    xs = ()
+    ys = ()
+    reals = ()
+    for slot in tl.static_range(SLOTS):
+        index = slot * LANES + lane
+        real = _is_real(polygons, index, count, inside, REAL)
+        x, y = _load_vertices(ptr, offset + index * stride, real, COMPUTE)
+        xs = xs + (x,)
+        ys = ys + (y,)
+        reals = reals + (real,)
+        if REAL == MASK:
+            count += tl.sum(real.to(tl.int32), axis=1, keep_dims=True)
+            last = tl.maximum(last, tl.max(tl.where(real, index, 0), axis=1, keep_dims=True))
+    return xs, ys, reals, count, last
+
+
+@triton.jit
+def _smaller(left, right):
+    return tl.minimum(left, right)
+
+
+@triton.jit
+def _larger(left, right):
+    return tl.maximum(left, right)
+
+
+@triton.jit
+def _plus(left, right):
+    return left + right
+
+
+@triton.jit
+def _halve(values, COMBINE: tl.constexpr):
+    halves = ()
+    for slot in tl.static_range(len(values) // 2):
+        halves = halves + (COMBINE(values[2 * slot], values[2 * slot + 1]),)
+    return halves
+
+
+@triton.jit
+def _fold(values, COMBINE: tl.constexpr):
+    """Combine up to 8 slots as a tree: short chains of dependent instructions."""
+    if len(values) >= 8:
+        values = _halve(values, COMBINE)
+    if len(values) >= 4:
+        values = _halve(values, COMBINE)
+    if len(values) >= 2:
+        values = _halve(values, COMBINE)
+    return values[0]
+
+
+@triton.jit
+def _low(values):
+    return tl.min(_fold(values, _smaller), axis=1, keep_dims=True)
+
+
+@triton.jit
+def _high(values):
+    return tl.max(_fold(values, _larger), axis=1, keep_dims=True)
+
+
+@triton.jit
+def _sum(values):
+    return tl.sum(_fold(values, _plus), axis=1, keep_dims=True)
+
+
+@triton.jit
+def _bounds(values, reals):
+    """Lowest and highest value over the real vertices."""
+    kept = ()
+    for slot in tl.static_range(len(values)):
+        kept = kept + (tl.where(reals[slot], values[slot], float("nan")),)
+    return _low(kept), _high(kept)
+
+
+@triton.jit
+def _poison(xs, ys):
+    """0, or NaN where a vertex is NaN or Inf: `min` and `max` do not pass it on."""
+    zeros = ()
+    for slot in tl.static_range(len(xs)):
+        zeros = zeros + (xs[slot] * 0.0 + ys[slot] * 0.0,)
+    return _sum(zeros)
+
+
+@triton.jit
+def _inverse_power_of_two(values, COMPUTE: tl.constexpr):
+    """2^-k for values in [2^k, 2^(k+1)); k stays where both 2^k and 2^-k are normal."""
+    if COMPUTE == tl.float64:
+        exponent = (values.to(tl.int64, bitcast=True) >> 52) & 0x7FF
+        inverse = 2046 - tl.minimum(tl.maximum(exponent, 2), 2044)
+        return (inverse << 52).to(tl.float64, bitcast=True)
+    else:
+        exponent = (values.to(tl.int32, bitcast=True) >> 23) & 0xFF
+        inverse = 254 - tl.minimum(tl.maximum(exponent, 2), 252)
+        return (inverse << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _normalise(xs, ys, reals, low_x, low_y, scale):
+    """Scaled and moved coordinates, and what makes the projections of an unreal vertex NaN (section 6)."""
+    new_xs = ()
+    new_ys = ()
+    pads = ()
+    for slot in tl.static_range(len(xs)):
+        new_xs = new_xs + (tl.where(reals[slot], xs[slot] * scale - low_x, 0.0),)
+        new_ys = new_ys + (tl.where(reals[slot], ys[slot] * scale - low_y, 0.0),)
+        pads = pads + (tl.where(reals[slot], 0.0, float("nan")).to(scale.dtype),)
+    return new_xs, new_ys, pads
+
+
+@triton.jit
+def _vertex(polygons, index, count, inside, frame, REAL: tl.constexpr):
+    """Normalised vertex number `index`, (POLYGONS, 1), and whether it is real."""
+    low_x, low_y, scale = frame
+    real = _is_real(polygons, index, count, inside, REAL)
+    x, y = _load_vertices(polygons[0], polygons[1] + index * polygons[2], real, scale.dtype)
+    return x * scale - low_x, y * scale - low_y, real
+
+
+@triton.jit
+def _edge(x, y, previous_x, previous_y, real, floor):
+    """The edge that ends at (x, y), and its length: 0, and no axis, if too short or not real."""
+    edge_x = tl.where(real, x - previous_x, 0.0)
+    edge_y = tl.where(real, y - previous_y, 0.0)
+    squared = edge_x * edge_x + edge_y * edge_y
+    is_axis = squared > floor
+    return edge_x, edge_y, tl.where(is_axis, tl.sqrt(tl.where(is_axis, squared, 1.0)), 0.0), is_axis
+
+
+@triton.jit
+def _axis_weight(length, is_axis, unit, AXIS_WEIGHT: tl.constexpr):
+    """w_k of section 3 and its derivative to the edge's length. Lengths are measured in `unit`."""
+    if AXIS_WEIGHT == UNIFORM:
+        return is_axis.to(length.dtype), length * 0.0
+    ratio = length / unit
+    if AXIS_WEIGHT == LENGTH:
+        return ratio, 1.0 / unit
+    else:
+        series = 1.0 - ratio / SERIES_TERMS
+        for step in tl.static_range(SERIES_TERMS - 2):
+            series = 1.0 - series * ratio / (SERIES_TERMS - 1 - step)
+        weight = tl.where(ratio < 0.5, ratio * series, 1.0 - tl.exp(-ratio))
+        return weight, (1.0 - weight) / unit
+
+
+@triton.jit
+def _measure(polygons, count, last, inside, frame, floor, unit, AXIS_WEIGHT: tl.constexpr, REAL: tl.constexpr):
+    """Sums over the edges of a side that need no projection: lengths, number of axes, and weights."""
+    previous_x, previous_y = _vertex(polygons, last, count, inside, frame, REAL)[:2]
+    perimeter = floor * 0.0
+    axes = floor * 0.0
+    weights = floor * 0.0
+    for k in range(polygons[3]):
+        x, y, real = _vertex(polygons, k, count, inside, frame, REAL)
+        length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)[2:]
+        perimeter += length
+        axes += is_axis.to(floor.dtype)
+        weights += _axis_weight(length, is_axis, unit, AXIS_WEIGHT)[0]
+        previous_x = tl.where(real, x, previous_x)
+        previous_y = tl.where(real, y, previous_y)
+    return perimeter, axes, weights
+
+
+@triton.jit
+def _project(axis_x, axis_y, xs, ys, pads):
+    """Projections of all slots. The explicit fma gives the same bits for the same vertex, fused or not."""
+    projections = ()
+    for slot in tl.static_range(len(xs)):
+        projections = projections + (tl.fma(axis_x, xs[slot], tl.fma(axis_y, ys[slot], pads[slot])),)
+    return projections
+
+
+@triton.jit
+def _sign(values):
+    return tl.where(values > 0, 1.0, 0.0) - tl.where(values < 0, 1.0, 0.0)
+
+
+@triton.jit
+def _distance(p_low, p_high, g_low, g_high, TINY: tl.constexpr):
+    """1 - GIoU1D of two intervals, and 1 / h; both 0 where h is 0."""
+    hull = tl.maximum(p_high, g_high) - tl.minimum(p_low, g_low)
+    inverse = tl.where(hull > TINY, 1.0 / hull, 0.0)
+    return (tl.abs(p_high - g_high) + tl.abs(p_low - g_low)) * inverse, inverse
+
+
+@triton.jit
+def _slopes(p_low, p_high, g_low, g_high, distance, scale):
+    """`scale` h times the derivative of 1 - GIoU1D to the four ends of the intervals; half of it at a tie."""
+    half = 0.5 * distance
+    top = _sign(p_high - g_high) * (1.0 - half)
+    bottom = _sign(p_low - g_low) * (1.0 - half)
+    return (bottom + half) * scale, (top - half) * scale, (half - bottom) * scale, -(top + half) * scale
+
+
+@triton.jit
+def _share(projections, low, high, low_derivative, high_derivative):
+    """Derivative of each slot's projection: that of the ends of the interval, in equal shares at a tie."""
+    at_low = ()
+    at_high = ()
+    for slot in tl.static_range(len(projections)):
+        at_low = at_low + ((projections[slot] <= low).to(low.dtype),)
+        at_high = at_high + ((projections[slot] >= high).to(low.dtype),)
+    low_count = _sum(at_low)
+    high_count = _sum(at_high)
+    inverse = 1.0 / (low_count * high_count)
+    low_derivative = low_derivative * (inverse * high_count)
+    high_derivative = high_derivative * (inverse * low_count)
+    shares = ()
+    for slot in tl.static_range(len(projections)):
+        shares = shares + (at_low[slot] * low_derivative + at_high[slot] * high_derivative,)
+    return shares
+
+
+@triton.jit
+def _add_scaled(totals, factor, values):
+    new = ()
+    for slot in tl.static_range(len(totals)):
+        new = new + (totals[slot] + values[slot] * factor,)
+    return new
+
+
+@triton.jit
+def _add(totals, values):
+    new = ()
+    for slot in tl.static_range(len(totals)):
+        new = new + (totals[slot] + values[slot],)
+    return new
+
+
+@triton.jit
+def _dot(left, right):
+    products = ()
+    for slot in tl.static_range(len(left)):
+        products = products + (left[slot] * right[slot],)
+    return _sum(products)
+
+
+@triton.jit
+def _put(slots, value, where_index, condition, lane, LANES: tl.constexpr):
+    """`slots` with `value` at vertex number `where_index` of the samples where `condition` holds."""
+    new = ()
+    for slot in tl.static_range(len(slots)):
+        here = (slot * LANES + lane == where_index) & condition
+        new = new + (tl.where(here, value, slots[slot]),)
+    return new
+
+
+@triton.jit
+def _zeros(SLOTS: tl.constexpr, POLYGONS: tl.constexpr, LANES: tl.constexpr, COMPUTE: tl.constexpr):
+    slots = ()
+    for _ in tl.static_range(SLOTS):
+        slots = slots + (tl.zeros((POLYGONS, LANES), COMPUTE),)
+    return slots
+
+
+@triton.jit
+def _convexity(projections, low, high, edge_low, edge_high, count, factor, TINY: tl.constexpr, GRAD: tl.constexpr):
+    """One edge's term of section 7, and its derivatives to every slot's projection and to low and high.
+
+    The edge's two ends, at `edge_low` and `edge_high` by rounding, are on neither side.
+    """
+    above = ()
+    below = ()
+    for slot in tl.static_range(len(projections)):
+        above = above + (tl.maximum(projections[slot] - edge_high, 0.0),)
+        below = below + (tl.maximum(edge_low - projections[slot], 0.0),)
+    sum_above = _sum(above)
+    sum_below = _sum(below)
+    width = high - low
+    wide = width > TINY
+    inverse = tl.where(wide, 1.0 / (tl.where(wide, width, 1.0) * count), 0.0) * factor
+    term = tl.minimum(sum_above, sum_below) * inverse
+    shares = ()
+    if GRAD:
+        above_wins = inverse * (0.5 + 0.5 * _sign(sum_below - sum_above))
+        below_wins = inverse - above_wins
+        for slot in tl.static_range(len(projections)):
+            share = tl.where(above[slot] > 0, above_wins, 0.0) - tl.where(below[slot] > 0, below_wins, 0.0)
+            shares = shares + (share,)
+    width_derivative = tl.where(wide, term / tl.where(wide, width, 1.0), 0.0)
+    return term, shares, width_derivative
+
+
+@triton.jit
+def _saturate(values, LARGEST: tl.constexpr):
+    """Overflow becomes the largest finite number; NaN stays (section 5)."""
+    return tl.where(values > LARGEST, LARGEST, tl.where(values < -LARGEST, -LARGEST, values))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "pred_stride_b",
+        "pred_stride_n",
+        "target_stride_b",
+        "target_stride_n",
+        "pred_real_stride_b",
+        "pred_real_stride_n",
+        "target_real_stride_b",
+        "target_real_stride_n",
+        "weight_stride",
+        "batch",
+        "pred_size",
+        "target_size",
+    ],
+    do_not_specialize_on_alignment=[
+        "pred_ptr",
+        "target_ptr",
+        "pred_real_ptr",
+        "target_real_ptr",
+        "weight_ptr",
+        "loss_ptr",
+        "grad_ptr",
+        "partial_ptr",
+        "counter_ptr",
+    ],
+)
+def mgiou_kernel(
+    pred_ptr,
+    target_ptr,
+    pred_real_ptr,  # lengths (B,) or mask (B, N) as uint8
+    target_real_ptr,
+    weight_ptr,  # (B,)
+    loss_ptr,  # (B,), or one element if REDUCE
+    grad_ptr,  # (B, N, 2), contiguous, in COMPUTE
+    partial_ptr,  # (number of programs,)
+    counter_ptr,  # one int32, 0 before and after
+    pred_stride_b: "i64",  # strides of pred and target count vertices, not numbers
+    pred_stride_n: "i32",
+    target_stride_b: "i64",
+    target_stride_n: "i32",
+    pred_real_stride_b: "i64",
+    pred_real_stride_n: "i32",
+    target_real_stride_b: "i64",
+    target_real_stride_n: "i32",
+    weight_stride: "i64",
+    batch: "i32",
+    pred_size: "i32",
+    target_size: "i32",
+    divisor: "fp64",
+    convexity_weight: "fp64",
+    COMPUTE: tl.constexpr,
+    GRAD: tl.constexpr,
+    REDUCE: tl.constexpr,
+    AXIS_WEIGHT: tl.constexpr,
+    AXIS_GRAD: tl.constexpr,
+    CONVEXITY: tl.constexpr,
+    PRED_REAL: tl.constexpr,
+    TARGET_REAL: tl.constexpr,
+    ADJACENT: tl.constexpr,
+    POLYGONS: tl.constexpr,
+    LANES: tl.constexpr,
+    PRED_SLOTS: tl.constexpr,
+    TARGET_SLOTS: tl.constexpr,
+):
+    """Per-sample loss, or its weighted sum over `divisor`, and the gradient of that to `pred`."""
+    TINY: tl.constexpr = 2.0**-800 if COMPUTE == tl.float64 else 2.0**-96
+    LARGEST: tl.constexpr = 1.7976931348623157e308 if COMPUTE == tl.float64 else 3.4028234663852886e38
+    WEIGHT_GRAD: tl.constexpr = GRAD and AXIS_GRAD and AXIS_WEIGHT != UNIFORM
+    EDGE_GRAD: tl.constexpr = GRAD and (AXIS_GRAD or CONVEXITY)
+    # Where a factor of the single axis must be known before all axes are seen.
+    MEASURE: tl.constexpr = CONVEXITY or AXIS_WEIGHT == LENGTH
+
+    lane = tl.arange(0, LANES)[None, :]
+    divide_by = tl.full((1, 1), divisor, COMPUTE)
+    total = tl.zeros((POLYGONS, 1), COMPUTE)
+    for block in range(tl.program_id(0), tl.cdiv(batch, POLYGONS), tl.num_programs(0)):
+        rows = block * POLYGONS + tl.arange(0, POLYGONS)[:, None]
+        inside = rows < batch
+        rows = rows.to(tl.int64)
+        pred = (
+            pred_ptr,
+            rows * pred_stride_b,
+            1 if ADJACENT else pred_stride_n,
+            pred_size,
+            pred_real_ptr,
+            rows * pred_real_stride_b,
+            pred_real_stride_n,
+        )
+        target = (
+            target_ptr,
+            rows * target_stride_b,
+            1 if ADJACENT else target_stride_n,
+            target_size,
+            target_real_ptr,
+            rows * target_real_stride_b,
+            target_real_stride_n,
+        )
+        px, py, p_real, p_count, p_last = _load_polygons(pred, inside, lane, PRED_SLOTS, LANES, PRED_REAL, COMPUTE)
+        gx, gy, g_real, g_count, g_last = _load_polygons(
+            target, inside, lane, TARGET_SLOTS, LANES, TARGET_REAL, COMPUTE
+        )
+        present = (p_count > 0) & (g_count > 0)
+
+        # Section 6: one power of two for the sample, and the joint lower corner at the origin.
+        p_low_x, p_high_x = _bounds(px, p_real)
+        p_low_y, p_high_y = _bounds(py, p_real)
+        g_low_x, g_high_x = _bounds(gx, g_real)
+        g_low_y, g_high_y = _bounds(gy, g_real)
+        low_x, high_x = tl.minimum(p_low_x, g_low_x), tl.maximum(p_high_x, g_high_x)
+        low_y, high_y = tl.minimum(p_low_y, g_low_y), tl.maximum(p_high_y, g_high_y)
+        largest_x = tl.maximum(tl.abs(low_x), tl.abs(high_x))
+        largest_y = tl.maximum(tl.abs(low_y), tl.abs(high_y))
+        poison = _poison(px, py) + _poison(gx, gy)
+        scale = _inverse_power_of_two(tl.maximum(largest_x, largest_y), COMPUTE) + poison
+        low_x *= scale
+        low_y *= scale
+        extent = tl.maximum(high_x * scale - low_x, high_y * scale - low_y)
+        frame = (low_x, low_y, scale)
+        px, py, p_pad = _normalise(px, py, p_real, low_x, low_y, scale)
+        gx, gy, g_pad = _normalise(gx, gy, g_real, low_x, low_y, scale)
+
+        # Section 3: what counts as an axis, and the unit of its length.
+        floor = tl.full((POLYGONS, 1), TINY, COMPUTE)
+        p_unit = floor
+        g_unit = floor
+        if AXIS_WEIGHT == UNIFORM:
+            shortest = extent * tl.full((1, 1), 1e-6, COMPUTE)
+            floor = tl.maximum(floor, shortest * shortest)
+        if AXIS_WEIGHT == SOFT:
+            p_unit = tl.where(extent > 0, extent, 1.0) * tl.full((1, 1), 0.01, COMPUTE)
+            g_unit = p_unit
+        convexity_factor = floor * 0.0
+        if MEASURE:
+            p_length, p_axes, p_weight = _measure(
+                pred, p_count, p_last, inside, frame, floor, p_unit, AXIS_WEIGHT, PRED_REAL
+            )
+            g_length, _, g_weight = _measure(
+                target, g_count, g_last, inside, frame, floor, g_unit, AXIS_WEIGHT, TARGET_REAL
+            )
+            if AXIS_WEIGHT == LENGTH:
+                p_unit = tl.where(p_length > 0, p_length, 1.0)
+                g_unit = tl.where(g_length > 0, g_length, 1.0)
+                p_weight = tl.where(p_length > 0, 1.0, 0.0)
+                g_weight = tl.where(g_length > 0, 1.0, 0.0)
+            # All sums below are divided by twice the weights at the end; the convexity term must not be.
+            convexity_factor = 2.0 * (p_weight + g_weight) / tl.maximum(p_axes, 1.0)
+            convexity_factor *= tl.full((1, 1), convexity_weight, COMPUTE)
+
+        p_sum = floor * 0.0
+        g_sum = floor * 0.0
+        weights = floor * 0.0
+        convexity = floor * 0.0
+        grad_x = _zeros(PRED_SLOTS, POLYGONS, LANES, COMPUTE)
+        grad_y = grad_x
+        edge_x_grad = grad_x  # of each vertex, through the two edges that meet there
+        edge_y_grad = grad_x
+        weight_x_grad = grad_x  # the same of the sum of the weights
+        weight_y_grad = grad_x
+        pending_x = floor * 0.0  # what the last edge hands to its end, which then starts the next edge
+        pending_y = floor * 0.0
+        pending_weight_x = floor * 0.0
+        pending_weight_y = floor * 0.0
+
+        # The axes of P.
+        previous = p_last
+        previous_x, previous_y = _vertex(pred, p_last, p_count, inside, frame, PRED_REAL)[:2]
+        for k in range(pred_size):
+            x, y, real = _vertex(pred, k, p_count, inside, frame, PRED_REAL)
+            edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
+            weight, weight_slope = _axis_weight(length, is_axis, p_unit, AXIS_WEIGHT)
+            on_p = _project(edge_y, -edge_x, px, py, p_pad)
+            on_g = _project(edge_y, -edge_x, gx, gy, g_pad)
+            p_low, p_high = _low(on_p), _high(on_p)
+            g_low, g_high = _low(on_g), _high(on_g)
+            distance, inverse = _distance(p_low, p_high, g_low, g_high, TINY)
+            p_sum += weight * distance
+            weights += weight
+            if CONVEXITY or (GRAD and not AXIS_GRAD):
+                start = tl.fma(edge_y, previous_x, -edge_x * previous_y)
+                end = tl.fma(edge_y, x, -edge_x * y)
+                edge_low, edge_high = tl.minimum(start, end), tl.maximum(start, end)
+            if CONVEXITY:
+                factor = tl.where(is_axis, convexity_factor, 0.0)
+                term, sides, shrink = _convexity(
+                    on_p, p_low, p_high, edge_low, edge_high, p_count.to(COMPUTE), factor, TINY, GRAD
+                )
+                convexity += term
+            if GRAD:
+                low_slope, high_slope, g_low_slope, g_high_slope = _slopes(
+                    p_low, p_high, g_low, g_high, distance, weight * inverse
+                )
+                if not AXIS_GRAD:
+                    # Both ends of an edge have one projection on its normal; rounding must not break this tie.
+                    # With the path through the axis any split of it gives the same gradient.
+                    p_low = tl.where(edge_low == p_low, edge_high, p_low)
+                    p_high = tl.where(edge_high == p_high, edge_low, p_high)
+                step_x = floor * 0.0  # derivative to the axis
+                step_y = floor * 0.0
+                if AXIS_GRAD:
+                    shares = _share(on_g, g_low, g_high, g_low_slope, g_high_slope)
+                    step_x += _dot(shares, gx)
+                    step_y += _dot(shares, gy)
+                if CONVEXITY:
+                    if not AXIS_GRAD:
+                        shares = _add(_share(on_p, p_low, p_high, shrink, -shrink), sides)
+                        step_x += _dot(shares, px)
+                        step_y += _dot(shares, py)
+                    low_slope += shrink
+                    high_slope -= shrink
+                shares = _share(on_p, p_low, p_high, low_slope, high_slope)
+                if CONVEXITY:
+                    shares = _add(shares, sides)
+                if AXIS_GRAD:
+                    step_x += _dot(shares, px)
+                    step_y += _dot(shares, py)
+                grad_x = _add_scaled(grad_x, edge_y, shares)
+                grad_y = _add_scaled(grad_y, -edge_x, shares)
+                if EDGE_GRAD:
+                    to_start_x = pending_x
+                    to_start_y = pending_y
+                    if CONVEXITY:  # its distances are measured from the start
+                        sides_sum = _sum(sides)
+                        step_x -= sides_sum * previous_x
+                        step_y -= sides_sum * previous_y
+                        to_start_x -= sides_sum * edge_y
+                        to_start_y += sides_sum * edge_x
+                    along_x = -step_y
+                    along_y = step_x
+                    if WEIGHT_GRAD:
+                        slope = tl.where(is_axis, weight_slope / tl.where(is_axis, length, 1.0), 0.0)
+                        along_x += distance * slope * edge_x
+                        along_y += distance * slope * edge_y
+                        to_x = pending_weight_x - slope * edge_x
+                        to_y = pending_weight_y - slope * edge_y
+                        weight_x_grad = _put(weight_x_grad, to_x, previous, real, lane, LANES)
+                        weight_y_grad = _put(weight_y_grad, to_y, previous, real, lane, LANES)
+                        pending_weight_x = tl.where(real, slope * edge_x, pending_weight_x)
+                        pending_weight_y = tl.where(real, slope * edge_y, pending_weight_y)
+                    edge_x_grad = _put(edge_x_grad, to_start_x - along_x, previous, real, lane, LANES)
+                    edge_y_grad = _put(edge_y_grad, to_start_y - along_y, previous, real, lane, LANES)
+                    pending_x = tl.where(real, along_x, pending_x)
+                    pending_y = tl.where(real, along_y, pending_y)
+            previous = tl.where(real, k, previous)
+            previous_x = tl.where(real, x, previous_x)
+            previous_y = tl.where(real, y, previous_y)
+
+        # The axes of G.
+        previous_x, previous_y = _vertex(target, g_last, g_count, inside, frame, TARGET_REAL)[:2]
+        for k in range(target_size):
+            x, y, real = _vertex(target, k, g_count, inside, frame, TARGET_REAL)
+            edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
+            weight = _axis_weight(length, is_axis, g_unit, AXIS_WEIGHT)[0]
+            on_p = _project(edge_y, -edge_x, px, py, p_pad)
+            on_g = _project(edge_y, -edge_x, gx, gy, g_pad)
+            p_low, p_high = _low(on_p), _high(on_p)
+            g_low, g_high = _low(on_g), _high(on_g)
+            distance, inverse = _distance(p_low, p_high, g_low, g_high, TINY)
+            g_sum += weight * distance
+            weights += weight
+            if GRAD:
+                low_slope, high_slope = _slopes(p_low, p_high, g_low, g_high, distance, weight * inverse)[:2]
+                shares = _share(on_p, p_low, p_high, low_slope, high_slope)
+                grad_x = _add_scaled(grad_x, edge_y, shares)
+                grad_y = _add_scaled(grad_y, -edge_x, shares)
+            previous_x = tl.where(real, x, previous_x)
+            previous_y = tl.where(real, y, previous_y)
+
+        weights = tl.where(weights > 0, weights, 1.0)
+        loss = tl.where(present, 0.5 * (p_sum + g_sum + convexity) / weights + poison, 0.0)
+        factor = 0.5 / (weights * divide_by)
+        if weight_ptr is not None:
+            sample_weight = tl.load(weight_ptr + rows * weight_stride, mask=inside, other=0).to(COMPUTE)
+            loss *= sample_weight
+            factor *= sample_weight
+        if REDUCE:
+            total += tl.where(inside, loss, 0.0)
+        else:
+            tl.store(loss_ptr + rows, loss, mask=inside)
+        if GRAD:
+            if WEIGHT_GRAD:
+                mean = p_sum if AXIS_WEIGHT == LENGTH else (p_sum + g_sum) / weights
+            for slot in tl.static_range(PRED_SLOTS):
+                index = slot * LANES + lane
+                x = grad_x[slot]
+                y = grad_y[slot]
+                if EDGE_GRAD:
+                    is_last = index == p_last
+                    x += edge_x_grad[slot] + tl.where(is_last, pending_x, 0.0)
+                    y += edge_y_grad[slot] + tl.where(is_last, pending_y, 0.0)
+                if WEIGHT_GRAD:
+                    x -= mean * (weight_x_grad[slot] + tl.where(is_last, pending_weight_x, 0.0))
+                    y -= mean * (weight_y_grad[slot] + tl.where(is_last, pending_weight_y, 0.0))
+                kept = p_real[slot] & present
+                x = tl.where(kept, _saturate(x * factor * scale, LARGEST), 0.0)
+                y = tl.where(kept, _saturate(y * factor * scale, LARGEST), 0.0)
+                _store_vertices(grad_ptr, rows * pred_size + index, x, y, inside & (index < pred_size), COMPUTE)
+
+    if REDUCE:
+        # The program that comes last adds all partial sums, always in the same order.
+        programs = tl.num_programs(0)
+        tl.store(partial_ptr + tl.program_id(0), tl.sum(total))
+        tl.debug_barrier()
+        if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1:
+            index = tl.arange(0, PARTIALS)
+            sums = tl.zeros((PARTIALS,), COMPUTE)
+            for start in range(0, programs, PARTIALS):
+                here = start + index < programs
+                sums += tl.load(partial_ptr + start + index, mask=here, other=0.0, cache_modifier=".cg")
+            tl.store(loss_ptr, tl.sum(sums) / tl.full((), divisor, COMPUTE))
+            tl.store(counter_ptr, 0)

@@ -1,0 +1,48 @@
+"""Size buckets, and how the kernel lays out each of them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+SLOTS = 4  # vertices a lane keeps in registers: more are faster per polygon but slow to compile
+MAX_PROGRAMS = 4096  # of one launch; each leaves one partial sum
+LARGE_BATCH = 32768  # from here on there are enough polygons to fill a GPU with fewer lanes on each
+
+
+class Layout(NamedTuple):
+    """Compile-time sizes of the kernel; see `kernels/mgiou.py`."""
+
+    polygons: int
+    lanes: int
+    pred_slots: int
+    target_slots: int
+    num_warps: int
+
+
+def bucket(vertices: int) -> int:
+    """The power of two, 4 or above, that a vertex count is compiled as."""
+    return max(4, 1 << (vertices - 1).bit_length())
+
+
+@cache
+def layout(pred_bucket: int, target_bucket: int, large_batch: bool) -> Layout:
+    """The layout for a pair of vertex buckets.
+
+    A program is one warp, so that small batches spread over the GPU. Triton gives a thread as many polygons, or
+    as many lanes of one polygon, as the tile has elements for it.
+    """
+    lanes = max(pred_bucket, target_bucket) // SLOTS
+    polygons = max(1, 32 // lanes)
+    if lanes <= 2:
+        polygons = 32
+    elif large_batch and lanes <= 16:
+        polygons *= 4 if lanes == 4 else 2
+    return Layout(polygons, lanes, max(1, pred_bucket // lanes), max(1, target_bucket // lanes), max(1, lanes // 32))
+
+
+def interpreter_layout(pred_bucket: int, target_bucket: int, batch: int) -> Layout:
+    """A layout for Triton's interpreter, whose time goes with the number of operations: one large program."""
+    lanes = max(pred_bucket, target_bucket) // 2
+    polygons = min(128, 1 << (batch - 1).bit_length())
+    return Layout(polygons, lanes, max(1, pred_bucket // lanes), max(1, target_bucket // lanes), 1)
