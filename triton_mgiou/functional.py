@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import cache
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,10 +216,10 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _check_number(name: str, value: object) -> None:
+def _check_number(name: str, value: Any) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not abs(value) < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from triton_mgiou import tuning
 from triton_mgiou.kernels.mgiou import mgiou_kernel
@@ -17,11 +19,28 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # decided when the kern
 _AXIS_WEIGHTS = {"uniform": 0, "length": 1, "soft": 2}
 _ALL, _LENGTHS, _MASK = 0, 1, 2
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
+_COUNTERS = 1024  # zeroed at a time: one for each stream and one for each captured launch
 
-# Compiled kernels by what they were compiled for, to launch without Triton's own look-up, and the partial sums
-# and the counter of each stream: a stream runs one kernel after the other, and the kernel leaves the counter at 0.
-_compiled: dict[tuple[Any, ...], Any] = {}
-_scratch: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+class _Plan(NamedTuple):
+    """What a call of the kernel needs to know of its arguments' types and sizes, and nothing of the batch."""
+
+    polygons: int
+    flags: tuple[Any, ...]
+    num_warps: int
+    dtype: torch.dtype
+    scalar: Tensor  # on the device, to allocate like
+    compiled: list[Any]  # the compiled kernel after the first launch, which then needs no look-up of Triton's
+
+
+class _Scratch(NamedTuple):
+    partial: Tensor  # one sum for each program
+    counter: Tensor  # one int32: 0, and 0 again after each launch
+
+
+_plans: dict[tuple[Any, ...], _Plan] = {}
+_scratch: dict[tuple[int, int, torch.dtype], _Scratch] = {}
+_zeros: dict[int, Iterator[Tensor]] = {}  # counters not in use, by device
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -133,107 +152,150 @@ def _launch(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """One launch: the loss, and its gradient to `pred` in the loss's dtype if asked for."""
-    device = pred.device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    device = pred.get_device()  # -1 for the CPU
+    if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return _launch(
                 pred, target, pred_real, target_real, weight, reduction, avg_factor,
                 axis_weight, axis_grad, convexity_weight, need_grad,
             )  # fmt: skip
-    pred, target = _addressable(pred), _addressable(target)
+    pred, pred_stride_b, pred_stride_n = _addressable(pred)
+    target, target_stride_b, target_stride_n = _addressable(target)
     batch, pred_size, _ = pred.shape
     target_size = target.shape[1]
-    dtype = compute_dtype(pred, target)
-    reduced = reduction != "none"
-    divisor = 1.0 if reduction != "mean" else float(batch if avg_factor is None else avg_factor)
-
-    buckets = tuning.bucket(pred_size), tuning.bucket(target_size)
-    if INTERPRETED:
-        layout = tuning.interpreter_layout(*buckets, batch)
-    else:
-        layout = tuning.layout(*buckets, batch >= tuning.LARGE_BATCH)
-    programs = min(-(-batch // layout.polygons), tuning.MAX_PROGRAMS)
-
-    loss = torch.empty(() if reduced else (batch,), dtype=dtype, device=device)
-    grad = torch.empty((batch, pred_size, 2), dtype=dtype, device=device) if need_grad else None
-    partial, counter = _reduction_scratch(device, dtype) if reduced else (None, None)
-    pred_mode, pred_real, pred_real_strides = _real(pred_real)
-    target_mode, target_real, target_real_strides = _real(target_real)
-    pred_stride_b, pred_stride_n, _ = pred.stride()
-    target_stride_b, target_stride_n, _ = target.stride()
-    flags = (
-        _COMPUTE[dtype],
-        need_grad,
-        reduced,
-        _AXIS_WEIGHTS[axis_weight],
-        axis_grad,
-        convexity_weight > 0,
-        pred_mode,
-        target_mode,
-        pred_stride_n == 2 and target_stride_n == 2,
-        *layout[:4],
-    )
-    arguments = (
-        pred, target, pred_real, target_real, weight, loss, grad, partial, counter,
-        pred_stride_b // 2, pred_stride_n // 2, target_stride_b // 2, target_stride_n // 2,
-        *pred_real_strides, *target_real_strides, 0 if weight is None else weight.stride(0),
-        batch, pred_size, target_size, divisor, float(convexity_weight),
-        *flags,
-    )  # fmt: skip
     key = (
-        device.index,
+        device,
         pred.dtype,
         target.dtype,
+        pred_size,
+        target_size,
         None if pred_real is None else pred_real.dtype,
         None if target_real is None else target_real.dtype,
         None if weight is None else weight.dtype,
-        flags,
+        reduction == "none",
+        axis_weight,
+        axis_grad,
+        convexity_weight > 0,
+        need_grad,
+        pred_stride_n == target_stride_n == 1,
+        batch if INTERPRETED else batch >= tuning.LARGE_BATCH,
     )
-    compiled = _compiled.get(key)
-    if compiled is None:
-        compiled = mgiou_kernel[(programs,)](*arguments, num_warps=layout.num_warps)
-        if not INTERPRETED:
-            _compiled[key] = compiled
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans[key] = _plan(pred, target, *key[3:])
+    programs = min(-(-batch // plan.polygons), tuning.MAX_PROGRAMS)
+    if reduction == "none":
+        loss, partial, counter = plan.scalar.new_empty(batch), None, None
     else:
-        compiled[programs, 1, 1](*arguments)
+        loss, (partial, counter) = torch.empty_like(plan.scalar), _reduction_scratch(device, plan.dtype)
+    grad = None
+    if need_grad:
+        grad = torch.empty_like(pred, dtype=plan.dtype, memory_format=torch.contiguous_format)
+    divisor = batch if avg_factor is None else avg_factor
+    arguments = (
+        pred, target,
+        pred_real.view(torch.uint8) if pred_real is not None and pred_real.dtype == torch.bool else pred_real,
+        target_real.view(torch.uint8) if target_real is not None and target_real.dtype == torch.bool else target_real,
+        weight, loss, grad, partial, counter,
+        pred_stride_b, pred_stride_n, target_stride_b, target_stride_n,
+        *_strides(pred_real), *_strides(target_real), 0 if weight is None else weight.stride(0),
+        batch, pred_size, target_size, float(divisor) if reduction == "mean" else 1.0, float(convexity_weight),
+        *plan.flags,
+    )  # fmt: skip
+    if plan.compiled:
+        plan.compiled[0][programs, 1, 1](*arguments)
+    else:
+        compiled = mgiou_kernel[(programs,)](*arguments, num_warps=plan.num_warps)
+        if not INTERPRETED:
+            plan.compiled.append(compiled)
     return loss, grad
 
 
-def _addressable(vertices: Tensor) -> Tensor:
-    """`vertices`, or a copy where a vertex cannot be loaded as one aligned word."""
-    stride_b, stride_n, stride_c = vertices.stride()
-    word = 2 * vertices.element_size()
-    aligned = stride_b % 2 == 0 and stride_n % 2 == 0 and vertices.data_ptr() % word == 0
-    if stride_c == 1 and aligned and stride_n * vertices.shape[1] < 2**31:
-        return vertices
-    return vertices.clone(memory_format=torch.contiguous_format)
+def _plan(
+    pred: Tensor,
+    target: Tensor,
+    pred_size: int,
+    target_size: int,
+    pred_real: torch.dtype | None,
+    target_real: torch.dtype | None,
+    _weight: torch.dtype | None,
+    per_sample: bool,
+    axis_weight: str,
+    axis_grad: bool,
+    convexity: bool,
+    need_grad: bool,
+    adjacent: bool,
+    batch: int,
+) -> _Plan:
+    buckets = tuning.bucket(pred_size), tuning.bucket(target_size)
+    layout = tuning.interpreter_layout(*buckets, batch) if INTERPRETED else tuning.layout(*buckets, bool(batch))
+    dtype = compute_dtype(pred, target)
+    flags = (
+        _COMPUTE[dtype],
+        need_grad,
+        not per_sample,
+        _AXIS_WEIGHTS[axis_weight],
+        axis_grad,
+        convexity,
+        _real_mode(pred_real),
+        _real_mode(target_real),
+        adjacent,
+        *layout[:4],
+    )
+    return _Plan(layout.polygons, flags, layout.num_warps, dtype, pred.new_empty((), dtype=dtype), [])
 
 
-def _real(real: Tensor | None) -> tuple[int, Tensor | None, tuple[int, int]]:
-    """Mode, tensor and strides of what says which vertices are real."""
+def _real_mode(dtype: torch.dtype | None) -> int:
+    if dtype is None:
+        return _ALL
+    return _MASK if dtype == torch.bool else _LENGTHS
+
+
+def _strides(real: Tensor | None) -> tuple[int, int]:
+    """Strides of a mask, or of lengths and 0."""
     if real is None:
-        return _ALL, None, (0, 0)
-    if real.dtype == torch.bool:
-        return _MASK, real.view(torch.uint8), (real.stride(0), real.stride(1))
-    return _LENGTHS, real, (real.stride(0), 0)
+        return 0, 0
+    return real.stride(0), real.stride(1) if real.dim() == 2 else 0
 
 
-def _reduction_scratch(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Room for partial sums, and a zero counter, that no other launch uses at the same time."""
-    if INTERPRETED or torch.cuda.is_current_stream_capturing():
-        return _new_scratch(device, dtype)  # a graph may be replayed on any stream
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream, dtype)
+def _addressable(vertices: Tensor) -> tuple[Tensor, int, int]:
+    """`vertices`, or a copy where they cannot be loaded as aligned words of two; their strides, in vertices."""
+    stride_b, stride_n, stride_c = vertices.stride()
+    aligned = stride_b % 2 == 0 and stride_n % 2 == 0 and vertices.data_ptr() % 16 == 0
+    if stride_c == 1 and aligned and stride_n * vertices.shape[1] < 2**31:
+        return vertices, stride_b // 2, stride_n // 2
+    copy = torch.empty_like(vertices, memory_format=torch.contiguous_format).copy_(vertices)
+    return copy, vertices.shape[1], 1
+
+
+def _reduction_scratch(device: int, dtype: torch.dtype) -> _Scratch:
+    """Room for partial sums, and a zero counter, that no other launch uses at the same time.
+
+    A stream runs one kernel after the other, so its launches share theirs. A captured launch may be replayed on
+    any stream, so it keeps its own.
+    """
+    if device < 0:
+        return _Scratch(torch.empty(tuning.MAX_PROGRAMS, dtype=dtype), torch.zeros(1, dtype=torch.int32))
+    if torch.cuda.is_current_stream_capturing():
+        return _Scratch(torch.empty(tuning.MAX_PROGRAMS, dtype=dtype, device=device), _counter(device))
+    key = device, driver.active.get_current_stream(device), dtype
     scratch = _scratch.get(key)
     if scratch is None:
-        scratch = _scratch[key] = _new_scratch(device, dtype)
+        partial = torch.empty(tuning.MAX_PROGRAMS, dtype=dtype, device=device)
+        scratch = _scratch[key] = _Scratch(partial, _counter(device))
     return scratch
 
 
-def _new_scratch(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty(tuning.MAX_PROGRAMS, dtype=dtype, device=device),
-        torch.zeros(1, dtype=torch.int32, device=device),
-    )
+def _counter(device: int) -> Tensor:
+    """A zero that was not used before. Zeroing one while a graph is captured would be a node of the graph."""
+    counter = next(_zeros.get(device, iter(())), None)
+    if counter is None:
+        zeros = torch.zeros(_COUNTERS, dtype=torch.int32, device=device).unbind()
+        counter = zeros[0]
+        if not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(device).synchronize()  # once: any stream may use them
+            _zeros[device] = iter(zeros[1:])
+    return counter
 
 
 @torch.library.custom_op("triton_mgiou::loss", mutates_args=())

@@ -65,8 +65,7 @@ def per_sample_loss(
     p, p_real = _clear_padding(p, p_count, present)
     g, g_real = _clear_padding(g, g_count, present)
 
-    p, g, extent = _normalise(p, p_real, g, g_real)
-    p_polygons, g_polygons = _with_edges(p, p_real), _with_edges(g, g_real)
+    p_polygons, g_polygons, extent = _normalise(p, p_real, g, g_real)
 
     p_sum, p_weight, p_is_axis = _sum_over_axes(p_polygons, g_polygons, extent, axis_weight, axis_grad)
     g_sum, g_weight, _ = _sum_over_axes(g_polygons, p_polygons, extent, axis_weight, axis_grad)
@@ -95,7 +94,7 @@ def _clear_padding(vertices: Tensor, count: Tensor, present: Tensor) -> tuple[Te
     return torch.where((real & present.unsqueeze(1)).unsqueeze(-1), vertices, 0.0), real
 
 
-def _normalise(p: Tensor, p_real: Tensor, g: Tensor, g_real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _normalise(p: Tensor, p_real: Tensor, g: Tensor, g_real: Tensor) -> tuple[_Polygons, _Polygons, Tensor]:
     """Scale each sample by a power of two, move it to the origin, and measure its extent (section 6).
 
     The scale brings the largest coordinate near 1 and is exact. The lower corner of the joint bounding box
@@ -109,9 +108,7 @@ def _normalise(p: Tensor, p_real: Tensor, g: Tensor, g_real: Tensor) -> tuple[Te
     largest = torch.maximum(low.abs(), high.abs()).amax(2, keepdim=True)  # (B, 1, 1)
     scale = torch.where(largest.isfinite(), _inverse_power_of_two(largest), torch.nan)
     low, high = low * scale, high * scale
-    p = torch.where(p_real.unsqueeze(-1), _scale(p, scale) - low, 0.0)
-    g = torch.where(g_real.unsqueeze(-1), _scale(g, scale) - low, 0.0)
-    return p, g, (high - low).amax(2)
+    return _polygons(_scale(p, scale), p_real, low), _polygons(_scale(g, scale), g_real, low), (high - low).amax(2)
 
 
 def _inverse_power_of_two(values: Tensor) -> Tensor:
@@ -149,14 +146,16 @@ def _scale(values: Tensor, scale: Tensor) -> Tensor:
     return cast("Tensor", _Scale.apply(values, scale))  # type: ignore[no-untyped-call]
 
 
-def _with_edges(vertices: Tensor, real: Tensor) -> _Polygons:
+def _polygons(vertices: Tensor, real: Tensor, low: Tensor) -> _Polygons:
+    """Move scaled vertices by `low`. Edges come from before the move, which rounds: small polygons keep their shape."""
     index = torch.arange(vertices.shape[1], device=vertices.device)
     is_last = index == real.sum(1, keepdim=True) - 1  # (B, N)
     following = torch.where(is_last.unsqueeze(-1), vertices[:, :1], vertices.roll(-1, dims=1))
     edges = torch.where(real.unsqueeze(-1), following - vertices, 0.0)
     next_index = torch.where(is_last, 0, index + 1).unsqueeze(-1)
     on_edge = (index == index.unsqueeze(-1)) | (index == next_index)
-    return _Polygons(vertices, real, following, edges, on_edge)
+    moved, following = (torch.where(real.unsqueeze(-1), points - low, 0.0) for points in (vertices, following))
+    return _Polygons(moved, real, following, edges, on_edge)
 
 
 def _axes(edges: Tensor) -> Tensor:

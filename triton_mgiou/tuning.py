@@ -34,9 +34,7 @@ def layout(pred_bucket: int, target_bucket: int, large_batch: bool) -> Layout:
     """
     lanes = max(pred_bucket, target_bucket) // SLOTS
     polygons = max(1, 32 // lanes)
-    if lanes <= 2:
-        polygons = 32
-    elif large_batch and lanes <= 16:
+    if large_batch and 1 < lanes <= 16:
         polygons *= 4 if lanes == 4 else 2
     return Layout(polygons, lanes, max(1, pred_bucket // lanes), max(1, target_bucket // lanes), max(1, lanes // 32))
 

@@ -201,12 +201,11 @@ def _normalise(xs, ys, reals, low_x, low_y, scale):
 
 
 @triton.jit
-def _vertex(polygons, index, count, inside, frame, REAL: tl.constexpr):
-    """Normalised vertex number `index`, (POLYGONS, 1), and whether it is real."""
-    low_x, low_y, scale = frame
+def _vertex(polygons, index, count, inside, scale, REAL: tl.constexpr):
+    """Vertex number `index`, (POLYGONS, 1), scaled but not moved: an edge is then rounded once. Whether it is real."""
     real = _is_real(polygons, index, count, inside, REAL)
     x, y = _load_vertices(polygons[0], polygons[1] + index * polygons[2], real, scale.dtype)
-    return x * scale - low_x, y * scale - low_y, real
+    return x * scale, y * scale, real
 
 
 @triton.jit
@@ -236,14 +235,14 @@ def _axis_weight(length, is_axis, unit, AXIS_WEIGHT: tl.constexpr):
 
 
 @triton.jit
-def _measure(polygons, count, last, inside, frame, floor, unit, AXIS_WEIGHT: tl.constexpr, REAL: tl.constexpr):
+def _measure(polygons, count, last, inside, scale, floor, unit, AXIS_WEIGHT: tl.constexpr, REAL: tl.constexpr):
     """Sums over the edges of a side that need no projection: lengths, number of axes, and weights."""
-    previous_x, previous_y = _vertex(polygons, last, count, inside, frame, REAL)[:2]
+    previous_x, previous_y = _vertex(polygons, last, count, inside, scale, REAL)[:2]
     perimeter = floor * 0.0
     axes = floor * 0.0
     weights = floor * 0.0
     for k in range(polygons[3]):
-        x, y, real = _vertex(polygons, k, count, inside, frame, REAL)
+        x, y, real = _vertex(polygons, k, count, inside, scale, REAL)
         length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)[2:]
         perimeter += length
         axes += is_axis.to(floor.dtype)
@@ -394,17 +393,7 @@ def _saturate(values, LARGEST: tl.constexpr):
         "pred_size",
         "target_size",
     ],
-    do_not_specialize_on_alignment=[
-        "pred_ptr",
-        "target_ptr",
-        "pred_real_ptr",
-        "target_real_ptr",
-        "weight_ptr",
-        "loss_ptr",
-        "grad_ptr",
-        "partial_ptr",
-        "counter_ptr",
-    ],
+    do_not_specialize_on_alignment=["pred_real_ptr", "target_real_ptr", "weight_ptr", "counter_ptr"],
 )
 def mgiou_kernel(
     pred_ptr,
@@ -497,7 +486,6 @@ def mgiou_kernel(
         low_x *= scale
         low_y *= scale
         extent = tl.maximum(high_x * scale - low_x, high_y * scale - low_y)
-        frame = (low_x, low_y, scale)
         px, py, p_pad = _normalise(px, py, p_real, low_x, low_y, scale)
         gx, gy, g_pad = _normalise(gx, gy, g_real, low_x, low_y, scale)
 
@@ -514,10 +502,10 @@ def mgiou_kernel(
         convexity_factor = floor * 0.0
         if MEASURE:
             p_length, p_axes, p_weight = _measure(
-                pred, p_count, p_last, inside, frame, floor, p_unit, AXIS_WEIGHT, PRED_REAL
+                pred, p_count, p_last, inside, scale, floor, p_unit, AXIS_WEIGHT, PRED_REAL
             )
             g_length, _, g_weight = _measure(
-                target, g_count, g_last, inside, frame, floor, g_unit, AXIS_WEIGHT, TARGET_REAL
+                target, g_count, g_last, inside, scale, floor, g_unit, AXIS_WEIGHT, TARGET_REAL
             )
             if AXIS_WEIGHT == LENGTH:
                 p_unit = tl.where(p_length > 0, p_length, 1.0)
@@ -545,9 +533,9 @@ def mgiou_kernel(
 
         # The axes of P.
         previous = p_last
-        previous_x, previous_y = _vertex(pred, p_last, p_count, inside, frame, PRED_REAL)[:2]
+        previous_x, previous_y = _vertex(pred, p_last, p_count, inside, scale, PRED_REAL)[:2]
         for k in range(pred_size):
-            x, y, real = _vertex(pred, k, p_count, inside, frame, PRED_REAL)
+            x, y, real = _vertex(pred, k, p_count, inside, scale, PRED_REAL)
             edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
             weight, weight_slope = _axis_weight(length, is_axis, p_unit, AXIS_WEIGHT)
             on_p = _project(edge_y, -edge_x, px, py, p_pad)
@@ -558,8 +546,9 @@ def mgiou_kernel(
             p_sum += weight * distance
             weights += weight
             if CONVEXITY or (GRAD and not AXIS_GRAD):
-                start = tl.fma(edge_y, previous_x, -edge_x * previous_y)
-                end = tl.fma(edge_y, x, -edge_x * y)
+                start_x, start_y = previous_x - low_x, previous_y - low_y
+                start = tl.fma(edge_y, start_x, -edge_x * start_y)
+                end = tl.fma(edge_y, x - low_x, -edge_x * (y - low_y))
                 edge_low, edge_high = tl.minimum(start, end), tl.maximum(start, end)
             if CONVEXITY:
                 factor = tl.where(is_axis, convexity_factor, 0.0)
@@ -602,8 +591,8 @@ def mgiou_kernel(
                     to_start_y = pending_y
                     if CONVEXITY:  # its distances are measured from the start
                         sides_sum = _sum(sides)
-                        step_x -= sides_sum * previous_x
-                        step_y -= sides_sum * previous_y
+                        step_x -= sides_sum * start_x
+                        step_y -= sides_sum * start_y
                         to_start_x -= sides_sum * edge_y
                         to_start_y += sides_sum * edge_x
                     along_x = -step_y
@@ -627,9 +616,9 @@ def mgiou_kernel(
             previous_y = tl.where(real, y, previous_y)
 
         # The axes of G.
-        previous_x, previous_y = _vertex(target, g_last, g_count, inside, frame, TARGET_REAL)[:2]
+        previous_x, previous_y = _vertex(target, g_last, g_count, inside, scale, TARGET_REAL)[:2]
         for k in range(target_size):
-            x, y, real = _vertex(target, k, g_count, inside, frame, TARGET_REAL)
+            x, y, real = _vertex(target, k, g_count, inside, scale, TARGET_REAL)
             edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
             weight = _axis_weight(length, is_axis, g_unit, AXIS_WEIGHT)[0]
             on_p = _project(edge_y, -edge_x, px, py, p_pad)
