@@ -64,7 +64,7 @@ def compiled(capability, pred_size, target_size, **options):
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(mgiou_kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": plan.num_warps})
+    return triton.compile(source, target=target, options=plan.layout.options())
 
 
 def local_memory(kernel, path):

@@ -25,9 +25,8 @@ _COUNTERS = 1024  # zeroed at a time: one for each stream and one for each captu
 class _Plan(NamedTuple):
     """What a call of the kernel needs to know of its arguments' types and sizes, and nothing of the batch."""
 
-    polygons: int
+    layout: tuning.Layout
     flags: tuple[Any, ...]
-    num_warps: int
     dtype: torch.dtype
     scalar: Tensor  # on the device, to allocate like
     compiled: list[Any]  # the compiled kernel after the first launch, which then needs no look-up of Triton's
@@ -183,7 +182,7 @@ def _launch(
     plan = _plans.get(key)
     if plan is None:
         plan = _plans[key] = _plan(pred, target, *key[3:])
-    programs = min(-(-batch // plan.polygons), tuning.MAX_PROGRAMS)
+    programs = min(-(-batch // plan.layout.polygons), tuning.MAX_PROGRAMS)
     if reduction == "none":
         loss, partial, counter = plan.scalar.new_empty(batch), None, None
     else:
@@ -205,7 +204,7 @@ def _launch(
     if plan.compiled:
         plan.compiled[0][programs, 1, 1](*arguments)
     else:
-        compiled = mgiou_kernel[(programs,)](*arguments, num_warps=plan.num_warps)
+        compiled = mgiou_kernel[(programs,)](*arguments, **plan.layout.options())
         if not INTERPRETED:
             plan.compiled.append(compiled)
     return loss, grad
@@ -242,7 +241,7 @@ def _plan(
         adjacent,
         *layout[:4],
     )
-    return _Plan(layout.polygons, flags, layout.num_warps, dtype, pred.new_empty((), dtype=dtype), [])
+    return _Plan(layout, flags, dtype, pred.new_empty((), dtype=dtype), [])
 
 
 def _real_mode(dtype: torch.dtype | None) -> int:

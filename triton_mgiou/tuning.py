@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SLOTS = 4  # vertices a lane keeps in registers: more are faster per polygon but slow to compile
 MAX_PROGRAMS = 4096  # of one launch; each leaves one partial sum
@@ -18,6 +18,11 @@ class Layout(NamedTuple):
     pred_slots: int
     target_slots: int
     num_warps: int
+
+    def options(self) -> dict[str, Any]:
+        """Compiler options. Spilling registers costs more than fewer warps; fused multiply-adds are not needed."""
+        registers = min(255, 65536 // (32 * self.num_warps))
+        return {"num_warps": self.num_warps, "maxnreg": registers, "enable_fp_fusion": True}
 
 
 def bucket(vertices: int) -> int:
@@ -36,7 +41,9 @@ def layout(pred_bucket: int, target_bucket: int, large_batch: bool) -> Layout:
     polygons = max(1, 32 // lanes)
     if large_batch and 1 < lanes <= 16:
         polygons *= 4 if lanes == 4 else 2
-    return Layout(polygons, lanes, max(1, pred_bucket // lanes), max(1, target_bucket // lanes), max(1, lanes // 32))
+    return Layout(
+        polygons, lanes, max(1, pred_bucket // lanes), max(1, target_bucket // lanes), min(8, max(1, lanes // 32))
+    )
 
 
 def interpreter_layout(pred_bucket: int, target_bucket: int, batch: int) -> Layout:
