@@ -307,6 +307,25 @@ def test_aligned_boxes_by_hand(backend, target, expected, *, axis_grad, transpos
     assert_close(actual, wanted, atol=1e-7)
 
 
+def with_midpoints(polygon):
+    """The same outline with a vertex in the middle of each side."""
+    return torch.stack((polygon, (polygon + polygon.roll(-1, 1)) / 2), dim=2).flatten(1, 2)
+
+
+@axis_grads
+@pytest.mark.parametrize(("target", "expected"), ALIGNED)
+def test_aligned_boxes_with_vertices_on_their_sides(backend, target, expected, axis_grad):
+    """Twice as many axes on one side, and three vertices to share an extreme: each gets a third."""
+    left, right = expected
+    two = torch.tensor([[[left, 0.0], [right, 0], [right, 0], [left, 0]]])
+    left, right = left * 2 / 3, right * 2 / 3
+    three = [[left, 0.0], [0, 0], [right, 0], [right, 0], [right, 0], [0, 0], [left, 0], [left, 0]]
+    _, actual = backend.value_and_gradient(UNIT, with_midpoints(target), axis_grad=axis_grad)
+    assert_close(actual, two, atol=1e-7, what="vertices on the target's sides")
+    _, actual = backend.value_and_gradient(with_midpoints(UNIT), target, axis_grad=axis_grad)
+    assert_close(actual, torch.tensor([three]), atol=1e-7, what="vertices on the prediction's sides")
+
+
 def test_aligned_boxes_by_hand_with_length_weights(backend):
     """Without the path as with uniform weights; with it, each edge's length l adds -(GIoU1D - MGIoU) / 16 per unit.
 
@@ -371,6 +390,22 @@ def test_no_gradient_where_none_is_asked_for(backend):
     first = leaf.grad.clone()
     backend.loss(leaf, target).backward()  # accumulates
     assert_close(leaf.grad, 2 * first, atol=0.0)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 3)])
+def test_a_weight_that_is_learned(backend, shape):
+    """Its gradient is the sample's loss, spread over the columns; the prediction's stays as it is."""
+    rng = generator(42)
+    pred, target = star(5, 5, rng).float(), convex(5, 4, rng).float()
+    weight = uniform(shape, 0, 2, rng).float().to(backend.device)
+    _, expected = backend.value_and_gradient(pred, target, weight=weight, avg_factor=2.0)
+    each = backend.loss(pred.to(backend.device), target.to(backend.device), reduction="none").cpu()
+    leaf, weight = pred.to(backend.device).requires_grad_(), weight.requires_grad_()
+    backend.loss(leaf, target.to(backend.device), weight=weight, avg_factor=2.0).backward()
+    columns = 1 if len(shape) == 1 else shape[1]
+    wanted = each.reshape(5, *[1] * (len(shape) - 1)).expand(shape) / 2 / columns
+    assert_close(weight.grad, wanted, atol=1e-6, what="gradient of the weight")
+    assert_gradient_close(leaf.grad, expected, rtol=1e-6)
 
 
 @axis_weights
