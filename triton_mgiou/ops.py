@@ -19,6 +19,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # decided when the kern
 _AXIS_WEIGHTS = {"uniform": 0, "length": 1, "soft": 2}
 _ALL, _LENGTHS, _MASK = 0, 1, 2
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
+_PLAIN = (Tensor, torch.nn.Parameter)  # anything else, such as a fake tensor, needs PyTorch's dispatcher
 _COUNTERS = 1024  # zeroed at a time: one for each stream and one for each captured launch
 
 
@@ -74,7 +75,8 @@ def fused_loss(
         pred_grad, target_grad = pred.requires_grad, target.requires_grad
     else:
         pred_grad = target_grad = False
-    if torch.compiler.is_compiling():
+    plain = type(pred) in _PLAIN and type(target) in _PLAIN
+    if torch.compiler.is_compiling() or not plain:
         loss: Tensor = _operator(pred, target, *options, pred_grad, target_grad)[0]
     elif pred_grad or target_grad:
         loss = _FusedLoss.apply(pred, target, options)  # type: ignore[no-untyped-call]

@@ -1,0 +1,223 @@
+"""What only a GPU can show of the kernels."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import assert_close, assert_gradient_close, assert_same, convex, generator, star
+from torch.utils.checkpoint import checkpoint
+
+from triton_mgiou import mgiou_loss
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs compiled kernels"),
+]
+
+
+def polygons(batch, size, seed=0, device="cuda"):
+    rng = generator(seed)
+    return star(batch, size, rng).float().to(device), convex(batch, size, rng).float().to(device)
+
+
+def value_and_gradient(pred, target, **options):
+    pred = pred.detach().requires_grad_()
+    loss = mgiou_loss(pred, target, **options)
+    return loss.detach(), *torch.autograd.grad(loss.sum(), pred)
+
+
+def test_auto_is_the_kernel():
+    from triton_mgiou import ops  # noqa: PLC0415
+
+    pred, target = polygons(8, 4)
+    expected = value_and_gradient(pred, target, backend="triton")
+    launches = []
+    original, ops._launch = ops._launch, lambda *arguments: launches.append(1) or original(*arguments)
+    try:
+        actual = value_and_gradient(pred, target)
+    finally:
+        ops._launch = original
+    assert launches == [1]
+    for got, want in zip(actual, expected, strict=True):
+        assert_same(got, want)
+
+
+@pytest.mark.parametrize(("batch", "size"), [(512, 4), (100_000, 8), (300_000, 16), (20_000, 64)])
+def test_the_same_bits_on_every_run(batch, size):
+    pred, target = polygons(batch, size)
+    expected = value_and_gradient(pred, target, backend="triton")
+    for _ in range(100):
+        for got, want in zip(value_and_gradient(pred, target, backend="triton"), expected, strict=True):
+            assert_same(got, want)
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"), [(40_000, 4), (40_000, 8), (40_000, 16), (33_000, 32), (33_000, 64), (50, 512)]
+)
+def test_every_layout_against_float64(batch, size):
+    """Regular polygons, moved and scaled: no two vertices near a tie that float32 would decide otherwise."""
+    rng = generator(size)
+    pred, target = convex(batch, size, rng).float().cuda(), convex(batch, size, rng).float().cuda()
+    value, gradient = value_and_gradient(pred, target, backend="triton", reduction="none")
+    exact_value, exact_gradient = value_and_gradient(pred.double(), target.double(), backend="eager", reduction="none")
+    assert_close(value, exact_value, atol=1e-6)
+    error = (gradient - exact_gradient).flatten(1).norm(dim=1) / exact_gradient.flatten(1).norm(dim=1)
+    assert error.median() < 2e-6
+    assert (error > 1e-4).double().mean() < 2e-3  # near-ties that rounding decides the other way
+
+
+def test_streams_do_not_disturb_each_other():
+    inputs = [polygons(60_000, 8, seed) for seed in range(4)]
+    expected = [value_and_gradient(*each, backend="triton") for each in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    results = [[] for _ in inputs]
+    for _ in range(20):
+        for stream, each, result in zip(streams, inputs, results, strict=True):
+            with torch.cuda.stream(stream):
+                result.append(value_and_gradient(*each, backend="triton"))
+    torch.cuda.synchronize()
+    for result, want in zip(results, expected, strict=True):
+        for got in result:
+            assert_same(got[0], want[0])
+            assert_same(got[1], want[1])
+
+
+def test_graphs_replay_at_the_same_time_on_two_streams():
+    inputs = [polygons(60_000, 8, seed) for seed in range(2)]
+    expected = [value_and_gradient(*each, backend="triton") for each in inputs]
+    graphs, outputs = [], []
+    for pred, target in inputs:
+        leaf = pred.detach().requires_grad_()
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            loss = mgiou_loss(leaf, target, backend="triton")
+            outputs.append((loss, *torch.autograd.grad(loss, leaf)))
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(20):
+        for output in outputs:
+            for tensor in output:
+                tensor.detach().fill_(torch.nan)
+        torch.cuda.synchronize()
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        for output, want in zip(outputs, expected, strict=True):
+            assert_same(output[0].detach(), want[0])
+            assert_same(output[1], want[1])
+
+
+def test_more_than_2_to_the_31_elements():
+    batch, size = 2**26 + 1000, 16
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    few, target = polygons(1000, size)
+    pred = few.half()[:1].expand(batch, size, 2).contiguous()
+    pred[-1000:] = few.half()
+    assert pred.numel() > 2**31
+    target_row = target[:1].expand(batch, size, 2)  # stride 0 over the batch
+    value, gradient = value_and_gradient(pred, target_row, backend="triton", reduction="none")
+    tail = value_and_gradient(pred[-1000:], target_row[-1000:], backend="triton", reduction="none")
+    assert_same(value[-1000:], tail[0])
+    assert_same(gradient[-1000:], tail[1])
+    assert (value[:-1000] == value[0]).all()
+    assert (gradient[:-1000] == gradient[0]).all()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_than_the_current_device():
+    expected = value_and_gradient(*polygons(1000, 8), backend="triton")
+    for _ in range(2):
+        assert torch.cuda.current_device() == 0
+        actual = value_and_gradient(*polygons(1000, 8, device="cuda:1"), backend="triton")
+        assert all(tensor.device.index == 1 for tensor in actual)
+        assert_same(actual[0].to(0), expected[0])
+        assert_same(actual[1].to(0), expected[1])
+
+
+def test_one_kernel_for_each_bucket():
+    from triton_mgiou import ops  # noqa: PLC0415
+
+    ops._plans.clear()
+    for size in range(3, 65):
+        pred, target = polygons(70, size)
+        for batch in (1, 2, 3, 16, 17, 31, 32, 33, 64, 70):
+            value_and_gradient(pred[:batch], target[:batch], backend="triton")
+    pred, target = polygons(5000, 8)
+    for batch in range(1, 5001, 7):
+        value_and_gradient(pred[:batch], target[:batch], backend="triton")
+    assert len({id(plan.compiled[0]) for plan in ops._plans.values()}) == 5
+
+
+def test_memory_is_the_gradient_and_a_few_bytes_a_sample():
+    pred, target = polygons(1, 8)
+    batch = 2**20
+    pred = pred.expand(batch, 8, 2).contiguous().requires_grad_()
+    target = target.expand(batch, 8, 2).contiguous()
+    mgiou_loss(pred, target, backend="triton")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = mgiou_loss(pred, target, backend="triton")
+    assert torch.cuda.max_memory_allocated() - before <= pred.numel() * 4 + 8 * batch
+    del loss
+    torch.cuda.reset_peak_memory_stats()
+    mgiou_loss(pred.detach(), target, backend="triton")
+    assert torch.cuda.max_memory_allocated() - before <= 8 * batch
+
+
+def test_backward_twice_and_checkpoint():
+    pred, target = polygons(100, 6)
+    expected = value_and_gradient(pred, target, backend="triton")
+    leaf = pred.clone().requires_grad_()
+    loss = mgiou_loss(leaf, target, backend="triton")
+    for _ in range(2):
+        assert_same(torch.autograd.grad(loss, leaf, retain_graph=True)[0], expected[1])
+    again = checkpoint(lambda p: mgiou_loss(p, target, backend="triton"), leaf, use_reentrant=False)
+    assert_same(torch.autograd.grad(again, leaf)[0], expected[1])
+
+
+def test_accuracy_does_not_need_fp_fusion(monkeypatch):
+    from triton_mgiou import ops, tuning  # noqa: PLC0415
+
+    options = tuning.Layout.options
+    monkeypatch.setattr(tuning.Layout, "options", lambda self: options(self) | {"enable_fp_fusion": False})
+    monkeypatch.setattr(ops, "_plans", {})
+    rng = generator(3)
+    pred, target = convex(500, 6, rng).float().cuda(), convex(500, 5, rng).float().cuda()
+    for axis_weight in ("uniform", "length", "soft"):
+        given = {"axis_weight": axis_weight, "convexity_weight": 1.0, "reduction": "none"}
+        value, gradient = value_and_gradient(pred, target, backend="triton", **given)
+        exact = value_and_gradient(pred.double(), target.double(), backend="eager", **given)
+        assert_close(value, exact[0], atol=1e-6)
+        assert_gradient_close(gradient, exact[1], rtol=1e-4)
+        zero = value_and_gradient(target, target, backend="triton", **given)
+        assert not zero[0].any()
+        assert not zero[1].any()
+
+
+SANITIZED = """
+import torch
+from triton_mgiou import mgiou_loss
+for n, m, batch in ((4, 4, 100), (7, 12, 33), (16, 3, 40_000), (70, 64, 9)):
+    pred = torch.rand(batch, n, 2, device="cuda", requires_grad=True)
+    target = torch.rand(batch, m, 2, device="cuda")
+    lengths = torch.randint(0, n + 1, (batch,), device="cuda")
+    mask = torch.rand(batch, m, device="cuda") < 0.7
+    for options in ({}, {"pred_lengths": lengths, "target_mask": mask, "axis_weight": "soft", "convexity_weight": 1.0}):
+        mgiou_loss(pred, target, backend="triton", **options).backward()
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.getcwd()}
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "ERROR SUMMARY: 0 errors" in done.stdout or "RACECHECK SUMMARY: 0 hazards" in done.stdout
