@@ -4,6 +4,8 @@
     TRITON_INTERPRET=1 pytest -k triton-cpu         the kernels in Triton's interpreter on the CPU
     pytest -m gpu                                   eager and the kernels on a GPU
 
+The interpreter takes a fifth of a second for a launch, so there each test runs with every value of every parameter at
+least once instead of every combination, which EVERY_CASE=1 brings back.
 `pytest --hypothesis-profile thorough` looks for new counterexamples instead of repeating the known examples.
 """
 
@@ -11,12 +13,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from triton_mgiou import mgiou_loss
 
@@ -24,7 +27,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_KERNELS = importlib.util.find_spec("triton_mgiou.ops") is not None
 
 settings.register_profile("default", max_examples=40, deadline=None, derandomize=True)
-settings.register_profile("interpreter", max_examples=8, deadline=None, derandomize=True)
+settings.register_profile(
+    "interpreter", max_examples=3, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
+)
 settings.register_profile("thorough", max_examples=1000, deadline=None)
 settings.load_profile("interpreter" if INTERPRETED else "default")
 
@@ -32,11 +37,12 @@ settings.load_profile("interpreter" if INTERPRETED else "default")
 @contextmanager
 def poisoned_memory():
     """Fill whatever `torch.empty` gives with NaN, so that an element that nothing wrote to shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,14 @@ class Backend:
             gradients = torch.autograd.grad(value, [tensors[name] for name in wrt], upstream)
         return value.detach(), *gradients
 
+    @property
+    def is_slow(self):
+        """Whether a call takes a fifth of a second or more."""
+        return INTERPRETED and self.name == "triton"
+
     def batch(self, size):
         """A batch size, cut to what the interpreter can do in a moment."""
-        return min(size, 16) if INTERPRETED and self.name == "triton" else size
+        return min(size, 64) if self.is_slow else size
 
 
 BACKENDS = [
@@ -81,9 +92,37 @@ def backend(request):
     return request.param
 
 
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")  # NaN, Inf, x / 0
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch.jit")  # in the compiler's own code
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leave out what needs a GPU where there is none: as skips they would be two lines out of three of the report."""
+    """Leave out what needs a GPU where there is none, and most of what would be slow in the interpreter.
+
+    As skips they would be two lines out of three of the report.
+    """
+    kept = list(items)
     if not torch.cuda.is_available():
-        needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=needs_gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        kept = [item for item in kept if not item.get_closest_marker("gpu")]
+    if INTERPRETED and os.environ.get("EVERY_CASE") != "1":
+        slow = [item for item in kept if hasattr(item, "callspec") and "triton-cpu" in item.callspec.id]
+        needless = set(slow) - set(every_value_once(slow))
+        kept = [item for item in kept if item not in needless]
+    config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+    items[:] = kept
+
+
+def every_value_once(items):
+    """Choose cases of each test such that every value of every parameter is in one of them."""
+    cases = {}
+    for item in items:
+        cases.setdefault(item.function, []).append(item)
+    for same_test in cases.values():
+        random.Random(0).shuffle(same_test)
+        values = {item: {(name, id(value)) for name, value in item.callspec.params.items()} for item in same_test}
+        missing = set().union(*values.values())
+        while missing:
+            best = max(same_test, key=lambda item: len(missing & values[item]))
+            missing -= values[best]
+            yield best

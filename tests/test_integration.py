@@ -252,14 +252,15 @@ def test_polygons_learn_their_targets(backend, axis_grad):
     target = convex(4, 6, rng).float().to(backend.device)
     optimizer = torch.optim.Adam([pred], lr=0.05)
     losses = []
-    for _ in range(60):
+    steps, part = (15, 0.8) if backend.is_slow else (60, 1 / 3)
+    for _ in range(steps):
         optimizer.zero_grad()
         loss = backend.loss(pred, target, axis_grad=axis_grad)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[0] > 0.2
-    assert losses[-1] < losses[0] / 3
+    assert losses[-1] < losses[0] * part
 
 
 def test_it_works_where_there_is_no_triton():
