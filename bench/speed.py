@@ -27,6 +27,7 @@ from triton_mgiou import mgiou_loss
 
 Step = Callable[[], object]
 
+SLOW = ("eager", "compiled")
 TRAINING = [(batch, n) for n in (4, 8) for batch in (512, 4096, 16384, 65536)]
 LARGE = [(1048576, 4), (1048576, 8), (262144, 16), (65536, 32), (16384, 64)]
 
@@ -42,7 +43,7 @@ def polygons(batch: int, vertices: int, seed: int) -> torch.Tensor:
 
 def wall(step: Step, repetitions: int = 20, inner: int = 50) -> float:
     """Microseconds of one step in a loop."""
-    for _ in range(10):
+    for _ in range(5):
         step()
     times = []
     for _ in range(repetitions):
@@ -60,7 +61,7 @@ def interleaved(steps: dict[str, Step], rounds: int = 5) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            times[name].append(wall(step, repetitions=4))
+            times[name].append(wall(step, repetitions=3, inner=10 if name in SLOW else 50))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -157,9 +158,10 @@ def main(argv: list[str] | None = None) -> None:
         row["memory_bytes"] = {name: peak_memory(step) for name, step in steps.items()}
         if (batch, n) in TRAINING:
             row["graph_us"] = {name: graph(steps[name]) for name in ("fused", "smooth_l1", "l1", "eager")}
+        detached = pred.detach()
         row["gpu_us"] = {
             "value_and_gradient": gpu(lambda p=pred, t=target: fused(p, t)),
-            "value": gpu(lambda p=pred.detach(), t=target: fused(p, t)),
+            "value": gpu(lambda p=detached, t=target: fused(p, t)),
         }
         rows.append(row)
         times = {name: round(value, 1) for name, value in row["wall_us"].items()}  # type: ignore[attr-defined]

@@ -1,0 +1,64 @@
+"""The command line: `triton-mgiou` or `python -m triton_mgiou`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import triton_mgiou
+from triton_mgiou import demo
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The arguments behind the program's name; those of the process by default.
+
+    Returns:
+        The exit status: 0, or 1 if the command cannot run here, with the reason in one line on stderr.
+
+    Raises:
+        SystemExit: Status 2 for wrong arguments, 0 after `--help` and `--version`.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        demo.run(epochs=args.epochs, seed=args.seed, device=args.device, batch_size=args.batch_size, out=args.out)
+    except demo.DemoError as error:
+        sys.stderr.write(f"triton-mgiou {args.command}: {error}\n")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="triton-mgiou", description=triton_mgiou.__doc__)
+    parser.add_argument("--version", action="version", version=triton_mgiou.__version__)
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+
+    command = commands.add_parser(
+        "demo",
+        help="train on real images and show the result",
+        description="Train a small network to outline handwritten digits; write demo.png and result.json.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument("--epochs", type=_integer_from(1), default=30, help="passes over the training images")
+    command.add_argument("--seed", type=_integer_from(0), default=0, help="of the weights and the order of images")
+    command.add_argument("--device", default="auto", help="torch device; auto takes cuda where there is one")
+    command.add_argument("--batch-size", type=_integer_from(1), default=64, help="images a step")
+    command.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="folder for the files")
+    return parser
+
+
+def _integer_from(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"expected an integer of {least} or above, got {text!r}")
+        return value
+
+    return parse

@@ -1,0 +1,383 @@
+"""Train a small network with `MGIoULoss` on real images and show how well it does.
+
+The task: given one of scikit-learn's digit images (8 x 8 pixels, scans of handwriting), predict the 12 vertices of
+the convex hull of its strokes. The hulls have 4 to 12 vertices, so the targets are a padded batch with lengths.
+Coordinates are in units of the image's side: x to the right, y down, both in 0..1.
+
+How a result is judged: every predicted polygon is read in the order of its vertices, and where it crosses itself it
+covers what the even-odd rule says (a point is inside if a ray from it crosses the outline an odd number of times).
+A crossing thus costs area. Reading the predicted hull, or repairing the polygon first, would hide wrong orders.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from triton_mgiou.functional import mgiou_loss
+from triton_mgiou.modules import MGIoULoss
+
+EXTRAS = ("matplotlib.figure", "shapely", "sklearn.datasets", "tqdm")  # imported only by a demo that runs
+
+SIDE = 8  # pixels
+FULL_INK = 16  # the darkest value of a pixel
+STROKE_INK = 4  # from a quarter of the full ink on, a pixel belongs to the stroke
+TEST_EVERY = 5  # the first of every five images is a test image, whatever the seed
+VERTICES = 12
+LEARNING_RATE = 3e-3
+
+# MGIoU sees only the hull of the prediction; the convexity term holds its vertices in order. Weighing the axes by
+# the length of their edge keeps the many short edges of a 12-gon from outvoting the long ones.
+LOSS_OPTIONS: dict[str, Any] = {"axis_weight": "length", "axis_grad": False, "convexity_weight": 0.25}
+
+Points = NDArray[np.float64]
+
+
+class DemoError(Exception):
+    """The demo cannot run here; the text is one line for the user."""
+
+
+class Digits(NamedTuple):
+    """S images and the hulls of their strokes."""
+
+    images: Tensor  # (S, 1, 8, 8), float32, ink in 0..1
+    targets: Tensor  # (S, M, 2), float32; NaN behind the real vertices
+    lengths: Tensor  # (S,), int64, how many vertices are real
+
+
+class Scores(NamedTuple):
+    """What `evaluate` found on the test images."""
+
+    polygons: NDArray[np.float32]  # (S, 12, 2), the predictions
+    ious: Points  # (S,), polygon IoU of each
+
+
+def run(*, epochs: int, seed: int, device: str, batch_size: int, out: Path) -> dict[str, Any]:
+    """Load the data, train, evaluate, print a table and write `demo.png` and `result.json`.
+
+    Args:
+        epochs: Passes over the training images, 1 or above.
+        seed: Of the first weights and of the order of the images; the split does not depend on it.
+        device: A torch device, or "auto" for "cuda" where there is one, else "cpu".
+        batch_size: Images a step, 1 or above.
+        out: Folder for the files; made if it does not exist.
+
+    Returns:
+        What `result.json` holds: `polygon_iou` (mean over the test images), `ap50`, `ap75`, `ap90` (see
+        `average_precision`), `loss_first` and `loss_last` (training loss, see `loss_at`), `seconds` (loading,
+        training and evaluation), `device`, `backend` and `options` (those of the loss, and the run's settings).
+
+    Raises:
+        DemoError: A library of the `demo` extra is missing, the device is not there, or `out` cannot be written.
+    """
+    start = time.perf_counter()
+    for name in EXTRAS:
+        _extra(name)
+    chosen_device = pick_device(device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"cannot write to {out}: {error.strerror}") from None
+
+    train_data, test_data = load_data()
+    backend = pick_backend(chosen_device)
+    loss = MGIoULoss(**LOSS_OPTIONS, backend=backend)
+    with _one_thread():
+        network, losses = train(train_data, loss, epochs=epochs, seed=seed, batch_size=batch_size, device=chosen_device)
+        scores = evaluate(network, test_data, chosen_device)
+    result = {
+        "polygon_iou": float(scores.ious.mean()),
+        "ap50": average_precision(scores.ious, 0.50),
+        "ap75": average_precision(scores.ious, 0.75),
+        "ap90": average_precision(scores.ious, 0.90),
+        "loss_first": loss_at(losses, 0),
+        "loss_last": loss_at(losses, 1),
+        "seconds": time.perf_counter() - start,
+        "device": str(chosen_device),
+        "backend": backend,
+        "options": {
+            **LOSS_OPTIONS,
+            "epochs": epochs,
+            "seed": seed,
+            "batch_size": batch_size,
+            "learning_rate": LEARNING_RATE,
+            "vertices": VERTICES,
+            "train_images": len(train_data.images),
+            "test_images": len(test_data.images),
+        },
+    }
+    picture, numbers = out / "demo.png", out / "result.json"
+    draw(picture, test_data, scores, losses, epochs)
+    numbers.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    sys.stdout.write(table(result, loss_at(losses, 1 / 3)) + f"\nwritten: {picture}, {numbers}\n")
+    return result
+
+
+def load_data() -> tuple[Digits, Digits]:
+    """The training and the test images. Every fifth image is a test image: 1437 and 360."""
+    images = _extra("sklearn.datasets").load_digits().images
+    hulls = [stroke_hull(image) for image in images]
+    lengths = torch.tensor([len(hull) for hull in hulls])
+    targets = torch.full((len(hulls), int(lengths.max()), 2), math.nan)
+    for target, hull in zip(targets, hulls, strict=True):
+        target[: len(hull)] = torch.from_numpy(hull)
+    digits = Digits(torch.from_numpy(images / FULL_INK).float().unsqueeze(1), targets, lengths)
+    is_test = torch.arange(len(images)) % TEST_EVERY == 0
+    return _select(digits, ~is_test), _select(digits, is_test)
+
+
+def stroke_hull(image: Points) -> Points:
+    """The convex hull of the stroke's pixels, corners included.
+
+    Args:
+        image: Ink of the pixels, shape (8, 8), 0..16; at least one pixel belongs to the stroke.
+
+    Returns:
+        The hull's vertices in order, shape (K, 2), in units of the image's side; no three on a line.
+    """
+    shapely = _extra("shapely")
+    row, column = np.nonzero(image >= STROKE_INK)
+    pixels = np.stack((column, row), axis=1)
+    corners = np.concatenate([pixels + corner for corner in ((0, 0), (0, 1), (1, 0), (1, 1))]) / SIDE
+    outline: Points = shapely.get_coordinates(shapely.convex_hull(shapely.multipoints(corners)))
+    return outline[:-1]  # the last repeats the first
+
+
+def make_network() -> nn.Module:
+    """A network from (B, 1, 8, 8) images to (B, 12, 2) vertices, with weights from the global generator.
+
+    It starts from (nearly) the circle that touches the sides of the image: vertices that start far apart and in order
+    stay so, those that start at random first have to be untangled.
+    """
+    angle = torch.arange(VERTICES) * (2 * math.pi / VERTICES)
+    circle = 0.5 + 0.5 * torch.stack((angle.cos(), angle.sin()), dim=-1)
+    head = nn.Linear(128, 2 * VERTICES)
+    with torch.no_grad():
+        head.weight.mul_(0.1)
+        head.bias.copy_(circle.flatten())
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * (SIDE // 2) ** 2, 128),
+        nn.ReLU(),
+        head,
+        nn.Unflatten(1, (VERTICES, 2)),
+    )
+
+
+def train(
+    data: Digits, loss: MGIoULoss, *, epochs: int, seed: int, batch_size: int, device: torch.device
+) -> tuple[nn.Module, list[float]]:
+    """Train a network and return it with the loss of every step."""
+    torch.manual_seed(seed)
+    network = make_network().to(device)
+    images, targets, lengths = (tensor.to(device) for tensor in data)
+    steps = epochs * math.ceil(len(images) / batch_size)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+
+    losses: list[Tensor] = []  # one tensor an epoch: reading a loss waits for the device, so not in every step
+    with _extra("tqdm").tqdm(total=steps, desc="training", unit="step") as progress:
+        for _ in range(epochs):
+            epoch_losses = []
+            for batch in torch.split(torch.randperm(len(images), device=device), batch_size):
+                polygons = network(images[batch])
+                value = loss(polygons, targets[batch], target_lengths=lengths[batch])
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+                schedule.step()
+                epoch_losses.append(value.detach())
+            losses.append(torch.stack(epoch_losses).cpu())
+            progress.update(len(epoch_losses))
+            progress.set_postfix(loss=f"{losses[-1].mean():.4f}")
+    return network, torch.cat(losses).tolist()
+
+
+def evaluate(network: nn.Module, data: Digits, device: torch.device) -> Scores:
+    """The network's polygons for all images, and their IoU with the targets."""
+    network.eval()
+    with torch.no_grad():
+        polygons = network(data.images.to(device)).cpu().numpy()
+    targets = [target[:length].numpy() for target, length in zip(data.targets, data.lengths, strict=True)]
+    ious = [polygon_iou(polygon, target) for polygon, target in zip(polygons, targets, strict=True)]
+    return Scores(polygons, np.array(ious))
+
+
+def polygon_iou(pred: ArrayLike, target: ArrayLike) -> float:
+    """Intersection over union of two polygons, each read in the order of its vertices, by the even-odd rule.
+
+    Both outlines together cut the plane into faces; each face lies wholly inside or outside of either polygon. So
+    there is nothing to repair in a polygon that crosses itself: a bow-tie covers its two lobes, the inside of a loop
+    that runs around twice is outside. Where neither polygon covers any area, or a coordinate is not finite, it is 0.
+
+    Args:
+        pred: Vertices, shape (N, 2), N >= 3.
+        target: Vertices, shape (M, 2), M >= 3.
+
+    Returns:
+        The IoU, in 0..1.
+    """
+    shapely = _extra("shapely")
+    p, g = np.asarray(pred, dtype=np.float64), np.asarray(target, dtype=np.float64)
+    if not (np.isfinite(p).all() and np.isfinite(g).all()):
+        return 0.0
+    outlines = shapely.union_all([shapely.linearrings(p), shapely.linearrings(g)])  # cut at all crossings
+    faces = shapely.get_parts(shapely.polygonize(shapely.get_parts(outlines)))
+    areas = shapely.area(faces)
+    points = shapely.get_coordinates(shapely.point_on_surface(faces))  # one inside each face
+    in_p, in_g = _is_inside(points, p), _is_inside(points, g)
+    union = areas[in_p | in_g].sum()
+    return float(areas[in_p & in_g].sum() / union) if union > 0 else 0.0
+
+
+def average_precision(ious: Points, threshold: float) -> float:
+    """The share of the images whose IoU is at least `threshold`.
+
+    Every image has one object and one prediction, so there is nothing to rank, and the average precision of a
+    detector comes down to this share.
+
+    Args:
+        ious: Shape (S,), S >= 1.
+        threshold: In 0..1.
+    """
+    return float((ious >= threshold).mean())
+
+
+def loss_at(losses: list[float], position: float) -> float:
+    """The training loss at the start (`position` 0), the end (1) or between: the mean of 2 % of the steps there."""
+    window = max(1, len(losses) // 50)
+    first = round(position * (len(losses) - window))
+    return sum(losses[first : first + window]) / window
+
+
+def table(result: dict[str, Any], loss_third: float) -> str:
+    """The result as text, one line a number."""
+    options = result["options"]
+    rows = [
+        ("train loss, start", f"{result['loss_first']:.4f}"),
+        ("train loss, after a third", f"{loss_third:.4f}"),
+        ("train loss, end", f"{result['loss_last']:.4f}"),
+        ("test polygon IoU", f"{result['polygon_iou']:.4f}"),
+        ("test AP50", f"{result['ap50']:.4f}"),
+        ("test AP75", f"{result['ap75']:.4f}"),
+        ("test AP90", f"{result['ap90']:.4f}"),
+        ("time", f"{result['seconds']:.1f} s"),
+    ]
+    return "\n".join(
+        (
+            f"{options['train_images']} training and {options['test_images']} test images, {options['epochs']} epochs, "
+            f"device {result['device']}, backend {result['backend']}",
+            *(f"  {name:<26}{value:>8}" for name, value in rows),
+            "IoU: vertices in their order, even-odd rule. AP: share of the test images (one object each) at that IoU.",
+        )
+    )
+
+
+def draw(path: Path, data: Digits, scores: Scores, losses: list[float], epochs: int) -> None:
+    """Draw 12 test images, evenly spread from the worst IoU to the best, and the loss curve into a PNG file."""
+    figure = _extra("matplotlib.figure").Figure(figsize=(15, 7), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.7, 1))
+
+    left.suptitle("Test images, from the worst IoU to the best")
+    shown = np.argsort(scores.ious)[np.linspace(0, len(scores.ious) - 1, 12).round().astype(int)]
+    for axes, index in zip(left.subplots(3, 4).flat, shown, strict=True):
+        target = data.targets[index, : data.lengths[index]].numpy()
+        axes.imshow(data.images[index, 0].numpy(), cmap="gray_r", vmin=0, vmax=1.6, extent=(0, 1, 1, 0))
+        axes.fill(*target.T, fill=False, edgecolor="tab:green", linewidth=4, alpha=0.7, label="target hull")
+        axes.fill(*scores.polygons[index].T, fill=False, edgecolor="tab:red", linewidth=1.5)
+        axes.plot(*scores.polygons[index].T, "o", color="tab:red", markersize=3)
+        axes.plot([], [], "o-", color="tab:red", markersize=3, label="prediction")  # line and vertices in the legend
+        axes.set_title(f"IoU {scores.ious[index]:.3f}", fontsize=10)
+        axes.set(xlim=(-0.06, 1.06), ylim=(1.06, -0.06), xticks=[], yticks=[])
+    handles, labels = axes.get_legend_handles_labels()
+    left.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+
+    axes = right.subplots()
+    epoch = np.arange(1, len(losses) + 1) * (epochs / len(losses))
+    means = np.array(losses).reshape(epochs, -1).mean(1)
+    axes.plot(epoch, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
+    axes.plot(np.arange(epochs) + 0.5, means, color="tab:blue", linewidth=2, label="mean of an epoch")
+    axes.set(yscale="log", xlabel="epoch", ylabel="MGIoU loss with convexity term", title="Training loss")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`, or the best one for "auto".
+
+    Raises:
+        DemoError: There is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DemoError(f"device {name!r} is not available: {reason}") from None
+    return device
+
+
+def pick_backend(device: torch.device) -> str:
+    """The loss's backend: "triton" on a GPU where its kernels run, else "eager"."""
+    if device.type != "cuda":
+        return "eager"
+    square = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]], device=device)
+    try:
+        mgiou_loss(square, square, backend="triton", **LOSS_OPTIONS)
+    except RuntimeError:
+        return "eager"
+    return "triton"
+
+
+def _is_inside(points: Points, polygon: Points) -> NDArray[np.bool_]:
+    """Whether a ray from each point, (K, 2), to the right crosses the polygon's outline an odd number of times."""
+    x, y = points[:, :1], points[:, 1:]  # (K, 1), against (N,) edges
+    start, end = polygon.T, np.roll(polygon, -1, axis=0).T
+    spans = (start[1] > y) != (end[1] > y)
+    rise = np.where(start[1] == end[1], 1.0, end[1] - start[1])  # a level edge spans nothing
+    crosses = spans & (start[0] + (y - start[1]) * (end[0] - start[0]) / rise > x)
+    inside: NDArray[np.bool_] = crosses.sum(axis=1) % 2 == 1
+    return inside
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one CPU thread: for tensors this small a second one gains little, and stalls if its core is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _select(digits: Digits, chosen: Tensor) -> Digits:
+    return Digits(*(tensor[chosen] for tensor in digits))
+
+
+def _extra(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise DemoError(f'the demo needs {error.name}; install it with: pip install "triton-mgiou[demo]"') from None
