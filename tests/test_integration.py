@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 
@@ -28,17 +29,16 @@ def sample(batch, device, seed=101):
     }
 
 
-@pytest.mark.parametrize("axis_weight", ["uniform", "length", "soft"])
-def test_autocast_changes_no_bit(backend, axis_weight):
+@pytest.mark.parametrize(("axis_weight", "reduction"), [("uniform", "mean"), ("length", "sum"), ("soft", "none")])
+def test_autocast_changes_no_bit(backend, axis_weight, reduction):
     given = sample(6, backend.device)
-    options = {"axis_weight": axis_weight, "convexity_weight": 0.5}
-    for reduction in ("none", "mean"):
-        expected = backend.value_and_gradient(**given, wrt=BOTH, reduction=reduction, **options)
-        for dtype in (torch.bfloat16, torch.float16):
-            with torch.autocast(backend.device, dtype=dtype):
-                actual = backend.value_and_gradient(**given, wrt=BOTH, reduction=reduction, **options)
-            for got, want in zip(actual, expected, strict=True):
-                assert_same(got, want)
+    options = {"axis_weight": axis_weight, "reduction": reduction, "convexity_weight": 0.5}
+    expected = backend.value_and_gradient(**given, wrt=BOTH, **options)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(backend.device, dtype=dtype):
+            actual = backend.value_and_gradient(**given, wrt=BOTH, **options)
+        for got, want in zip(actual, expected, strict=True):
+            assert_same(got, want)
 
 
 def test_a_network_under_autocast(backend):
@@ -72,7 +72,8 @@ def assert_compiled_is_the_same(function, compiled, given):
 
 
 @pytest.fixture
-def fresh_compiler():
+def fresh_compiler(caplog):
+    caplog.set_level(logging.WARNING, "torch.__trace")  # or a failure is reported below thousands of empty lines
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -82,10 +83,8 @@ def fresh_compiler():
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"axis_weight": "length", "axis_grad": False, "convexity_weight": 0.5, "reduction": "none"},
-        {"axis_weight": "soft", "reduction": "sum"},
         {"avg_factor": 3.0},
+        {"axis_weight": "length", "axis_grad": False, "convexity_weight": 0.5, "reduction": "none"},
     ],
 )
 def test_compile_with_a_batch_size_that_changes(backend, options):
@@ -289,7 +288,7 @@ def test_the_import_brings_in_neither_triton_nor_the_compiler():
     """Each takes about as long to import as PyTorch itself."""
     program = "import sys, torch; before = set(sys.modules); import triton_mgiou; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert {"triton", "torch._dynamo", "torch._inductor"}.isdisjoint(done.stdout.split())
+    assert {"triton", "torch._dynamo", "torch._inductor"} & set(done.stdout.split()) == set()
 
 
 def test_the_public_names():
