@@ -57,8 +57,10 @@ def _integer_from(least: int) -> Callable[[str], int]:
             value = int(text)
         except ValueError:
             value = least - 1
-        if not least <= value < 2**63:
+        if value < least:
             raise argparse.ArgumentTypeError(f"expected an integer of {least} or above, got {text!r}")
+        if value >= 2**63:
+            raise argparse.ArgumentTypeError(f"expected an integer of {least} to 2^63 - 1, got {text!r}")
         return value
 
     return parse

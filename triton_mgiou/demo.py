@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from triton_mgiou.functional import mgiou_loss
+from triton_mgiou.functional import kernels_unavailable
 from triton_mgiou.modules import MGIoULoss
 
 EXTRAS = ("matplotlib.figure", "shapely", "sklearn.datasets", "tqdm")  # imported only by a demo that runs
@@ -90,6 +91,8 @@ def run(*, epochs: int, seed: int, device: str, batch_size: int, out: Path) -> d
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"cannot write to {out}: {error.strerror}") from None
+    if not os.access(out, os.W_OK):
+        raise DemoError(f"cannot write to {out}: no permission")
 
     train_data, test_data = load_data()
     backend = pick_backend(chosen_device)
@@ -296,7 +299,7 @@ def draw(path: Path, data: Digits, scores: Scores, losses: list[float], epochs: 
     figure = _extra("matplotlib.figure").Figure(figsize=(15, 7), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.7, 1))
 
-    left.suptitle("Test images, from the worst IoU to the best")
+    left.suptitle(f"Test images, from the worst IoU to the best (mean of all: {scores.ious.mean():.3f})")
     shown = np.argsort(scores.ious)[np.linspace(0, len(scores.ious) - 1, 12).round().astype(int)]
     for axes, index in zip(left.subplots(3, 4).flat, shown, strict=True):
         target = data.targets[index, : data.lengths[index]].numpy()
@@ -316,6 +319,8 @@ def draw(path: Path, data: Digits, scores: Scores, losses: list[float], epochs: 
     axes.plot(epoch, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
     axes.plot(np.arange(epochs) + 0.5, means, color="tab:blue", linewidth=2, label="mean of an epoch")
     axes.set(yscale="log", xlabel="epoch", ylabel="MGIoU loss with convexity term", title="Training loss")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(which="both", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=100)
@@ -339,15 +344,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_backend(device: torch.device) -> str:
-    """The loss's backend: "triton" on a GPU where its kernels run, else "eager"."""
-    if device.type != "cuda":
-        return "eager"
-    square = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]], device=device)
-    try:
-        mgiou_loss(square, square, backend="triton", **LOSS_OPTIONS)
-    except RuntimeError:
-        return "eager"
-    return "triton"
+    """What the loss's "auto" comes to on this device: "triton" on a GPU where the kernels run, else "eager"."""
+    return "triton" if device.type == "cuda" and kernels_unavailable(device) is None else "eager"
 
 
 def _is_inside(points: Points, polygon: Points) -> NDArray[np.bool_]:
