@@ -1,0 +1,112 @@
+"""The command line: what it understands, and what it says to what it does not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import triton_mgiou
+from triton_mgiou import demo
+from triton_mgiou.cli import main
+
+
+def status_of(arguments):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    return exit_info.value.code
+
+
+def run_python(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture
+def demo_calls(monkeypatch):
+    """The demo's arguments, without the demo."""
+    calls = []
+    monkeypatch.setattr(demo, "run", lambda **arguments: calls.append(arguments))
+    return calls
+
+
+def test_version(capsys):
+    assert status_of(["--version"]) == 0
+    assert capsys.readouterr().out == f"{triton_mgiou.__version__}\n"
+
+
+def test_runs_as_a_module():
+    done = run_python("-m", "triton_mgiou", "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{triton_mgiou.__version__}\n", "")
+
+
+def test_help_names_the_commands(capsys):
+    assert status_of(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: triton-mgiou ")
+    assert "demo" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["triton-mgiou: error:", "command"]),
+        (["paint"], ["triton-mgiou: error:", "command", "'paint'", "demo"]),
+        (["demo", "--colour", "red"], ["triton-mgiou: error:", "--colour red"]),
+        (["demo", "--epochs", "0"], ["argument --epochs: expected an integer of 1 or above, got '0'"]),
+        (["demo", "--epochs", "2.5"], ["argument --epochs: expected an integer of 1 or above, got '2.5'"]),
+        (["demo", "--batch-size", "-3"], ["argument --batch-size: expected an integer of 1 or above, got '-3'"]),
+        (["demo", "--seed", "-1"], ["argument --seed: expected an integer of 0 or above, got '-1'"]),
+        (["demo", "--seed", "x"], ["argument --seed: expected an integer of 0 or above, got 'x'"]),
+        (["demo", "--seed", str(2**63)], ["argument --seed: expected an integer of 0 to 2^63 - 1, got"]),
+    ],
+)
+def test_wrong_arguments(arguments, words, demo_calls, capsys):
+    assert status_of(arguments) == 2
+    captured = capsys.readouterr()
+    error = captured.err.splitlines()[-1]
+    assert [word for word in words if word not in error] == []
+    assert captured.out == ""
+    assert demo_calls == []
+
+
+def test_defaults_of_the_demo(demo_calls):
+    assert main(["demo"]) == 0
+    assert demo_calls == [{"epochs": 30, "seed": 0, "device": "auto", "batch_size": 64, "out": Path("demo_out")}]
+
+
+def test_arguments_reach_the_demo(demo_calls):
+    arguments = ["--epochs", "3", "--seed", "7", "--device", "cpu", "--batch-size", "5", "--out", "somewhere/else"]
+    assert main(["demo", *arguments]) == 0
+    expected = {"epochs": 3, "seed": 7, "device": "cpu", "batch_size": 5, "out": Path("somewhere/else")}
+    assert demo_calls == [expected]
+
+
+def test_arguments_of_the_process(demo_calls, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["triton-mgiou", "demo", "--seed", "4"])
+    assert main() == 0
+    assert demo_calls[0]["seed"] == 4
+
+
+def test_a_demo_that_cannot_run_is_one_line(monkeypatch, capsys):
+    def fail(**_):
+        raise demo.DemoError("no paper left")
+
+    monkeypatch.setattr(demo, "run", fail)
+    assert main(["demo"]) == 1
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "triton-mgiou demo: no paper left\n")
+
+
+def test_imports_stay_light():
+    """`import triton_mgiou` loads no command, and the commands load no library of the extras (PyTorch loads tqdm)."""
+    code = """
+import sys
+import triton_mgiou
+print(*(name for name in ("triton_mgiou.cli", "triton_mgiou.demo") if name in sys.modules))
+import triton_mgiou.cli
+print(*(name for name in ("matplotlib", "shapely", "sklearn") if name in sys.modules))
+"""
+    done = run_python("-c", code)
+    assert (done.stdout, done.stderr) == ("\n\n", "")
