@@ -20,25 +20,26 @@ def polygons(backend, dtype=torch.float32):
     return star(6, 5, rng).to(backend.device, dtype), convex(6, 7, rng).to(backend.device, dtype)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("rule", ["sum", "none"])
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float32)], ids=str)
-def test_opcheck(kernels, reduction, dtypes):
+def test_opcheck(kernels, rule, dtypes):
     pred, target = (t.to(dtype) for t, dtype in zip(polygons(kernels), dtypes, strict=True))
     lengths = torch.full((6,), 4, device=kernels.device)
     mask = torch.ones(6, 7, dtype=torch.bool, device=kernels.device)
     weight = torch.rand(6, device=kernels.device)
     for side in (pred, target):
         side.requires_grad_()
-    arguments = (pred, target, lengths, mask, weight, reduction, 2.0, "length", True, 0.5, True, True)
+    convexity = torch.tensor(0.5, dtype=torch.float64)
+    arguments = (pred, target, lengths, mask, weight, rule, "length", True, convexity, True, True)
     torch.library.opcheck(torch.ops.triton_mgiou.loss.default, arguments)
 
 
 def test_the_operator_is_the_direct_path(kernels):
     pred, target = (t.requires_grad_() for t in polygons(kernels))
-    direct = mgiou_loss(pred, target, convexity_weight=0.5, backend="triton")
-    operator = torch.ops.triton_mgiou.loss(
-        pred, target, None, None, None, "mean", None, "uniform", True, 0.5, True, True
-    )[0]
+    direct = mgiou_loss(pred, target, reduction="sum", convexity_weight=0.5, backend="triton")
+    convexity = torch.tensor(0.5, dtype=torch.float64)
+    options = (None, None, None, "sum", "uniform", True, convexity, True, True)
+    operator = torch.ops.triton_mgiou.loss(pred, target, *options)[0]
     assert_same(direct.detach(), operator.detach())
     for got, want in zip(
         torch.autograd.grad(operator, (pred, target)), torch.autograd.grad(direct, (pred, target)), strict=True

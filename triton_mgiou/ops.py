@@ -70,19 +70,23 @@ def fused_loss(
     convexity_weight: float,
 ) -> Tensor:
     """The reduced loss by the fused kernel. B is at least 1; what says which vertices are real is lengths or bool."""
-    options = (pred_real, target_real, weight, reduction, avg_factor, axis_weight, axis_grad, convexity_weight)
     if torch.is_grad_enabled():
         pred_grad, target_grad = pred.requires_grad, target.requires_grad
     else:
         pred_grad = target_grad = False
     plain = type(pred) in _PLAIN and type(target) in _PLAIN
-    if torch.compiler.is_compiling() or not plain:
-        loss: Tensor = _operator(pred, target, *options, pred_grad, target_grad)[0]
-    elif pred_grad or target_grad:
-        loss = _FusedLoss.apply(pred, target, options)  # type: ignore[no-untyped-call]
-    else:
-        loss = _launch(pred, target, *options, False)[0]
-    return loss
+    if torch.compiler.is_compiling() or not plain or torch._C._are_functorch_transforms_active():
+        # Numbers that may change from step to step go in as tensors, or stay outside, lest they specialise the graph.
+        convexity = torch.full((), convexity_weight, dtype=torch.float64, device="cpu")
+        rule = "none" if reduction == "none" else "sum"
+        options = (pred_real, target_real, weight, rule, axis_weight, axis_grad, convexity)
+        total: Tensor = _operator(pred, target, *options, pred_grad, target_grad)[0]
+        return total / (pred.shape[0] if avg_factor is None else avg_factor) if reduction == "mean" else total
+    direct = (pred_real, target_real, weight, reduction, avg_factor, axis_weight, axis_grad, convexity_weight)
+    if pred_grad or target_grad:
+        loss: Tensor = _FusedLoss.apply(pred, target, direct)  # type: ignore[no-untyped-call]
+        return loss
+    return _launch(pred, target, *direct, False)[0]
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -307,15 +311,14 @@ def _operator(
     target_real: Tensor | None,
     weight: Tensor | None,
     reduction: str,
-    avg_factor: float | None,
     axis_weight: str,
     axis_grad: bool,
-    convexity_weight: float,
+    convexity_weight: Tensor,
     pred_grad: bool,
     target_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for torch.compile: loss and gradients; a gradient that is not asked for is empty."""
-    options = (pred_real, target_real, weight, reduction, avg_factor, axis_weight, axis_grad, convexity_weight)
+    """The same through PyTorch's dispatcher: loss and gradients; a gradient that is not asked for is empty."""
+    options = (pred_real, target_real, weight, reduction, None, axis_weight, axis_grad, convexity_weight.item())
     loss, *grads = _loss_and_grads(pred, target, *options, pred_grad, target_grad)
     pred_out, target_out = (loss.new_empty(0) if grad is None else grad for grad in grads)
     return loss, pred_out, target_out
@@ -347,7 +350,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tup
         if asked and upstream is not None:
             factor = upstream[:, None, None] if upstream.dim() == 1 else upstream
             grads[side] = (grad * factor).to(dtype)
-    return (*grads, *[None] * 10)
+    return (*grads, *[None] * 9)
 
 
 _operator.register_autograd(_backward, setup_context=_save)

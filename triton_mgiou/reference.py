@@ -33,7 +33,7 @@ _FLOAT_BITS = {torch.float32: (torch.int32, 23, 0xFF), torch.float64: (torch.int
 class _Polygons(NamedTuple):
     vertices: Tensor  # (B, N, 2), the real ones first; 0 behind them
     real: Tensor  # (B, N), True for a real vertex
-    following: Tensor  # (B, N, 2), the next real vertex of each real one
+    following: Tensor  # (B, N, 1), the index of the next real vertex of each real one
     edges: Tensor  # (B, N, 2), edge k runs from vertex k to the next real one; 0 behind the real ones
     on_edge: Tensor  # (B, N, N), [b, k, j] is True where vertex j is an end of edge k
 
@@ -150,12 +150,11 @@ def _polygons(vertices: Tensor, real: Tensor, low: Tensor) -> _Polygons:
     """Move scaled vertices by `low`. Edges come from before the move, which rounds: small polygons keep their shape."""
     index = torch.arange(vertices.shape[1], device=vertices.device)
     is_last = index == real.sum(1, keepdim=True) - 1  # (B, N)
-    following = torch.where(is_last.unsqueeze(-1), vertices[:, :1], vertices.roll(-1, dims=1))
-    edges = torch.where(real.unsqueeze(-1), following - vertices, 0.0)
-    next_index = torch.where(is_last, 0, index + 1).unsqueeze(-1)
-    on_edge = (index == index.unsqueeze(-1)) | (index == next_index)
-    moved, following = (torch.where(real.unsqueeze(-1), points - low, 0.0) for points in (vertices, following))
-    return _Polygons(moved, real, following, edges, on_edge)
+    end = torch.where(is_last.unsqueeze(-1), vertices[:, :1], vertices.roll(-1, dims=1))
+    edges = torch.where(real.unsqueeze(-1), end - vertices, 0.0)
+    following = torch.where(is_last, 0, (index + 1).clamp(max=index.shape[0] - 1)).unsqueeze(-1)
+    on_edge = (index == index.unsqueeze(-1)) | (index == following)
+    return _Polygons(torch.where(real.unsqueeze(-1), vertices - low, 0.0), real, following, edges, on_edge)
 
 
 def _axes(edges: Tensor) -> Tensor:
@@ -163,20 +162,52 @@ def _axes(edges: Tensor) -> Tensor:
 
 
 def _project(polygons: _Polygons, axes: Tensor) -> Tensor:
-    """Project all vertices on all axes: (B, K, N). Never a matrix product: autocast would halve its inputs."""
-    x, y = polygons.vertices.unsqueeze(1).unbind(-1)
+    """Project all vertices on all axes: (B, K, N). Never a matrix product: autocast would halve its inputs.
+
+    A compiler must not compute these again in the backward pass: fused another way, they would no longer be equal
+    to the extremes that were found among them, and a gradient would be lost or NaN. So it gets an opaque operator.
+    """
+    if torch.compiler.is_compiling():
+        return cast("Tensor", _projections_operator(axes, polygons.vertices))
+    return _projections(axes, polygons.vertices)
+
+
+def _projections(axes: Tensor, vertices: Tensor) -> Tensor:
+    x, y = vertices.unsqueeze(1).unbind(-1)
     return axes[..., :1] * x + axes[..., 1:] * y
 
 
-def _own_interval(polygons: _Polygons, axes: Tensor) -> tuple[Tensor, Tensor]:
+_projections_operator = torch.library.custom_op(
+    "triton_mgiou::project", mutates_args=(), schema="(Tensor axes, Tensor vertices) -> Tensor"
+)(_projections)
+
+
+@_projections_operator.register_fake
+def _(axes: Tensor, vertices: Tensor) -> Tensor:
+    return axes.new_empty((*axes.shape[:2], vertices.shape[1]))
+
+
+def _save_projected(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs)
+
+
+def _projections_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    axes, vertices = ctx.saved_tensors
+    grad = grad.unsqueeze(-1)  # (B, K, N, 1)
+    return (grad * vertices.unsqueeze(1)).sum(2), (grad * axes.unsqueeze(2)).sum(1)
+
+
+_projections_operator.register_autograd(_projections_backward, setup_context=_save_projected)
+
+
+def _own_interval(projections: Tensor, polygons: _Polygons) -> tuple[Tensor, Tensor]:
     """The interval of a polygon on its own axes, low and high, both (B, N).
 
     Both ends of an edge have one projection on its normal. Rounding would break this tie, and with it the even
     split of the gradient, so the larger of the two stands for both in the maximum and the smaller in the minimum.
     """
-    projections = _project(polygons, axes)
-    start = (axes * polygons.vertices).sum(-1)
-    end = (axes * polygons.following).sum(-1)
+    start = projections.diagonal(dim1=1, dim2=2)
+    end = projections.take_along_dim(polygons.following, dim=2).squeeze(2)
     low = _tie(projections, polygons.on_edge, torch.minimum(start, end))
     high = _tie(projections, polygons.on_edge, torch.maximum(start, end))
     return _low(low, polygons), _high(high, polygons)
@@ -219,7 +250,7 @@ def _sum_over_axes(
     edges = own.edges if axis_grad else own.edges.detach()
     weights, is_axis = _axis_weights(edges, extent, axis_weight)
     axes = _axes(edges)
-    own_low, own_high = _own_interval(own, axes)
+    own_low, own_high = _own_interval(_project(own, axes), own)
     projections = _project(other, axes)
     other_low, other_high = _low(projections, other), _high(projections, other)
     difference = (own_high - other_high).abs() + (own_low - other_low).abs()
@@ -229,11 +260,10 @@ def _sum_over_axes(
 
 def _convexity(polygons: _Polygons, is_axis: Tensor) -> Tensor:
     """The scale-free convexity term of section 7, (B,): 0 for a convex polygon whose vertices are in order."""
-    axes = _axes(polygons.edges)
-    low, high = _own_interval(polygons, axes)
-    start = (axes * polygons.vertices).sum(-1, keepdim=True)
+    projections = _project(polygons, _axes(polygons.edges))
+    low, high = _own_interval(projections, polygons)
     counts = polygons.real.unsqueeze(1) & ~polygons.on_edge
-    distance = torch.where(counts, _project(polygons, axes) - start, 0.0)
+    distance = torch.where(counts, projections - projections.diagonal(dim1=1, dim2=2).unsqueeze(-1), 0.0)
     smaller_side = torch.minimum(distance.relu().sum(-1), (-distance).relu().sum(-1))
     terms = torch.where(is_axis, _quotient(smaller_side, high - low), 0.0)
     return terms.sum(1) / (polygons.real.sum(1) * is_axis.sum(1).clamp(min=1))

@@ -363,8 +363,9 @@ def _convexity(projections, low, high, edge_low, edge_high, count, factor, TINY:
     term = tl.minimum(sum_above, sum_below) * inverse
     shares = ()
     if GRAD:
-        above_wins = inverse * (0.5 + 0.5 * _sign(sum_below - sum_above))
-        below_wins = inverse - above_wins
+        is_above = 0.5 + 0.5 * _sign(sum_below - sum_above)  # the smaller side counts; 1/2 at a tie
+        above_wins = inverse * is_above
+        below_wins = inverse * (1.0 - is_above)
         for slot in tl.static_range(len(projections)):
             share = tl.where(above[slot] > 0, above_wins, 0.0) - tl.where(below[slot] > 0, below_wins, 0.0)
             shares = shares + (share,)
