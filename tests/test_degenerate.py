@@ -43,6 +43,7 @@ def points(*vertices, dtype=torch.float32):
         pytest.param(points((0, 0), (0, 0)), points((0, 0), (0, 0)), id="all at the origin"),
         pytest.param(points((-0.0, 0)), points((0, -0.0)), id="signed zeros"),
         pytest.param(points((1e-45, 0)), points((0, 1e-45)), id="subnormal"),
+        pytest.param(points((1, 0)), points((1, 1e-45)), id="apart by the smallest number there is"),
         pytest.param(points((3e38, 0)), points((0, -3e38)), id="huge"),
         pytest.param(points((3e38, 3e38), (3e38, 3e38)), points((-3e38, -3e38)), id="huge and apart"),
     ],
@@ -210,6 +211,27 @@ def test_nan_and_inf_stay_in_their_sample(backend, bad, side, *, axis_weight, ax
                 assert_same(got_gradient[others], want_gradient[others], what)
                 assert torch.isnan(got_gradient[2, :real]).all(), what
                 assert_zero(got_gradient[2, real:], f"{what}: padding")
+
+
+@axis_grads
+@axis_weights
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exponent", [0, -1, -20, -100, -120])
+def test_an_extent_far_below_the_coordinates(backend, exponent, dtype, *, axis_weight, axis_grad):
+    """All x are equal and y is some of the smallest numbers there are: any value in range will do, but no NaN."""
+    smallest = 2.0**-149 if dtype == torch.float32 else 2.0**-1074
+    x = 2.0**exponent
+    flat = points((x, 0), (x, 3 * smallest), dtype=dtype)
+    other = points((x, smallest), (x, 2 * smallest), (x, 5 * smallest), dtype=dtype)
+    slanted = points((x, 0), (x, smallest), (x * (1 + torch.finfo(dtype).eps), 3 * smallest), dtype=dtype)
+    options = {"axis_weight": axis_weight, "axis_grad": axis_grad, "convexity_weight": 1.0}
+    for pred, target in [(flat, other), (other, slanted), (slanted, flat), (flat, flat), (slanted, slanted)]:
+        value, *gradients = backend.value_and_gradient(pred, target, wrt=BOTH, **options)
+        assert 0 <= value <= 1.5, (pred, target)
+        for gradient in gradients:
+            assert torch.isfinite(gradient).all(), (pred, target)
+        if pred is target:
+            assert_zero(value, "loss")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
