@@ -1,0 +1,230 @@
+"""The README: its code runs, its commands are the two that it promises, its tables say what the code does."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_same, assert_zero, box, convex, generator
+
+from triton_mgiou import MGIoULoss, demo, mgiou_loss
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIRST_SCREEN = README.partition("\n## ")[0]
+CODE = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+BOTH = ("pred", "target")
+NAN, INF = math.nan, math.inf
+
+
+def section(title):
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
+    assert found, f"no section {title!r}"
+    return found[1]
+
+
+def table(title):
+    """The rows of the section's table, without its head."""
+    lines = [line for line in section(title).splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def value_and_gradients(pred, target, **options):
+    pred, target = (vertices.clone().requires_grad_() for vertices in (pred, target))
+    loss = mgiou_loss(pred, target, **options)
+    return loss.detach(), *torch.autograd.grad(loss.sum(), (pred, target))
+
+
+def test_the_code_is_found():
+    assert len(CODE) == README.count("```python") == 2
+
+
+@pytest.mark.parametrize("code", CODE, ids=["plain PyTorch", "mmdetection"])
+def test_code(code):
+    assert "assert " in code
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_first_screen_has_two_commands():
+    blocks = re.findall(r"^```bash\n(.*?)^```$", FIRST_SCREEN, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == README.count("```bash") == FIRST_SCREEN.count("```") / 2 == 2
+    assert len(FIRST_SCREEN.splitlines()) < 25
+    for block, extra, command in zip(blocks, ("demo", "test"), ("triton_mgiou demo", "pytest -n 2"), strict=True):
+        assert block.count("\n") == 1, "one line each"
+        environment, install, run = block.strip().split(" && ")
+        assert environment == "python3 -m venv .venv"
+        assert install == f'.venv/bin/pip install torch==2.13.0 -e ".[{extra}]"'
+        assert run == f".venv/bin/python -m {command}"
+
+
+def test_arguments():
+    rows = {name.strip("`"): default.strip("`") for name, default, _ in table("Arguments")}
+    parameters = inspect.signature(mgiou_loss).parameters.values()
+    assert rows == {p.name: "required" if p.default is p.empty else repr(p.default) for p in parameters}
+    assert list(rows) == [p.name for p in parameters]
+
+
+def test_options_of_the_module():
+    given = inspect.signature(MGIoULoss).parameters
+    assert f'`MGIoULoss(reduction="{given["reduction"].default}", loss_weight={given["loss_weight"].default}' in README
+    assert tuple(name.strip("`") for name, *_ in table("Arguments")[-4:]) == MGIoULoss.OPTIONS
+    assert "takes the last four as options" in section("Arguments").replace("\n", " ")
+
+
+def test_axis_weights_of_the_table():
+    """The unit square against itself, half a unit further and with a corner cut off: a short edge under each rule."""
+    (meaning,) = (row[2] for row in table("Arguments") if row[0] == "`axis_weight`")
+    threshold, scale = (
+        float(re.search(pattern, meaning)[1]) for pattern in (r"than (\S+) of", r"length / \((\S+) ext")
+    )
+    target = box(0.0, 0.0, 1.0, 1.0, dtype=torch.float64)
+    shift = torch.tensor([0.5, 0.0], dtype=torch.float64)
+
+    def loss_with_cut(size, axis_weight):
+        cut = torch.tensor([[[size, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.0, size]]], dtype=torch.float64)
+        return mgiou_loss(cut + shift, target, axis_weight=axis_weight).item()
+
+    # The extent is 1.5. On half of the eight axes (1 - GIoU1D) / 2 is 1/3, on the other half 0, on the cut's nearly 1/5.
+    whole = 1 / 6
+    edge = 1.5 / math.sqrt(2)
+    assert loss_with_cut(0.99 * threshold * edge, "uniform") == pytest.approx(whole, abs=2e-6)
+    assert loss_with_cut(1.01 * threshold * edge, "uniform") == pytest.approx((8 * whole + 0.2) / 9, abs=2e-6)
+    size = 0.01
+    length = size * math.sqrt(2)
+    diagonal = ((0.5 + size) + 0.5) / (2 * 2.5)
+    sides = [1 - size, 1.0, 1.0, 1 - size]
+    for axis_weight, weigh in [
+        ("soft", lambda edges: [-math.expm1(-edge / (scale * 1.5)) for edge in edges]),
+        ("length", lambda edges: [edge / sum(edges) for edge in edges]),
+    ]:
+        *own, short = weigh([*sides, length])
+        across = own[1] + own[3]  # the two sides whose normals are in x
+        other = weigh([1.0] * 4)
+        want = ((across + 2 * other[0]) / 3 + short * diagonal) / (sum(own) + short + sum(other))
+        assert loss_with_cut(size, axis_weight) == pytest.approx(want, abs=1e-12)
+
+
+def test_the_eager_backend_has_a_second_derivative():
+    rng = generator(1)
+    pred, target = convex(2, 4, rng).requires_grad_(), convex(2, 5, rng)
+    (gradient,) = torch.autograd.grad(mgiou_loss(pred, target, backend="eager"), pred, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), pred)
+    assert torch.isfinite(second).all()
+    assert second.any()
+
+
+def test_demo_numbers():
+    results = json.loads((ROOT / "bench" / "results" / "demo_cpu.json").read_text(encoding="utf-8"))
+    keys = ("polygon_iou", "ap50", "ap75", "ap90")
+    expected = []
+    for setting in results["settings"]:
+        assert [run["seed"] for run in setting["runs"]] == [0, 1, 2, 3, 4]
+        values = [[run[key] for run in setting["runs"]] for key in keys]
+        losses = [run["loss_last"] for run in setting["runs"]]
+        cells = [f"{statistics.mean(each):.3f} ({min(each):.3f})" for each in values]
+        expected.append([setting["name"], *cells, f"{statistics.mean(losses):.4f}"])
+    assert table("Vertices that move freely need the convexity term") == expected
+    by_name = {setting["name"]: setting["loss_options"] for setting in results["settings"]}
+    assert by_name["demo"] == demo.LOSS_OPTIONS, "the demo has other options now: measure again"
+    shown = ", ".join(f"{name}={value!r}" for name, value in demo.LOSS_OPTIONS.items()).replace("'", '"')
+    assert f"(`{shown}`)" in README
+    assert by_name["demo without convexity term"] == demo.LOSS_OPTIONS | {"convexity_weight": 0.0}
+    assert by_name["defaults of mgiou_loss"] == {}
+    assert by_name["defaults of mgiou_loss with convexity term"] == {"convexity_weight": 2.0}
+    assert {"machine", "versions", "date"} <= set(results)
+    assert all("demo --seed" in setting["command"] for setting in results["settings"])
+
+
+def repeated_vertex():
+    pred, target = convex(3, 4, generator(2)).float(), convex(3, 5, generator(3)).float()
+    again = torch.cat((pred, pred[:, -1:]), dim=1)
+    torch.testing.assert_close(mgiou_loss(again, target), mgiou_loss(pred, target))
+
+
+def one_point():
+    square, point = box(0, 0, 2, 2), torch.tensor([[[0.5, 1.25]]])
+    for pred, target in [(square, point), (point, square)]:
+        loss, *gradients = value_and_gradients(pred, target)
+        assert loss == 0.5
+        assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def two_points():
+    for each in value_and_gradients(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 5.0]]])):
+        assert_zero(each)
+
+
+def no_vertex():
+    for side in BOTH:
+        lengths = {f"{side}_lengths": torch.tensor([0])}
+        for each in value_and_gradients(box(0, 0, 2, 2), box(1, 0, 2, 2), **lengths):
+            assert_zero(each)
+
+
+def equal_projections():
+    line = torch.tensor([[[0.0, 0.0], [1.0, 1.0], [3.0, 3.0]]])
+    for each in value_and_gradients(line, 2 * line[:, 1:]):
+        assert_zero(each)
+
+
+def any_finite():
+    for scale in (3e38, 1e-38, 1e-44):
+        pred, target = (vertices * scale for vertices in (box(0.5, 0.5, 1, 1), box(0, 0, 1, 1)))
+        loss, *gradients = value_and_gradients(pred, target, convexity_weight=1.0)
+        assert 0 < loss < 1
+        assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def nan_in_a_vertex():
+    pred, target = convex(3, 4, generator(4)).float(), convex(3, 5, generator(5)).float()
+    clean = value_and_gradients(pred, target, reduction="none")
+    for bad in (NAN, INF):
+        pred[1, 2, 0] = bad
+        for got, want in zip(value_and_gradients(pred, target, reduction="none"), clean, strict=True):
+            assert got[1].isnan().all()
+            assert_same(got[[0, 2]], want[[0, 2]])
+    assert mgiou_loss(pred, target).isnan()
+
+
+def nan_in_the_padding():
+    pred, target = convex(3, 4, generator(6)).float(), convex(3, 5, generator(7)).float()
+    want = value_and_gradients(pred, target)
+    padded = torch.cat((pred, torch.tensor([NAN, INF]).expand(3, 2, 2)), dim=1)
+    got = value_and_gradients(padded, target, pred_lengths=torch.full((3,), 4))
+    assert_same(got[0], want[0])
+    torch.testing.assert_close(got[1][:, :4], want[1])
+    assert_zero(got[1][:, 4:])
+
+
+def empty_batch():
+    loss, gradient, _ = value_and_gradients(torch.zeros(0, 4, 2), torch.zeros(0, 5, 2))
+    assert loss == 0
+    assert gradient.shape == (0, 4, 2)
+
+
+DEGENERATE = {
+    "an edge of length zero (a repeated vertex)": repeated_vertex,
+    "one polygon is a single point": one_point,
+    "both are single points": two_points,
+    "no real vertex on a side (a length of 0)": no_vertex,
+    "all projections equal on an axis": equal_projections,
+    "any finite float32, up to 3e38 or subnormal": any_finite,
+    "NaN or Inf in a real vertex": nan_in_a_vertex,
+    "NaN or Inf in the padding": nan_in_the_padding,
+    "an empty batch": empty_batch,
+}
+
+
+def test_every_degenerate_case_has_a_check():
+    assert [case for case, _ in table("Degenerate input")] == list(DEGENERATE)
+
+
+@pytest.mark.parametrize("check", DEGENERATE.values(), ids=DEGENERATE)
+def test_degenerate_cases(check):
+    check()
