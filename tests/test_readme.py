@@ -9,9 +9,10 @@ import re
 import statistics
 from pathlib import Path
 
+import mgiou
 import pytest
 import torch
-from helpers import assert_same, assert_zero, box, convex, generator
+from helpers import assert_same, assert_zero, box, convex, generator, random_boxes, rectangle_corners
 
 from triton_mgiou import MGIoULoss, demo, mgiou_loss
 
@@ -90,7 +91,7 @@ def test_axis_weights_of_the_table():
         cut = torch.tensor([[[size, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.0, size]]], dtype=torch.float64)
         return mgiou_loss(cut + shift, target, axis_weight=axis_weight).item()
 
-    # The extent is 1.5. On half of the eight axes (1 - GIoU1D) / 2 is 1/3, on the other half 0, on the cut's nearly 1/5.
+    # The extent is 1.5. (1 - GIoU1D) / 2 is 1/3 on half of the eight sides' normals, 0 on the others, 1/5 on the cut's.
     whole = 1 / 6
     edge = 1.5 / math.sqrt(2)
     assert loss_with_cut(0.99 * threshold * edge, "uniform") == pytest.approx(whole, abs=2e-6)
@@ -139,6 +140,37 @@ def test_demo_numbers():
     assert by_name["defaults of mgiou_loss with convexity term"] == {"convexity_weight": 2.0}
     assert {"machine", "versions", "date"} <= set(results)
     assert all("demo --seed" in setting["command"] for setting in results["settings"])
+
+
+def test_differences_from_the_package():
+    rng = generator(8)
+    pred, target = random_boxes(6, rng).float(), random_boxes(6, rng).float()
+    corners = rectangle_corners(pred), rectangle_corners(target)
+    each = mgiou_loss(*corners, reduction="none")
+    for reduction, ours in [("none", each), ("sum", each.sum()), ("mean", each.mean())]:
+        torch.testing.assert_close(mgiou_loss(*corners, reduction=reduction), ours)
+        torch.testing.assert_close(mgiou.MGIoU2D("corner", reduction=reduction)(*corners), ours / 6)
+        torch.testing.assert_close(mgiou.MGIoU2DPlus(reduction=reduction)(*corners), ours)
+
+    other_way = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0])
+    torch.testing.assert_close(mgiou.MGIoU2D(reduction="none")(pred * other_way, target * other_way), each / 6)
+
+    repeated = corners[0][:, [0, 1, 2, 2]]
+    assert mgiou.MGIoU2DPlus(reduction="none")(repeated, corners[1]).isnan().all()
+    assert mgiou.MGIoU2D("corner", reduction="none")(corners[0][:, :1].expand(6, 4, 2), corners[1]).isnan().all()
+    assert mgiou.MGIoU2D("corner")(torch.zeros(0, 4, 2), torch.zeros(0, 4, 2)).isnan()
+    pixels = [(500 * each).half() for each in corners]
+    assert mgiou.MGIoU2D("corner", reduction="none")(*pixels).isnan().any()
+    assert torch.isfinite(mgiou_loss(*pixels))
+
+    dent = torch.tensor([[[0.0, 0.0], [4.0, 0.0], [1.0, 1.0], [0.0, 4.0]]])
+    theirs = mgiou.MGIoU2DPlus._convexity_loss
+    torch.testing.assert_close(theirs(3 * dent), 9 * theirs(dent))
+    assert not torch.allclose(theirs(dent.roll(2, 1)), theirs(dent))
+    for same in (3 * dent, dent.roll(2, 1)):
+        torch.testing.assert_close(
+            mgiou_loss(same, same, convexity_weight=1.0), mgiou_loss(dent, dent, convexity_weight=1.0)
+        )
 
 
 def repeated_vertex():
