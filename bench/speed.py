@@ -150,14 +150,17 @@ def main(argv: list[str] | None = None) -> None:
     for batch, n in TRAINING + LARGE:
         pred, target = polygons(batch, n, 0).requires_grad_(), polygons(batch, n, 1)
         row: dict[str, object] = {"batch": batch, "vertices": n}
-        for name, loss in (("fused", fused), ("compiled", compiled)):
-            row[f"{name}_value_error"], row[f"{name}_gradient_error"] = error(pred, target, loss)
         losses = {"fused": fused, "smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "compiled": compiled, "eager": eager}
+        for name in ("fused", "compiled", "eager"):
+            row[f"{name}_value_error"], row[f"{name}_gradient_error"] = errors = error(pred, target, losses[name])
+            if not (errors[0] < 1e-6 and errors[1] < 1e-3):  # near-ties that rounding decides count in the gradient
+                print(batch, n, name, "disagrees with the reference in float64 and is left out:", errors)  # noqa: T201
+                del losses[name]
         steps = {name: training_step(loss, pred, target) for name, loss in losses.items()}
         row["wall_us"] = interleaved(steps, rounds=5 if batch <= 65536 else 2)
         row["memory_bytes"] = {name: peak_memory(step) for name, step in steps.items()}
         if (batch, n) in TRAINING:
-            row["graph_us"] = {name: graph(steps[name]) for name in ("fused", "smooth_l1", "l1", "eager")}
+            row["graph_us"] = {name: graph(steps[name]) for name in ("fused", "smooth_l1", "l1")}
         detached = pred.detach()
         row["gpu_us"] = {
             "value_and_gradient": gpu(lambda p=pred, t=target: fused(p, t)),

@@ -240,7 +240,7 @@ def _axis_weights(edges: Tensor, extent: Tensor, axis_weight: str) -> tuple[Tens
     if axis_weight == "length":
         perimeter = lengths.sum(1, keepdim=True)
         return lengths / torch.where(perimeter == 0, 1.0, perimeter), is_axis
-    return -torch.expm1(-lengths / (SOFT_AXIS_LENGTH * torch.where(extent == 0, 1.0, extent))), is_axis
+    return -torch.expm1(-lengths / (SOFT_AXIS_LENGTH * extent.clamp(min=_TINY[edges.dtype]))), is_axis
 
 
 def _sum_over_axes(

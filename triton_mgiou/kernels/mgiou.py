@@ -498,7 +498,7 @@ def mgiou_kernel(
             shortest = extent * tl.full((1, 1), 1e-6, COMPUTE)
             floor = tl.maximum(floor, shortest * shortest)
         if AXIS_WEIGHT == SOFT:
-            p_unit = tl.where(extent > 0, extent, 1.0) * tl.full((1, 1), 0.01, COMPUTE)
+            p_unit = tl.maximum(extent, floor) * tl.full((1, 1), 0.01, COMPUTE)
             g_unit = p_unit
         convexity_factor = floor * 0.0
         if MEASURE:
