@@ -260,3 +260,28 @@ def test_every_degenerate_case_has_a_check():
 @pytest.mark.parametrize("check", DEGENERATE.values(), ids=DEGENERATE)
 def test_degenerate_cases(check):
     check()
+
+
+def test_the_speed_tables_are_the_results():
+    results = {name: json.loads((ROOT / f"bench/results/h200_{name}.json").read_text()) for name in ("speed", "large")}
+    training = [
+        [
+            f"{row['batch']} x {row['vertices']}",
+            *(f"{row['wall_us'][name]:.0f}" for name in ("fused", "smooth_l1", "l1", "eager")),
+            *(f"{row['graph_us'][name]:.1f}" for name in ("fused", "smooth_l1", "l1")),
+        ]
+        for row in results["speed"]["rows"]
+        if "graph_us" in row
+    ]
+    large = [
+        [
+            f"{row['batch']} x {row['vertices']}",
+            *(f"{row[name]:.0f}" for name in ("value", "value_and_gradient")),
+            f"{row['memory'] / 2**20:.0f}",
+        ]
+        for row in results["large"]["rows"][:5]
+    ]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in section("Speed").splitlines() if "|" in line
+    ]
+    assert [row for row in rows if row[0][0].isdigit()] == training + large
