@@ -149,11 +149,12 @@ def test_compile_with_float16_and_without_a_graph(backend):
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.skipif(INTERPRETED, reason="the other run has it")
-def test_compile_to_code(backend):
+@pytest.mark.parametrize("options", [{"convexity_weight": 0.5}, {"axis_weight": "soft", "axis_grad": False}])
+def test_compile_to_code(backend, options):
     """The whole way through the default compiler, loss and gradient, twice with another batch size."""
 
     def function(**given):
-        return backend.loss(**given, convexity_weight=0.5)
+        return backend.loss(**given, **options)
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
     for seed, batch in enumerate([4, 9]):
