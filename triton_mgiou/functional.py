@@ -35,9 +35,10 @@ def mgiou_loss(
 ) -> Tensor:
     """Marginalized GIoU loss between two batches of polygons.
 
-    Each sample's loss is (1 - MGIoU) / 2, in [0, 1), plus `convexity_weight` times its convexity term. MGIoU is
-    the weighted mean, over the edge normals of both polygons, of the 1-D GIoU of their projections. It does not
-    change when both polygons are moved, turned or scaled together. Coordinates have any one unit.
+    Each sample's loss is (1 - MGIoU) / 2, in [0, 1], plus `convexity_weight` times its convexity term. MGIoU is the
+    weighted mean, over the edge normals of both polygons, of the 1-D GIoU of their projections. It does not change
+    when both polygons are moved, scaled or turned together ("soft" weights: turned by right angles). Coordinates have
+    any one unit.
 
     A polygon of one vertex is a point, of two a segment. Where a side of a sample has no real vertex, or neither
     polygon has an edge, the sample's loss and gradient are 0. Any finite input gives a finite value and
@@ -75,6 +76,7 @@ def mgiou_loss(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value.
+        RuntimeError: `backend="triton"` where the kernels cannot run.
 
     Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
     """
@@ -126,6 +128,8 @@ def _picks_triton(backend: str, pred: Tensor) -> bool:
     if backend == "eager" or (backend == "auto" and not pred.is_cuda):
         return False
     reason = kernels_unavailable(pred.device)
+    if torch._C._are_functorch_transforms_active():
+        reason = "a torch.func transform is active, and the kernels know only autograd"
     if reason is not None and backend == "triton":
         raise RuntimeError(
             f'backend="triton" cannot run: {reason}; expected a GPU that can, or backend "auto" or "eager"'
@@ -133,10 +137,13 @@ def _picks_triton(backend: str, pred: Tensor) -> bool:
     return reason is None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def kernels_unavailable(device: torch.device) -> str | None:
     """Why the kernels cannot run on tensors of this device, or None if they can."""
     return _kernels_unavailable(device)
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler, which takes a second.
+kernels_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

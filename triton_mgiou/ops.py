@@ -75,7 +75,7 @@ def fused_loss(
     else:
         pred_grad = target_grad = False
     plain = type(pred) in _PLAIN and type(target) in _PLAIN
-    if torch.compiler.is_compiling() or not plain or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or not plain:
         # Numbers that may change from step to step go in as tensors, or stay outside, lest they specialise the graph.
         convexity = torch.full((), convexity_weight, dtype=torch.float64, device="cpu")
         rule = "none" if reduction == "none" else "sum"

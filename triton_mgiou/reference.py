@@ -32,6 +32,7 @@ _FLOAT_BITS = {torch.float32: (torch.int32, 23, 0xFF), torch.float64: (torch.int
 
 class _Polygons(NamedTuple):
     vertices: Tensor  # (B, N, 2), the real ones first; 0 behind them
+    shape: Tensor  # (B, N, 2), the same relative to the polygon's first vertex
     real: Tensor  # (B, N), True for a real vertex
     following: Tensor  # (B, N, 1), the index of the next real vertex of each real one
     edges: Tensor  # (B, N, 2), edge k runs from vertex k to the next real one; 0 behind the real ones
@@ -81,7 +82,7 @@ def _real_first(vertices: Tensor, lengths: Tensor | None, mask: Tensor | None) -
     batch, size, _ = vertices.shape
     if mask is not None:
         order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
-        return torch.take_along_dim(vertices, order.unsqueeze(-1), dim=1), mask.sum(1)
+        return vertices.gather(1, order.unsqueeze(-1).expand(-1, -1, 2)), mask.sum(1)
     if lengths is not None:
         return vertices, lengths.clamp(0, size)
     return vertices, torch.full((batch,), size, device=vertices.device)
@@ -147,29 +148,30 @@ def _scale(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def _polygons(vertices: Tensor, real: Tensor, low: Tensor) -> _Polygons:
-    """Move scaled vertices by `low`. Edges come from before the move, which rounds: small polygons keep their shape."""
+    """Move scaled vertices by `low`. The move rounds, so edges and shape come from before it: small polygons stay."""
     index = torch.arange(vertices.shape[1], device=vertices.device)
     is_last = index == real.sum(1, keepdim=True) - 1  # (B, N)
     end = torch.where(is_last.unsqueeze(-1), vertices[:, :1], vertices.roll(-1, dims=1))
     edges = torch.where(real.unsqueeze(-1), end - vertices, 0.0)
     following = torch.where(is_last, 0, (index + 1).clamp(max=index.shape[0] - 1)).unsqueeze(-1)
     on_edge = (index == index.unsqueeze(-1)) | (index == following)
-    return _Polygons(torch.where(real.unsqueeze(-1), vertices - low, 0.0), real, following, edges, on_edge)
+    moved, shape = (torch.where(real.unsqueeze(-1), vertices - to, 0.0) for to in (low, vertices[:, :1].detach()))
+    return _Polygons(moved, shape, real, following, edges, on_edge)
 
 
 def _axes(edges: Tensor) -> Tensor:
     return torch.stack((edges[..., 1], -edges[..., 0]), dim=-1)
 
 
-def _project(polygons: _Polygons, axes: Tensor) -> Tensor:
+def _project(vertices: Tensor, axes: Tensor) -> Tensor:
     """Project all vertices on all axes: (B, K, N). Never a matrix product: autocast would halve its inputs.
 
     A compiler must not compute these again in the backward pass: fused another way, they would no longer be equal
     to the extremes that were found among them, and a gradient would be lost or NaN. So it gets an opaque operator.
     """
     if torch.compiler.is_compiling():
-        return cast("Tensor", _projections_operator(axes, polygons.vertices))
-    return _projections(axes, polygons.vertices)
+        return cast("Tensor", _projections_operator(axes, vertices))
+    return _projections(axes, vertices)
 
 
 def _projections(axes: Tensor, vertices: Tensor) -> Tensor:
@@ -207,7 +209,7 @@ def _own_interval(projections: Tensor, polygons: _Polygons) -> tuple[Tensor, Ten
     split of the gradient, so the larger of the two stands for both in the maximum and the smaller in the minimum.
     """
     start = projections.diagonal(dim1=1, dim2=2)
-    end = projections.take_along_dim(polygons.following, dim=2).squeeze(2)
+    end = projections.gather(2, polygons.following).squeeze(2)
     low = _tie(projections, polygons.on_edge, torch.minimum(start, end))
     high = _tie(projections, polygons.on_edge, torch.maximum(start, end))
     return _low(low, polygons), _high(high, polygons)
@@ -250,8 +252,8 @@ def _sum_over_axes(
     edges = own.edges if axis_grad else own.edges.detach()
     weights, is_axis = _axis_weights(edges, extent, axis_weight)
     axes = _axes(edges)
-    own_low, own_high = _own_interval(_project(own, axes), own)
-    projections = _project(other, axes)
+    own_low, own_high = _own_interval(_project(own.vertices, axes), own)
+    projections = _project(other.vertices, axes)
     other_low, other_high = _low(projections, other), _high(projections, other)
     difference = (own_high - other_high).abs() + (own_low - other_low).abs()
     hull = torch.maximum(own_high, other_high) - torch.minimum(own_low, other_low)
@@ -260,7 +262,7 @@ def _sum_over_axes(
 
 def _convexity(polygons: _Polygons, is_axis: Tensor) -> Tensor:
     """The scale-free convexity term of section 7, (B,): 0 for a convex polygon whose vertices are in order."""
-    projections = _project(polygons, _axes(polygons.edges))
+    projections = _project(polygons.shape, _axes(polygons.edges))
     low, high = _own_interval(projections, polygons)
     counts = polygons.real.unsqueeze(1) & ~polygons.on_edge
     distance = torch.where(counts, projections - projections.diagonal(dim1=1, dim2=2).unsqueeze(-1), 0.0)

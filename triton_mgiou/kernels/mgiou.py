@@ -303,6 +303,20 @@ def _share(projections, low, high, low_derivative, high_derivative):
 
 
 @triton.jit
+def _edge_interval(edge_x, edge_y, start_x, start_y, end_x, end_y):
+    """Projections of both ends of an edge on its normal: equal but for rounding. Bits as from `_project`."""
+    start = tl.fma(edge_y, start_x, -edge_x * start_y)
+    end = tl.fma(edge_y, end_x, -edge_x * end_y)
+    return tl.minimum(start, end), tl.maximum(start, end)
+
+
+@triton.jit
+def _tie(low, high, edge_low, edge_high):
+    """Thresholds for `_share` by which both ends of the edge are at an extreme if one is."""
+    return tl.where(edge_low == low, edge_high, low), tl.where(edge_high == high, edge_low, high)
+
+
+@triton.jit
 def _add_scaled(totals, factor, values):
     new = ()
     for slot in tl.static_range(len(totals)):
@@ -487,6 +501,9 @@ def mgiou_kernel(
         low_x *= scale
         low_y *= scale
         extent = tl.maximum(high_x * scale - low_x, high_y * scale - low_y)
+        if CONVEXITY:  # P relative to one of its own vertices: the common origin may be far away, and moving rounds
+            shape_x, shape_y = _vertex(pred, p_last, p_count, inside, scale, PRED_REAL)[:2]
+            qx, qy = _normalise(px, py, p_real, shape_x, shape_y, scale)[:2]
         px, py, p_pad = _normalise(px, py, p_real, low_x, low_y, scale)
         gx, gy, g_pad = _normalise(gx, gy, g_real, low_x, low_y, scale)
 
@@ -519,7 +536,8 @@ def mgiou_kernel(
 
         p_sum = floor * 0.0
         g_sum = floor * 0.0
-        weights = floor * 0.0
+        p_weights = floor * 0.0
+        g_weights = floor * 0.0
         convexity = floor * 0.0
         grad_x = _zeros(PRED_SLOTS, POLYGONS, LANES, COMPUTE)
         grad_y = grad_x
@@ -545,53 +563,50 @@ def mgiou_kernel(
             g_low, g_high = _low(on_g), _high(on_g)
             distance, inverse = _distance(p_low, p_high, g_low, g_high, TINY)
             p_sum += weight * distance
-            weights += weight
-            if CONVEXITY or (GRAD and not AXIS_GRAD):
-                start_x, start_y = previous_x - low_x, previous_y - low_y
-                start = tl.fma(edge_y, start_x, -edge_x * start_y)
-                end = tl.fma(edge_y, x - low_x, -edge_x * (y - low_y))
-                edge_low, edge_high = tl.minimum(start, end), tl.maximum(start, end)
+            p_weights += weight
             if CONVEXITY:
+                on_q = _project(edge_y, -edge_x, qx, qy, p_pad)
+                q_low, q_high = _low(on_q), _high(on_q)
+                start_x, start_y = previous_x - shape_x, previous_y - shape_y
+                edge_low, edge_high = _edge_interval(edge_x, edge_y, start_x, start_y, x - shape_x, y - shape_y)
                 factor = tl.where(is_axis, convexity_factor, 0.0)
                 term, sides, shrink = _convexity(
-                    on_p, p_low, p_high, edge_low, edge_high, p_count.to(COMPUTE), factor, TINY, GRAD
+                    on_q, q_low, q_high, edge_low, edge_high, p_count.to(COMPUTE), factor, TINY, GRAD
                 )
                 convexity += term
+                if GRAD:
+                    q_low, q_high = _tie(q_low, q_high, edge_low, edge_high)
+                    sides_sum = _sum(sides)
+                    sides = _add(sides, _share(on_q, q_low, q_high, shrink, -shrink))
             if GRAD:
                 low_slope, high_slope, g_low_slope, g_high_slope = _slopes(
                     p_low, p_high, g_low, g_high, distance, weight * inverse
                 )
-                if not AXIS_GRAD:
-                    # Both ends of an edge have one projection on its normal; rounding must not break this tie.
-                    # With the path through the axis any split of it gives the same gradient.
-                    p_low = tl.where(edge_low == p_low, edge_high, p_low)
-                    p_high = tl.where(edge_high == p_high, edge_low, p_high)
+                if not AXIS_GRAD:  # with the path through the axis any split of a tie gives the same gradient
+                    edge_low, edge_high = _edge_interval(
+                        edge_x, edge_y, previous_x - low_x, previous_y - low_y, x - low_x, y - low_y
+                    )
+                    p_low, p_high = _tie(p_low, p_high, edge_low, edge_high)
                 step_x = floor * 0.0  # derivative to the axis
                 step_y = floor * 0.0
                 if AXIS_GRAD:
                     shares = _share(on_g, g_low, g_high, g_low_slope, g_high_slope)
                     step_x += _dot(shares, gx)
                     step_y += _dot(shares, gy)
-                if CONVEXITY:
-                    if not AXIS_GRAD:
-                        shares = _add(_share(on_p, p_low, p_high, shrink, -shrink), sides)
-                        step_x += _dot(shares, px)
-                        step_y += _dot(shares, py)
-                    low_slope += shrink
-                    high_slope -= shrink
                 shares = _share(on_p, p_low, p_high, low_slope, high_slope)
-                if CONVEXITY:
-                    shares = _add(shares, sides)
                 if AXIS_GRAD:
                     step_x += _dot(shares, px)
                     step_y += _dot(shares, py)
+                if CONVEXITY:
+                    step_x += _dot(sides, qx)
+                    step_y += _dot(sides, qy)
+                    shares = _add(shares, sides)
                 grad_x = _add_scaled(grad_x, edge_y, shares)
                 grad_y = _add_scaled(grad_y, -edge_x, shares)
                 if EDGE_GRAD:
                     to_start_x = pending_x
                     to_start_y = pending_y
                     if CONVEXITY:  # its distances are measured from the start
-                        sides_sum = _sum(sides)
                         step_x -= sides_sum * start_x
                         step_y -= sides_sum * start_y
                         to_start_x -= sides_sum * edge_y
@@ -628,7 +643,7 @@ def mgiou_kernel(
             g_low, g_high = _low(on_g), _high(on_g)
             distance, inverse = _distance(p_low, p_high, g_low, g_high, TINY)
             g_sum += weight * distance
-            weights += weight
+            g_weights += weight
             if GRAD:
                 low_slope, high_slope = _slopes(p_low, p_high, g_low, g_high, distance, weight * inverse)[:2]
                 shares = _share(on_p, p_low, p_high, low_slope, high_slope)
@@ -637,6 +652,7 @@ def mgiou_kernel(
             previous_x = tl.where(real, x, previous_x)
             previous_y = tl.where(real, y, previous_y)
 
+        weights = p_weights + g_weights
         weights = tl.where(weights > 0, weights, 1.0)
         loss = tl.where(present, 0.5 * (p_sum + g_sum + convexity) / weights + poison, 0.0)
         factor = 0.5 / (weights * divide_by)
