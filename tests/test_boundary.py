@@ -92,9 +92,7 @@ def test_numbers_worked_out_by_hand():
     assert_close(term(square / 3 + 7, square), [1 - 2 * 3 / (1 + 9)], atol=1e-14)
     assert_close(term(square.repeat(1, 2, 1), square), [1 - 2 * 2 / (2 * (4 + 1))], atol=1e-15)  # around twice
     assert_close(term(square[:, [0, 2, 1, 3]], square), [1.0], atol=0)  # a bow-tie: both lobes cancel
-    diamond = torch.tensor(
-        [[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]]
-    )  # area 2, V 2
+    diamond = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]])  # area 2, V 2
     assert_close(term(diamond, square), [1 - 2 * 2 / (2 * (4 + 1))], atol=1e-15)
 
 
@@ -293,7 +291,7 @@ def test_ties_share_the_gradient(backend):
     assert (gradient[0].sign() == torch.tensor([[1, 1], [-1, 1], [-1, -1], [1, -1]])).all()
 
 
-def test_compiled_under_autocast_and_twice_the_same(backend):
+def test_autocast_and_a_second_run_change_no_bit(backend):
     rng = generator(209)
     pred, target = star(64, 8, rng).float(), convex(64, 6, rng).float()
     first = backend.value_and_gradient(pred, target, boundary_weight=1.0)
