@@ -324,18 +324,3 @@ def test_vertices_in_a_random_order_are_put_in_order(backend):
     assert plain_iou < 0.7
     assert simple > 0.9
     assert iou > 0.9
-
-
-def test_compiled(backend):
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda *pair: backend.loss(*pair, boundary_weight=1.0), fullgraph=True, backend="aot_eager", dynamic=True
-    )
-    for batch in (3, 5):
-        rng = generator(212)
-        pred, target = (each.to(backend.device).float() for each in (star(batch, 6, rng), convex(batch, 5, rng)))
-        value, gradient = backend.value_and_gradient(pred, target, boundary_weight=1.0)
-        actual = compiled(pred.requires_grad_(), target)
-        assert_close(actual, value, atol=1e-6)
-        assert_gradient_close(torch.autograd.grad(actual, pred)[0], gradient, rtol=1e-5)
-    torch._dynamo.reset()
