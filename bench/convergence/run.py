@@ -32,7 +32,7 @@ from losses import LOSSES, Loss
 from torch import Tensor
 from tqdm import tqdm
 
-from triton_mgiou import __version__, demo
+from triton_mgiou import __version__, demo, mgiou_loss
 
 EPOCHS, BATCH_SIZE = 30, 64
 TARGETS, STEPS, STEP_SIZE = 24, 400, 0.02
@@ -189,6 +189,18 @@ def random_targets(rng: torch.Generator) -> tuple[Tensor, Tensor]:
     return targets, lengths
 
 
+def unrelated(smallest: float, largest: float) -> float:
+    """Mean MGIoU loss of two objects that have nothing to do with each other: ellipses anywhere in a unit square.
+
+    Their sides are between `smallest` and `largest`. A head whose targets belong to other objects stays near this.
+    """
+    rng = torch.Generator().manual_seed(0)
+    angle = torch.arange(8) * (2 * math.pi / 8)
+    circle = 0.5 * torch.stack((angle.cos(), angle.sin()), dim=-1)
+    sides = smallest + (largest - smallest) * torch.rand(2, 10_000, 1, 2, generator=rng)
+    return mgiou_loss(*(torch.rand(2, 10_000, 1, 2, generator=rng) + sides * circle)).item()
+
+
 TASKS: dict[str, Callable[[Loss, str, list[int]], list[dict[str, Any]]]] = {"digits": digits, "vertices": vertices}
 
 
@@ -224,6 +236,9 @@ def main() -> None:
         "loss, gradient_norm (of one polygon's loss) and zero_gradients (share of the vertices): start, a third, end.",
         "command": "python bench/convergence/run.py --out bench/results/convergence.json",
         "machine": f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}, no GPU",
+        "unrelated_objects": [
+            {"sides": sides, "loss": round(unrelated(*sides), 4)} for sides in ([0.02, 0.1], [0.05, 0.2], [0.1, 0.4])
+        ],
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
