@@ -39,9 +39,9 @@ TEST_EVERY = 5  # the first of every five images is a test image, whatever the s
 VERTICES = 12
 LEARNING_RATE = 3e-3
 
-# MGIoU sees only the hull of the prediction; the convexity term holds its vertices in order. Weighing the axes by
+# MGIoU sees only the hull of the prediction; the boundary term sees the order of its vertices. Weighing the axes by
 # the length of their edge keeps the many short edges of a 12-gon from outvoting the long ones.
-LOSS_OPTIONS: dict[str, Any] = {"axis_weight": "length", "axis_grad": False, "convexity_weight": 0.25}
+LOSS_OPTIONS: dict[str, Any] = {"axis_weight": "length", "axis_grad": False, "boundary_weight": 0.25}
 
 Points = NDArray[np.float64]
 
@@ -318,7 +318,7 @@ def draw(path: Path, data: Digits, scores: Scores, losses: list[float], epochs: 
     means = np.array(losses).reshape(epochs, -1).mean(1)
     axes.plot(epoch, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
     axes.plot(np.arange(epochs) + 0.5, means, color="tab:blue", linewidth=2, label="mean of an epoch")
-    axes.set(yscale="log", xlabel="epoch", ylabel="MGIoU loss with convexity term", title="Training loss")
+    axes.set(yscale="log", xlabel="epoch", ylabel="MGIoU loss with boundary term", title="Training loss")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(which="both", alpha=0.3)
