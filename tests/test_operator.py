@@ -1,5 +1,7 @@
 """The kernel as an operator of PyTorch's: registration, saved tensors, second derivatives, who else may call it."""
 
+import importlib
+
 import pytest
 import torch
 from helpers import assert_same, convex, generator, star
@@ -12,6 +14,7 @@ from triton_mgiou import mgiou_loss
 def kernels(backend):
     if backend.name != "triton":
         pytest.skip("is about the kernels")
+    importlib.import_module("triton_mgiou.ops")  # registers the operator
     return backend
 
 
