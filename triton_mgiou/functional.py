@@ -102,12 +102,12 @@ def mgiou_loss(
             raise ValueError(f"{name} must be 0 or above, got {value}")
     _check_weight(weight, pred)
     _check_avg_factor(avg_factor, reduction, pred)
-    if pred.shape[0] > 0 and _picks_triton(backend, pred, boundary_weight):
+    if pred.shape[0] > 0 and _picks_triton(backend, pred):
         from triton_mgiou import ops  # noqa: PLC0415 - needs Triton
 
         pred_real = pred_lengths if pred_mask is None else pred_mask
         target_real = target_lengths if target_mask is None else target_mask
-        options = (axis_weight, axis_grad, convexity_weight)
+        options = (axis_weight, axis_grad, convexity_weight, boundary_weight)
         if isinstance(avg_factor, Tensor) or (weight is not None and weight.requires_grad):
             loss = ops.fused_loss(pred, target, pred_real, target_real, None, "none", None, *options)
             return _reduce(loss, weight, reduction, avg_factor)
@@ -130,10 +130,10 @@ def mgiou_loss(
     return _reduce(loss, weight, reduction, avg_factor)
 
 
-def _picks_triton(backend: str, pred: Tensor, boundary_weight: float) -> bool:
+def _picks_triton(backend: str, pred: Tensor) -> bool:
     if backend == "eager" or (backend == "auto" and not pred.is_cuda):
         return False
-    reason = "the kernels have no boundary term" if boundary_weight else kernels_unavailable(pred.device)
+    reason = kernels_unavailable(pred.device)
     if torch._C._are_functorch_transforms_active():
         reason = "a torch.func transform is active, and the kernels know only autograd"
     if reason is not None and backend == "triton":
