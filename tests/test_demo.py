@@ -292,6 +292,7 @@ def test_demo(device, backend, tmp_path, capsys):
         "vertices": 12,
         "train_images": 1437,
         "test_images": 360,
+        "processes": 1,
     }
 
     captured = capsys.readouterr()
