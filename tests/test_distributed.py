@@ -79,18 +79,23 @@ def keypoints(backend):
     return layer
 
 
-def one_step_of_the_demo(backend):
-    """The gradient of its first batch is still there afterwards. 61 images: shares of 31 and 30."""
-    part = demo.Digits(*(tensor[:61] for tensor in demo.load_data()[0]))
+def step_of_the_demo(backend, images=61):
+    """The gradient of its only batch is still there afterwards. Of 61 images the shares are 31 and 30."""
+    part = demo.Digits(*(tensor[:images] for tensor in demo.load_data()[0]))
     loss = MGIoULoss(**demo.LOSS_OPTIONS, backend=backend.name)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         network, losses = demo.train(part, loss, epochs=1, seed=0, batch_size=64, device=torch.device(backend.device))
-    network.loss = torch.nn.Parameter(torch.zeros(()))  # compared with the gradients
+    network.loss = torch.nn.Parameter(torch.zeros(()))  # to be compared as the gradients are
     network.loss.grad = torch.tensor(losses).sum()
     return network
 
 
-CASES = (samples, positives, keypoints, one_step_of_the_demo)
+def step_of_the_demo_with_one_image(backend):
+    """The second process has none."""
+    return step_of_the_demo(backend, images=1)
+
+
+CASES = (samples, positives, keypoints, step_of_the_demo, step_of_the_demo_with_one_image)
 
 
 def gradients(case, backend):

@@ -214,7 +214,7 @@ def train(
             epoch_losses = []
             for batch in torch.split(torch.randperm(len(images), device=device), batch_size):
                 share = batch[rank::processes]
-                # The gradients of the processes are averaged: a sum over the whole batch, divided by their number.
+                # Gradients are averaged over the processes: that of the batch's sum comes out divided by their number.
                 given = {"target_lengths": lengths[share], "avg_factor": len(batch) / processes}
                 value = loss(model(images[share]), targets[share], **given)
                 optimizer.zero_grad()
