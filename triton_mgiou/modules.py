@@ -95,7 +95,7 @@ class PolygonLoss(nn.Module):
 
     Mode "hybrid" is alpha L2 + (1 - alpha) MGIoU. L2 tells every vertex where to go, whatever the others do, but
     knows no shape; MGIoU sees the shape, but only its hull. So alpha should start high and fall: see
-    `triton_mgiou.training.AlphaSchedule`. Both terms are in [0, 1] and do not depend on the scale.
+    `triton_mgiou.training.AlphaSchedule`. With `axis_grad=True`, vertices in a wrong order often stay in it.
 
     Args:
         mode: "mgiou", "l2" or "hybrid".
