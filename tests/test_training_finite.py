@@ -62,9 +62,7 @@ def test_an_error_tells_everything():
 
 
 def test_an_error_where_nothing_is_finite():
-    with pytest.raises(
-        NonFiniteError, match=r"^here: x: 1 NaN and 1 Inf in shape \(2,\), .* no other element is finite$"
-    ):
+    with pytest.raises(NonFiniteError, match=r"^here: x: 1 NaN and 1 Inf in .* no other element is finite$"):
         check_finite(torch.tensor([INF, NAN]), "x", "here")
     with pytest.raises(NonFiniteError, match=r"x: 1 NaN and 0 Inf in shape \(\), float32; first at \[\]; no other"):
         check_finite(torch.tensor(NAN), "x", "here")

@@ -1,0 +1,378 @@
+"""`TrainingGuard`: which steps it takes, what it goes back to, what it tells, and what a kill leaves."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from helpers import generator
+from torch import nn
+
+from triton_mgiou.training import NonFiniteError, TrainingGuard, TrainingStoppedError, find_nonfinite
+
+NAN, INF = math.nan, math.inf
+
+
+def make(optimizer=torch.optim.AdamW, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    return model, optimizer(model.parameters(), lr=0.01, **options)
+
+
+def batch(index):
+    return torch.randn(16, 3, generator=generator(index))
+
+
+def loss_of(model, images):
+    return model(images).square().mean()
+
+
+def backward(model, optimizer, images, scaler=None):
+    optimizer.zero_grad()
+    loss = loss_of(model, images)
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    return loss
+
+
+def state_of(model, optimizer):
+    """Every number of both, copied."""
+    states = [s for _, s in sorted(optimizer.state_dict()["state"].items())]
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    values |= {f"{i}.{name}": value.clone() for i, state in enumerate(states) for name, value in state.items()}
+    return values
+
+
+def assert_same_state(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "guard"
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_good_steps_are_those_of_plain_pytorch(optimizer, folder):
+    options = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+    plain, guarded = make(optimizer, **options), make(optimizer, **options)
+    guard = TrainingGuard(*guarded, max_norm=0.05, checkpoint_dir=folder)
+    for index in range(6):
+        backward(*plain, batch(index))
+        norm = nn.utils.clip_grad_norm_(plain[0].parameters(), 0.05)
+        plain[1].step()
+        assert guard.step(backward(*guarded, batch(index))) is True
+        assert guard.grad_norm == pytest.approx(norm.item())
+        assert_same_state(state_of(*guarded), state_of(*plain))
+    assert guard.grad_norm > 0.05, "clipping had something to do"
+    assert (guard.steps, guard.skipped) == (6, 0)
+
+
+def test_a_bad_batch_leaves_no_trace(folder):
+    plain, guarded = make(), make()
+    guard = TrainingGuard(*guarded, max_norm=INF, checkpoint_dir=folder)
+    for index in range(6):
+        if index in (2, 4):
+            bad = batch(index)
+            bad[3, 1] = NAN
+            loss = backward(*guarded, bad)
+            assert find_nonfinite(guarded[0].state_dict()), "the forward pass poisons BatchNorm"
+            with pytest.warns(RuntimeWarning, match=f"step {index + 1} skipped: the loss is nan"):
+                assert guard.step(loss) is False
+            assert all(parameter.grad is None for parameter in guarded[0].parameters())
+        else:
+            backward(*plain, batch(index))
+            plain[1].step()
+            assert guard.step(backward(*guarded, batch(index))) is True
+        # num_batches_tracked and the running statistics too
+        assert_same_state(state_of(*guarded), state_of(*plain))
+    assert (guard.steps, guard.skipped) == (6, 2)
+
+
+def test_bad_gradients_of_a_finite_loss(folder):
+    model, optimizer = make()
+    guard = TrainingGuard(model, optimizer, checkpoint_dir=folder)
+    loss = backward(model, optimizer, batch(0))
+    before = state_of(model, optimizer)
+    before.update(
+        {name: value for name, value in make()[0].state_dict().items() if "running" in name or "num_b" in name}
+    )
+    model[3].bias.grad[1] = -INF
+    with pytest.warns(RuntimeWarning, match=r"step 1 skipped: gradient of 3.bias: 0 NaN and 1 Inf .* first at \[1\]"):
+        assert not guard.step(loss)
+    assert_same_state(state_of(model, optimizer), before)
+
+
+def test_gradients_whose_squares_overflow_are_clipped(folder):
+    model, optimizer = make(torch.optim.SGD)
+    guard = TrainingGuard(model, optimizer, max_norm=2.0, checkpoint_dir=folder)
+    backward(model, optimizer, batch(0))
+    for parameter in model.parameters():
+        parameter.grad.mul_(1e30)
+    direction = [parameter.grad.double() for parameter in model.parameters()]
+    norm = torch.stack([each.norm() for each in direction]).norm()
+    before = [parameter.detach().double() for parameter in model.parameters()]
+    assert guard.step()
+    assert guard.grad_norm == INF
+    for parameter, old, each in zip(model.parameters(), before, direction, strict=True):
+        torch.testing.assert_close(parameter.double(), old - 0.01 * 2.0 * each / norm, atol=1e-7, rtol=1e-5)
+
+
+def test_patience_ends_a_run_and_tells_the_story(folder):
+    model, optimizer = make()
+    guard = TrainingGuard(model, optimizer, patience=3, checkpoint_dir=folder)
+    for index in range(4):
+        loss = backward(model, optimizer, batch(index))
+        verified = state_of(model, optimizer)
+        guard.step(loss)
+    for index in range(2):
+        with pytest.warns(RuntimeWarning, match=f"step {index + 5} skipped"):
+            guard.step(backward(model, optimizer, batch(0) * NAN))
+    loss = backward(model, optimizer, batch(0) * NAN)
+    with pytest.raises(TrainingStoppedError) as caught:
+        guard.step(loss)
+    story = str(caught.value)
+    assert story.startswith("step 7 is the 3. bad step in a row; the last good one was 4\n")
+    rows = [line.split() for line in story.splitlines()[2:9]]
+    assert [row[0] for row in rows] == list("1234567")
+    assert [row[3] for row in rows] == ["taken"] * 4 + ["skipped"] * 3
+    assert [row[1] for row in rows[4:]] == ["nan"] * 3
+    assert "1.running_mean: 8 NaN" in story
+    assert f"python -m triton_mgiou diagnose {folder / 'failed.pt'}" in story
+
+    assert_same_state(state_of(model, optimizer), verified)
+    good = torch.load(folder / "last-good.pt", weights_only=True)
+    assert sorted(good) == ["model", "optimizer", "scaler", "step"]
+    assert good["step"] == 4
+    resumed = make()
+    resumed[0].load_state_dict(good["model"])
+    resumed[1].load_state_dict(good["optimizer"])
+    assert_same_state(state_of(*resumed), verified)
+    failed = torch.load(folder / "failed.pt", weights_only=True)
+    assert failed["step"] == 7
+    names = {report.name for report in find_nonfinite(failed)}
+    assert {"model.1.running_mean", "gradients.0.weight"} <= names
+
+    assert guard.step(backward(model, optimizer, batch(4))), "whoever catches the error can go on"
+
+
+def test_a_good_step_starts_the_count_anew(folder):
+    model, optimizer = make()
+    guard = TrainingGuard(model, optimizer, patience=2, checkpoint_dir=folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for index in range(8):
+            assert guard.step(backward(model, optimizer, batch(index) * (NAN if index % 2 else 1))) is (index % 2 == 0)
+    assert guard.skipped == 4
+
+
+def test_a_step_with_finite_gradients_that_breaks_the_weights(folder):
+    """The weights overflow in the step; the last good state is the one before it, not the one after."""
+    model, optimizer = make(torch.optim.SGD)
+    guard = TrainingGuard(model, optimizer, max_norm=INF, patience=1, checkpoint_dir=folder)
+    guard.step(backward(model, optimizer, batch(0)))
+    loss = backward(model, optimizer, batch(1))
+    verified = state_of(model, optimizer)
+    model[0].weight.grad.mul_(1e4)
+    optimizer.param_groups[0]["lr"] = 1e38
+    assert guard.step(loss)
+    assert find_nonfinite(model.state_dict())
+    with pytest.raises(
+        TrainingStoppedError, match=r"0.weight: .*\n(.*\n)*the step before made these: a lower learning"
+    ):
+        guard.step(backward(model, optimizer, batch(2)))
+    assert_same_state(state_of(model, optimizer), verified)
+
+
+def test_poisoned_optimizer_state_and_buffers_are_seen(folder):
+    model, optimizer = make()
+    guard = TrainingGuard(model, optimizer, checkpoint_dir=folder)
+    guard.step(backward(model, optimizer, batch(0)))
+    optimizer.state[model[0].weight]["exp_avg_sq"][0, 0] = INF
+    with pytest.warns(RuntimeWarning, match=r"step 2 skipped: optimizer.state.0.exp_avg_sq: 0 NaN and 1 Inf"):
+        assert not guard.step(backward(model, optimizer, batch(1)))
+    optimizer.state[model[0].weight]["exp_avg_sq"][0, 0] = 0.0
+    loss = backward(model, optimizer, batch(1))
+    model[1].running_var[5] = NAN
+    with pytest.warns(RuntimeWarning, match=r"step 3 skipped: 1.running_var: 1 NaN and 0 Inf .* first at \[5\]"):
+        assert not guard.step(loss)
+    assert guard.step(backward(model, optimizer, batch(2)))
+
+
+def test_buffers_that_are_infinite_on_purpose(folder):
+    model, optimizer = make()
+    model.register_buffer("mask", torch.full((4, 4), -INF).triu(1))
+    guard = TrainingGuard(model, optimizer, checkpoint_dir=folder)
+    assert guard.step(backward(model, optimizer, batch(0)))
+
+
+def test_before_the_first_good_step(folder):
+    model, optimizer = make()
+    first = state_of(model, optimizer)
+    guard = TrainingGuard(model, optimizer, patience=1, checkpoint_dir=folder)
+    with pytest.raises(TrainingStoppedError, match=r"step 1 is the 1. bad step in a row; there was no good one"):
+        guard.step(backward(model, optimizer, batch(0) * NAN))
+    assert_same_state(state_of(model, optimizer), first)
+
+
+def scaler_of(scale):
+    return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
+
+
+def test_with_a_scaler_good_steps_are_those_of_plain_pytorch(folder):
+    plain, guarded = make(), make()
+    plain_scaler, guard_scaler = scaler_of(1024.0), scaler_of(1024.0)
+    guard = TrainingGuard(*guarded, guard_scaler, max_norm=0.05, checkpoint_dir=folder)
+    for index in range(4):
+        backward(*plain, batch(index), plain_scaler)
+        plain_scaler.unscale_(plain[1])
+        norm = nn.utils.clip_grad_norm_(plain[0].parameters(), 0.05)
+        plain_scaler.step(plain[1])
+        plain_scaler.update()
+        assert guard.step(backward(*guarded, batch(index), guard_scaler))
+        assert guard.grad_norm == pytest.approx(norm.item())
+        assert_same_state(state_of(*guarded), state_of(*plain))
+        assert guard_scaler.state_dict() == plain_scaler.state_dict()
+
+
+def test_a_scaler_may_look_for_its_scale(folder):
+    """Ten overflows in a row are the scaler's business; with the scale at 1 they no longer are."""
+    model, optimizer = make()
+    scaler = scaler_of(2.0**10)
+    guard = TrainingGuard(model, optimizer, scaler, patience=2, checkpoint_dir=folder)
+    guard.step(backward(model, optimizer, batch(0), scaler))
+
+    def overflow():
+        loss = backward(model, optimizer, batch(1), scaler)
+        model[0].weight.grad[0, 0] = INF
+        return loss
+
+    for count in range(10):
+        assert scaler.get_scale() == 2.0 ** (10 - count)
+        with pytest.warns(RuntimeWarning, match="skipped, to lower the scale: gradient of 0.weight"):
+            assert not guard.step(overflow())
+    assert scaler.get_scale() == 1
+    with pytest.warns(RuntimeWarning, match="step 12 skipped: gradient of 0.weight"):
+        assert not guard.step(overflow())
+    loss = overflow()
+    with pytest.raises(TrainingStoppedError, match="the last good one was 1\n"):
+        guard.step(loss)
+    assert scaler.get_scale() == 2.0**10, "restored with the rest"
+    assert guard.step(backward(model, optimizer, batch(2), scaler))
+
+
+def test_with_a_scaler_a_bad_loss_counts(folder):
+    model, optimizer = make()
+    scaler = scaler_of(2.0**10)
+    guard = TrainingGuard(model, optimizer, scaler, patience=1, checkpoint_dir=folder)
+    with pytest.raises(TrainingStoppedError):
+        guard.step(backward(model, optimizer, batch(0) * NAN, scaler))
+
+
+def test_real_overflow_in_float16(folder):
+    """The gradient of a float16 layer overflows by itself at a high scale; training goes on at a lower one."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = scaler_of(2.0**24)
+    guard = TrainingGuard(model, optimizer, scaler, patience=1, checkpoint_dir=folder)
+    taken = []
+    for index in range(20):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = (model(batch(index)).float() - 1).square().mean()
+        scaler.scale(loss).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            taken.append(guard.step(loss))
+    skips = taken.index(True)
+    assert 1 <= skips < 15
+    assert taken[-1]
+    assert scaler.get_scale() == 2.0 ** (24 - taken.count(False))
+
+
+def test_corrupt_weights_are_refused(folder):
+    model, optimizer = make()
+    with torch.no_grad():
+        model[3].weight[1, 2] = NAN
+    message = r"TrainingGuard, before the first step: 3.weight: 1 NaN and 0 Inf .* first at \[1, 2\]"
+    with pytest.raises(NonFiniteError, match=message):
+        TrainingGuard(model, optimizer, checkpoint_dir=folder)
+
+
+def test_wrong_arguments(folder):
+    model, optimizer = make()
+    for arguments, error, message in [
+        ((optimizer, optimizer), TypeError, "model must be a torch.nn.Module, got AdamW"),
+        ((model, model), TypeError, "optimizer must be a torch.optim.Optimizer, got Sequential"),
+        ((model, optimizer, 1024), TypeError, "scaler must be a torch.amp.GradScaler or None, got int"),
+        ((model, optimizer, None, 0), ValueError, "max_norm must be above 0, got 0"),
+        ((model, optimizer, None, NAN), ValueError, "max_norm must be above 0, got nan"),
+        ((model, optimizer, None, 1, 0), ValueError, "patience must be an integer of 1 or above, got 0"),
+        ((model[0], optimizer), ValueError, "optimizer must have parameters of model only, got 4 of another module"),
+    ]:
+        with pytest.raises(error, match=message):
+            TrainingGuard(*arguments, checkpoint_dir=folder)
+    guard = TrainingGuard(model, optimizer, checkpoint_dir=folder)
+    with pytest.raises(RuntimeError, match=r"no parameter .* has a gradient: expected step\(\) after"):
+        guard.step()
+    with pytest.raises(ValueError, match=r"loss must have one element, got shape \(2,\)"):
+        guard.step(torch.zeros(2))
+
+
+def run(code, *arguments, timeout=60):
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=timeout
+    )
+
+
+KILLS = """
+import os, random, signal, sys, time
+import torch
+from pathlib import Path
+from triton_mgiou.training import TrainingGuard
+
+torch.set_num_threads(1)
+model = torch.nn.Linear(1000, 500)
+torch.nn.init.zeros_(model.weight)
+torch.nn.init.zeros_(model.bias)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+guard = TrainingGuard(model, optimizer, checkpoint_dir=sys.argv[1])
+path = guard.save()
+seen, unfinished = set(), 0
+chance = random.Random(0)
+for kill in range(15):
+    child = os.fork()
+    if child == 0:
+        while True:  # every element of a file is the number of its step
+            torch.nn.init.constant_(model.weight, guard.steps + 1)
+            torch.nn.init.constant_(model.bias, guard.steps + 1)
+            optimizer.zero_grad()
+            model(torch.ones(1, 1000)).sum().backward()
+            guard.step()
+            guard.save()
+    time.sleep(chance.uniform(0.02, 0.06))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    unfinished += Path(str(path) + ".tmp").exists()
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    assert model.weight.eq(state["step"]).all() and model.bias.eq(state["step"]).all()
+    seen.add(state["step"])
+print(len(seen), unfinished)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    done = run(KILLS, tmp_path)
+    assert done.returncode == 0, done.stderr
+    different, unfinished = map(int, done.stdout.split())
+    assert different > 1, "files were written between the kills"
+    assert unfinished > 0, "some kill came in the middle of a file"

@@ -1,0 +1,22 @@
+"""What watches a training: NaN and Inf by name, a guard around each step, gradient norms, and `diagnose`."""
+
+from triton_mgiou.finite import (
+    NonFinite,
+    NonFiniteError,
+    check_finite,
+    debug,
+    debug_enabled,
+    find_nonfinite,
+)
+from triton_mgiou.training.guard import TrainingGuard, TrainingStoppedError
+
+__all__ = [
+    "NonFinite",
+    "NonFiniteError",
+    "TrainingGuard",
+    "TrainingStoppedError",
+    "check_finite",
+    "debug",
+    "debug_enabled",
+    "find_nonfinite",
+]
