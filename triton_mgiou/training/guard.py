@@ -230,7 +230,7 @@ class TrainingGuard:
             if _is_distributed():  # a launcher may end all processes as soon as one of them has raised
                 distributed.barrier(group=self._group)
         lines = [
-            f"step {self.steps} is the {self.patience}. bad step in a row; "
+            f"stopped after step {self.steps}, {self.patience} in a row had NaN or Inf; "
             + (f"the last good one was {good_step}" if good_step else "there was no good one"),
             f"{'step':>8}{'loss':>14}{'gradient norm':>16}",
             *(f"{each.number:>8}{each.loss:>14.6g}{each.norm:>16.6g}  {each.outcome}" for each in self._history),
