@@ -9,8 +9,10 @@ from triton_mgiou.finite import (
     find_nonfinite,
 )
 from triton_mgiou.training.guard import TrainingGuard, TrainingStoppedError
+from triton_mgiou.training.monitor import GradientMonitor
 
 __all__ = [
+    "GradientMonitor",
     "NonFinite",
     "NonFiniteError",
     "TrainingGuard",
