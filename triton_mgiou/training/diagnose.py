@@ -30,7 +30,7 @@ MISSING = ("", "-", "none", "null", "n/a")
 LAST_SHARE, LAST_LEAST = 0.3, 5  # plateau and oscillation are looked for in the last 30 % of the rows, at least 5
 PLATEAU_GAIN = 0.01  # their best value beats the best one before them by less than 1 %
 OSCILLATION_TURNS = 0.6  # the curve turns in 60 % of these rows,
-OSCILLATION_STEP = 0.2  # and goes 20 % of its mean magnitude from row to row
+OSCILLATION_STEP = 0.1  # and goes 10 % of its mean magnitude from row to row
 
 
 class DiagnoseError(Exception):

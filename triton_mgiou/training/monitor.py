@@ -122,7 +122,7 @@ class GradientMonitor:
             before, group.verdict = group.verdict, self._judge(group, strongest)
             kind = group.verdict.partition(":")[0]
             if kind and kind != before.partition(":")[0]:
-                warnings.warn(f"step {step}, {group.name}: {group.verdict}", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"step {step}, {group.name}: {group.verdict}", RuntimeWarning, stacklevel=3)
 
     def _judge(self, group: _Group, strongest: float) -> str:
         norm, average, update = group.last[0], group.averages[0], group.averages[2]
