@@ -144,7 +144,8 @@ def test_patience_ends_a_run_and_tells_the_story(folder):
     assert [row[3] for row in rows] == ["taken"] * 4 + ["skipped"] * 3
     assert [row[1] for row in rows[4:]] == ["nan"] * 3
     assert "1.running_mean: 8 NaN" in story
-    assert f"python -m triton_mgiou diagnose {folder / 'failed.pt'}" in story
+    assert story.splitlines()[-2] == f"the state that failed, with its gradients: {folder / 'failed.pt'}"
+    assert story.splitlines()[-1] == f"the state before step 4, restored: {folder / 'last-good.pt'}"
 
     assert_same_state(state_of(model, optimizer), verified)
     good = torch.load(folder / "last-good.pt", weights_only=True)
@@ -219,6 +220,31 @@ def test_before_the_first_good_step(folder):
     ):
         guard.step(backward(model, optimizer, batch(0) * NAN))
     assert_same_state(state_of(model, optimizer), first)
+
+
+def test_a_full_disk_does_not_swallow_the_story(folder):
+    model, optimizer = make()
+    guard = TrainingGuard(model, optimizer, patience=1, checkpoint_dir=folder)
+    (folder / "failed.pt.tmp").mkdir()
+    with pytest.raises(TrainingStoppedError, match=r"with its gradients: not written, .*Is a directory") as caught:
+        guard.step(backward(model, optimizer, batch(0) * NAN))
+    assert str(caught.value).endswith(f"restored: {folder / 'last-good.pt'}")
+    assert sorted(path.name for path in folder.iterdir()) == ["failed.pt.tmp", "last-good.pt"]
+
+
+def test_saving_in_between(folder):
+    model, optimizer = make()
+    guard = TrainingGuard(model, optimizer, checkpoint_dir=folder)
+    guard.step(backward(model, optimizer, batch(0)))
+    loss = backward(model, optimizer, batch(1))
+    verified = state_of(model, optimizer)
+    guard.step(loss)
+    resumed = make()
+    good = torch.load(guard.save(), weights_only=True)
+    resumed[0].load_state_dict(good["model"])
+    resumed[1].load_state_dict(good["optimizer"])
+    assert_same_state(state_of(*resumed), verified)
+    assert good["step"] == 2
 
 
 def scaler_of(scale):

@@ -7,17 +7,15 @@ import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils import _pytree as pytree
 
-from triton_mgiou.finite import NonFiniteError, describe, find_nonfinite, named_tensors
+from triton_mgiou.finite import NonFiniteError, find_nonfinite
 
 LAST_GOOD, FAILED = "last-good.pt", "failed.pt"
 TOLD = 10  # steps in the story, and tensors of each kind
@@ -58,7 +56,7 @@ class TrainingGuard:
     Under DistributedDataParallel, or wherever torch.distributed is initialised, all processes skip and raise together,
     and rank 0 writes. Each must call `step` equally often. Sharded parameters (FSDP) are not supported.
 
-    Cost: one wait for the device a step (a GradScaler adds two of its own), three reductions over gradients and state,
+    Cost: one wait for the device a step (a GradScaler adds two of its own), two reductions over gradients and state,
     one small all-reduce between processes, and one more copy of weights, buffers and optimizer state in memory.
     Buffers that are not finite when the guard is made, such as masks of -Inf, are not checked.
 
@@ -117,17 +115,23 @@ class TrainingGuard:
         self._bad_in_a_row = 0
         self._history: deque[_Step] = deque(maxlen=TOLD)
 
-        known = {id(parameter) for parameter in model.parameters()}
-        strange = sum(id(parameter) not in known for parameter in self._parameters())
+        # Walking through the modules in every step would take longer than the checks.
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._buffer_places = [
+            (f"{prefix}.{key}" if prefix else key, module, key)
+            for prefix, module in model.named_modules(remove_duplicate=False)
+            for key, _ in module.named_buffers(recurse=False)
+        ]
+        known = {id(parameter) for parameter in self._parameters.values()}
+        strange = sum(id(parameter) not in known for parameter in self._trained())
         if strange:
             raise ValueError(f"optimizer must have parameters of model only, got {strange} of another module")
-        for report in find_nonfinite(dict(model.named_parameters())):
+        for report in find_nonfinite(self._parameters):
             raise NonFiniteError(report, "TrainingGuard, before the first step")
-        self._constants = {report.name for report in find_nonfinite(dict(model.named_buffers()))}
+        self._constants = {report.name for report in find_nonfinite(self._buffers())}
         if self._writes():
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-        self._copies: list[Any] = []
-        self._structure: Any = None
+        self._copies: list[Tensor] = []
         self._keep()
 
     def step(self, loss: Tensor | None = None) -> bool:
@@ -149,22 +153,20 @@ class TrainingGuard:
         """
         if loss is not None and loss.numel() != 1:
             raise ValueError(f"loss must have one element, got shape {tuple(loss.shape)}")
-        gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+        trained = [parameter for parameter in self._trained() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         if not gradients:
             raise RuntimeError("no parameter of the optimizer has a gradient: expected step() after loss.backward()")
         self.steps += 1
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = get_total_norm(gradients)
-        state = [tensor for _, tensor in chain(self._learned(), self._statistics())]
-        maxima = [get_total_norm(tensors, math.inf) for tensors in (gradients, state)]
-        values = [norm.new_zeros(()) if loss is None else loss.detach(), norm, *maxima]
-        numbers = torch.stack([value.to(norm.device).reshape(()) for value in values])
-        are_fine = torch.isfinite(numbers).int()
-        if _is_distributed():
-            distributed.all_reduce(are_fine, distributed.ReduceOp.MIN, group=self._group)
-        loss_value, self.grad_norm, largest, _, *fine = torch.cat((numbers, are_fine)).tolist()
-        loss_fine, _, gradients_fine, state_fine = map(bool, fine)
+        state = get_total_norm([*self._learned().values(), *self._statistics().values()], math.inf)
+        value = norm.new_zeros(()) if loss is None else loss.detach()
+        (loss_value, self.grad_norm, _), (loss_fine, norm_fine, state_fine) = self._read(value, norm, state)
+        gradients_fine, largest = norm_fine, math.nan
+        if not norm_fine:  # the squares may overflow where no gradient does
+            (largest,), (gradients_fine,) = self._read(get_total_norm(gradients, math.inf))
         outcome = "taken"
         if not (loss_fine and gradients_fine and state_fine):
             is_search = self.scaler is not None and loss_fine and state_fine and self.scaler.get_scale() > 1
@@ -174,14 +176,23 @@ class TrainingGuard:
         if outcome == "taken":
             self._bad_in_a_row = 0
             self._keep()
-            self._take(gradients, norm, largest)
+            if self.max_norm < math.inf:
+                if not norm_fine:
+                    torch._foreach_mul_(gradients, self.max_norm / largest)
+                    norm = get_total_norm(gradients)
+                clip_grads_with_norm_(trained, self.max_norm, norm)
+            if self.scaler is None:
+                self.optimizer.step()
+            else:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
             return True
         self.skipped += 1
         self._bad_in_a_row += outcome == "skipped"
         found, hint = self._find(loss)
         if self._bad_in_a_row == self.patience:
             self._stop(found, hint)
-        self._copy_back(self.model.named_buffers())
+        self._copy_back(self._buffers())
         self._drop_gradients()
         warnings.warn(f"step {self.steps} {outcome}: {found[0]}", RuntimeWarning, stacklevel=2)
         return False
@@ -197,58 +208,62 @@ class TrainingGuard:
         """
         path = self.checkpoint_dir / LAST_GOOD
         if self._writes():
-            kept = self._kept()
-            tensors = kept.pop("tensors")
-            model = {name: tensors.get(name, value) for name, value in self.model.state_dict().items()}
-            save_atomically({"model": model, **kept}, path)
+            save_atomically(self._checkpoint(), path)
         return path
 
-    def _take(self, gradients: list[Tensor], norm: Tensor, largest: float) -> None:
-        if self.max_norm < math.inf:
-            if not math.isfinite(self.grad_norm):  # the squares overflow, and no gradient does
-                torch._foreach_mul_(gradients, self.max_norm / largest)
-                norm = get_total_norm(gradients)
-            clip_grads_with_norm_(self._parameters(), self.max_norm, norm)
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+    def _checkpoint(self) -> dict[str, Any]:
+        """The last good state as a file has it."""
+        tensors, optimizer = self._kept()
+        model = {name: tensors.get(name, value) for name, value in self.model.state_dict().items()}
+        return {"model": model, "optimizer": optimizer, "scaler": self._kept_scaler, "step": self._kept_step}
 
     def _stop(self, found: list[str], hint: str) -> NoReturn:
         """Write the state as it is, go back to the last good one, write that, and tell the story."""
-        good_step = self._kept()["step"]
-        failed, last_good = self.checkpoint_dir / FAILED, self.checkpoint_dir / LAST_GOOD
-        try:
-            if self._writes():
-                now = {"model": self.model.state_dict(), **self._rest(), "gradients": dict(self._gradients())}
-                save_atomically(now, failed)
-            self._drop_gradients()
-            self._restore()
-            self.save()
-        finally:
-            if _is_distributed():  # a launcher may end all processes as soon as one of them has raised
-                distributed.barrier(group=self._group)
+        failed = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": {} if self.scaler is None else self.scaler.state_dict(),
+            "step": self.steps,
+            "gradients": self._gradients(),
+        }
+        outcomes = [self._try_to_write(failed, FAILED)]
+        self._drop_gradients()
+        _, optimizer = self._kept()
+        self._copy_back({**self._parameters, **self._buffers()})
+        self.optimizer.load_state_dict(copy.deepcopy(optimizer))  # which would go on with the copies themselves
+        if self.scaler is not None:
+            self.scaler.load_state_dict(self._kept_scaler)
+        outcomes.append(self._try_to_write(self._checkpoint(), LAST_GOOD))
+        if _is_distributed():  # a launcher may end all processes as soon as one of them has raised
+            distributed.barrier(group=self._group)
+        good = f"the last good one was {self._kept_step}" if self._kept_step else "there was no good one"
         lines = [
-            f"stopped after step {self.steps}, {self.patience} in a row had NaN or Inf; "
-            + (f"the last good one was {good_step}" if good_step else "there was no good one"),
+            f"stopped after step {self.steps}, {self.patience} in a row had NaN or Inf; {good}",
             f"{'step':>8}{'loss':>14}{'gradient norm':>16}",
             *(f"{each.number:>8}{each.loss:>14.6g}{each.norm:>16.6g}  {each.outcome}" for each in self._history),
             *found[:TOLD],
             *([f"and {len(found) - TOLD} more"] if len(found) > TOLD else []),
             hint,
-            f"restored, and written to {last_good}: the state before step {good_step or 1}",
-            f"the state that failed, with its gradients: {failed} (python -m triton_mgiou diagnose {failed})",
+            f"the state that failed, with its gradients: {outcomes[0]}",
+            f"the state before step {self._kept_step or 1}, restored: {outcomes[1]}",
         ]
         raise TrainingStoppedError("\n".join(lines))
 
+    def _try_to_write(self, state: dict[str, Any], name: str) -> str:
+        path = self.checkpoint_dir / name
+        try:
+            if self._writes():
+                save_atomically(state, path)
+        except (OSError, RuntimeError) as error:  # the story matters more
+            return f"not written, {error}"
+        return str(path)
+
     def _find(self, loss: Tensor | None) -> tuple[list[str], str]:
         """What is not finite, by name, and where to look first."""
-        learned = _reports(self._learned())
-        forward = _reports(self._statistics())
+        learned, forward = _reports(self._learned()), _reports(self._statistics())
         if loss is not None and not torch.isfinite(loss).all():
             forward.insert(0, f"the loss is {loss.item()}")
-        gradients = _reports((f"gradient of {name}", gradient) for name, gradient in self._gradients())
+        gradients = _reports({f"gradient of {name}": gradient for name, gradient in self._gradients().items()})
         if learned:
             hint = "the step before made them: try a lower learning rate or a warm-up"
         elif forward:
@@ -261,67 +276,77 @@ class TrainingGuard:
             return ["everything is finite in this process"], "another process has the NaN or Inf, and names it"
         return [*learned, *forward, *gradients], hint
 
-    def _parameters(self) -> list[nn.Parameter]:
+    def _read(self, *values: Tensor) -> tuple[list[float], list[bool]]:
+        """The values of this process, and which of them are finite in all processes. Waits for the device once."""
+        numbers = torch.stack([value.to(values[0].device).reshape(()) for value in values])
+        are_finite = torch.isfinite(numbers).int()
+        if _is_distributed():
+            distributed.all_reduce(are_finite, distributed.ReduceOp.MIN, group=self._group)
+        read = torch.cat((numbers, are_finite)).tolist()
+        return read[: len(values)], [flag == 1 for flag in read[len(values) :]]
+
+    def _trained(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.model.named_parameters(remove_duplicate=False)
-        yield from self.model.named_buffers(remove_duplicate=False)
+    def _buffers(self) -> dict[str, Tensor]:
+        return {name: getattr(module, key) for name, module, key in self._buffer_places}
 
-    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
+    def _gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
 
-    def _learned(self) -> Iterator[tuple[str, Tensor]]:
+    def _learned(self) -> dict[str, Tensor]:
         """What the optimizer changes."""
-        yield from self.model.named_parameters()
-        for name, tensor in named_tensors(list(self.optimizer.state.values())):
-            if tensor.is_floating_point() and not name.endswith(".step"):  # a counter, often on another device
-                yield f"optimizer.state.{name}", tensor
+        learned: dict[str, Tensor] = dict(self._parameters)
+        for index, state in enumerate(self.optimizer.state.values()):
+            for key, value in state.items():  # "step" is a counter, often on another device
+                if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
+                    learned[f"optimizer.state.{index}.{key}"] = value
+        return learned
 
-    def _statistics(self) -> Iterator[tuple[str, Tensor]]:
+    def _statistics(self) -> dict[str, Tensor]:
         """What the forward pass changes."""
-        for name, buffer in self.model.named_buffers():
-            if buffer.is_floating_point() and name not in self._constants:
-                yield name, buffer
-
-    def _rest(self) -> dict[str, Any]:
-        scaler = None if self.scaler is None else self.scaler.state_dict()
-        return {"optimizer": self.optimizer.state_dict(), "scaler": scaler, "step": self.steps}
+        buffers = self._buffers().items()
+        return {name: b for name, b in buffers if b.is_floating_point() and name not in self._constants}
 
     def _keep(self) -> None:
-        """Copy the state; into the copy that there is, where it has the same structure."""
-        leaves, structure = pytree.tree_flatten({"tensors": dict(self._tensors()), **self._rest()})
+        """Copy the state; into the copies that there are, if they have the same shapes."""
+        optimizer = self.optimizer.state_dict()
+        states = optimizer.pop("state")
+        self._state_places = [(i, k) for i, state in states.items() for k, v in state.items() if isinstance(v, Tensor)]
+        self._kept_optimizer = copy.deepcopy(optimizer)
+        self._kept_states = {
+            index: {key: copy.deepcopy(value) for key, value in state.items() if not isinstance(value, Tensor)}
+            for index, state in states.items()
+        }
+        self._kept_scaler = {} if self.scaler is None else self.scaler.state_dict()
+        self._kept_step = self.steps
+        tensors = [*self._parameters.values(), *self._buffers().values()]
+        tensors = [t.detach() for t in (*tensors, *(states[index][key] for index, key in self._state_places))]
+        if _layout(tensors) != _layout(self._copies):
+            self._copies = [tensor.clone() for tensor in tensors]
+            return
         pairs: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
-        same = structure == self._structure
-        for index, leaf in enumerate(leaves):
-            if not isinstance(leaf, Tensor):
-                continue
-            leaves[index] = copied = self._copies[index] if same else None
-            if isinstance(copied, Tensor) and (copied.shape, copied.dtype) == (leaf.shape, leaf.dtype):
-                copies, originals = pairs.setdefault(leaf.device, ([], []))
-                copies.append(copied)
-                originals.append(leaf.detach())
-            else:
-                leaves[index] = leaf.detach().clone()
+        for copied, tensor in zip(self._copies, tensors, strict=True):
+            copies, originals = pairs.setdefault(tensor.device, ([], []))
+            copies.append(copied)
+            originals.append(tensor)
         for copies, originals in pairs.values():
             torch._foreach_copy_(copies, originals)
-        self._copies, self._structure = leaves, structure
 
-    def _kept(self) -> dict[str, Any]:
-        kept: dict[str, Any] = pytree.tree_unflatten(self._copies, self._structure)
-        return kept
-
-    def _restore(self) -> None:
-        kept = self._kept()
-        self._copy_back(self._tensors())
-        self.optimizer.load_state_dict(copy.deepcopy(kept["optimizer"]))  # which would use the copies themselves
-        if self.scaler is not None:
-            self.scaler.load_state_dict(kept["scaler"])
+    def _kept(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The copies of parameters and buffers by name, and the optimizer's `state_dict`."""
+        copies = iter(self._copies)
+        names = (*self._parameters, *(name for name, _, _ in self._buffer_places))
+        tensors = {name: next(copies) for name in names}
+        states = {index: dict(state) for index, state in self._kept_states.items()}
+        for index, key in self._state_places:
+            states[index][key] = next(copies)
+        return tensors, {**self._kept_optimizer, "state": states}
 
     @torch.no_grad()
-    def _copy_back(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        kept = self._kept()["tensors"]
-        for name, tensor in tensors:
+    def _copy_back(self, tensors: Mapping[str, Tensor]) -> None:
+        kept, _ = self._kept()
+        for name, tensor in tensors.items():
             tensor.copy_(kept[name])
 
     def _drop_gradients(self) -> None:
@@ -349,8 +374,12 @@ def save_atomically(state: object, path: Path) -> None:
             os.close(folder)
 
 
-def _reports(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    return [str(report) for name, tensor in tensors if (report := describe(tensor, name))]
+def _layout(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
+    return [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+
+
+def _reports(tensors: dict[str, Tensor]) -> list[str]:
+    return list(map(str, find_nonfinite(tensors)))
 
 
 def _is_distributed() -> bool:
