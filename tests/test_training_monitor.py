@@ -145,7 +145,7 @@ def test_gradients_that_jump():
 
     monitor = GradientMonitor(model)
     (message,) = messages(monitor, model, 20, lr=1e-4, change=jump)
-    assert message.startswith("step 16, head: exploding: gradient norm ")
+    assert message.startswith("step 16: head: exploding: gradient norm ")
     assert "exploding" not in monitor.summary(), "it is over"
 
 
@@ -159,8 +159,8 @@ def test_gradients_that_grow_steadily():
 
     monitor = GradientMonitor(model)
     (message,) = messages(monitor, model, 25, lr=1e-5, change=grow)
-    step = int(message.split()[1].rstrip(","))
-    assert ", backbone: exploding: gradient norm " in message
+    step = int(message.split()[1].rstrip(":"))
+    assert ": backbone: exploding: gradient norm " in message
     # The lowest average is that of the first ten records, which weighs them nearly alike.
     assert step == pytest.approx(1 + math.log(100 * sum(1.5**i for i in range(10)) / 10, 1.5), abs=1)
     assert "exploding" in monitor.summary()
@@ -179,7 +179,7 @@ def test_gradients_that_are_not_finite(bad):
                 model["head"].weight.grad[0, 1] = bad
             monitor.record()
     (message,) = (str(each.message) for each in caught)
-    assert message == f"step 3, head: exploding: gradient norm {bad}"
+    assert message == f"step 3: head: exploding: gradient norm {bad}"
     assert "nan" not in monitor.summary().replace("update_ratio", ""), "they do not enter the averages"
 
 
@@ -192,7 +192,7 @@ def test_a_learning_rate_that_is_too_high():
 
     (first, *_) = messages(GradientMonitor(model), model, 12, lr=0.5, change=keep_size)
     assert "exploding: a step changes the weights by " in first
-    assert first.startswith("step 10, ")
+    assert first.startswith("step 10: ")
 
 
 def test_a_group_whose_gradients_vanish():
@@ -203,7 +203,7 @@ def test_a_group_whose_gradients_vanish():
             parameter.grad.mul_(1e-7)
 
     (message,) = messages(GradientMonitor(model), model, 30, lr=1e-3, change=shrink)
-    assert message.startswith("step 10, backbone: vanishing: gradient norm ")
+    assert message.startswith("step 10: backbone: vanishing: gradient norm ")
 
 
 def test_a_group_without_gradients():
@@ -215,7 +215,7 @@ def test_a_group_without_gradients():
 
     monitor = GradientMonitor(model)
     (message,) = messages(monitor, model, 12, lr=1e-3, change=detach)
-    assert message.startswith("step 10, head: vanishing: gradient norm 0 on average")
+    assert message.startswith("step 10: head: vanishing: gradient norm 0 on average")
     (head,) = (line for line in monitor.summary().splitlines() if line.startswith("head"))
     assert head.split()[2:5] == ["0", "0", "1"]
 
@@ -236,14 +236,27 @@ def test_mostly_zeros():
                 model.weight += 1e-3
             monitor.record()
     (message,) = (str(each.message) for each in caught)
-    assert message == "step 10, weight: vanishing: 99.90% of the gradient are 0 on average"
+    assert message == "step 10: weight: vanishing: 99.90% of the gradient are 0 on average"
 
 
 def test_updates_that_rounding_swallows():
     model = make()
-    first, second = messages(GradientMonitor(model), model, 12, lr=1e-12)
-    assert first.startswith("step 10, backbone: vanishing: a step changes the weights by ")
-    assert ", head: vanishing: a step changes" in second
+    (message,) = messages(GradientMonitor(model), model, 12, lr=1e-12)
+    assert message.startswith("step 10: backbone: vanishing: a step changes the weights by ")
+    assert "; head: vanishing: a step changes" in message
+
+
+def test_a_warning_about_many_groups_is_short():
+    model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(8)])
+    monitor = GradientMonitor(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, INF)
+    with pytest.warns(RuntimeWarning) as caught:
+        monitor.record()
+    (message,) = (str(each.message) for each in caught)
+    assert message.count("exploding") == 3
+    assert message.endswith("; and 5 more, see summary()")
+    assert monitor.summary().count("exploding") == 8
 
 
 def test_frozen_and_half_parameters():

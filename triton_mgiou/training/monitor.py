@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 WARM_UP = 10  # records before an average is trusted
+TOLD = 3  # groups in a warning
 MEASURES = ("grad_norm", "zero_share", "update_ratio")
 LOST_UPDATE = 1e-7  # of the weights: below float32's rounding
 DEAD_SHARE = 0.99  # of zeros
@@ -118,11 +119,14 @@ class GradientMonitor:
                     if not math.isnan(value) or measure == "grad_norm":
                         self.writer.add_scalar(f"{measure}/{group.name}", value, step)
         strongest = max(group.averages[0] for group in groups)
+        news = []
         for group in groups:
             before, group.verdict = group.verdict, self._judge(group, strongest)
-            kind = group.verdict.partition(":")[0]
-            if kind and kind != before.partition(":")[0]:
-                warnings.warn(f"step {step}, {group.name}: {group.verdict}", RuntimeWarning, stacklevel=3)
+            if group.verdict.partition(":")[0] not in {"", before.partition(":")[0]}:
+                news.append(f"{group.name}: {group.verdict}")
+        if news:
+            more = f"; and {len(news) - TOLD} more, see summary()" if len(news) > TOLD else ""
+            warnings.warn(f"step {step}: {'; '.join(news[:TOLD])}{more}", RuntimeWarning, stacklevel=3)
 
     def _judge(self, group: _Group, strongest: float) -> str:
         norm, average, update = group.last[0], group.averages[0], group.averages[2]
