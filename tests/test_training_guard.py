@@ -13,7 +13,14 @@ import torch
 from helpers import generator
 from torch import nn
 
-from triton_mgiou.training import NonFiniteError, TrainingGuard, TrainingStoppedError, find_nonfinite
+from triton_mgiou.cli import main
+from triton_mgiou.training import (
+    GradientMonitor,
+    NonFiniteError,
+    TrainingGuard,
+    TrainingStoppedError,
+    find_nonfinite,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -159,6 +166,8 @@ def test_patience_ends_a_run_and_tells_the_story(folder):
     assert failed["step"] == 7
     names = {report.name for report in find_nonfinite(failed)}
     assert {"model.1.running_mean", "gradients.0.weight"} <= names
+
+    assert [main(["diagnose", str(folder / name)]) for name in ("last-good.pt", "failed.pt")] == [0, 1]
 
     assert guard.step(backward(model, optimizer, batch(4))), "whoever catches the error can go on"
 
@@ -348,6 +357,8 @@ def test_wrong_arguments(folder):
     guard = TrainingGuard(model, optimizer, checkpoint_dir=folder)
     with pytest.raises(RuntimeError, match=r"no parameter .* has a gradient: expected step\(\) after"):
         guard.step()
+    with pytest.raises(TypeError, match="loss must be a torch.Tensor, got float"):
+        guard.step(0.5)
     with pytest.raises(ValueError, match=r"loss must have one element, got shape \(2,\)"):
         guard.step(torch.zeros(2))
 
@@ -490,3 +501,31 @@ def test_all_processes_skip_together(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.glob("guard*/*")) == ["failed.pt", "last-good.pt"]
     good = torch.load(tmp_path / "guard0" / "last-good.pt", weights_only=True)
     assert next(iter(good["model"])) == "0.weight", "without DDP's prefix"
+
+
+def synchronisations(function):
+    """How often the host waits for the device."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(each.message) for each in caught)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scaled", [False, True])
+def test_one_wait_a_step(scaled, folder):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0) if scaled else None
+    guard = TrainingGuard(model, optimizer, scaler, checkpoint_dir=folder)
+    monitor = GradientMonitor(model)
+    for index in range(3):
+        loss = backward(model, optimizer, batch(index).cuda(), scaler)
+        waits = synchronisations(lambda loss=loss: guard.step(loss))
+    assert waits == (3 if scaled else 1), "a scaler adds two of its own"
+    assert synchronisations(monitor.record) == 1

@@ -149,8 +149,11 @@ class TrainingGuard:
                 `checkpoint_dir` has it as `last-good.pt`, and the state that failed, with the gradients, as
                 `failed.pt`, each a dict of "model", "optimizer", "scaler", "step" and "gradients".
             RuntimeError: No parameter has a gradient.
+            TypeError: `loss` is no tensor.
             ValueError: `loss` has more than one element.
         """
+        if loss is not None and not isinstance(loss, Tensor):
+            raise TypeError(f"loss must be a torch.Tensor, got {type(loss).__name__}")
         if loss is not None and loss.numel() != 1:
             raise ValueError(f"loss must have one element, got shape {tuple(loss.shape)}")
         trained = [parameter for parameter in self._trained() if parameter.grad is not None]

@@ -109,16 +109,15 @@ class GradientMonitor:
         if not groups:
             return
         measured = [group.measure() for group in groups]
-        for group, values in zip(
-            groups, torch.stack([m.to(measured[0].device) for m in measured]).tolist(), strict=True
-        ):
+        numbers = torch.stack([each.to(measured[0].device) for each in measured]).tolist()
+        for group, values in zip(groups, numbers, strict=True):
             group.add(values)
             self._history.extend((step, self._groups.index(group), *group.last, *group.averages))
             if self.writer is not None:
                 for measure, value in zip(MEASURES, group.last, strict=True):
                     if not math.isnan(value) or measure == "grad_norm":
                         self.writer.add_scalar(f"{measure}/{group.name}", value, step)
-        strongest = max(group.averages[0] for group in groups)
+        strongest = max((group.averages[0] for group in groups if group.averages[0] > 0), default=0.0)  # not NaN
         news = []
         for group in groups:
             before, group.verdict = group.verdict, self._judge(group, strongest)
