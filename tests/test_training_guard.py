@@ -357,7 +357,7 @@ def test_wrong_arguments(folder):
     guard = TrainingGuard(model, optimizer, checkpoint_dir=folder)
     with pytest.raises(RuntimeError, match=r"no parameter .* has a gradient: expected step\(\) after"):
         guard.step()
-    with pytest.raises(TypeError, match="loss must be a torch.Tensor, got float"):
+    with pytest.raises(TypeError, match=r"loss must be a torch.Tensor, got float"):
         guard.step(0.5)
     with pytest.raises(ValueError, match=r"loss must have one element, got shape \(2,\)"):
         guard.step(torch.zeros(2))

@@ -9,12 +9,13 @@ import warnings
 import pytest
 import torch
 from helpers import generator, random_boxes, rectangle_corners
-from test_readme import table
+from test_readme import section, table
 from torch import nn
 
 from triton_mgiou import mgiou_loss
 from triton_mgiou.cli import main
 from triton_mgiou.training import GradientMonitor, NonFiniteError, TrainingGuard, debug
+from triton_mgiou.training import diagnose as diagnose_module
 
 BATCH = 64
 
@@ -204,6 +205,15 @@ LINES = {
     "the loss jumps up and down": loss_jumps,
     "single batches would end the run": bad_batches,
 }
+
+
+def test_the_thresholds_are_those_of_the_code():
+    text = " ".join(section("When training goes wrong").split())
+    assert diagnose_module.LAST_LEAST == 5
+    assert f"the last {diagnose_module.LAST_SHARE:.0%} of the rows, at least five".replace("%", " %") in text
+    assert f"less than {diagnose_module.PLATEAU_GAIN:.0%} better".replace("%", " %") in text
+    assert f"turns in {diagnose_module.OSCILLATION_TURNS:.0%} of these rows".replace("%", " %") in text
+    assert f"goes {diagnose_module.OSCILLATION_STEP:.0%} of its mean".replace("%", " %") in text
 
 
 def test_every_line_is_reproduced():
