@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import random
 import subprocess
 import sys
 import zipfile
@@ -173,6 +174,27 @@ def test_files_that_claim_more_than_they_hold(tmp_path, diagnose):
     status, _, err = diagnose(tmp_path / "bomb.pt")
     assert status == 2
     assert "its records are compressed" in err[0]
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_damaged_files_raise_nothing_else(new, tmp_path):
+    """Bytes changed at random places, and one file in three cut off."""
+    model, optimizer = trained()
+    path, damaged = tmp_path / "weights.pt", tmp_path / "damaged.pt"
+    torch.save([model.state_dict(), optimizer.state_dict()], path, _use_new_zipfile_serialization=new)
+    whole, chance = path.read_bytes(), random.Random(0)
+    outcomes = []
+    for index in range(150):
+        content = bytearray(whole[: chance.randrange(len(whole)) if index % 3 == 0 else None])
+        for _ in range(chance.choice((1, 5, 50)) if content else 0):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        damaged.write_bytes(content)
+        try:
+            outcomes.append(module.diagnose(damaged))
+        except module.DiagnoseError:
+            outcomes.append(None)
+    assert outcomes.count(None) > 50
+    assert outcomes.count(True) > 10, "bytes that nothing depends on, or other finite numbers"
 
 
 def test_a_large_file_has_a_progress_bar(tmp_path, diagnose, monkeypatch):

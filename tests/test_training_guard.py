@@ -220,6 +220,29 @@ def test_buffers_that_are_infinite_on_purpose(folder):
     assert guard.step(backward(model, optimizer, batch(0)))
 
 
+def test_buffers_that_are_replaced(folder):
+    """Some modules assign a new tensor to a buffer in each forward pass."""
+
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, images):
+            self.mean = 0.9 * self.mean + 0.1 * images.mean(0)
+            return images - self.mean
+
+    model = nn.Sequential(Mean(), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = TrainingGuard(model, optimizer, checkpoint_dir=folder)
+    guard.step(backward(model, optimizer, batch(0)))
+    mean = model[0].mean.clone()
+    with pytest.warns(RuntimeWarning, match="step 2 skipped"):
+        guard.step(backward(model, optimizer, batch(1) * NAN))
+    assert torch.equal(model[0].mean, mean)
+    torch.testing.assert_close(mean, 0.1 * batch(0).mean(0))
+
+
 def test_before_the_first_good_step(folder):
     model, optimizer = make()
     first = state_of(model, optimizer)
