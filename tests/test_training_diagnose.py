@@ -181,7 +181,8 @@ def test_damaged_files_raise_nothing_else(new, tmp_path):
     """Bytes changed at random places, and one file in three cut off."""
     model, optimizer = trained()
     path, damaged = tmp_path / "weights.pt", tmp_path / "damaged.pt"
-    torch.save([model.state_dict(), optimizer.state_dict(), torch.zeros(3000)], path, _use_new_zipfile_serialization=new)
+    content = [model.state_dict(), optimizer.state_dict(), torch.zeros(3000)]
+    torch.save(content, path, _use_new_zipfile_serialization=new)
     whole, chance = path.read_bytes(), random.Random(0)
     outcomes = []
     for index in range(150):
