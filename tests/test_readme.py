@@ -44,11 +44,12 @@ def value_and_gradients(pred, target, **options):
 
 
 def test_the_code_is_found():
-    assert len(CODE) == README.count("```python") == 3
+    assert len(CODE) == README.count("```python") == 4
 
 
-@pytest.mark.parametrize("code", CODE, ids=["plain PyTorch", "mmdetection", "keypoints"])
-def test_code(code):
+@pytest.mark.parametrize("code", CODE, ids=["plain PyTorch", "mmdetection", "keypoints", "training"])
+def test_code(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert "assert " in code
     exec(compile(code, "README.md", "exec"), {})
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_mgiou import reference
+from triton_mgiou import finite, reference
 
 REDUCTIONS = ("none", "mean", "sum")
 AXIS_WEIGHTS = ("uniform", "length", "soft")
@@ -84,6 +84,8 @@ def mgiou_loss(
 
     Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
     """
+    if finite.switch.on and not finite.thread.inside:
+        return finite.switch.check(mgiou_loss, locals())
     _check_vertices("pred", pred)
     _check_vertices("target", target)
     if target.shape[0] != pred.shape[0]:
