@@ -43,7 +43,7 @@ def compiled(capability, pred_size, target_size, **options):
     dtype = options.pop("dtype")
     large, weight = options.pop("large_batch"), options.pop("weight")
     vertices = torch.empty(1, 1, 2, dtype=dtype)
-    plan = ops._plan(vertices, vertices, pred_size, target_size, _weight=None, batch=large, **options)
+    plan = ops._plan(vertices, vertices, pred_size, target_size, _weight=None, batch=large, launch=None, **options)
     stored = "*" + NAMES[plan.dtype]
     pointers = {
         "pred_ptr": "*" + NAMES[dtype],
@@ -123,7 +123,10 @@ def test_a_bucket_is_compiled_once():
     vertices = torch.empty(1, 1, 2)
     options = {k: v for k, v in DEFAULT.items() if k not in ("dtype", "large_batch", "weight")}
     for large in (False, True):
-        plans = {ops._plan(vertices, vertices, n, n, _weight=None, batch=large, **options).flags for n in range(3, 65)}
+        plans = {
+            ops._plan(vertices, vertices, n, n, _weight=None, batch=large, launch=None, **options).flags
+            for n in range(3, 65)
+        }
         assert len(plans) == 5  # 4, 8, 16, 32, 64
     assert tuning.bucket(1) == tuning.bucket(4) == 4
     assert tuning.bucket(5) == tuning.bucket(8) == 8
