@@ -26,7 +26,7 @@ SAMPLES = 512  # to measure with, at least
 SMALLEST_GAIN = 0.02  # below it is noise, and another layout would only change the last bits of a result
 AGREEMENT = 1e-4  # relative, of a sample's gradient; and of the loss
 NEAR_TIES = 0.01  # share of samples whose gradient rounding may decide the other way
-WAIT_SECONDS = 600.0  # for another rank's decision
+WAIT_SECONDS = 300.0  # for another rank's decision
 
 Launch = Callable[[int], None]  # on at least so many samples
 

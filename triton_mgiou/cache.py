@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from triton_mgiou import tuning
 
 FORMAT = "triton-mgiou tuning 1"
-LOCK_SECONDS = 600.0  # longer than tuning takes; a process that dies releases its lock at once
+LOCK_SECONDS = 300.0  # longer than tuning takes; a process that dies releases its lock at once
 
 
 class Entry(NamedTuple):
@@ -91,10 +91,6 @@ class TuningCache:
                 if content is not None:
                     self._write(content)
             return self._entries[key]
-
-    def keep(self, key: str, entry: Entry) -> None:
-        """Use this entry in this process, whatever the file says."""
-        self._entries[key] = entry
 
     def entries(self) -> dict[str, Entry]:
         """All entries for the kernels as they are."""

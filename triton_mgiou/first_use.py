@@ -77,10 +77,11 @@ def warmup(
     device = torch.device("cuda" if device is None else device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    sizes = [_pair("vertices", each, int, "integers of 1 or above", lambda n: n >= 1) for each in vertices]
-    floating = operator.attrgetter("is_floating_point")
-    types = [_pair("dtypes", each, torch.dtype, "floating dtypes", floating) for each in dtypes]
-    batches = [_pair("batch_sizes", each, int, "integers of 1 or above", lambda b: b >= 1)[0] for each in batch_sizes]
+    positive = int, "integers of 1 or above", lambda number: number >= 1
+    sizes = [_checked("vertices", _pair(each), *positive) for each in vertices]
+    batches = [_checked("batch_sizes", (each,), *positive)[0] for each in batch_sizes]
+    floating = torch.dtype, "floating dtypes", operator.attrgetter("is_floating_point")
+    types = [_checked("dtypes", _pair(each), *floating) for each in dtypes]
     given = {} if options is None else dict(options)
     _check_options(given)
     reason = kernels_unavailable(device)
@@ -106,14 +107,19 @@ def warmup(
     return list(results.values())
 
 
-def _pair(name: str, value: Any, kind: type, what: str, valid: Callable[[Any], bool]) -> tuple[Any, Any]:
-    pair = value if isinstance(value, tuple) else (value, value)
-    for each in pair:
-        if type(each) is not kind:
-            raise TypeError(f"{name} must hold {what}, got {type(each).__name__}")
-        if len(pair) != 2 or not valid(each):
-            raise ValueError(f"{name} must hold {what}, got {value!r}")
-    return pair
+def _pair(value: Any) -> tuple[Any, Any]:
+    return value if isinstance(value, tuple) and len(value) == 2 else (value, value)
+
+
+def _checked(
+    name: str, values: tuple[Any, ...], kind: type, what: str, valid: Callable[[Any], bool]
+) -> tuple[Any, ...]:
+    for value in values:
+        if type(value) is not kind:
+            raise TypeError(f"{name} must hold {what}, got {type(value).__name__}")
+        if not valid(value):
+            raise ValueError(f"{name} must hold {what}, got {value}")
+    return values
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
