@@ -16,7 +16,7 @@ from helpers import assert_close, assert_gradient_close, convex, generator, star
 
 pytest.importorskip("triton")
 
-from triton_mgiou import autotune, cache, mgiou_loss, tuning
+from triton_mgiou import autotune, cache, mgiou_loss, tuning, warmup
 from triton_mgiou.cache import Entry, TuningCache
 from triton_mgiou.tuning import Case, Layout
 
@@ -160,6 +160,28 @@ def test_a_first_use_measures_on_enough_samples_and_leaves_the_call_alone(kernel
     assert plan.layout == tuning.candidates(Case(4, 4, False, ""))[1]
     mgiou_loss(pred, target, backend="triton", **given)
     assert len(batches) == 1
+
+
+def test_a_warm_up_fills_the_cache(kernels, folder, monkeypatch):
+    def measure(_kernel, _arguments, layouts):
+        return Entry(layouts[1], 4.0, 5.0)
+
+    monkeypatch.setattr(autotune, "measure", measure)
+    results = warmup((3,), (2,), device="cpu", options={"target_lengths": True})
+    assert [(each.gradient, each.source, each.us, each.gain) for each in results] == [
+        (True, "tuned", 4.0, 0.25),
+        (False, "tuned", 4.0, 0.25),
+    ]
+    (path,) = folder.glob("*.json")
+    keys = list(json.loads(path.read_text())["configurations"][cache.source_hash()])
+    assert len(keys) == 2
+    assert all("TARGET_REAL=1" in key and "PRED_REAL=0" in key for key in keys)
+    autotune.tuning_cache.cache_clear()  # as another process
+    kernels.forget_plans()
+    with autotune.requested(tune=False) as decisions:
+        lengths = torch.tensor([3, 2, 1])
+        mgiou_loss(torch.rand(3, 4, 2), torch.rand(3, 3, 2), target_lengths=lengths, backend="triton")
+    assert [(each.source, each.layout) for each in decisions] == [("cache", tuning.candidates(decisions[0].case)[1])]
 
 
 class Compiled:
