@@ -166,7 +166,7 @@ def test_info(folder, capsys):
     assert f"triton-mgiou: {triton_mgiou.__version__}\n" in out
     assert f"torch: {torch.__version__}" in out
     if os.environ.get("TRITON_INTERPRET") != "1":
-        assert "cpu: eager: the tensors are on cpu, and the kernels need an NVIDIA GPU\n" in out
+        assert 'cpu: backend "auto" takes eager: the tensors are on cpu, and the kernels need an NVIDIA GPU\n' in out
     assert f"tuning cache: {folder}\n" in out
     assert "fake-gpu-sm90-triton-3.6.0.json: Fake GPU sm90, Triton 3.6.0\n" in out
     assert "vertices 8 8: polygons 16, lanes 2, pred_slots 4, target_slots 4, num_warps 1, registers 168, us 6.5" in out
@@ -184,7 +184,7 @@ def test_info_without_triton(monkeypatch, capsys):
         functional._kernels_unavailable.cache_clear()
     out = capsys.readouterr().out
     assert "triton: not installed\n" in out
-    assert "cpu: eager: Triton is not installed\n" in out
+    assert 'cpu: backend "auto" takes eager: Triton is not installed\n' in out
 
 
 def test_info_of_an_empty_cache(folder, capsys):

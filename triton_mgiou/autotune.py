@@ -19,6 +19,7 @@ from torch import Tensor
 
 from triton_mgiou import tuning
 from triton_mgiou.cache import Entry, TuningCache, source_hash
+from triton_mgiou.kernels.mgiou import mgiou_kernel
 from triton_mgiou.tuning import Case, Layout
 
 ENVIRONMENT = "TRITON_MGIOU_AUTOTUNE"
@@ -178,8 +179,6 @@ def _store() -> Any | None:
 
 def record(launch: Launch) -> tuple[Any, tuple[Any, ...]]:
     """The kernel, and the arguments before its layout, as `launch` gives them."""
-    from triton_mgiou.kernels.mgiou import mgiou_kernel  # noqa: PLC0415 - its decorator reads TRITON_INTERPRET
-
     calls: list[tuple[Any, ...]] = []
 
     def hook(*arguments: Any, **_: Any) -> None:
@@ -233,7 +232,7 @@ def measure(
     for layout in sorted(us, key=us.__getitem__):
         if us[layout] > us[default] * (1 - SMALLEST_GAIN):
             break
-        if _agree_on(outputs(layout), expected):
+        if _same_result(outputs(layout), expected):
             return Entry(layout, us[layout], us[default])
     return Entry(default, us[default], us[default])
 
@@ -268,7 +267,7 @@ def _fits(compiled: Any) -> bool:
     return bool(compiled.n_spills == 0)
 
 
-def _agree_on(actual: list[Tensor], expected: list[Tensor]) -> bool:
+def _same_result(actual: list[Tensor], expected: list[Tensor]) -> bool:
     """Whether loss and gradient are the same but for rounding."""
     if not torch.allclose(actual[0], expected[0], rtol=AGREEMENT, atol=1e-6, equal_nan=True):
         return False

@@ -63,7 +63,7 @@ def warmup(
         dtypes: Input types, or pairs where `target` has another type.
         device: An NVIDIA GPU; the current one by default.
         options: Options of `mgiou_loss` as training will use them. For a tensor, its dtype, or True for the usual
-            one: `{"axis_weight": "length", "target_lengths": True}`.
+            one: `{"axis_weight": "length", "target_lengths": True}`. The gradient is that to `pred`.
         tune: Measure and keep the fastest configuration of each variant; if False, compile only.
 
     Returns:
@@ -227,6 +227,6 @@ def info() -> str:
             properties = torch.cuda.get_device_properties(device)
             memory = f"{properties.total_memory / 2**30:.0f} GiB"
             name = f" ({properties.name}, compute capability {properties.major}.{properties.minor}, {memory})"
-        takes = "triton" if reason is None and device.type == "cuda" else f"eager: {reason}"
-        lines.append(f"{device}{name}: {takes}")
+        takes = "triton: the kernels can run there" if reason is None else f"eager: {reason}"
+        lines.append(f'{device}{name}: backend "auto" takes {takes}')
     return "\n".join(lines + cache.describe())
