@@ -121,11 +121,43 @@ def convexity_term(pred, edge_is_axis):
     return total / count if count > 0 else 0.0
 
 
-def sample_loss(pred, target, axis_weight="uniform", convexity_weight=0.0, *, base=None, axis_grad=True):
+def signed_area(polygon):
+    """Return the area by triangles from the first vertex; a clockwise one (y up) counts below 0."""
+    start_x, start_y = polygon[0]
+    return sum(
+        ((x - start_x) * (next_y - start_y) - (next_x - start_x) * (y - start_y)) / 2
+        for (x, y), (next_x, next_y) in zip(polygon, [*polygon[1:], polygon[0]], strict=True)
+    )
+
+
+def boundary_term(pred, target):
+    """Return how far the outline of `pred` is from the target's but for a shift: 0 if it is the same."""
+    target_area = abs(signed_area(target))
+    if 2 * target_area <= SHORTEST_EDGE * sum(x * x + y * y for x, y in polygon_edges(target)):
+        return 0.0  # the target is a line
+    area = signed_area(pred)
+    mixed = 0.0
+    for x, y in polygon_edges(pred):
+        length = math.hypot(x, y)
+        if length > 0:
+            outward = (y / length, -x / length) if area > 0 else (-y / length, x / length)
+            reach = max(outward[0] * (gx - target[0][0]) + outward[1] * (gy - target[0][1]) for gx, gy in target)
+            mixed += reach * length / 2
+    if mixed == 0:
+        return 1.0
+    shape = abs(area) * target_area / mixed**2
+    size = 2 * mixed * target_area / (mixed**2 + target_area**2)
+    return max(0.0, 1 - shape * size)
+
+
+def sample_loss(
+    pred, target, axis_weight="uniform", convexity_weight=0.0, boundary_weight=0.0, *, base=None, axis_grad=True
+):
     """Return the loss of one sample, two lists of real vertices.
 
-    `base` is the pair of polygons around which differences are taken: the extent, and which edges of the prediction
-    the convexity term runs over, are those of `base`; with `axis_grad=False` so are the axes and their weights.
+    `base` is the pair of polygons around which differences are taken: the extent, which edges of the prediction the
+    convexity term runs over, and the boundary term's target are those of `base`; with `axis_grad=False` so are the
+    axes and their weights.
     """
     if not pred or not target:
         return 0.0
@@ -141,6 +173,8 @@ def sample_loss(pred, target, axis_weight="uniform", convexity_weight=0.0, *, ba
     loss = (1 - mgiou(pred, target, axes)) / 2
     if convexity_weight:
         loss += convexity_weight * convexity_term(pred, [axis.weight > 0 for axis in base_pred_axes])
+    if boundary_weight:
+        loss += boundary_weight * boundary_term(pred, base_target)
     return loss
 
 
@@ -161,10 +195,11 @@ def per_sample_loss(
     target_mask=None,
     axis_weight="uniform",
     convexity_weight=0.0,
+    boundary_weight=0.0,
 ):
     """Return each sample's loss, shape (B,), for `pred` (B, N, 2) and `target` (B, M, 2)."""
     samples = zip(_side(pred, pred_lengths, pred_mask), _side(target, target_lengths, target_mask), strict=True)
-    losses = [sample_loss(p, g, axis_weight, convexity_weight) for (p, _), (g, _) in samples]
+    losses = [sample_loss(p, g, axis_weight, convexity_weight, boundary_weight) for (p, _), (g, _) in samples]
     return np.array(losses, dtype=np.float64)
 
 
@@ -200,6 +235,7 @@ def gradient(
     target_mask=None,
     axis_weight="uniform",
     convexity_weight=0.0,
+    boundary_weight=0.0,
 ):
     """Return each sample's own gradient with respect to `side`, by central differences.
 
@@ -227,6 +263,7 @@ def gradient(
                     vertex[coordinate] += signed
                     polygon = [*moved[:i], tuple(vertex), *moved[i + 1 :]]
                     pair = (polygon, g) if side == "pred" else (p, polygon)
-                    values.append(sample_loss(*pair, axis_weight, convexity_weight, base=(p, g), axis_grad=axis_grad))
+                    weights = (convexity_weight, boundary_weight)
+                    values.append(sample_loss(*pair, axis_weight, *weights, base=(p, g), axis_grad=axis_grad))
                 result[b, place, coordinate] = (values[0] - values[1]) / (2 * step)
     return result

@@ -81,6 +81,9 @@ WRONG = {
     "convexity_weight Inf": ({"convexity_weight": float("inf")}, ValueError, "convexity_weight", ["finite", "inf"]),
     "convexity_weight a string": ({"convexity_weight": "1"}, TypeError, "convexity_weight", ["number", "str"]),
     "convexity_weight None": ({"convexity_weight": None}, TypeError, "convexity_weight", ["number", "NoneType"]),
+    "boundary_weight negative": ({"boundary_weight": -0.5}, ValueError, "boundary_weight", ["0 or above", "-0.5"]),
+    "boundary_weight NaN": ({"boundary_weight": float("nan")}, ValueError, "boundary_weight", ["finite", "nan"]),
+    "boundary_weight a string": ({"boundary_weight": "1"}, TypeError, "boundary_weight", ["number", "str"]),
     "backend unknown": ({"backend": "cuda"}, ValueError, "backend", ["'auto'", "'eager'", "'triton'", "'cuda'"]),
 }
 for _side, _size in (("pred", 5), ("target", 6)):

@@ -57,15 +57,18 @@ def test_the_same_bits_on_every_run(batch, size):
     ("batch", "size"), [(40_000, 4), (40_000, 8), (40_000, 16), (33_000, 32), (33_000, 64), (50, 512)]
 )
 def test_every_layout_against_float64(batch, size):
-    """Regular polygons, moved and scaled: no two vertices near a tie that float32 would decide otherwise."""
+    """Near-ties that rounding decides the other way move a gradient: in few samples, as in PyTorch's float32."""
     rng = generator(size)
     pred, target = convex(batch, size, rng).float().cuda(), convex(batch, size, rng).float().cuda()
-    value, gradient = value_and_gradient(pred, target, backend="triton", reduction="none")
-    exact_value, exact_gradient = value_and_gradient(pred.double(), target.double(), backend="eager", reduction="none")
-    assert_close(value, exact_value, atol=1e-6)
-    error = (gradient - exact_gradient).flatten(1).norm(dim=1) / exact_gradient.flatten(1).norm(dim=1)
-    assert error.median() < 2e-6
-    assert (error > 1e-4).double().mean() < 2e-3  # near-ties that rounding decides the other way
+    exact = value_and_gradient(pred.double(), target.double(), backend="eager", reduction="none")
+    wrong = {}
+    for backend in ("triton", "eager"):
+        value, gradient = value_and_gradient(pred, target, backend=backend, reduction="none")
+        assert_close(value, exact[0], atol=1e-6)
+        error = (gradient - exact[1]).flatten(1).norm(dim=1) / exact[1].flatten(1).norm(dim=1)
+        assert error.median() < 2e-6
+        wrong[backend] = (error > 1e-4).double().mean().item()
+    assert wrong["triton"] <= 1.5 * wrong["eager"] + 1e-3
 
 
 def test_streams_do_not_disturb_each_other():
@@ -114,17 +117,18 @@ def test_more_than_2_to_the_31_elements():
     batch, size = 2**26 + 1000, 16
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB of GPU memory")
-    few, target = polygons(1000, size)
+    tail = 40_000  # large enough for the layout of a large batch
+    few, target = polygons(tail, size)
     pred = few.half()[:1].expand(batch, size, 2).contiguous()
-    pred[-1000:] = few.half()
+    pred[-tail:] = few.half()
     assert pred.numel() > 2**31
     target_row = target[:1].expand(batch, size, 2)  # stride 0 over the batch
     value, gradient = value_and_gradient(pred, target_row, backend="triton", reduction="none")
-    tail = value_and_gradient(pred[-1000:], target_row[-1000:], backend="triton", reduction="none")
-    assert_same(value[-1000:], tail[0])
-    assert_same(gradient[-1000:], tail[1])
-    assert (value[:-1000] == value[0]).all()
-    assert (gradient[:-1000] == gradient[0]).all()
+    expected = value_and_gradient(pred[-tail:], target_row[-tail:], backend="triton", reduction="none")
+    assert_same(value[-tail:], expected[0])
+    assert_same(gradient[-tail:], expected[1])
+    assert (value[:-tail] == value[0]).all()
+    assert (gradient[:-tail] == gradient[0]).all()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -149,7 +153,9 @@ def test_one_kernel_for_each_bucket():
     pred, target = polygons(5000, 8)
     for batch in range(1, 5001, 7):
         value_and_gradient(pred[:batch], target[:batch], backend="triton")
-    assert len({id(plan.compiled[0]) for plan in ops._plans.values()}) == 5
+    assert (
+        len({id(plan.compiled[0]) for plan in ops._plans.values()}) == 14
+    )  # 3 and 4; then, up to each power of two, odd, even, full
 
 
 def test_memory_is_the_gradient_and_a_few_bytes_a_sample():

@@ -33,6 +33,8 @@ DEFAULT = {
     "convexity": False,
     "need_grad": True,
     "adjacent": True,
+    "packed": True,
+    "even": True,
     "large_batch": False,
 }
 
@@ -123,11 +125,13 @@ def test_a_bucket_is_compiled_once():
     vertices = torch.empty(1, 1, 2)
     options = {k: v for k, v in DEFAULT.items() if k not in ("dtype", "large_batch", "weight")}
     for large in (False, True):
-        plans = {
-            ops._plan(vertices, vertices, n, n, _weight=None, batch=large, launch=None, **options).flags
+        flags = [
+            ops._plan(
+                vertices, vertices, n, n, _weight=None, batch=large, launch=None, **options | {"even": n % 2 == 0}
+            ).flags
             for n in range(3, 65)
-        }
-        assert len(plans) == 5  # 4, 8, 16, 32, 64
+        ]
+        assert len(set(flags)) == 14  # 3 and 4; then, up to each power of two, odd rows, even rows, and full ones
     assert tuning.bucket(1) == tuning.bucket(4) == 4
     assert tuning.bucket(5) == tuning.bucket(8) == 8
     assert tuning.bucket(513) == 1024

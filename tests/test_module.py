@@ -146,7 +146,7 @@ def test_repr():
 def test_options_that_do_not_exist():
     with pytest.raises(TypeError, match="axis_wieght") as caught:
         MGIoULoss(axis_wieght="soft")
-    for option in ("axis_weight", "axis_grad", "convexity_weight", "backend"):
+    for option in ("axis_weight", "axis_grad", "convexity_weight", "boundary_weight", "backend"):
         assert option in str(caught.value)
     with pytest.raises(TypeError, match="pred_lengths"):
         MGIoULoss(pred_lengths=torch.ones(3))  # an argument of a call, not an option

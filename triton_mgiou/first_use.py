@@ -100,9 +100,9 @@ def warmup(
                 _training_step(size, dtype, batch, gradient, device, given)
             for decision in decisions:
                 results.setdefault(decision.case, _result(decision, dtype, gradient))
-            with autotune.requested(tune=False):  # rows of odd and even length are different kernels
-                pred_bucket, target_bucket = map(tuning.bucket, size)
-                for other in itertools.product((pred_bucket, pred_bucket - 1), (target_bucket, target_bucket - 1)):
+            with autotune.requested(tune=False):  # rows that are odd, even, and full are different kernels
+                counts = [range(max(3, n - 2), n + 1) for n in map(tuning.bucket, size)]
+                for other in itertools.product(*counts):
                     _training_step(other, dtype, batch, gradient, device, given)
     return list(results.values())
 
@@ -131,8 +131,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _training_step(
-    size: tuple[int, int],
-    dtype: tuple[torch.dtype, torch.dtype],
+    size: tuple[int, ...],
+    dtype: tuple[torch.dtype, ...],
     batch: int,
     gradient: bool,
     device: torch.device,
@@ -163,7 +163,7 @@ def _polygons(batch: int, vertices: int, device: torch.device, seed: int) -> Ten
     return centre + radius * torch.stack((angle.cos(), angle.sin()), dim=-1)
 
 
-def _result(decision: Any, dtype: tuple[torch.dtype, torch.dtype], gradient: bool) -> WarmupResult:
+def _result(decision: Any, dtype: tuple[torch.dtype, ...], gradient: bool) -> WarmupResult:
     case, entry = decision.case, decision.entry
     measured = entry is not None and entry.us is not None
     return WarmupResult(

@@ -31,14 +31,15 @@ def mgiou_loss(
     axis_weight: str = "uniform",
     axis_grad: bool = True,
     convexity_weight: float = 0.0,
+    boundary_weight: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
     """Marginalized GIoU loss between two batches of polygons.
 
-    Each sample's loss is (1 - MGIoU) / 2, in [0, 1], plus `convexity_weight` times its convexity term. MGIoU is the
-    weighted mean, over the edge normals of both polygons, of the 1-D GIoU of their projections. It does not change
-    when both polygons are moved, scaled or turned together ("soft" weights: turned by right angles). Coordinates have
-    any one unit.
+    Each sample's loss is (1 - MGIoU) / 2, in [0, 1], plus `convexity_weight` times its convexity term and
+    `boundary_weight` times its boundary term. MGIoU is the weighted mean, over the edge normals of both polygons, of
+    the 1-D GIoU of their projections. It does not change when both polygons are moved, scaled or turned together
+    ("soft" weights: turned by right angles). Coordinates have any one unit.
 
     A polygon of one vertex is a point, of two a segment. Where a side of a sample has no real vertex, or neither
     polygon has an edge, the sample's loss and gradient are 0. Any finite input gives a finite value and
@@ -67,6 +68,9 @@ def mgiou_loss(
             the same without it.
         convexity_weight: Factor, 0 or above, on a scale-free term that is 0 for a convex `pred` whose vertices
             are in order and grows with dents and crossings. MGIoU alone sees only the convex hull.
+        boundary_weight: Factor, 0 or above, on a scale-free term in [0, 1] that is 0 only where `pred`, read in its
+            order, is the target (a convex one) moved: 1 - (A_p A_t / V^2) (2 V A_t / (V^2 + A_t^2)), of the areas A
+            and the mixed area V. Every vertex of `pred` gets a gradient; `target` is a constant of it.
         backend: "eager" (PyTorch), "triton" (fused kernels; an error where they cannot run) or "auto".
 
     Returns:
@@ -92,12 +96,13 @@ def mgiou_loss(
     _check_choice("backend", backend, BACKENDS)
     if not isinstance(axis_grad, bool):
         raise TypeError(f"axis_grad must be a bool, got {type(axis_grad).__name__}")
-    _check_number("convexity_weight", convexity_weight)
-    if convexity_weight < 0:
-        raise ValueError(f"convexity_weight must be 0 or above, got {convexity_weight}")
+    for name, value in (("convexity_weight", convexity_weight), ("boundary_weight", boundary_weight)):
+        _check_number(name, value)
+        if value < 0:
+            raise ValueError(f"{name} must be 0 or above, got {value}")
     _check_weight(weight, pred)
     _check_avg_factor(avg_factor, reduction, pred)
-    if pred.shape[0] > 0 and _picks_triton(backend, pred):
+    if pred.shape[0] > 0 and _picks_triton(backend, pred, boundary_weight):
         from triton_mgiou import ops  # noqa: PLC0415 - needs Triton
 
         pred_real = pred_lengths if pred_mask is None else pred_mask
@@ -120,14 +125,15 @@ def mgiou_loss(
         axis_weight=axis_weight,
         axis_grad=axis_grad,
         convexity_weight=convexity_weight,
+        boundary_weight=boundary_weight,
     )
     return _reduce(loss, weight, reduction, avg_factor)
 
 
-def _picks_triton(backend: str, pred: Tensor) -> bool:
+def _picks_triton(backend: str, pred: Tensor, boundary_weight: float) -> bool:
     if backend == "eager" or (backend == "auto" and not pred.is_cuda):
         return False
-    reason = kernels_unavailable(pred.device)
+    reason = "the kernels have no boundary term" if boundary_weight else kernels_unavailable(pred.device)
     if torch._C._are_functorch_transforms_active():
         reason = "a torch.func transform is active, and the kernels know only autograd"
     if reason is not None and backend == "triton":

@@ -16,14 +16,14 @@ class MGIoULoss(nn.Module):
     Args:
         reduction: "mean", "sum" or "none".
         loss_weight: Factor on the result.
-        **options: `axis_weight`, `axis_grad`, `convexity_weight` and `backend` of `mgiou_loss`.
+        **options: `axis_weight`, `axis_grad`, `convexity_weight`, `boundary_weight` and `backend` of `mgiou_loss`.
 
     Raises:
         TypeError: An option that `mgiou_loss` does not have.
         ValueError: An unknown `reduction`. Other options are checked by the first call.
     """
 
-    OPTIONS = ("axis_weight", "axis_grad", "convexity_weight", "backend")
+    OPTIONS = ("axis_weight", "axis_grad", "convexity_weight", "boundary_weight", "backend")
 
     def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, **options: Any) -> None:
         super().__init__()

@@ -18,9 +18,10 @@ from triton_mgiou.reference import compute_dtype
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # decided when the kernel was imported
 _AXIS_WEIGHTS = {"uniform": 0, "length": 1, "soft": 2}
-_ALL, _LENGTHS, _MASK = 0, 1, 2
+_ALL, _LENGTHS, _MASK, _FULL = range(4)
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _PLAIN = (Tensor, torch.nn.Parameter)  # anything else, such as a fake tensor, needs PyTorch's dispatcher
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 _COUNTERS = 1024  # zeroed at a time: one for each stream and one for each captured launch
 
 
@@ -60,6 +61,19 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
+class _Call(NamedTuple):
+    """What a call asks for, besides the polygons."""
+
+    pred_real: Tensor | None
+    target_real: Tensor | None
+    weight: Tensor | None
+    reduction: str
+    avg_factor: float | None
+    axis_weight: str
+    axis_grad: bool
+    convexity_weight: float
+
+
 def fused_loss(
     pred: Tensor,
     target: Tensor,
@@ -85,19 +99,19 @@ def fused_loss(
         options = (pred_real, target_real, weight, rule, axis_weight, axis_grad, convexity)
         total: Tensor = _operator(pred, target, *options, pred_grad, target_grad)[0]
         return total / (pred.shape[0] if avg_factor is None else avg_factor) if reduction == "mean" else total
-    direct = (pred_real, target_real, weight, reduction, avg_factor, axis_weight, axis_grad, convexity_weight)
+    call = _Call(pred_real, target_real, weight, reduction, avg_factor, axis_weight, axis_grad, convexity_weight)
     if pred_grad or target_grad:
-        loss: Tensor = _FusedLoss.apply(pred, target, direct)  # type: ignore[no-untyped-call]
+        loss: Tensor = _FusedLoss.apply(pred, target, call)  # type: ignore[no-untyped-call]
         return loss
-    return _launch(pred, target, *direct, False)[0]
+    return _launch(pred, target, call, False)[0]
 
 
 class _FusedLoss(torch.autograd.Function):
     """The kernel computes the gradient with the value; backward multiplies it by what comes from above."""
 
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, target: Tensor, options: tuple[Any, ...]) -> Tensor:
-        loss, *grads = _loss_and_grads(pred, target, *options, *ctx.needs_input_grad[:2])
+    def forward(ctx: Any, pred: Tensor, target: Tensor, call: _Call) -> Tensor:
+        loss, *grads = _loss_and_grads(pred, target, call, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(*grads)
         ctx.dtypes = pred.dtype, target.dtype
         return loss
@@ -114,59 +128,37 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor | None, dtype: torch.dtype, upstream: Tensor) -> Tensor | None:
-    """`grad` times the upstream gradient, a scalar or (B,), in the input's dtype: one launch."""
+    """`grad` times the upstream gradient, a scalar or (B,), in the input's dtype: one launch.
+
+    In place where the graph is not kept, since nobody sees `grad` again.
+    """
     if grad is None:
         return None
     if upstream.dim() == 1:
         upstream = upstream[:, None, None]
-    if grad.dtype == dtype:
-        return grad * upstream
-    return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))
+    if grad.dtype != dtype:
+        return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))
+    return grad * upstream if _keeps_graph() else grad.mul_(upstream)
 
 
 def _loss_and_grads(
-    pred: Tensor,
-    target: Tensor,
-    pred_real: Tensor | None,
-    target_real: Tensor | None,
-    weight: Tensor | None,
-    reduction: str,
-    avg_factor: float | None,
-    axis_weight: str,
-    axis_grad: bool,
-    convexity_weight: float,
-    pred_grad: bool,
-    target_grad: bool,
+    pred: Tensor, target: Tensor, call: _Call, pred_grad: bool, target_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    reduce = weight, reduction, avg_factor, axis_weight, axis_grad
-    loss, grad = _launch(pred, target, pred_real, target_real, *reduce, convexity_weight, pred_grad)
+    loss, grad = _launch(pred, target, call, pred_grad)
     if not target_grad:
         return loss, grad, None
     # MGIoU is symmetric and the convexity term does not see the target (section 4).
-    return loss, grad, _launch(target, pred, target_real, pred_real, *reduce, 0.0, True)[1]
+    swapped = call._replace(pred_real=call.target_real, target_real=call.pred_real, convexity_weight=0.0)
+    return loss, grad, _launch(target, pred, swapped, True)[1]
 
 
-def _launch(
-    pred: Tensor,
-    target: Tensor,
-    pred_real: Tensor | None,
-    target_real: Tensor | None,
-    weight: Tensor | None,
-    reduction: str,
-    avg_factor: float | None,
-    axis_weight: str,
-    axis_grad: bool,
-    convexity_weight: float,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
+def _launch(pred: Tensor, target: Tensor, call: _Call, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """One launch: the loss, and its gradient to `pred` in the loss's dtype if asked for."""
     device = pred.get_device()  # -1 for the CPU
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return _launch(
-                pred, target, pred_real, target_real, weight, reduction, avg_factor,
-                axis_weight, axis_grad, convexity_weight, need_grad,
-            )  # fmt: skip
+            return _launch(pred, target, call, need_grad)
+    pred_real, target_real, weight, reduction, avg_factor, axis_weight, axis_grad, convexity_weight = call
     pred, pred_stride_b, pred_stride_n = _addressable(pred)
     target, target_stride_b, target_stride_n = _addressable(target)
     batch, pred_size, _ = pred.shape
@@ -186,18 +178,20 @@ def _launch(
         convexity_weight > 0,
         need_grad,
         pred_stride_n == target_stride_n == 1,
+        pred_stride_b == pred_size and target_stride_b == target_size,
+        (pred_stride_b | target_stride_b | pred_size) & 1 == 0,
         batch if INTERPRETED else batch >= tuning.LARGE_BATCH,
     )
     plan = _plans.get(key)
     if plan is None:
-        tensors = pred, target, pred_real, target_real, weight
-        rest = reduction, avg_factor, axis_weight, axis_grad, convexity_weight, need_grad
-        plan = _plans[key] = _plan(pred, target, *key[3:], functools.partial(_launch_samples, tensors, rest))
+        launch = functools.partial(_launch_samples, pred, target, call, need_grad)
+        plan = _plans[key] = _plan(pred, target, *key[3:], launch)
     programs = min(-(-batch // plan.layout.polygons), tuning.MAX_PROGRAMS)
+    stream = 0 if device < 0 else driver.active.get_current_stream(device)
     if reduction == "none":
         loss, partial, counter = plan.scalar.new_empty(batch), None, None
     else:
-        loss, (partial, counter) = torch.empty_like(plan.scalar), _reduction_scratch(device, plan.dtype)
+        loss, (partial, counter) = torch.empty_like(plan.scalar), _reduction_scratch(device, stream, plan.dtype)
     grad = None
     if need_grad:
         grad = torch.empty_like(pred, dtype=plan.dtype, memory_format=torch.contiguous_format)
@@ -213,7 +207,7 @@ def _launch(
         *plan.flags,
     )  # fmt: skip
     if plan.compiled:
-        plan.compiled[0][programs, 1, 1](*arguments)
+        plan.compiled[0][programs, 1, 1](*arguments, stream=stream)
     else:
         compiled = mgiou_kernel[(programs,)](*arguments, **plan.layout.options())
         if not INTERPRETED:
@@ -235,10 +229,14 @@ def _plan(
     convexity: bool,
     need_grad: bool,
     adjacent: bool,
+    packed: bool,
+    even: bool,
     batch: int,
     launch: autotune.Launch,
 ) -> _Plan:
     buckets = tuning.bucket(pred_size), tuning.bucket(target_size)
+    # With sizes that differ, one side would have more lanes than vertices.
+    full = packed and adjacent and pred_real is target_real is None and pred_size == target_size == buckets[0]
     dtype = compute_dtype(pred, target)
     flags = (
         _COMPUTE[dtype],
@@ -247,9 +245,10 @@ def _plan(
         _AXIS_WEIGHTS[axis_weight],
         axis_grad,
         convexity,
-        _real_mode(pred_real),
-        _real_mode(target_real),
+        _FULL if full else _real_mode(pred_real),
+        _FULL if full else _real_mode(target_real),
         adjacent,
+        adjacent and even,
     )
     if INTERPRETED:
         default = tuning.interpreter_layout(*buckets, batch)
@@ -264,14 +263,15 @@ def _plan(
     return _Plan(layout, (*flags, *layout[:4]), dtype, pred.new_empty((), dtype=dtype), [])
 
 
-def _launch_samples(tensors: tuple[Any, ...], rest: tuple[Any, ...], size: int) -> None:
+def _launch_samples(pred: Tensor, target: Tensor, call: _Call, need_grad: bool, size: int) -> None:
     """Launch on these samples, repeated if they are fewer than `size`, with a plan that is then forgotten."""
-    pred = tensors[0]
     if len(pred) < size:
         rows = torch.arange(size, device=pred.device) % len(pred)
-        tensors = tuple(None if tensor is None else tensor[rows] for tensor in tensors)
+        pred, target = pred[rows], target[rows]
+        pred_real, target_real, weight = (None if each is None else each[rows] for each in call[:3])
+        call = call._replace(pred_real=pred_real, target_real=target_real, weight=weight)
     forget_plans()
-    _launch(*tensors, *rest)
+    _launch(pred, target, call, need_grad)
     forget_plans()
 
 
@@ -303,7 +303,7 @@ def _addressable(vertices: Tensor) -> tuple[Tensor, int, int]:
     return copy, vertices.shape[1], 1
 
 
-def _reduction_scratch(device: int, dtype: torch.dtype) -> _Scratch:
+def _reduction_scratch(device: int, stream: int, dtype: torch.dtype) -> _Scratch:
     """Room for partial sums, and a zero counter, that no other launch uses at the same time.
 
     A stream runs one kernel after the other, so its launches share theirs. A captured launch may be replayed on
@@ -313,7 +313,7 @@ def _reduction_scratch(device: int, dtype: torch.dtype) -> _Scratch:
         return _Scratch(torch.empty(tuning.MAX_PROGRAMS, dtype=dtype), torch.zeros(1, dtype=torch.int32))
     if torch.cuda.is_current_stream_capturing():
         return _Scratch(torch.empty(tuning.MAX_PROGRAMS, dtype=dtype, device=device), _counter(device))
-    key = device, driver.active.get_current_stream(device), dtype
+    key = device, stream, dtype
     scratch = _scratch.get(key)
     if scratch is None:
         partial = torch.empty(tuning.MAX_PROGRAMS, dtype=dtype, device=device)
@@ -348,8 +348,10 @@ def _operator(
     target_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same through PyTorch's dispatcher: loss and gradients; a gradient that is not asked for is empty."""
-    options = (pred_real, target_real, weight, reduction, None, axis_weight, axis_grad, convexity_weight.item())
-    loss, *grads = _loss_and_grads(pred, target, *options, pred_grad, target_grad)
+    call = _Call(
+        pred_real, target_real, weight, reduction, None, axis_weight, axis_grad, float(convexity_weight.item())
+    )
+    loss, *grads = _loss_and_grads(pred, target, call, pred_grad, target_grad)
     pred_out, target_out = (loss.new_empty(0) if grad is None else grad for grad in grads)
     return loss, pred_out, target_out
 

@@ -26,6 +26,9 @@ SOFT_AXIS_LENGTH = 0.01  # of the extent: the edge whose "soft" weight is 1 - 1/
 # as 0. No quotient below can then overflow.
 _TINY = {torch.float32: 2.0**-96, torch.float64: 2.0**-800}
 
+# A boundary term below these is rounding, and counts as 0: at the target itself value and gradient are exactly 0.
+_RESOLUTION = {torch.float32: 2.0**-20, torch.float64: 2.0**-48}
+
 # Same-sized integer, bits of the mantissa, largest value of the exponent field.
 _FLOAT_BITS = {torch.float32: (torch.int32, 23, 0xFF), torch.float64: (torch.int64, 52, 0x7FF)}
 
@@ -55,6 +58,7 @@ def per_sample_loss(
     axis_weight: str = "uniform",
     axis_grad: bool = True,
     convexity_weight: float = 0.0,
+    boundary_weight: float = 0.0,
 ) -> Tensor:
     """The loss of every sample, shape (B,), before weights and reduction; arguments as in `mgiou_loss`."""
     dtype = compute_dtype(pred, target)
@@ -74,6 +78,8 @@ def per_sample_loss(
     loss = 0.5 * (p_sum + g_sum) / torch.where(weight == 0, 1.0, weight)
     if convexity_weight:
         loss = loss + convexity_weight * _convexity(p_polygons, p_is_axis)
+    if boundary_weight:
+        loss = loss + boundary_weight * _boundary(p_polygons, g_polygons)
     return loss
 
 
@@ -269,6 +275,43 @@ def _convexity(polygons: _Polygons, is_axis: Tensor) -> Tensor:
     smaller_side = torch.minimum(distance.relu().sum(-1), (-distance).relu().sum(-1))
     terms = torch.where(is_axis, _quotient(smaller_side, high - low), 0.0)
     return terms.sum(1) / (polygons.real.sum(1) * is_axis.sum(1).clamp(min=1))
+
+
+def _boundary(p: _Polygons, g: _Polygons) -> Tensor:
+    """How far the outline of P, read in its order, is from being G up to a shift, (B,), in [0, 1].
+
+    With the areas |P| and |G| and their mixed area V, which is half the sum over the edges of P of how far G reaches
+    in the direction of the edge's outward normal, times the edge's length:
+
+        boundary = 1 - |P| |G| / V^2 * 2 V |G| / (V^2 + |G|^2)
+
+    By Minkowski's inequality the first quotient is at most 1, and 1 only for a convex P in order that is a scaled G.
+    The second one is 1 only where V = |G|. Where G has no area the term is 0. G is a constant of it.
+    """
+    normals, p_area = _outward(p)
+    g_area = _outward(g)[1].detach()
+    mixed = _high(_project(g.shape.detach(), normals), g).sum(1)
+    tiny = _TINY[mixed.dtype]
+    flat = g_area <= (MIN_AXIS_LENGTH * g.edges.detach().square().sum((1, 2))).clamp(min=tiny)
+    unit = torch.where(flat, 1.0, torch.maximum(mixed, g_area)).detach()
+    p_area, g_area, mixed = p_area / unit, g_area / unit, mixed / unit
+    shrunk = mixed <= tiny
+    denominator = torch.where(shrunk, 1.0, mixed) * (mixed.square() + g_area.square())
+    match = 2.0 * p_area * g_area.square() / torch.where(flat, 1.0, denominator)
+    term = 1.0 - torch.where(shrunk, 0.0, match)
+    return torch.where(flat | (term <= _RESOLUTION[term.dtype]), 0.0, term)
+
+
+def _outward(polygons: _Polygons) -> tuple[Tensor, Tensor]:
+    """The edges' normals, (B, N, 2), on the outside by the sign of the area (0 without one), and twice the area, (B,).
+
+    An edge's projection on its normal, and no shoelace: the mixed area of equal polygons has these same numbers.
+    """
+    normals = _axes(polygons.edges)
+    start = (normals * polygons.shape).sum(-1)
+    end = (normals * polygons.shape.gather(1, polygons.following.expand(-1, -1, 2))).sum(-1)
+    sign = start.detach().sum(1, keepdim=True).sign()
+    return normals * sign.unsqueeze(-1), torch.maximum(start * sign, end * sign).sum(1)
 
 
 def _quotient(numerator: Tensor, width: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def candidates(case: Case) -> list[Layout]:
 
 def interpreter_layout(pred_bucket: int, target_bucket: int, batch: int) -> Layout:
     """A layout for Triton's interpreter, whose time goes with the number of operations: one large program."""
-    lanes = max(pred_bucket, target_bucket) // 2
+    lanes = max(pred_bucket, target_bucket) // 2 if max(pred_bucket, target_bucket) > 4 else 1
     polygons = min(128, 1 << (batch - 1).bit_length())
     return Layout(polygons, lanes, max(1, pred_bucket // lanes), max(1, target_bucket // lanes), 1, 255)
 

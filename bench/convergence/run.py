@@ -1,0 +1,224 @@
+"""Why a polygon head's MGIoU loss falls while mAP50 stays 0, and what helps: trains with every loss of `losses.py`.
+
+    python bench/convergence/run.py --out bench/results/convergence.json
+
+Two tasks. "digits" is the demo's: a CNN outlines real handwritten digits, 12 vertices, 30 epochs; its last layer starts
+from a circle around the image, as in the demo, or as PyTorch makes it ("scattered": 12 points near the image's centre
+in no order, which is what an ordinary polygon head starts from). "vertices" moves 12 free vertices to 24 random convex
+polygons by Adam, 400 steps, from four starts. Polygons are judged in the order of their vertices (see the demo).
+
+Every finished row is written at once, and an existing file is continued. Writes a figure next to the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import report
+import shapely
+import sklearn
+import torch
+from losses import LOSSES, Loss
+from torch import Tensor
+from tqdm import tqdm
+
+from triton_mgiou import __version__, demo
+
+EPOCHS, BATCH_SIZE = 30, 64
+TARGETS, STEPS, STEP_SIZE = 24, 400, 0.02
+STARTS = {"digits": ("circle", "scattered"), "vertices": ("circle", "random", "tiny", "whole image")}
+CURVE_POINTS = 10  # where the polygons are judged on the way, the digits on every third test image
+
+Job = tuple[str, str, str, int]  # task, start, loss, seed
+
+
+class Watch:
+    """Collects what every step shows, and averages it over 2 % of the steps at the start, a third and the end."""
+
+    def __init__(self, steps: int) -> None:
+        self.seen: dict[str, list[float]] = {"loss": [], "gradient_norm": [], "zero_gradients": []}
+        self.steps = steps
+
+    def step(self, losses: Tensor, gradient: Tensor) -> None:
+        """Take the losses (B,) and the gradient (B, N, 2) of their sum."""
+        self.seen["loss"].append(losses.mean().item())
+        self.seen["gradient_norm"].append(gradient.flatten(1).norm(dim=1).mean().item())
+        self.seen["zero_gradients"].append((gradient == 0).all(2).float().mean().item())
+
+    def summary(self) -> dict[str, Any]:
+        """Name to [start, third, end], and the curve of the loss in 30 points."""
+        at = {name: [demo.loss_at(values, part) for part in (0, 1 / 3, 1)] for name, values in self.seen.items()}
+        curve = [float(np.mean(part)) for part in np.array_split(self.seen["loss"], 30)]
+        return {**at, "loss_curve": curve}
+
+
+def judge(polygons: Tensor, targets: Tensor, lengths: Tensor) -> dict[str, float]:
+    """Mean IoU of the polygons in their order and of their hulls, AP, and the share that crosses itself."""
+    ious, hulls, crossing = [], [], []
+    for polygon, target, length in zip(polygons.double().numpy(), targets.numpy(), lengths.tolist(), strict=True):
+        ious.append(demo.polygon_iou(polygon, target[:length]))
+        hull, goal = (shapely.convex_hull(shapely.multipoints(points)) for points in (polygon, target[:length]))
+        hulls.append(shapely.area(shapely.intersection(hull, goal)) / shapely.area(shapely.union(hull, goal)))
+        crossing.append(not shapely.is_simple(shapely.linearrings(polygon)))
+    precision = {f"ap{at}": demo.average_precision(np.array(ious), at / 100) for at in (50, 75, 90)}
+    means = {"polygon_iou": ious, "hull_iou": hulls, "self_crossing": crossing}
+    return {**{name: float(np.mean(values)) for name, values in means.items()}, **precision}
+
+
+def digits(loss: Loss, start: str, seed: int) -> dict[str, Any]:
+    """Train the demo's network as the demo does."""
+    data, test = demo.load_data()
+    torch.manual_seed(seed)
+    network = demo.make_network()
+    if start == "scattered":
+        network[-2].reset_parameters()
+        network[-2].bias.data += 0.5
+    steps = EPOCHS * math.ceil(len(data.images) / BATCH_SIZE)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=demo.LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, demo.LEARNING_RATE, total_steps=steps)
+    watch, curve, step = Watch(steps), [], 0
+    for epoch in range(EPOCHS):
+        for batch in torch.split(torch.randperm(len(data.images)), BATCH_SIZE):
+            polygons = network(data.images[batch])
+            losses = loss(polygons, data.targets[batch], data.lengths[batch], step / steps)
+            (gradient,) = torch.autograd.grad(losses.sum(), polygons, retain_graph=True)
+            optimizer.zero_grad()
+            polygons.backward(gradient / len(batch))
+            optimizer.step()
+            schedule.step()
+            watch.step(losses.detach(), gradient)
+            step += 1
+        if (epoch + 1) % (EPOCHS // CURVE_POINTS) == 0:
+            curve.append(judge_network(network, *(each[::3] for each in test))["ap50"])
+    return {**judge_network(network, *test), **watch.summary(), "ap50_curve": curve}
+
+
+def judge_network(network: torch.nn.Module, images: Tensor, targets: Tensor, lengths: Tensor) -> dict[str, float]:
+    """`judge` what it predicts."""
+    network.eval()
+    with torch.no_grad():
+        polygons = network(images)
+    network.train()
+    return judge(polygons, targets, lengths)
+
+
+def vertices(loss: Loss, start: str, seed: int) -> dict[str, Any]:
+    """Move free vertices by Adam with a falling step."""
+    rng = torch.Generator().manual_seed(seed)
+    targets, lengths = random_targets(rng)
+    angle = torch.arange(demo.VERTICES) * (2 * math.pi / demo.VERTICES)
+    circle = torch.stack((angle.cos(), angle.sin()), dim=-1).expand(TARGETS, -1, -1)
+    if start == "random":
+        polygons = torch.rand(circle.shape, generator=rng)
+    else:
+        polygons = 0.5 + {"circle": 0.25, "tiny": 0.005, "whole image": 0.5}[start] * circle
+    polygons.requires_grad_()
+    optimizer = torch.optim.Adam([polygons], lr=STEP_SIZE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    watch, curve = Watch(STEPS), []
+    for step in range(STEPS):
+        losses = loss(polygons, targets, lengths, step / STEPS)
+        optimizer.zero_grad()
+        losses.sum().backward()
+        optimizer.step()
+        schedule.step()
+        watch.step(losses.detach(), polygons.grad)
+        if (step + 1) % (STEPS // CURVE_POINTS) == 0:
+            result = judge(polygons.detach(), targets, lengths)
+            curve.append(result["ap50"])
+    return {**result, **watch.summary(), "ap50_curve": curve}
+
+
+def random_targets(rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Convex polygons of 4 to 10 vertices in the unit square, in either direction, NaN behind the real vertices."""
+    lengths = torch.randint(4, 11, (TARGETS,), generator=rng)
+    targets = torch.full((TARGETS, 10, 2), math.nan)
+    for target, length in zip(targets, lengths.tolist(), strict=True):
+        angle = (torch.arange(length) + 0.6 * torch.rand(length, generator=rng)) * (2 * math.pi / length)
+        radii = 0.1 + 0.2 * torch.rand(2, generator=rng)
+        x, y = radii[0] * angle.cos(), radii[1] * angle.sin()
+        turn = 2 * math.pi * torch.rand(1, generator=rng)
+        polygon = torch.stack((x * turn.cos() - y * turn.sin(), x * turn.sin() + y * turn.cos()), dim=-1)
+        polygon += 0.3 + 0.4 * torch.rand(2, generator=rng)
+        target[:length] = polygon.flip(0) if torch.rand(1, generator=rng) < 0.5 else polygon
+    return targets, lengths
+
+
+TASKS: dict[str, Callable[[Loss, str, int], dict[str, Any]]] = {"digits": digits, "vertices": vertices}
+
+
+def run(job: Job) -> dict[str, Any]:
+    """One row of the results."""
+    task, start, loss, seed = job
+    torch.set_num_threads(1)
+    row = TASKS[task](LOSSES[loss], start, seed)
+    rounded = {k: [float(f"{x:.4g}") for x in v] if isinstance(v, list) else round(v, 4) for k, v in row.items()}
+    return {"task": task, "start": start, "loss_name": loss, "seed": seed, **rounded}
+
+
+def main() -> None:
+    """Run what is not in the file yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="results, JSON; continued if it exists")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default: 5)")
+    parser.add_argument("--processes", type=int, default=2, help="trainings at a time (default: 2)")
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), metavar="LOSS")
+    args = parser.parse_args()
+
+    rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else []
+    done = {(row["task"], row["start"], row["loss_name"], row["seed"]) for row in rows}
+    jobs = [
+        job
+        for seed in range(args.seeds)
+        for task, starts in STARTS.items()
+        for start in starts
+        for name in args.losses
+        if (job := (task, start, name, seed)) not in done
+    ]
+    head = {
+        "what": "Trainings of bench/convergence/run.py; its docstring says what the tasks are, losses.py the losses. "
+        "loss, gradient_norm (of one polygon's loss) and zero_gradients (share of the vertices): start, a third, end.",
+        "command": "python bench/convergence/run.py --out bench/results/convergence.json",
+        "machine": f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}, no GPU",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "scikit-learn": sklearn.__version__,
+            "shapely": shapely.__version__,
+            "triton-mgiou": __version__,
+        },
+    }
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        for row in tqdm(pool.imap_unordered(run, jobs), total=len(jobs), desc="trainings"):
+            rows.append(row)
+            write(args.out, {**head, "rows": rows})
+    order = list(LOSSES)
+    rows.sort(key=lambda row: (row["task"], row["start"], order.index(row["loss_name"]), row["seed"]))
+    write(args.out, {**head, "rows": rows})
+    report.draw(args.out.with_suffix(".png"), rows)
+    sys.stdout.write(report.table(rows) + "\n")
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Replace the file in one step, one row a line."""
+    head = [f'"{name}": {json.dumps(value)}' for name, value in results.items() if name != "rows"]
+    rows = [json.dumps(row) for row in results["rows"]]
+    text = "{\n" + ",\n".join(head) + ',\n"rows": [\n' + ",\n".join(rows) + "\n]\n}\n"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    main()
