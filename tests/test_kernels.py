@@ -137,6 +137,15 @@ def test_a_bucket_is_compiled_once():
     assert tuning.bucket(513) == 1024
 
 
+def test_stages_are_not_worth_searching(monkeypatch):
+    options = tuning.Layout.options
+    code = set()
+    for stages in (1, 3):
+        monkeypatch.setattr(tuning.Layout, "options", lambda self, n=stages: options(self) | {"num_stages": n})
+        code.add(compiled(90, 8, 8, even=False, pred_real=torch.int64).asm["ptx"])
+    assert len(code) == 1
+
+
 def test_numbers_do_not_specialise_the_kernel():
     """Triton would compile anew for an integer that is 1 or a multiple of 16."""
     numbers = [p for p in mgiou_kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")]
