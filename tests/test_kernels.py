@@ -142,7 +142,7 @@ def test_stages_are_not_worth_searching(monkeypatch):
     code = set()
     for stages in (1, 3):
         monkeypatch.setattr(tuning.Layout, "options", lambda self, n=stages: options(self) | {"num_stages": n})
-        code.add(compiled(90, 8, 8, even=False, pred_real=torch.int64).asm["ptx"])
+        code.add(compiled(90, 4, 4, even=False, pred_real=torch.int64).asm["ptx"])
     assert len(code) == 1
 
 
