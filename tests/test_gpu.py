@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import assert_close, assert_gradient_close, assert_same, convex, generator, star
 
-from triton_mgiou import mgiou_loss
+from triton_mgiou import mgiou_loss, warmup
 
 pytestmark = [
     pytest.mark.gpu,
@@ -192,6 +192,92 @@ def test_accuracy_does_not_need_fp_fusion(monkeypatch):
         zero = value_and_gradient(target, target, backend="triton", **given)
         assert not zero[0].any()
         assert not zero[1].any()
+
+
+@pytest.fixture
+def tuner(tmp_path, monkeypatch):
+    """An empty cache of configurations, and few of them to measure."""
+    from triton_mgiou import autotune, ops, tuning  # noqa: PLC0415
+
+    monkeypatch.setenv("TRITON_MGIOU_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv(autotune.ENVIRONMENT, raising=False)
+    few = {(4, large): tuning.Space((2, 4), (1,), (1,), (168,)) for large in (False, True)}
+    monkeypatch.setattr(tuning, "SEARCH", few)
+    autotune.tuning_cache.cache_clear()
+    ops.forget_plans()
+    yield autotune
+    autotune.tuning_cache.cache_clear()
+    ops.forget_plans()
+
+
+def fail(*_):
+    raise AssertionError("measured")
+
+
+def test_nothing_is_compiled_or_measured_after_a_warm_up(tuner, monkeypatch):
+    from triton_mgiou import ops  # noqa: PLC0415
+
+    results = warmup((4,), (512, 40_000))
+    variants = [("< 32768", True), ("< 32768", False), (">= 32768", True), (">= 32768", False)]
+    assert [(each.batch, each.gradient, each.source) for each in results] == [(*each, "tuned") for each in variants]
+    assert all(each.us > 0 and each.gain >= 0 for each in results)
+    monkeypatch.setattr(tuner, "measure", fail)
+    tuner.tuning_cache.cache_clear()  # as another process
+    assert [each.source for each in warmup((4,), (512, 40_000))] == ["cache"] * 4
+
+    kernels = ops.mgiou_kernel.device_caches[torch.cuda.current_device()][0]
+    compiled = len(kernels)
+    rng = generator(1)
+    pools = {size: polygons(50_000, size) for size in (3, 4)}
+    for _ in range(200):
+        size, batch = int(torch.randint(3, 5, (), generator=rng)), int(50_000 ** float(torch.rand((), generator=rng)))
+        pred, target = (pool[:batch] for pool in pools[size])
+        mgiou_loss(pred, target)
+        value, gradient = value_and_gradient(pred, target)
+    assert len(kernels) == compiled
+    exact_value, exact_gradient = value_and_gradient(pred.double(), target.double(), backend="eager")
+    assert_close(value, exact_value, atol=1e-6)
+    assert_close(gradient.norm(), exact_gradient.norm(), atol=0.0, rtol=1e-3)
+
+
+def test_a_first_use_is_measured_if_asked_but_not_while_a_graph_is_captured(tuner, monkeypatch):
+    from triton_mgiou import ops  # noqa: PLC0415
+
+    pred, target = polygons(600, 4)
+    mgiou_loss(pred, target)  # compiles
+    monkeypatch.setenv(tuner.ENVIRONMENT, "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner, "measure", fail)
+        ops.forget_plans()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = mgiou_loss(pred, target)
+    ops.forget_plans()
+    value = mgiou_loss(pred, target)
+    (entry,) = tuner.tuning_cache(tuner.chip_name(pred.device)).entries().values()
+    assert 0 < entry.us <= entry.default_us
+    graph.replay()
+    assert_close(captured, value, atol=1e-6)
+    monkeypatch.setattr(tuner, "measure", fail)
+    mgiou_loss(*polygons(700, 3))
+
+
+def test_a_layout_that_spills_or_does_not_compile_is_left_out(tuner):
+    from triton_mgiou import ops, tuning  # noqa: PLC0415
+
+    pred, target = polygons(600, 16)
+    leaf = pred.requires_grad_()
+
+    def launch(_):
+        ops.forget_plans()
+        mgiou_loss(leaf, target)
+
+    good = tuning.layout(16, 16, False)
+    spills = good._replace(polygons=32, registers=32)
+    no_power_of_two = good._replace(polygons=3)
+    recorded = tuner.record(launch)
+    assert tuner._that_fit(*recorded, [good, spills, no_power_of_two]) == [good]
+    assert tuner.measure(*recorded, [good, spills, no_power_of_two]).layout == good
 
 
 SANITIZED = """

@@ -46,7 +46,7 @@ def compiled(capability, pred_size, target_size, **options):
     dtype = options.pop("dtype")
     large, weight = options.pop("large_batch"), options.pop("weight")
     vertices = torch.empty(1, 1, 2, dtype=dtype)
-    plan = ops._plan(vertices, vertices, pred_size, target_size, _weight=None, batch=large, **options)
+    plan = ops._plan(vertices, vertices, pred_size, target_size, _weight=None, batch=large, launch=None, **options)
     stored = "*" + NAMES[plan.dtype]
     pointers = {
         "pred_ptr": "*" + NAMES[dtype],
@@ -135,13 +135,24 @@ def test_a_bucket_is_compiled_once():
     options = {k: v for k, v in DEFAULT.items() if k not in ("dtype", "large_batch", "weight")}
     for large in (False, True):
         flags = [
-            ops._plan(vertices, vertices, n, n, _weight=None, batch=large, **options | {"even": n % 2 == 0}).flags
+            ops._plan(
+                vertices, vertices, n, n, _weight=None, batch=large, launch=None, **options | {"even": n % 2 == 0}
+            ).flags
             for n in range(3, 65)
         ]
         assert len(set(flags)) == 14  # 3 and 4; then, up to each power of two, odd rows, even rows, and full ones
     assert tuning.bucket(1) == tuning.bucket(4) == 4
     assert tuning.bucket(5) == tuning.bucket(8) == 8
     assert tuning.bucket(513) == 1024
+
+
+def test_stages_are_not_worth_searching(monkeypatch):
+    options = tuning.Layout.options
+    code = set()
+    for stages in (1, 3):
+        monkeypatch.setattr(tuning.Layout, "options", lambda self, n=stages: options(self) | {"num_stages": n})
+        code.add(compiled(90, 4, 4, even=False, pred_real=torch.int64).asm["ptx"])
+    assert len(code) == 1
 
 
 def test_numbers_do_not_specialise_the_kernel():

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from helpers import assert_same, convex, generator, star
+from helpers import assert_close, assert_gradient_close, assert_same, convex, generator, star
 from torch.utils.checkpoint import checkpoint
 
 from triton_mgiou import mgiou_loss
@@ -98,3 +98,14 @@ def test_a_vertex_that_is_not_aligned_is_copied(kernels):
         loss = mgiou_loss(leaf, target, backend="triton")
         assert_same(loss.detach(), expected[0])
         assert_same(torch.autograd.grad(loss, leaf)[0], expected[1])
+
+
+@pytest.mark.parametrize(("size", "target_size"), [(4, 16), (16, 4), (4, 64), (8, 4)])
+def test_full_rows_of_different_sizes(kernels, size, target_size):
+    rng = generator(size + target_size)
+    pred, target = star(3, size, rng), convex(3, target_size, rng)
+    expected = mgiou_loss(pred.requires_grad_(), target, backend="eager", reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), pred)
+    value, actual = kernels.value_and_gradient(pred, target, torch.ones(3), reduction="none")
+    assert_close(value, expected.detach(), atol=1e-12)
+    assert_gradient_close(actual, gradient, rtol=1e-9)

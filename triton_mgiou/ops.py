@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from triton_mgiou import tuning
+from triton_mgiou import autotune, tuning
 from triton_mgiou.kernels.mgiou import mgiou_kernel
 from triton_mgiou.reference import compute_dtype
 
@@ -52,6 +53,8 @@ def unavailable(device: torch.device) -> str | None:
         return f"the tensors are on {device.type}, and the kernels need an NVIDIA GPU"
     if torch.version.hip is not None:
         return "this PyTorch is built for ROCm, and the kernels need an NVIDIA GPU"
+    if (device.index or 0) >= torch.cuda.device_count():
+        return f"PyTorch finds {torch.cuda.device_count()} NVIDIA GPUs, and the device is {device}"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"{device} has compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
@@ -192,7 +195,8 @@ def _launch(pred: Tensor, target: Tensor, call: _Call, need_grad: bool) -> tuple
     )
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = _plan(pred, target, *key[3:])
+        launch = functools.partial(_launch_samples, pred, target, call, need_grad)
+        plan = _plans[key] = _plan(pred, target, *key[3:], launch)
     programs = min(-(-batch // plan.layout.polygons), tuning.MAX_PROGRAMS)
     stream = 0 if device < 0 else driver.active.get_current_stream(device)
     if reduction == "none":
@@ -241,10 +245,11 @@ def _plan(
     packed: bool,
     even: bool,
     batch: int,
+    launch: autotune.Launch,
 ) -> _Plan:
     buckets = tuning.bucket(pred_size), tuning.bucket(target_size)
-    full = packed and adjacent and pred_real is target_real is None and (pred_size, target_size) == buckets
-    layout = tuning.interpreter_layout(*buckets, batch) if INTERPRETED else tuning.layout(*buckets, bool(batch))
+    # With sizes that differ, one side would have more lanes than vertices.
+    full = packed and adjacent and pred_real is target_real is None and pred_size == target_size == buckets[0]
     dtype = compute_dtype(pred, target)
     flags = (
         _COMPUTE[dtype],
@@ -258,9 +263,35 @@ def _plan(
         _FULL if full else _real_mode(target_real),
         adjacent,
         adjacent and even,
-        *layout[:4],
     )
-    return _Plan(layout, flags, dtype, pred.new_empty((), dtype=dtype), [])
+    if INTERPRETED:
+        default = tuning.interpreter_layout(*buckets, batch)
+        large_batch = batch >= tuning.LARGE_BATCH
+    else:
+        large_batch = bool(batch)
+        default = tuning.layout(*buckets, large_batch)
+    names = mgiou_kernel.arg_names[-len(flags) - 4 : -4]
+    kinds = (f"{name}={value}" for name, value in zip(names, flags, strict=True))
+    case = tuning.Case(*buckets, large_batch, " ".join((f"{pred.dtype} {target.dtype}", *kinds)))
+    layout = autotune.choose(case, default, pred.device, launch)
+    return _Plan(layout, (*flags, *layout[:4]), dtype, pred.new_empty((), dtype=dtype), [])
+
+
+def _launch_samples(pred: Tensor, target: Tensor, call: _Call, need_grad: bool, size: int) -> None:
+    """Launch on these samples, repeated if they are fewer than `size`, with a plan that is then forgotten."""
+    if len(pred) < size:
+        rows = torch.arange(size, device=pred.device) % len(pred)
+        pred, target = pred[rows], target[rows]
+        pred_real, target_real, weight = (None if each is None else each[rows] for each in call[:3])
+        call = call._replace(pred_real=pred_real, target_real=target_real, weight=weight)
+    forget_plans()
+    _launch(pred, target, call, need_grad)
+    forget_plans()
+
+
+def forget_plans() -> None:
+    """Choose every layout anew at its next use. What was compiled stays."""
+    _plans.clear()
 
 
 def _real_mode(dtype: torch.dtype | None) -> int:
