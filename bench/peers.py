@@ -1,6 +1,6 @@
 """What is measured: this package's loss, its peers, their input, and what each must agree with before its time counts.
 
-The input of every size repeats a block of 64 pairs of convex polygons. So a loop in plain Python, which computes each
+The input of every size repeats a block of 32 pairs of convex polygons. So a loop in plain Python, which computes each
 definition in float64 on the block, checks the value and the gradient of the whole batch, whatever its size.
 """
 
@@ -32,7 +32,7 @@ from helpers import convex, generator
 Points = NDArray[np.float64]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-BLOCK = 64
+BLOCK = 32
 STEP = 1e-8  # of the differences of the checks, whose polygons have a size of about 1
 MAX_PROJECTIONS = 2**28  # B N^2, of losses that keep all projections in memory: some 15 GB in PyTorch
 
@@ -134,23 +134,23 @@ def find_peers(device: torch.device) -> tuple[list[Peer], dict[str, str]]:
 
     add(None, "smooth L1", "smooth L1 of the vertices", F.smooth_l1_loss, exact_smooth_l1)
     add(None, "L1", "L1 of the vertices", F.l1_loss, exact_l1)
-    ops, reason = _imported("torchvision.ops")
+    vision, reason = _imported("torchvision.ops")
     add(
         reason,
         "torchvision GIoU",
         "GIoU of the enclosing boxes",
-        lambda pred, target: ops.generalized_box_iou_loss(pred, target, reduction="mean"),
+        lambda pred, target: vision.generalized_box_iou_loss(pred, target, reduction="mean"),
         exact_box_giou,
         prepare=enclosing_boxes,
         graph=False,
     )
-    ops, reason = _imported("mmcv.ops")
+    mmcv, reason = _imported("mmcv.ops")
     reason = reason or _imported("shapely")[1]
     add(
         reason,
         "mmcv rotated IoU",
         "1 - IoU of rotated boxes",
-        lambda pred, target: 1 - ops.diff_iou_rotated_2d(pred.unsqueeze(0), target.unsqueeze(0)).mean(),
+        lambda pred, target: 1 - mmcv.diff_iou_rotated_2d(pred.unsqueeze(0), target.unsqueeze(0)).mean(),
         exact_rotated_iou,
         prepare=rotated_boxes,
         graph=False,

@@ -1,7 +1,8 @@
 """Measure the loss against its peers and write one JSON.
 
     python -m bench.speed --out speed.json
-    python -m bench.speed --out compiled.json --only compiled
+    python -m bench.speed --out h200.json --only training large batch vertices bfloat16     # 3 minutes
+    python -m bench.speed --out h200_compiled.json --only compiled                          # 2 minutes
 
 Each implementation is first held against its definition in float64 on the same input; one that disagrees, and one
 that cannot run here, is named in the file instead of timed. The file is written anew after each size, the most
@@ -56,10 +57,10 @@ GPU_GROUPS = {
     ),
 }
 CPU_GROUPS = {
-    "training": Group([(batch, n) for n in (4, 8) for batch in (128, 512, 4096)]),
-    "vertices": Group([(512, n) for n in (3, 16, 32, 64)], ("reference", "angle-sorted", "smooth L1", "L1")),
+    "training": Group([(batch, n) for n in (4, 8) for batch in (128, 512, 2048)]),
+    "vertices": Group([(512, n) for n in (3, 16, 32)], ("reference", "angle-sorted", "smooth L1", "L1")),
     "bfloat16": Group([(512, 8)], dtype=torch.bfloat16),
-    "compiled": Group([(512, 4), (4096, 8), (512, 8)], ("reference", "compiled dynamic", "compiled")),
+    "compiled": Group([(512, 4), (512, 8), (2048, 8)], ("reference", "compiled dynamic", "compiled")),
 }
 STATIC_SIZES = {(512, 4), (4096, 8), (65536, 8), (2**20, 8)}  # a static graph takes long to compile
 LAUNCHES_SIZE = (4096, 8)
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    groups = GPU_GROUPS if device.type == "cuda" else CPU_GROUPS
+    groups = groups_of(device)
     parser.add_argument("--only", nargs="+", choices=groups, default=list(groups), help="groups of sizes; all of them")
     arguments = parser.parse_args(argv)
     peers, missing = find_peers(device)
@@ -91,10 +92,9 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     for group_name in arguments.only:
         group = groups[group_name]
-        chosen = [peer for peer in peers if (peer.name in group.peers if group.peers else not peer.compiled)]
         for batch, vertices in group.sizes:
-            here = [peer for peer in chosen if peer.name != "compiled" or (batch, vertices) in STATIC_SIZES]
-            rows, left_out = measure_size(here, batch, vertices, group, device)
+            chosen = chosen_peers(peers, group, batch, vertices)
+            rows, left_out = measure_size(chosen, batch, vertices, group, device)
             result["rows"] += [{"group": group_name, **row} for row in rows]
             result["left_out"] += left_out
             result["seconds"] = round(time.perf_counter() - start, 1)
@@ -110,6 +110,17 @@ def main(argv: list[str] | None = None) -> None:
         )
         log(f"launches: {result['launches']}")
     write()
+
+
+def groups_of(device: torch.device) -> dict[str, Group]:
+    """Full sizes on a GPU, small ones on a CPU."""
+    return GPU_GROUPS if device.type == "cuda" else CPU_GROUPS
+
+
+def chosen_peers(peers: Sequence[Peer], group: Group, batch: int, vertices: int) -> list[Peer]:
+    """Those of the group, without what would compile once more for each size."""
+    named = [peer for peer in peers if (peer.name in group.peers if group.peers else not peer.compiled)]
+    return [peer for peer in named if peer.name != "compiled" or (batch, vertices) in STATIC_SIZES]
 
 
 def measure_size(
