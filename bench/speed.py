@@ -94,7 +94,13 @@ def main(argv: list[str] | None = None) -> None:
         group = groups[group_name]
         for batch, vertices in group.sizes:
             chosen = chosen_peers(peers, group, batch, vertices)
-            rows, left_out = measure_size(chosen, batch, vertices, group, device)
+            try:
+                rows, left_out = measure_size(chosen, batch, vertices, group, device)
+            except Exception as error:  # out of memory, say; the sizes after this one are worth trying
+                rows, left_out = (
+                    [],
+                    [{"peer": "all", "batch": batch, "vertices": vertices, "reason": first_line(error)}],
+                )
             result["rows"] += [{"group": group_name, **row} for row in rows]
             result["left_out"] += left_out
             result["seconds"] = round(time.perf_counter() - start, 1)
