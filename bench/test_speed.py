@@ -35,7 +35,7 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("part", ["step", "forward"])
-@pytest.mark.parametrize(("peer", "batch", "vertices", "dtype"), cases())
+@pytest.mark.parametrize(("peer", "batch", "vertices", "dtype"), list(cases()))
 def test_wall_time(benchmark: Any, peer: Peer, batch: int, vertices: int, dtype: torch.dtype, part: str) -> None:
     """Forward and backward, and forward alone, each waited for."""
     value_error, gradient_error, reason = checked(peer, batch, vertices, dtype, DEVICE)
