@@ -46,7 +46,7 @@ GPU_GROUPS = {
     "training": Group([(batch, n) for n in (4, 8) for batch in (512, 4096, 16384, 65536)], rounds=5),
     "large": Group([(2**20, 4), (2**20, 8), (2**18, 16), (65536, 32), (16384, 64)], (*CHEAPEST, "angle-sorted")),
     "batch": Group([(2**22, 8), (2**18, 8), (128, 8)], (*CHEAPEST, "angle-sorted")),
-    "vertices": Group([(65536, n) for n in (3, 16, 64, 128, 12, 24, 48, 96)], CHEAPEST),
+    "vertices": Group([(65536, n) for n in (3, 16, 64, 128, 12, 24, 48, 96)], (*CHEAPEST, "angle-sorted")),
     "bfloat16": Group([(65536, 8), (2**20, 8), (65536, 4)], dtype=torch.bfloat16),
     "compiled": Group(
         [
