@@ -60,22 +60,29 @@ def gpu_us(step: Step) -> float:
     return _median_us(once)
 
 
-def graph_us(step: Step) -> tuple[float, float]:
-    """Median microseconds of a step in a replayed CUDA graph: behind a flush of the L2 cache, and in a row of ten."""
+def graph_us(step: Step) -> float:
+    """`gpu_us` of one replay of a CUDA graph of the step: without the host's part, however many launches it has."""
+    return gpu_us(_captured(step, 1))
+
+
+def graph_row_us(step: Step) -> float:
+    """Median microseconds of a step in a CUDA graph of ten of them, with a warm L2 cache."""
+    row = _captured(step, GRAPH_STEPS)
+    return _median_us(lambda: _event_us(row)) / GRAPH_STEPS
+
+
+def _captured(step: Step, count: int) -> Step:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)
-    graphs = []
-    for count in (1, GRAPH_STEPS):
-        graphs.append(torch.cuda.CUDAGraph())
-        with torch.cuda.graph(graphs[-1]):
-            for _ in range(count):
-                step()
-    alone, row = (graph.replay for graph in graphs)
-    return gpu_us(alone), _median_us(lambda: _event_us(row)) / GRAPH_STEPS
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            step()
+    return graph.replay
 
 
 def _median_us(once: Callable[[], float]) -> float:

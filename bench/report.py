@@ -113,7 +113,8 @@ def machine_text(result: dict[str, Any]) -> str:
 
 def times_table(rows: Iterable[Row]) -> str:
     """Every row, by type and size."""
-    head = "B x N | dtype | loss | loop: forward | step | x | GPU: step | graph | MiB | value error | gradient error"
+    times = "loop: forward | loop: step | x | GPU: forward | GPU: step | graph: step"
+    head = f"B x N | dtype | loss | {times} | MiB | error: value | error: gradient"
     ordered = sorted(rows, key=lambda row: (row["dtype"] != "float32", row["vertices"], row["batch"]))
     return table(
         head,
@@ -125,6 +126,7 @@ def times_table(rows: Iterable[Row]) -> str:
                 number(row["wall_us"].get("forward")),
                 number(row["wall_us"]["step"]),
                 f"{row['wall_ratio']['step']:.2f}",
+                number(row.get("gpu_us", {}).get("forward")),
                 number(row.get("gpu_us", {}).get("step")),
                 number(row.get("graph_us")),
                 "-" if row.get("memory_bytes") is None else f"{row['memory_bytes'] / 2**20:.1f}",
@@ -140,15 +142,13 @@ def roofline_rows(rows: Iterable[Row], rates: dict[str, float]) -> list[Row]:
     """For each size of the kernel: the bounds of its launch, without and with the gradient, and the share reached."""
     found = []
     for row in rows:
-        if row["peer"] != "kernel":
-            continue
-        for part, gradient in (("forward", False), ("forward with gradient", True)):
-            measured = row["gpu_us"].get(part)
+        for name, measured in row.get("launch_us", {}).items():
             if measured is None:
                 continue
+            gradient = name == "value and gradient"
             n = row["vertices"]
             bounds = bound_us(row["batch"], n, n, gradient, 2 if row["dtype"] == "bfloat16" else 4, rates)
-            limit = max(bounds, key=lambda name: bounds[name])
+            limit = max(bounds, key=bounds.__getitem__)
             found.append(
                 {
                     **{name: row[name] for name in ("batch", "vertices", "dtype")},

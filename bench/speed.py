@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 
     for name, reason in missing.items():
         log(f"missing: {name}: {reason}")
-    if device.type == "cuda":
+    if "kernel" not in missing:
         from bench.rates import measure_rates  # noqa: PLC0415 - needs Triton
 
         result["rates"] = measure_rates()
@@ -97,10 +97,8 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 rows, left_out = measure_size(chosen, batch, vertices, group, device)
             except Exception as error:  # out of memory, say; the sizes after this one are worth trying
-                rows, left_out = (
-                    [],
-                    [{"peer": "all", "batch": batch, "vertices": vertices, "reason": first_line(error)}],
-                )
+                rows = []
+                left_out = [{"peer": "all", "batch": batch, "vertices": vertices, "reason": first_line(error)}]
             result["rows"] += [{"group": group_name, **row} for row in rows]
             result["left_out"] += left_out
             result["seconds"] = round(time.perf_counter() - start, 1)
@@ -111,9 +109,8 @@ def main(argv: list[str] | None = None) -> None:
                 log(f"left out: {row}")
             log(f"{result['seconds']:.0f} s")
     if device.type == "cuda":  # at the end: what a profiler leaves behind might slow what comes after it
-        result["launches"] = count_launches(
-            [p for p in peers if not p.compiled or "compiled" in arguments.only], device
-        )
+        ready = [peer for peer in peers if not peer.compiled or "compiled" in arguments.only]
+        result["launches"] = count_launches(ready, device)
         log(f"launches: {result['launches']}")
     write()
 
@@ -186,7 +183,7 @@ def checked(
 
 
 def steps_of(peer: Peer, pred: torch.Tensor, target: torch.Tensor) -> dict[str, measure.Step]:
-    """What is timed of a peer: forward and backward of its mean, forward alone, forward of a step."""
+    """What is timed of a peer: forward and backward of its mean loss, and forward alone."""
     constant, goal = peer.prepare(pred), peer.prepare(target)
     leaf = constant.clone().requires_grad_()
     steps: dict[str, measure.Step] = {"step": lambda: torch.autograd.grad(peer.loss(leaf, goal), leaf)}
@@ -198,30 +195,30 @@ def steps_of(peer: Peer, pred: torch.Tensor, target: torch.Tensor) -> dict[str, 
 
 
 def on_the_gpu(peer: Peer, steps: dict[str, measure.Step]) -> dict[str, Any]:
-    """GPU time, graph replay and memory; for each that failed, why."""
-    row: dict[str, Any] = {"gpu_us": {}, "not_measured": {}}
+    """GPU times and memory; for each that failed, why."""
+    row: dict[str, Any] = {"gpu_us": {}, "launch_us": {}, "not_measured": {}}
 
-    def attempt(what: str, function: Callable[[], Any]) -> Any:
+    def attempt(what: str, function: Callable[[], float]) -> float | None:
         try:
             return function()
-        except Exception as error:  # of a profiler that is not allowed here, or of the memory
+        except Exception as error:  # of the memory
             row["not_measured"][what] = first_line(error)
             return None
 
-    row["memory_bytes"] = attempt("memory_bytes", partial(measure.peak_bytes, steps["step"]))
-    if peer.name == "kernel":
-        for part in ("forward", "forward with gradient"):
-            row["gpu_us"][part] = attempt(f"gpu_us {part}", partial(measure.gpu_us, steps[part]))
-    free_bytes = torch.cuda.mem_get_info()[0]
+    step = steps["step"]
+    row["memory_bytes"] = attempt("memory_bytes", lambda: measure.peak_bytes(step))
+    if peer.name == "kernel":  # its forward is one launch
+        for name, part in (("value", "forward"), ("value and gradient", "forward with gradient")):
+            row["launch_us"][name] = attempt(f"launch_us, {name}", partial(measure.gpu_us, steps[part]))
     if not peer.graph:
-        row["not_measured"]["graph_us"] = "may wait for the GPU, which a graph cannot"
-    elif 4 * (row["memory_bytes"] or 0) > free_bytes:
-        row["not_measured"]["graph_us"] = "captured graphs might not fit into the memory"
+        row["not_measured"]["gpu_us, graph_us"] = "may wait for the GPU, which a graph cannot"
+    elif 4 * (row["memory_bytes"] or 0) > torch.cuda.mem_get_info()[0]:
+        row["not_measured"]["gpu_us, graph_us"] = "captured graphs might not fit into the memory"
     else:
-        row["gpu_us"]["step"], row["graph_us"] = attempt("graph_us", partial(measure.graph_us, steps["step"])) or (
-            None,
-            None,
-        )
+        for part in ("forward", "step"):
+            if part in steps:
+                row["gpu_us"][part] = attempt(f"gpu_us, {part}", partial(measure.graph_us, steps[part]))
+        row["graph_us"] = attempt("graph_us", lambda: measure.graph_row_us(step))
     return row
 
 
@@ -277,8 +274,8 @@ def line(row: dict[str, Any]) -> str:
     text = f"{row['batch']:>8} x {row['vertices']:<3} {row['dtype']} {row['peer']:<18}"
     text += f" wall {row['wall_us']['step']:10.1f} us, {row['wall_ratio']['step']:6.2f} times the first"
     if "gpu_us" in row:
-        gpu = {name: round(each, 1) for name, each in row["gpu_us"].items() if each is not None}
-        text += f"; gpu {gpu}; graph {row.get('graph_us') or 0:.1f}; {row['memory_bytes']} B"
+        times = {**row["gpu_us"], "graph": row.get("graph_us"), **row["launch_us"]}
+        text += f"; gpu { {name: round(each, 1) for name, each in times.items() if each} }; {row['memory_bytes']} B"
         text += f"; {row['not_measured']}" if row["not_measured"] else ""
     return text
 

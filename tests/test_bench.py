@@ -58,8 +58,8 @@ def test_bounds_by_hand():
 
 
 def test_share_of_the_bound():
-    times = {"forward": 244.0, "forward with gradient": None, "step": 1.0}
-    rows = [row_of("kernel", 10**6, 4, 1.0, gpu_us=times), row_of("L1", 10**6, 4, 1.0, gpu_us=times)]
+    times = {"value": 244.0, "value and gradient": None}
+    rows = [row_of("kernel", 10**6, 4, 1.0, launch_us=times), row_of("L1", 10**6, 4, 1.0)]
     (found,) = report.roofline_rows(rows, RATES)
     # v = 8: 16 + 32 + 128 + 64 and 28 + 16 + 96 + 16
     assert roofline.operations(4, 4, gradient=False) == (240, 156)
@@ -245,14 +245,15 @@ def test_a_report_from_a_gpu(tmp_path):
             100.0,
             memory_bytes=batch * 64,
             graph_us=batch / 1000 + 5,
-            gpu_us={"step": 7.0 + batch / 1000, "forward": 6.0, "forward with gradient": 8.0},
+            gpu_us={"step": 7.0 + batch / 1000, "forward": 6.0},
+            launch_us={"value": 6.0, "value and gradient": 8.0},
         )
         for name in ("kernel", "L1")
         for batch in (128, 2**16, 2**20)
     ]
     whole = report.merged([result_of(rows, rates=RATES, launches={"batch": 4096, "vertices": 8, "kernel": 3})])
     text = report.markdown(whole)
-    assert "| 1048576 x 8 | float32 | kernel | 50.0 | 100 | 1.00 | 1056 | 1054 | 64.0 | 1e-08 | 2e-07 |" in text
+    assert "| 1048576 x 8 | float32 | kernel | 50.0 | 100 | 1.00 | 6.00 | 1056 | 1054 | 64.0 | 1e-08 | 2e-07 |" in text
     assert "4.0 multiply-add, 1.0 min or max" in text
     assert "one step at 4096 x 8:\n\n- kernel: 3\n" in text
     assert text.endswith("Every peer ran at every size.\n")
