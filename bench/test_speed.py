@@ -34,6 +34,7 @@ def cases() -> Iterator[Any]:
         yield pytest.param(None, 0, 0, None, id=name.replace(" ", "_"), marks=pytest.mark.skip(f"{name}: {reason}"))
 
 
+@pytest.mark.benchmark(max_time=0.3)  # seconds, or five rounds
 @pytest.mark.parametrize("part", ["step", "forward"])
 @pytest.mark.parametrize(("peer", "batch", "vertices", "dtype"), list(cases()))
 def test_wall_time(benchmark: Any, peer: Peer, batch: int, vertices: int, dtype: torch.dtype, part: str) -> None:
