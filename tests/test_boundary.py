@@ -281,7 +281,7 @@ def test_ties_share_the_gradient(backend):
     """An aligned box inside another: each corner of the target is reached by two sides of the prediction."""
     _, gradient = backend.value_and_gradient(box(1, 1, 3, 3), box(0, 0, 4, 4), boundary_weight=1.0)
     assert_close(gradient.abs(), torch.full((1, 4, 2), gradient[0, 0, 0].abs().item()), atol=1e-7)
-    assert (gradient[0].sign() == torch.tensor([[1, 1], [-1, 1], [-1, -1], [1, -1]])).all()
+    assert_same(gradient[0].sign(), torch.tensor([[1.0, 1], [-1, 1], [-1, -1], [1, -1]]))
 
 
 def test_autocast_and_a_second_run_change_no_bit(backend):
