@@ -31,8 +31,11 @@ DEFAULT = {
     "axis_weight": "uniform",
     "axis_grad": True,
     "convexity": False,
+    "boundary": False,
     "need_grad": True,
     "adjacent": True,
+    "packed": True,
+    "even": True,
     "large_batch": False,
 }
 
@@ -43,7 +46,7 @@ def compiled(capability, pred_size, target_size, **options):
     dtype = options.pop("dtype")
     large, weight = options.pop("large_batch"), options.pop("weight")
     vertices = torch.empty(1, 1, 2, dtype=dtype)
-    plan = ops._plan(vertices, vertices, pred_size, target_size, _weight=None, batch=large, **options)
+    plan = ops._plan(vertices, vertices, pred_size, target_size, _weight=None, batch=large, launch=None, **options)
     stored = "*" + NAMES[plan.dtype]
     pointers = {
         "pred_ptr": "*" + NAMES[dtype],
@@ -84,7 +87,13 @@ def test_kernels_for_training_do_not_spill(size, capability, tmp_path):
 
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_kernels_for_the_recipe_do_not_spill(size, tmp_path):
-    options = {"convexity": True, "pred_real": None, "target_real": torch.int64}
+    options = {
+        "axis_weight": "length",
+        "axis_grad": False,
+        "boundary": True,
+        "pred_real": None,
+        "target_real": torch.int64,
+    }
     assert local_memory(compiled(90, size, size, **options), tmp_path / "kernel.cubin") == 0
 
 
@@ -108,8 +117,10 @@ def test_compiles_for_large_batches(size):
     [{"dtype": dtype} for dtype in NAMES]
     + [{"pred_real": p, "target_real": g} for p, g in [(torch.int64, torch.bool), (torch.bool, torch.int32)]]
     + [
-        {"axis_weight": weight, "axis_grad": grad, "convexity": convexity}
-        for weight, grad, convexity in itertools.product(["uniform", "length", "soft"], [True, False], [True, False])
+        {"axis_weight": weight, "axis_grad": grad, "convexity": convexity, "boundary": boundary}
+        for weight, grad, (convexity, boundary) in itertools.product(
+            ["uniform", "length", "soft"], [True, False], [(False, False), (True, False), (False, True), (True, True)]
+        )
     ]
     + [{"per_sample": True, "weight": True}, {"need_grad": False}, {"adjacent": False}, {"weight": True}],
     ids=str,
@@ -123,11 +134,25 @@ def test_a_bucket_is_compiled_once():
     vertices = torch.empty(1, 1, 2)
     options = {k: v for k, v in DEFAULT.items() if k not in ("dtype", "large_batch", "weight")}
     for large in (False, True):
-        plans = {ops._plan(vertices, vertices, n, n, _weight=None, batch=large, **options).flags for n in range(3, 65)}
-        assert len(plans) == 5  # 4, 8, 16, 32, 64
+        flags = [
+            ops._plan(
+                vertices, vertices, n, n, _weight=None, batch=large, launch=None, **options | {"even": n % 2 == 0}
+            ).flags
+            for n in range(3, 65)
+        ]
+        assert len(set(flags)) == 14  # 3 and 4; then, up to each power of two, odd rows, even rows, and full ones
     assert tuning.bucket(1) == tuning.bucket(4) == 4
     assert tuning.bucket(5) == tuning.bucket(8) == 8
     assert tuning.bucket(513) == 1024
+
+
+def test_stages_are_not_worth_searching(monkeypatch):
+    options = tuning.Layout.options
+    code = set()
+    for stages in (1, 3):
+        monkeypatch.setattr(tuning.Layout, "options", lambda self, n=stages: options(self) | {"num_stages": n})
+        code.add(compiled(90, 4, 4, even=False, pred_real=torch.int64).asm["ptx"])
+    assert len(code) == 1
 
 
 def test_numbers_do_not_specialise_the_kernel():

@@ -1,8 +1,10 @@
 """The kernel as an operator of PyTorch's: registration, saved tensors, second derivatives, who else may call it."""
 
+import importlib
+
 import pytest
 import torch
-from helpers import assert_same, convex, generator, star
+from helpers import assert_close, assert_gradient_close, assert_same, convex, generator, star
 from torch.utils.checkpoint import checkpoint
 
 from triton_mgiou import mgiou_loss
@@ -12,6 +14,7 @@ from triton_mgiou import mgiou_loss
 def kernels(backend):
     if backend.name != "triton":
         pytest.skip("is about the kernels")
+    importlib.import_module("triton_mgiou.ops")  # registers the operator
     return backend
 
 
@@ -29,16 +32,17 @@ def test_opcheck(kernels, rule, dtypes):
     weight = torch.rand(6, device=kernels.device)
     for side in (pred, target):
         side.requires_grad_()
-    convexity = torch.tensor(0.5, dtype=torch.float64)
-    arguments = (pred, target, lengths, mask, weight, rule, "length", True, convexity, True, True)
+    factors = torch.tensor([0.5, 0.25], dtype=torch.float64).unbind()
+    arguments = (pred, target, lengths, mask, weight, rule, "length", True, *factors, True, True)
     torch.library.opcheck(torch.ops.triton_mgiou.loss.default, arguments)
 
 
 def test_the_operator_is_the_direct_path(kernels):
     pred, target = (t.requires_grad_() for t in polygons(kernels))
-    direct = mgiou_loss(pred, target, reduction="sum", convexity_weight=0.5, backend="triton")
-    convexity = torch.tensor(0.5, dtype=torch.float64)
-    options = (None, None, None, "sum", "uniform", True, convexity, True, True)
+    weights = {"convexity_weight": 0.5, "boundary_weight": 0.25}
+    direct = mgiou_loss(pred, target, reduction="sum", **weights, backend="triton")
+    factors = (torch.tensor(weight, dtype=torch.float64) for weight in weights.values())
+    options = (None, None, None, "sum", "uniform", True, *factors, True, True)
     operator = torch.ops.triton_mgiou.loss(pred, target, *options)[0]
     assert_same(direct.detach(), operator.detach())
     for got, want in zip(
@@ -94,3 +98,14 @@ def test_a_vertex_that_is_not_aligned_is_copied(kernels):
         loss = mgiou_loss(leaf, target, backend="triton")
         assert_same(loss.detach(), expected[0])
         assert_same(torch.autograd.grad(loss, leaf)[0], expected[1])
+
+
+@pytest.mark.parametrize(("size", "target_size"), [(4, 16), (16, 4), (4, 64), (8, 4)])
+def test_full_rows_of_different_sizes(kernels, size, target_size):
+    rng = generator(size + target_size)
+    pred, target = star(3, size, rng), convex(3, target_size, rng)
+    expected = mgiou_loss(pred.requires_grad_(), target, backend="eager", reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), pred)
+    value, actual = kernels.value_and_gradient(pred, target, torch.ones(3), reduction="none")
+    assert_close(value, expected.detach(), atol=1e-12)
+    assert_gradient_close(actual, gradient, rtol=1e-9)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 import triton_mgiou
-from triton_mgiou import demo
+from triton_mgiou import demo, first_use
+from triton_mgiou.training import diagnose
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,16 +23,39 @@ def main(argv: list[str] | None = None) -> int:
         argv: The arguments behind the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0, or 1 if the command cannot run here, with the reason in one line on stderr.
+        The exit status: 0, or 1 if the command cannot run here, with the reason in one line on stderr. `diagnose`
+        returns 1 if something is wrong with the file and 2 if it cannot be read.
 
     Raises:
         SystemExit: Status 2 for wrong arguments, 0 after `--help` and `--version`.
     """
     args = _parser().parse_args(argv)
+    if args.command == "diagnose":
+        return _diagnose(args.path)
+    if args.command == "info":
+        sys.stdout.write(f"{first_use.info()}\n")
+        return 0
+    if args.command == "warmup":
+        return _warmup(args)
     try:
         demo.run(epochs=args.epochs, seed=args.seed, device=args.device, batch_size=args.batch_size, out=args.out)
     except demo.DemoError as error:
         sys.stderr.write(f"triton-mgiou {args.command}: {error}\n")
+        return 1
+    return 0
+
+
+def _warmup(args: argparse.Namespace) -> int:
+    try:
+        results = triton_mgiou.warmup(
+            args.vertices, args.batch, args.dtype, args.device, args.options, tune=not args.no_tune
+        )
+        sys.stdout.write(f"{first_use.table(results)}\n")
+        if args.json is not None:
+            text = json.dumps([result._asdict() for result in results], indent=1)
+            args.json.write_text(f"{text}\n", encoding="utf-8")
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        sys.stderr.write(f"triton-mgiou warmup: {error}\n")
         return 1
     return 0
 
@@ -48,7 +76,76 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="auto", help="torch device; auto takes cuda where there is one")
     command.add_argument("--batch-size", type=_integer_from(1), default=64, help="images a step")
     command.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="folder for the files")
+
+    command = commands.add_parser(
+        "diagnose",
+        help="look for NaN, plateaus and oscillation in a checkpoint or a table of results",
+        description="Look for NaN and Inf in a checkpoint, and for NaN, Inf, plateaus and oscillation in a table. "
+        "Exit status: 0 if nothing is wrong, 1 if something is, 2 if the file cannot be read.",
+    )
+    command.add_argument("path", type=Path, metavar="PATH", help=".csv, .tsv or .txt for a table, else a checkpoint")
+
+    command = commands.add_parser(
+        "warmup",
+        help="compile and tune the kernels before training",
+        description="Compile the kernels that training will use, tune them, and keep the result for later processes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument(
+        "--vertices", type=_pair_of(_integer_from(1)), nargs="+", default=[4, 8, 16], metavar="N[:M]",
+        help="vertex counts; N:M where the target has another",
+    )  # fmt: skip
+    command.add_argument("--batch", type=_integer_from(1), nargs="+", default=[512, 65536], help="batch sizes")
+    command.add_argument(
+        "--dtype", type=_pair_of(_dtype), nargs="+", default=[torch.float32], metavar="T[:T]",
+        help="input types; P:T where the target has another",
+    )  # fmt: skip
+    command.add_argument("--device", help="torch device; the current GPU by default")
+    command.add_argument(
+        "--options", type=_options, default="{}", metavar="JSON",
+        help="options of mgiou_loss; for a tensor its dtype or true",
+    )  # fmt: skip
+    command.add_argument("--no-tune", action="store_true", help="compile only")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+
+    commands.add_parser("info", help="versions, devices, backend and tuning cache", description=first_use.info.__doc__)
     return parser
+
+
+def _pair_of(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    def pair(text: str) -> Any:
+        first, colon, second = text.partition(":")
+        return (parse(first), parse(second)) if colon else parse(text)
+
+    return pair
+
+
+def _dtype(text: str) -> torch.dtype:
+    dtype = getattr(torch, text, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise argparse.ArgumentTypeError(f"expected a floating dtype such as float32, got {text!r}")
+    return dtype
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    for name, value in options.items():
+        if isinstance(value, str) and isinstance(dtype := getattr(torch, value, None), torch.dtype):
+            options[name] = dtype
+    return options
+
+
+def _diagnose(path: Path) -> int:
+    try:
+        return 0 if diagnose.diagnose(path) else 1
+    except diagnose.DiagnoseError as error:
+        sys.stderr.write(f"triton-mgiou diagnose: {error}\n")
+        return 2
 
 
 def _integer_from(least: int) -> Callable[[str], int]:

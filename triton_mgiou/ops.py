@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,15 +12,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from triton_mgiou import tuning
+from triton_mgiou import autotune, tuning
 from triton_mgiou.kernels.mgiou import mgiou_kernel
 from triton_mgiou.reference import compute_dtype
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # decided when the kernel was imported
 _AXIS_WEIGHTS = {"uniform": 0, "length": 1, "soft": 2}
-_ALL, _LENGTHS, _MASK = 0, 1, 2
+_ALL, _LENGTHS, _MASK, _FULL = range(4)
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _PLAIN = (Tensor, torch.nn.Parameter)  # anything else, such as a fake tensor, needs PyTorch's dispatcher
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 _COUNTERS = 1024  # zeroed at a time: one for each stream and one for each captured launch
 
 
@@ -51,10 +53,26 @@ def unavailable(device: torch.device) -> str | None:
         return f"the tensors are on {device.type}, and the kernels need an NVIDIA GPU"
     if torch.version.hip is not None:
         return "this PyTorch is built for ROCm, and the kernels need an NVIDIA GPU"
+    if (device.index or 0) >= torch.cuda.device_count():
+        return f"PyTorch finds {torch.cuda.device_count()} NVIDIA GPUs, and the device is {device}"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"{device} has compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
     return None
+
+
+class _Call(NamedTuple):
+    """What a call asks for, besides the polygons."""
+
+    pred_real: Tensor | None
+    target_real: Tensor | None
+    weight: Tensor | None
+    reduction: str
+    avg_factor: float | None
+    axis_weight: str
+    axis_grad: bool
+    convexity_weight: float
+    boundary_weight: float
 
 
 def fused_loss(
@@ -68,6 +86,7 @@ def fused_loss(
     axis_weight: str,
     axis_grad: bool,
     convexity_weight: float,
+    boundary_weight: float,
 ) -> Tensor:
     """The reduced loss by the fused kernel. B is at least 1; what says which vertices are real is lengths or bool."""
     if torch.is_grad_enabled():
@@ -77,24 +96,28 @@ def fused_loss(
     plain = type(pred) in _PLAIN and type(target) in _PLAIN
     if torch.compiler.is_compiling() or not plain:
         # Numbers that may change from step to step go in as tensors, or stay outside, lest they specialise the graph.
-        convexity = torch.full((), convexity_weight, dtype=torch.float64, device="cpu")
+        factors = [
+            torch.full((), factor, dtype=torch.float64, device="cpu") for factor in (convexity_weight, boundary_weight)
+        ]
         rule = "none" if reduction == "none" else "sum"
-        options = (pred_real, target_real, weight, rule, axis_weight, axis_grad, convexity)
+        options = (pred_real, target_real, weight, rule, axis_weight, axis_grad, *factors)
         total: Tensor = _operator(pred, target, *options, pred_grad, target_grad)[0]
         return total / (pred.shape[0] if avg_factor is None else avg_factor) if reduction == "mean" else total
-    direct = (pred_real, target_real, weight, reduction, avg_factor, axis_weight, axis_grad, convexity_weight)
+    call = _Call(
+        pred_real, target_real, weight, reduction, avg_factor, axis_weight, axis_grad, convexity_weight, boundary_weight
+    )
     if pred_grad or target_grad:
-        loss: Tensor = _FusedLoss.apply(pred, target, direct)  # type: ignore[no-untyped-call]
+        loss: Tensor = _FusedLoss.apply(pred, target, call)  # type: ignore[no-untyped-call]
         return loss
-    return _launch(pred, target, *direct, False)[0]
+    return _launch(pred, target, call, False)[0]
 
 
 class _FusedLoss(torch.autograd.Function):
     """The kernel computes the gradient with the value; backward multiplies it by what comes from above."""
 
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, target: Tensor, options: tuple[Any, ...]) -> Tensor:
-        loss, *grads = _loss_and_grads(pred, target, *options, *ctx.needs_input_grad[:2])
+    def forward(ctx: Any, pred: Tensor, target: Tensor, call: _Call) -> Tensor:
+        loss, *grads = _loss_and_grads(pred, target, call, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(*grads)
         ctx.dtypes = pred.dtype, target.dtype
         return loss
@@ -111,59 +134,41 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor | None, dtype: torch.dtype, upstream: Tensor) -> Tensor | None:
-    """`grad` times the upstream gradient, a scalar or (B,), in the input's dtype: one launch."""
+    """`grad` times the upstream gradient, a scalar or (B,), in the input's dtype: one launch.
+
+    In place where the graph is not kept, since nobody sees `grad` again.
+    """
     if grad is None:
         return None
     if upstream.dim() == 1:
         upstream = upstream[:, None, None]
-    if grad.dtype == dtype:
-        return grad * upstream
-    return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))
+    if grad.dtype != dtype:
+        return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))
+    return grad * upstream if _keeps_graph() else grad.mul_(upstream)
 
 
 def _loss_and_grads(
-    pred: Tensor,
-    target: Tensor,
-    pred_real: Tensor | None,
-    target_real: Tensor | None,
-    weight: Tensor | None,
-    reduction: str,
-    avg_factor: float | None,
-    axis_weight: str,
-    axis_grad: bool,
-    convexity_weight: float,
-    pred_grad: bool,
-    target_grad: bool,
+    pred: Tensor, target: Tensor, call: _Call, pred_grad: bool, target_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    reduce = weight, reduction, avg_factor, axis_weight, axis_grad
-    loss, grad = _launch(pred, target, pred_real, target_real, *reduce, convexity_weight, pred_grad)
+    loss, grad = _launch(pred, target, call, pred_grad)
     if not target_grad:
         return loss, grad, None
-    # MGIoU is symmetric and the convexity term does not see the target (section 4).
-    return loss, grad, _launch(target, pred, target_real, pred_real, *reduce, 0.0, True)[1]
+    # MGIoU is symmetric (section 4); the target is no variable of the other terms.
+    swapped = call._replace(
+        pred_real=call.target_real, target_real=call.pred_real, convexity_weight=0.0, boundary_weight=0.0
+    )
+    return loss, grad, _launch(target, pred, swapped, True)[1]
 
 
-def _launch(
-    pred: Tensor,
-    target: Tensor,
-    pred_real: Tensor | None,
-    target_real: Tensor | None,
-    weight: Tensor | None,
-    reduction: str,
-    avg_factor: float | None,
-    axis_weight: str,
-    axis_grad: bool,
-    convexity_weight: float,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
+def _launch(pred: Tensor, target: Tensor, call: _Call, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """One launch: the loss, and its gradient to `pred` in the loss's dtype if asked for."""
     device = pred.get_device()  # -1 for the CPU
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return _launch(
-                pred, target, pred_real, target_real, weight, reduction, avg_factor,
-                axis_weight, axis_grad, convexity_weight, need_grad,
-            )  # fmt: skip
+            return _launch(pred, target, call, need_grad)
+    pred_real, target_real, weight, reduction, avg_factor, axis_weight, axis_grad, convexity_weight, boundary_weight = (
+        call
+    )
     pred, pred_stride_b, pred_stride_n = _addressable(pred)
     target, target_stride_b, target_stride_n = _addressable(target)
     batch, pred_size, _ = pred.shape
@@ -181,18 +186,23 @@ def _launch(
         axis_weight,
         axis_grad,
         convexity_weight > 0,
+        boundary_weight > 0,
         need_grad,
         pred_stride_n == target_stride_n == 1,
+        pred_stride_b == pred_size and target_stride_b == target_size,
+        (pred_stride_b | target_stride_b | pred_size) & 1 == 0,
         batch if INTERPRETED else batch >= tuning.LARGE_BATCH,
     )
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = _plan(pred, target, *key[3:])
+        launch = functools.partial(_launch_samples, pred, target, call, need_grad)
+        plan = _plans[key] = _plan(pred, target, *key[3:], launch)
     programs = min(-(-batch // plan.layout.polygons), tuning.MAX_PROGRAMS)
+    stream = 0 if device < 0 else driver.active.get_current_stream(device)
     if reduction == "none":
         loss, partial, counter = plan.scalar.new_empty(batch), None, None
     else:
-        loss, (partial, counter) = torch.empty_like(plan.scalar), _reduction_scratch(device, plan.dtype)
+        loss, (partial, counter) = torch.empty_like(plan.scalar), _reduction_scratch(device, stream, plan.dtype)
     grad = None
     if need_grad:
         grad = torch.empty_like(pred, dtype=plan.dtype, memory_format=torch.contiguous_format)
@@ -204,11 +214,12 @@ def _launch(
         weight, loss, grad, partial, counter,
         pred_stride_b, pred_stride_n, target_stride_b, target_stride_n,
         *_strides(pred_real), *_strides(target_real), 0 if weight is None else weight.stride(0),
-        batch, pred_size, target_size, float(divisor) if reduction == "mean" else 1.0, float(convexity_weight),
+        batch, pred_size, target_size,
+        float(divisor) if reduction == "mean" else 1.0, float(convexity_weight), float(boundary_weight),
         *plan.flags,
     )  # fmt: skip
     if plan.compiled:
-        plan.compiled[0][programs, 1, 1](*arguments)
+        plan.compiled[0][programs, 1, 1](*arguments, stream=stream)
     else:
         compiled = mgiou_kernel[(programs,)](*arguments, **plan.layout.options())
         if not INTERPRETED:
@@ -228,12 +239,17 @@ def _plan(
     axis_weight: str,
     axis_grad: bool,
     convexity: bool,
+    boundary: bool,
     need_grad: bool,
     adjacent: bool,
+    packed: bool,
+    even: bool,
     batch: int,
+    launch: autotune.Launch,
 ) -> _Plan:
     buckets = tuning.bucket(pred_size), tuning.bucket(target_size)
-    layout = tuning.interpreter_layout(*buckets, batch) if INTERPRETED else tuning.layout(*buckets, bool(batch))
+    # With sizes that differ, one side would have more lanes than vertices.
+    full = packed and adjacent and pred_real is target_real is None and pred_size == target_size == buckets[0]
     dtype = compute_dtype(pred, target)
     flags = (
         _COMPUTE[dtype],
@@ -242,12 +258,40 @@ def _plan(
         _AXIS_WEIGHTS[axis_weight],
         axis_grad,
         convexity,
-        _real_mode(pred_real),
-        _real_mode(target_real),
+        boundary,
+        _FULL if full else _real_mode(pred_real),
+        _FULL if full else _real_mode(target_real),
         adjacent,
-        *layout[:4],
+        adjacent and even,
     )
-    return _Plan(layout, flags, dtype, pred.new_empty((), dtype=dtype), [])
+    if INTERPRETED:
+        default = tuning.interpreter_layout(*buckets, batch)
+        large_batch = batch >= tuning.LARGE_BATCH
+    else:
+        large_batch = bool(batch)
+        default = tuning.layout(*buckets, large_batch)
+    names = mgiou_kernel.arg_names[-len(flags) - 4 : -4]
+    kinds = (f"{name}={value}" for name, value in zip(names, flags, strict=True))
+    case = tuning.Case(*buckets, large_batch, " ".join((f"{pred.dtype} {target.dtype}", *kinds)))
+    layout = autotune.choose(case, default, pred.device, launch)
+    return _Plan(layout, (*flags, *layout[:4]), dtype, pred.new_empty((), dtype=dtype), [])
+
+
+def _launch_samples(pred: Tensor, target: Tensor, call: _Call, need_grad: bool, size: int) -> None:
+    """Launch on these samples, repeated if they are fewer than `size`, with a plan that is then forgotten."""
+    if len(pred) < size:
+        rows = torch.arange(size, device=pred.device) % len(pred)
+        pred, target = pred[rows], target[rows]
+        pred_real, target_real, weight = (None if each is None else each[rows] for each in call[:3])
+        call = call._replace(pred_real=pred_real, target_real=target_real, weight=weight)
+    forget_plans()
+    _launch(pred, target, call, need_grad)
+    forget_plans()
+
+
+def forget_plans() -> None:
+    """Choose every layout anew at its next use. What was compiled stays."""
+    _plans.clear()
 
 
 def _real_mode(dtype: torch.dtype | None) -> int:
@@ -273,7 +317,7 @@ def _addressable(vertices: Tensor) -> tuple[Tensor, int, int]:
     return copy, vertices.shape[1], 1
 
 
-def _reduction_scratch(device: int, dtype: torch.dtype) -> _Scratch:
+def _reduction_scratch(device: int, stream: int, dtype: torch.dtype) -> _Scratch:
     """Room for partial sums, and a zero counter, that no other launch uses at the same time.
 
     A stream runs one kernel after the other, so its launches share theirs. A captured launch may be replayed on
@@ -283,7 +327,7 @@ def _reduction_scratch(device: int, dtype: torch.dtype) -> _Scratch:
         return _Scratch(torch.empty(tuning.MAX_PROGRAMS, dtype=dtype), torch.zeros(1, dtype=torch.int32))
     if torch.cuda.is_current_stream_capturing():
         return _Scratch(torch.empty(tuning.MAX_PROGRAMS, dtype=dtype, device=device), _counter(device))
-    key = device, driver.active.get_current_stream(device), dtype
+    key = device, stream, dtype
     scratch = _scratch.get(key)
     if scratch is None:
         partial = torch.empty(tuning.MAX_PROGRAMS, dtype=dtype, device=device)
@@ -314,12 +358,14 @@ def _operator(
     axis_weight: str,
     axis_grad: bool,
     convexity_weight: Tensor,
+    boundary_weight: Tensor,
     pred_grad: bool,
     target_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same through PyTorch's dispatcher: loss and gradients; a gradient that is not asked for is empty."""
-    options = (pred_real, target_real, weight, reduction, None, axis_weight, axis_grad, convexity_weight.item())
-    loss, *grads = _loss_and_grads(pred, target, *options, pred_grad, target_grad)
+    factors = convexity_weight.item(), boundary_weight.item()
+    call = _Call(pred_real, target_real, weight, reduction, None, axis_weight, axis_grad, *factors)
+    loss, *grads = _loss_and_grads(pred, target, call, pred_grad, target_grad)
     pred_out, target_out = (loss.new_empty(0) if grad is None else grad for grad in grads)
     return loss, pred_out, target_out
 
@@ -350,7 +396,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tup
         if asked and upstream is not None:
             factor = upstream[:, None, None] if upstream.dim() == 1 else upstream
             grads[side] = (grad * factor).to(dtype)
-    return (*grads, *[None] * 9)
+    return (*grads, *[None] * 10)
 
 
 _operator.register_autograd(_backward, setup_context=_save)

@@ -1,4 +1,4 @@
-"""Size buckets, and how the kernel lays out each of them."""
+"""Size buckets, how the kernel lays out each of them, and which other layouts are worth measuring."""
 
 from __future__ import annotations
 
@@ -8,25 +8,60 @@ from typing import Any, NamedTuple
 SLOTS = 4  # vertices a lane keeps in registers: more are faster per polygon but slow to compile
 MAX_PROGRAMS = 4096  # of one launch; each leaves one partial sum
 LARGE_BATCH = 32768  # from here on there are enough polygons to fill a GPU with fewer lanes on each
+MAX_WARPS = 8
 
 
 class Layout(NamedTuple):
-    """Compile-time sizes of the kernel; see `kernels/mgiou.py`."""
+    """Compile-time sizes of the kernel (see `kernels/mgiou.py`), warps, and the limit on registers of a thread."""
 
     polygons: int
     lanes: int
     pred_slots: int
     target_slots: int
     num_warps: int
+    registers: int
 
     def options(self) -> dict[str, Any]:
-        """Compiler options. The limit on registers lets 12 warps run at once, and 8 where it is a thread a polygon.
+        """Compiler options. Fused multiply-adds are faster and not needed."""
+        return {"num_warps": self.num_warps, "maxnreg": self.registers, "enable_fp_fusion": True}
 
-        Without one the compiler spills to reach 16. Fused multiply-adds are faster and not needed.
-        """
-        thread_a_polygon = self.lanes == 4 and self.polygons == 32
-        registers = 255 if thread_a_polygon else 168
-        return {"num_warps": self.num_warps, "maxnreg": registers, "enable_fp_fusion": True}
+
+class Case(NamedTuple):
+    """What one choice of a layout is for."""
+
+    pred_bucket: int
+    target_bucket: int
+    large_batch: bool
+    flags: str  # types and compile-time flags of the kernel, as text
+
+    def __str__(self) -> str:
+        batch = f"{'>=' if self.large_batch else '<'} {LARGE_BATCH}"
+        return f"vertices {self.pred_bucket} {self.target_bucket}, batch {batch}, {self.flags}"
+
+
+class Space(NamedTuple):
+    """Layouts to measure: the product of these."""
+
+    slots: tuple[int, ...]  # vertices a lane
+    elements: tuple[int, ...]  # of a tile, a thread
+    warps: tuple[int, ...]  # a program
+    registers: tuple[int, ...]  # a thread, at most
+
+
+# By the larger vertex bucket, and whether the batch is large. A configuration takes 1.5 to 6 s to compile, more with
+# more slots. The number of stages is not here: it pipelines only loads that feed a matrix product, and changes nothing.
+SEARCH = {
+    (4, False): Space((2, 4), (1,), (1, 2), (168,)),
+    (4, True): Space((2, 4), (1, 2), (1, 4), (168,)),
+    (8, False): Space((2, 4, 8), (1,), (1, 2), (168,)),
+    (8, True): Space((4, 8), (1, 2), (1, 4), (255,)),
+    (16, False): Space((2, 4, 8), (1,), (1, 2), (168,)),
+    (16, True): Space((4,), (1, 2, 4), (1, 4), (255,)),
+    (32, False): Space((2, 4, 8), (1,), (1, 2), (168,)),
+    (32, True): Space((4,), (1, 2, 4), (1, 2), (255,)),
+    (64, False): Space((2, 4), (1,), (1, 2), (168,)),
+    (64, True): Space((4,), (1, 2, 4), (1, 2), (168,)),
+}
 
 
 def bucket(vertices: int) -> int:
@@ -36,22 +71,43 @@ def bucket(vertices: int) -> int:
 
 @cache
 def layout(pred_bucket: int, target_bucket: int, large_batch: bool) -> Layout:
-    """The layout for a pair of vertex buckets.
+    """The layout for a pair of vertex buckets where nothing was measured.
 
     A program is one warp, so that small batches spread over the GPU. Triton gives a thread as many polygons, or
-    as many lanes of one polygon, as the tile has elements for it.
+    as many lanes of one polygon, as the tile has elements for it. The limit on registers lets 12 warps run at once,
+    and 8 where it is a thread a polygon; without one the compiler spills to reach 16.
     """
     lanes = max(pred_bucket, target_bucket) // SLOTS
-    polygons = max(1, 32 // lanes)
+    elements = 1
     if large_batch and 1 < lanes <= 16:
-        polygons *= 4 if lanes == 4 else 2
-    return Layout(
-        polygons, lanes, max(1, pred_bucket // lanes), max(1, target_bucket // lanes), min(8, max(1, lanes // 32))
-    )
+        elements = 4 if lanes == 4 else 2
+    warps = min(MAX_WARPS, max(1, lanes // 32))
+    return _layout(pred_bucket, target_bucket, SLOTS, elements, warps, 255 if lanes == elements == 4 else 168)
+
+
+def candidates(case: Case) -> list[Layout]:
+    """The layouts to measure for a case, that without measurement first. Where the table has no row it is alone."""
+    larger = max(case.pred_bucket, case.target_bucket)
+    default = layout(case.pred_bucket, case.target_bucket, case.large_batch)
+    space = SEARCH.get((larger, case.large_batch), Space((), (), (), ()))
+    found = [
+        _layout(case.pred_bucket, case.target_bucket, slots, elements, warps, registers)
+        for slots in space.slots
+        for elements in space.elements
+        for warps in space.warps
+        for registers in space.registers
+    ]
+    return list(dict.fromkeys([default, *found]))
 
 
 def interpreter_layout(pred_bucket: int, target_bucket: int, batch: int) -> Layout:
     """A layout for Triton's interpreter, whose time goes with the number of operations: one large program."""
-    lanes = max(pred_bucket, target_bucket) // 2
+    lanes = max(pred_bucket, target_bucket) // 2 if max(pred_bucket, target_bucket) > 4 else 1
     polygons = min(128, 1 << (batch - 1).bit_length())
-    return Layout(polygons, lanes, max(1, pred_bucket // lanes), max(1, target_bucket // lanes), 1)
+    return Layout(polygons, lanes, max(1, pred_bucket // lanes), max(1, target_bucket // lanes), 1, 255)
+
+
+def _layout(pred_bucket: int, target_bucket: int, slots: int, elements: int, warps: int, registers: int) -> Layout:
+    lanes = max(pred_bucket, target_bucket) // slots
+    polygons = max(1, 32 * warps * elements // lanes)
+    return Layout(polygons, lanes, max(1, pred_bucket // lanes), max(1, target_bucket // lanes), warps, registers)

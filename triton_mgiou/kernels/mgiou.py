@@ -3,7 +3,7 @@
 With p and g the intervals of the projections of P and G on axis k, and h_k the length of their joint hull:
 
     d_k = 1 - GIoU1D_k = (|top| + |bottom|) / h_k,   top = max_p - max_g,  bottom = min_p - min_g
-    loss = sum_k w_k d_k / (2 sum_k w_k) + convexity_weight * convexity
+    loss = sum_k w_k d_k / (2 sum_k w_k) + convexity_weight * convexity + boundary_weight * boundary
 
     d d_k / d max_p =  (sign(top)    - d_k [max_p > max_g]) / h_k       [.] is 1/2 and sign is 0 at equality
     d d_k / d min_p =  (sign(bottom) + d_k [min_p < min_g]) / h_k
@@ -31,6 +31,7 @@ SOFT = tl.constexpr(2)
 ALL = tl.constexpr(0)
 LENGTHS = tl.constexpr(1)
 MASK = tl.constexpr(2)
+FULL = tl.constexpr(3)  # all, and they fill the slots: both sides are contiguous and as large as their bucket
 
 PARTIALS = tl.constexpr(1024)  # how many partial sums the last program adds at a time
 SERIES_TERMS = tl.constexpr(15)  # of expm1 below 1/2: the rest is under 2^-53
@@ -67,11 +68,19 @@ def _store_vertices(ptr, offsets, x, y, mask, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def _first_vertex(rows, stride, EVEN: tl.constexpr):
+    """Offsets of rows, such that the compiler sees that they are even: a thread then takes two neighbours at once."""
+    return rows * (stride // 2) * 2 if EVEN else rows * stride
+
+
+@triton.jit
 def _is_real(polygons, index, count, inside, REAL: tl.constexpr):
     if REAL == MASK:
         _, _, _, size, mask_ptr, mask_offset, mask_stride = polygons
         offset = mask_offset + index * mask_stride
         return tl.load(mask_ptr + offset, mask=inside & (offset * 0 + index < size), other=0) != 0
+    elif REAL == FULL:
+        return inside | True
     else:
         return index < count
 
@@ -86,6 +95,8 @@ def _load_polygons(
     if REAL == LENGTHS:
         length = tl.load(real_ptr + real_offset, mask=inside, other=0)
         count = tl.where(length < size, tl.where(length > 0, length, 0), size).to(tl.int32)
+    if REAL == FULL:
+        count = tl.full(inside.shape, SLOTS * LANES, tl.int32)
     last = tl.maximum(count - 1, 0)
     if REAL == MASK:
         count *= 0
@@ -189,7 +200,7 @@ def _inverse_power_of_two(values, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _normalise(xs, ys, reals, low_x, low_y, scale):
-    """Scaled and moved coordinates, and what makes the projections of an unreal vertex NaN (section 6)."""
+    """Scaled and moved coordinates, what makes the projections of an unreal vertex NaN, and the origin (section 6)."""
     new_xs = ()
     new_ys = ()
     pads = ()
@@ -197,7 +208,7 @@ def _normalise(xs, ys, reals, low_x, low_y, scale):
         new_xs = new_xs + (tl.where(reals[slot], xs[slot] * scale - low_x, 0.0),)
         new_ys = new_ys + (tl.where(reals[slot], ys[slot] * scale - low_y, 0.0),)
         pads = pads + (tl.where(reals[slot], 0.0, float("nan")).to(scale.dtype),)
-    return new_xs, new_ys, pads
+    return new_xs, new_ys, pads, low_x, low_y
 
 
 @triton.jit
@@ -227,29 +238,66 @@ def _axis_weight(length, is_axis, unit, AXIS_WEIGHT: tl.constexpr):
     if AXIS_WEIGHT == LENGTH:
         return ratio, 1.0 / unit
     else:
-        series = 1.0 - ratio / SERIES_TERMS
+        series = 1.0 - ratio * (1.0 / SERIES_TERMS)
         for step in tl.static_range(SERIES_TERMS - 2):
-            series = 1.0 - series * ratio / (SERIES_TERMS - 1 - step)
+            series = 1.0 - series * (ratio * (1.0 / (SERIES_TERMS - 1 - step)))
         weight = tl.where(ratio < 0.5, ratio * series, 1.0 - tl.exp(-ratio))
         return weight, (1.0 - weight) / unit
 
 
 @triton.jit
-def _measure(polygons, count, last, inside, scale, floor, unit, AXIS_WEIGHT: tl.constexpr, REAL: tl.constexpr):
-    """Sums over the edges of a side that need no projection: lengths, number of axes, and weights."""
-    previous_x, previous_y = _vertex(polygons, last, count, inside, scale, REAL)[:2]
-    perimeter = floor * 0.0
-    axes = floor * 0.0
-    weights = floor * 0.0
-    for k in range(polygons[3]):
-        x, y, real = _vertex(polygons, k, count, inside, scale, REAL)
-        length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)[2:]
-        perimeter += length
-        axes += is_axis.to(floor.dtype)
-        weights += _axis_weight(length, is_axis, unit, AXIS_WEIGHT)[0]
-        previous_x = tl.where(real, x, previous_x)
-        previous_y = tl.where(real, y, previous_y)
-    return perimeter, axes, weights
+def _measure_edge(
+    state, x, y, previous_x, previous_y, real, origin_x, origin_y, floor, unit, AXIS_WEIGHT: tl.constexpr
+):
+    """Add the edge that ends at (x, y) to the sums over a side's edges that need no projection of other vertices."""
+    perimeter, axes, weights, squares, starts, lows, highs = state
+    edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
+    start = tl.fma(edge_y, previous_x - origin_x, -edge_x * (previous_y - origin_y))
+    end = tl.fma(edge_y, x - origin_x, -edge_x * (y - origin_y))
+    return (
+        perimeter + length,
+        axes + is_axis.to(floor.dtype),
+        weights + _axis_weight(length, is_axis, unit, AXIS_WEIGHT)[0],
+        squares + edge_x * edge_x + edge_y * edge_y,
+        starts + start,
+        lows + tl.minimum(start, end),
+        highs + tl.maximum(start, end),
+    )
+
+
+@triton.jit
+def _measure(
+    polygons, raw_xs, raw_ys, count, last, inside, scale, origin_x, origin_y, floor, unit,
+    AXIS_WEIGHT: tl.constexpr, REAL: tl.constexpr, UNROLLED: tl.constexpr,
+):  # fmt: skip
+    """Sums over the edges of a side: lengths, number of axes, their weights; what `_doubled_area` needs."""
+    none = floor * 0.0
+    state = (none, none, none, none, none, none, none)
+    if UNROLLED:
+        previous_x, previous_y = raw_xs[len(raw_xs) - 1] * scale, raw_ys[len(raw_xs) - 1] * scale
+        for k in tl.static_range(len(raw_xs)):
+            x, y = raw_xs[k] * scale, raw_ys[k] * scale
+            state = _measure_edge(
+                state, x, y, previous_x, previous_y, inside | True, origin_x, origin_y, floor, unit, AXIS_WEIGHT
+            )
+            previous_x, previous_y = x, y
+    else:
+        previous_x, previous_y = _vertex(polygons, last, count, inside, scale, REAL)[:2]
+        for k in range(polygons[3]):
+            x, y, real = _vertex(polygons, k, count, inside, scale, REAL)
+            state = _measure_edge(
+                state, x, y, previous_x, previous_y, real, origin_x, origin_y, floor, unit, AXIS_WEIGHT
+            )
+            previous_x = tl.where(real, x, previous_x)
+            previous_y = tl.where(real, y, previous_y)
+    return state
+
+
+@triton.jit
+def _doubled_area(measured):
+    """Twice the area, the sign of its direction (0 without an area), and the sum of the squared edges."""
+    _, _, _, squares, starts, lows, highs = measured
+    return tl.maximum(tl.where(starts > 0, highs, 0.0), tl.where(starts < 0, -lows, 0.0)), _sign(starts), squares
 
 
 @triton.jit
@@ -267,20 +315,34 @@ def _sign(values):
 
 
 @triton.jit
-def _distance(p_low, p_high, g_low, g_high, TINY: tl.constexpr):
+def _inverse(values):
+    """1 / values, for values in 2^-100 to 2^100: half the instructions of a division that allows for all others."""
+    if values.dtype == tl.float64:
+        return 1.0 / values
+    else:
+        root = tl.rsqrt(values)
+        guess = root * root
+        return tl.fma(guess, tl.fma(-values, guess, 1.0), guess)
+
+
+@triton.jit
+def _distance(ends, TINY: tl.constexpr):
     """1 - GIoU1D of two intervals, and 1 / h; both 0 where h is 0."""
+    p_low, p_high, g_low, g_high = ends
     hull = tl.maximum(p_high, g_high) - tl.minimum(p_low, g_low)
-    inverse = tl.where(hull > TINY, 1.0 / hull, 0.0)
+    inverse = tl.where(hull > TINY, _inverse(hull), 0.0)
     return (tl.abs(p_high - g_high) + tl.abs(p_low - g_low)) * inverse, inverse
 
 
 @triton.jit
-def _slopes(p_low, p_high, g_low, g_high, distance, scale):
+def _slopes(ends, distance, scale):
     """`scale` h times the derivative of 1 - GIoU1D to the four ends of the intervals; half of it at a tie."""
-    half = 0.5 * distance
-    top = _sign(p_high - g_high) * (1.0 - half)
-    bottom = _sign(p_low - g_low) * (1.0 - half)
-    return (bottom + half) * scale, (top - half) * scale, (half - bottom) * scale, -(top + half) * scale
+    p_low, p_high, g_low, g_high = ends
+    half = 0.5 * distance * scale
+    top = _sign(p_high - g_high)
+    bottom = _sign(p_low - g_low)
+    rest = scale - half
+    return bottom * rest + half, top * rest - half, half - bottom * rest, -(top * rest) - half
 
 
 @triton.jit
@@ -293,7 +355,7 @@ def _share(projections, low, high, low_derivative, high_derivative):
         at_high = at_high + ((projections[slot] >= high).to(low.dtype),)
     low_count = _sum(at_low)
     high_count = _sum(at_high)
-    inverse = 1.0 / (low_count * high_count)
+    inverse = _inverse(low_count * high_count)
     low_derivative = low_derivative * (inverse * high_count)
     high_derivative = high_derivative * (inverse * low_count)
     shares = ()
@@ -388,6 +450,155 @@ def _convexity(projections, low, high, edge_low, edge_high, count, factor, TINY:
 
 
 @triton.jit
+def _hand_over(state, start_x, start_y, end_x, end_y, previous, real, lane, LANES: tl.constexpr):
+    """An edge's derivatives to its ends, stored once each: the end's waits for the next edge, which starts there."""
+    slots_x, slots_y, pending_x, pending_y = state
+    slots_x = _put(slots_x, pending_x + start_x, previous, real, lane, LANES)
+    slots_y = _put(slots_y, pending_y + start_y, previous, real, lane, LANES)
+    return slots_x, slots_y, tl.where(real, end_x, pending_x), tl.where(real, end_y, pending_y)
+
+
+@triton.jit
+def _handed(state, slot: tl.constexpr, is_last):
+    """What was handed to the vertices of a slot; nothing starts at the end of the last edge any more."""
+    slots_x, slots_y, pending_x, pending_y = state
+    return slots_x[slot] + tl.where(is_last, pending_x, 0.0), slots_y[slot] + tl.where(is_last, pending_y, 0.0)
+
+
+@triton.jit
+def _compare(edge_x, edge_y, p_side, g_side, TINY: tl.constexpr):
+    """The projections of both polygons on the normal of an edge, their intervals, and how far these are apart."""
+    on_p = _project(edge_y, -edge_x, p_side[0], p_side[1], p_side[2])
+    on_g = _project(edge_y, -edge_x, g_side[0], g_side[1], g_side[2])
+    ends = (_low(on_p), _high(on_p), _low(on_g), _high(on_g))
+    distance, inverse = _distance(ends, TINY)
+    return on_p, on_g, ends, distance, inverse
+
+
+@triton.jit
+def _pred_axis(
+    state, previous, x, y, previous_x, previous_y, real, lane, p_side, g_side, p_shape, g_shape, floor, unit, count,
+    convexity_factor, direction, TINY: tl.constexpr, GRAD: tl.constexpr, AXIS_WEIGHT: tl.constexpr,
+    AXIS_GRAD: tl.constexpr, CONVEXITY: tl.constexpr, BOUNDARY: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Add the axis of P's edge from vertex number `previous` to (x, y)."""
+    total, weights, convexity, mixed, grad_x, grad_y, handed, weight_handed, mixed_handed, area_handed = state
+    edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
+    weight, weight_slope = _axis_weight(length, is_axis, unit, AXIS_WEIGHT)
+    on_p, on_g, ends, distance, inverse = _compare(edge_x, edge_y, p_side, g_side, TINY)
+    total += weight * distance
+    weights += weight
+    if CONVEXITY:
+        start_x, start_y = previous_x - p_shape[3], previous_y - p_shape[4]
+        edge_low, edge_high = _edge_interval(edge_x, edge_y, start_x, start_y, x - p_shape[3], y - p_shape[4])
+        on_shape = _project(edge_y, -edge_x, p_shape[0], p_shape[1], p_shape[2])
+        low, high = _low(on_shape), _high(on_shape)
+        factor = tl.where(is_axis, convexity_factor, 0.0)
+        term, sides, shrink = _convexity(
+            on_shape, low, high, edge_low, edge_high, count.to(floor.dtype), factor, TINY, GRAD
+        )
+        convexity += term
+        if GRAD:
+            low, high = _tie(low, high, edge_low, edge_high)
+            sides_sum = _sum(sides)
+            sides = _add(sides, _share(on_shape, low, high, shrink, -shrink))
+    if BOUNDARY:
+        reach, at_x, at_y = _reach(edge_x, edge_y, direction, g_shape)
+        mixed += reach
+        if GRAD:
+            to_x, to_y = -direction * at_y, direction * at_x
+            mixed_handed = _hand_over(mixed_handed, -to_x, -to_y, to_x, to_y, previous, real, lane, LANES)
+            to_x, to_y = direction * edge_y, -direction * edge_x
+            area_handed = _hand_over(area_handed, to_x, to_y, to_x, to_y, previous, real, lane, LANES)
+    if GRAD:
+        p_low, p_high, g_low, g_high = ends
+        low_slope, high_slope, g_low_slope, g_high_slope = _slopes(ends, distance, weight * inverse)
+        if not AXIS_GRAD:  # with the path through the axis any split of a tie gives the same gradient
+            start_x, start_y = previous_x - p_side[3], previous_y - p_side[4]
+            edge_low, edge_high = _edge_interval(edge_x, edge_y, start_x, start_y, x - p_side[3], y - p_side[4])
+            p_low, p_high = _tie(p_low, p_high, edge_low, edge_high)
+        shares = _share(on_p, p_low, p_high, low_slope, high_slope)
+        along_x = floor * 0.0  # derivative to the edge
+        along_y = floor * 0.0
+        if AXIS_GRAD:
+            g_shares = _share(on_g, g_low, g_high, g_low_slope, g_high_slope)
+            along_x -= _dot(g_shares, g_side[1]) + _dot(shares, p_side[1])
+            along_y += _dot(g_shares, g_side[0]) + _dot(shares, p_side[0])
+        if CONVEXITY:  # its distances are measured from the edge's start
+            along_x -= _dot(sides, p_shape[1]) - sides_sum * (previous_y - p_shape[4])
+            along_y += _dot(sides, p_shape[0]) - sides_sum * (previous_x - p_shape[3])
+            shares = _add(shares, sides)
+        grad_x = _add_scaled(grad_x, edge_y, shares)
+        grad_y = _add_scaled(grad_y, -edge_x, shares)
+        if AXIS_WEIGHT != UNIFORM and AXIS_GRAD:
+            slope = tl.where(is_axis, weight_slope / tl.where(is_axis, length, 1.0), 0.0)
+            end_x, end_y = slope * edge_x, slope * edge_y
+            along_x += distance * end_x
+            along_y += distance * end_y
+            weight_handed = _hand_over(weight_handed, -end_x, -end_y, end_x, end_y, previous, real, lane, LANES)
+        if AXIS_GRAD or CONVEXITY:
+            start_x, start_y = -along_x, -along_y
+            if CONVEXITY:
+                start_x -= sides_sum * edge_y
+                start_y += sides_sum * edge_x
+            handed = _hand_over(handed, start_x, start_y, along_x, along_y, previous, real, lane, LANES)
+    return total, weights, convexity, mixed, grad_x, grad_y, handed, weight_handed, mixed_handed, area_handed
+
+
+@triton.jit
+def _target_axis(
+    state, x, y, previous_x, previous_y, real, p_side, g_side, floor, unit,
+    TINY: tl.constexpr, GRAD: tl.constexpr, AXIS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Add the axis of G's edge that ends at (x, y)."""
+    total, weights, grad_x, grad_y = state
+    edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
+    weight = _axis_weight(length, is_axis, unit, AXIS_WEIGHT)[0]
+    on_p, _, ends, distance, inverse = _compare(edge_x, edge_y, p_side, g_side, TINY)
+    total += weight * distance
+    weights += weight
+    if GRAD:
+        low_slope, high_slope, _, _ = _slopes(ends, distance, weight * inverse)
+        shares = _share(on_p, ends[0], ends[1], low_slope, high_slope)
+        grad_x = _add_scaled(grad_x, edge_y, shares)
+        grad_y = _add_scaled(grad_y, -edge_x, shares)
+    return total, weights, grad_x, grad_y
+
+
+@triton.jit
+def _boundary(mixed, p_area, g_area, g_squares, TINY: tl.constexpr, RESOLUTION: tl.constexpr):
+    """The boundary term of three doubled areas, and its derivatives to the mixed one and to P's.
+
+    With f = 2 p a^2 / (v (v^2 + a^2)) of P's, G's and the mixed area p, a and v, it is 1 - f. Areas are measured in
+    the larger of v and a. Where G has no area, or the term is rounding only, it and its derivatives are 0.
+    """
+    is_flat = g_area <= tl.maximum(TINY, g_squares * tl.full((1, 1), 1e-6, g_area.dtype))
+    unit = tl.where(is_flat, 1.0, tl.maximum(mixed, g_area))
+    v = mixed / unit
+    a = g_area / unit
+    is_point = v <= TINY
+    inverse = 1.0 / tl.where(is_flat | is_point, 1.0, v * (v * v + a * a))
+    per_area = tl.where(is_point, 0.0, 2.0 * a * a * inverse)
+    match = per_area * (p_area / unit)
+    term = 1.0 - match
+    is_none = is_flat | (term <= RESOLUTION)
+    mixed_slope = tl.where(is_none | is_point, 0.0, match * (3.0 * v * v + a * a) * inverse / unit)
+    return tl.where(is_none, 0.0, term), mixed_slope, tl.where(is_none, 0.0, -per_area / unit)
+
+
+@triton.jit
+def _reach(edge_x, edge_y, direction, shape):
+    """How far G reaches along an edge's outward normal, and where, the mean over ties."""
+    projections = _project(direction * edge_y, -direction * edge_x, shape[0], shape[1], shape[2])
+    reach = _high(projections)
+    at = ()
+    for slot in tl.static_range(len(projections)):
+        at = at + ((projections[slot] >= reach).to(reach.dtype),)
+    inverse = _inverse(_sum(at))
+    return reach, _dot(at, shape[0]) * inverse, _dot(at, shape[1]) * inverse
+
+
+@triton.jit
 def _saturate(values, LARGEST: tl.constexpr):
     """Overflow becomes the largest finite number; NaN stays (section 5)."""
     return tl.where(values > LARGEST, LARGEST, tl.where(values < -LARGEST, -LARGEST, values))
@@ -434,15 +645,18 @@ def mgiou_kernel(
     target_size: "i32",
     divisor: "fp64",
     convexity_weight: "fp64",
+    boundary_weight: "fp64",
     COMPUTE: tl.constexpr,
     GRAD: tl.constexpr,
     REDUCE: tl.constexpr,
     AXIS_WEIGHT: tl.constexpr,
     AXIS_GRAD: tl.constexpr,
     CONVEXITY: tl.constexpr,
+    BOUNDARY: tl.constexpr,
     PRED_REAL: tl.constexpr,
     TARGET_REAL: tl.constexpr,
     ADJACENT: tl.constexpr,
+    EVEN: tl.constexpr,  # strides over the batch, where they are not constants
     POLYGONS: tl.constexpr,
     LANES: tl.constexpr,
     PRED_SLOTS: tl.constexpr,
@@ -454,7 +668,12 @@ def mgiou_kernel(
     WEIGHT_GRAD: tl.constexpr = GRAD and AXIS_GRAD and AXIS_WEIGHT != UNIFORM
     EDGE_GRAD: tl.constexpr = GRAD and (AXIS_GRAD or CONVEXITY)
     # Where a factor of the single axis must be known before all axes are seen.
-    MEASURE: tl.constexpr = CONVEXITY or AXIS_WEIGHT == LENGTH
+    MEASURE: tl.constexpr = CONVEXITY or BOUNDARY or AXIS_WEIGHT == LENGTH
+    RESOLUTION: tl.constexpr = 2.0**-48 if COMPUTE == tl.float64 else 2.0**-20
+    # Quadrangles: faster by a third. With more terms it would take longer than 5 s to compile.
+    UNROLLED: tl.constexpr = (
+        PRED_REAL == FULL and LANES == 1 and PRED_SLOTS == 4 and AXIS_WEIGHT != SOFT and not (CONVEXITY and BOUNDARY)
+    )
 
     lane = tl.arange(0, LANES)[None, :]
     divide_by = tl.full((1, 1), divisor, COMPUTE)
@@ -462,10 +681,15 @@ def mgiou_kernel(
     for block in range(tl.program_id(0), tl.cdiv(batch, POLYGONS), tl.num_programs(0)):
         rows = block * POLYGONS + tl.arange(0, POLYGONS)[:, None]
         inside = rows < batch
+        if PRED_REAL == FULL:  # the last polygon once more, instead of none
+            rows = tl.minimum(rows, batch - 1)
         rows = rows.to(tl.int64)
+        pred_rows = _first_vertex(rows, PRED_SLOTS * LANES if PRED_REAL == FULL else pred_stride_b, EVEN)
+        target_rows = _first_vertex(rows, TARGET_SLOTS * LANES if TARGET_REAL == FULL else target_stride_b, EVEN)
+        grad_rows = _first_vertex(rows, PRED_SLOTS * LANES if PRED_REAL == FULL else pred_size, EVEN)
         pred = (
             pred_ptr,
-            rows * pred_stride_b,
+            pred_rows,
             1 if ADJACENT else pred_stride_n,
             pred_size,
             pred_real_ptr,
@@ -474,38 +698,45 @@ def mgiou_kernel(
         )
         target = (
             target_ptr,
-            rows * target_stride_b,
+            target_rows,
             1 if ADJACENT else target_stride_n,
             target_size,
             target_real_ptr,
             rows * target_real_stride_b,
             target_real_stride_n,
         )
-        px, py, p_real, p_count, p_last = _load_polygons(pred, inside, lane, PRED_SLOTS, LANES, PRED_REAL, COMPUTE)
-        gx, gy, g_real, g_count, g_last = _load_polygons(
+        raw_px, raw_py, p_real, p_count, p_last = _load_polygons(
+            pred, inside, lane, PRED_SLOTS, LANES, PRED_REAL, COMPUTE
+        )
+        raw_gx, raw_gy, g_real, g_count, g_last = _load_polygons(
             target, inside, lane, TARGET_SLOTS, LANES, TARGET_REAL, COMPUTE
         )
         present = (p_count > 0) & (g_count > 0)
 
         # Section 6: one power of two for the sample, and the joint lower corner at the origin.
-        p_low_x, p_high_x = _bounds(px, p_real)
-        p_low_y, p_high_y = _bounds(py, p_real)
-        g_low_x, g_high_x = _bounds(gx, g_real)
-        g_low_y, g_high_y = _bounds(gy, g_real)
+        p_low_x, p_high_x = _bounds(raw_px, p_real)
+        p_low_y, p_high_y = _bounds(raw_py, p_real)
+        g_low_x, g_high_x = _bounds(raw_gx, g_real)
+        g_low_y, g_high_y = _bounds(raw_gy, g_real)
         low_x, high_x = tl.minimum(p_low_x, g_low_x), tl.maximum(p_high_x, g_high_x)
         low_y, high_y = tl.minimum(p_low_y, g_low_y), tl.maximum(p_high_y, g_high_y)
         largest_x = tl.maximum(tl.abs(low_x), tl.abs(high_x))
         largest_y = tl.maximum(tl.abs(low_y), tl.abs(high_y))
-        poison = _poison(px, py) + _poison(gx, gy)
+        poison = _poison(raw_px, raw_py) + _poison(raw_gx, raw_gy)
         scale = _inverse_power_of_two(tl.maximum(largest_x, largest_y), COMPUTE) + poison
         low_x *= scale
         low_y *= scale
         extent = tl.maximum(high_x * scale - low_x, high_y * scale - low_y)
-        if CONVEXITY:  # P relative to one of its own vertices: the common origin may be far away, and moving rounds
-            shape_x, shape_y = _vertex(pred, p_last, p_count, inside, scale, PRED_REAL)[:2]
-            qx, qy = _normalise(px, py, p_real, shape_x, shape_y, scale)[:2]
-        px, py, p_pad = _normalise(px, py, p_real, low_x, low_y, scale)
-        gx, gy, g_pad = _normalise(gx, gy, g_real, low_x, low_y, scale)
+        p_side = _normalise(raw_px, raw_py, p_real, low_x, low_y, scale)
+        g_side = _normalise(raw_gx, raw_gy, g_real, low_x, low_y, scale)
+        p_shape = p_side
+        g_shape = g_side
+        if CONVEXITY or BOUNDARY:  # relative to one of its own vertices: the common origin may be far away
+            x, y = _vertex(pred, p_last, p_count, inside, scale, PRED_REAL)[:2]
+            p_shape = _normalise(raw_px, raw_py, p_real, x, y, scale)
+        if BOUNDARY:
+            x, y = _vertex(target, g_last, g_count, inside, scale, TARGET_REAL)[:2]
+            g_shape = _normalise(raw_gx, raw_gy, g_real, x, y, scale)
 
         # Section 3: what counts as an axis, and the unit of its length.
         floor = tl.full((POLYGONS, 1), TINY, COMPUTE)
@@ -519,12 +750,16 @@ def mgiou_kernel(
             g_unit = p_unit
         convexity_factor = floor * 0.0
         if MEASURE:
-            p_length, p_axes, p_weight = _measure(
-                pred, p_count, p_last, inside, scale, floor, p_unit, AXIS_WEIGHT, PRED_REAL
-            )
-            g_length, _, g_weight = _measure(
-                target, g_count, g_last, inside, scale, floor, g_unit, AXIS_WEIGHT, TARGET_REAL
-            )
+            p_measured = _measure(
+                pred, raw_px, raw_py, p_count, p_last, inside, scale, p_shape[3], p_shape[4], floor, p_unit,
+                AXIS_WEIGHT, PRED_REAL, UNROLLED,
+            )  # fmt: skip
+            g_measured = _measure(
+                target, raw_gx, raw_gy, g_count, g_last, inside, scale, g_shape[3], g_shape[4], floor, g_unit,
+                AXIS_WEIGHT, TARGET_REAL, UNROLLED,
+            )  # fmt: skip
+            p_length, p_axes, p_weight = p_measured[:3]
+            g_length, _, g_weight = g_measured[:3]
             if AXIS_WEIGHT == LENGTH:
                 p_unit = tl.where(p_length > 0, p_length, 1.0)
                 g_unit = tl.where(g_length > 0, g_length, 1.0)
@@ -533,128 +768,74 @@ def mgiou_kernel(
             # All sums below are divided by twice the weights at the end; the convexity term must not be.
             convexity_factor = 2.0 * (p_weight + g_weight) / tl.maximum(p_axes, 1.0)
             convexity_factor *= tl.full((1, 1), convexity_weight, COMPUTE)
+        direction = floor * 0.0
+        if BOUNDARY:
+            p_area, direction, _ = _doubled_area(p_measured)
+            g_area, _, g_squares = _doubled_area(g_measured)
 
-        p_sum = floor * 0.0
-        g_sum = floor * 0.0
-        p_weights = floor * 0.0
-        g_weights = floor * 0.0
-        convexity = floor * 0.0
-        grad_x = _zeros(PRED_SLOTS, POLYGONS, LANES, COMPUTE)
-        grad_y = grad_x
-        edge_x_grad = grad_x  # of each vertex, through the two edges that meet there
-        edge_y_grad = grad_x
-        weight_x_grad = grad_x  # the same of the sum of the weights
-        weight_y_grad = grad_x
-        pending_x = floor * 0.0  # what the last edge hands to its end, which then starts the next edge
-        pending_y = floor * 0.0
-        pending_weight_x = floor * 0.0
-        pending_weight_y = floor * 0.0
+        none = floor * 0.0
+        zeros = _zeros(PRED_SLOTS, POLYGONS, LANES, COMPUTE)
+        handed = (zeros, zeros, none, none)
 
         # The axes of P.
-        previous = p_last
-        previous_x, previous_y = _vertex(pred, p_last, p_count, inside, scale, PRED_REAL)[:2]
-        for k in range(pred_size):
-            x, y, real = _vertex(pred, k, p_count, inside, scale, PRED_REAL)
-            edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
-            weight, weight_slope = _axis_weight(length, is_axis, p_unit, AXIS_WEIGHT)
-            on_p = _project(edge_y, -edge_x, px, py, p_pad)
-            on_g = _project(edge_y, -edge_x, gx, gy, g_pad)
-            p_low, p_high = _low(on_p), _high(on_p)
-            g_low, g_high = _low(on_g), _high(on_g)
-            distance, inverse = _distance(p_low, p_high, g_low, g_high, TINY)
-            p_sum += weight * distance
-            p_weights += weight
-            if CONVEXITY:
-                on_q = _project(edge_y, -edge_x, qx, qy, p_pad)
-                q_low, q_high = _low(on_q), _high(on_q)
-                start_x, start_y = previous_x - shape_x, previous_y - shape_y
-                edge_low, edge_high = _edge_interval(edge_x, edge_y, start_x, start_y, x - shape_x, y - shape_y)
-                factor = tl.where(is_axis, convexity_factor, 0.0)
-                term, sides, shrink = _convexity(
-                    on_q, q_low, q_high, edge_low, edge_high, p_count.to(COMPUTE), factor, TINY, GRAD
-                )
-                convexity += term
-                if GRAD:
-                    q_low, q_high = _tie(q_low, q_high, edge_low, edge_high)
-                    sides_sum = _sum(sides)
-                    sides = _add(sides, _share(on_q, q_low, q_high, shrink, -shrink))
-            if GRAD:
-                low_slope, high_slope, g_low_slope, g_high_slope = _slopes(
-                    p_low, p_high, g_low, g_high, distance, weight * inverse
-                )
-                if not AXIS_GRAD:  # with the path through the axis any split of a tie gives the same gradient
-                    edge_low, edge_high = _edge_interval(
-                        edge_x, edge_y, previous_x - low_x, previous_y - low_y, x - low_x, y - low_y
-                    )
-                    p_low, p_high = _tie(p_low, p_high, edge_low, edge_high)
-                step_x = floor * 0.0  # derivative to the axis
-                step_y = floor * 0.0
-                if AXIS_GRAD:
-                    shares = _share(on_g, g_low, g_high, g_low_slope, g_high_slope)
-                    step_x += _dot(shares, gx)
-                    step_y += _dot(shares, gy)
-                shares = _share(on_p, p_low, p_high, low_slope, high_slope)
-                if AXIS_GRAD:
-                    step_x += _dot(shares, px)
-                    step_y += _dot(shares, py)
-                if CONVEXITY:
-                    step_x += _dot(sides, qx)
-                    step_y += _dot(sides, qy)
-                    shares = _add(shares, sides)
-                grad_x = _add_scaled(grad_x, edge_y, shares)
-                grad_y = _add_scaled(grad_y, -edge_x, shares)
-                if EDGE_GRAD:
-                    to_start_x = pending_x
-                    to_start_y = pending_y
-                    if CONVEXITY:  # its distances are measured from the start
-                        step_x -= sides_sum * start_x
-                        step_y -= sides_sum * start_y
-                        to_start_x -= sides_sum * edge_y
-                        to_start_y += sides_sum * edge_x
-                    along_x = -step_y
-                    along_y = step_x
-                    if WEIGHT_GRAD:
-                        slope = tl.where(is_axis, weight_slope / tl.where(is_axis, length, 1.0), 0.0)
-                        along_x += distance * slope * edge_x
-                        along_y += distance * slope * edge_y
-                        to_x = pending_weight_x - slope * edge_x
-                        to_y = pending_weight_y - slope * edge_y
-                        weight_x_grad = _put(weight_x_grad, to_x, previous, real, lane, LANES)
-                        weight_y_grad = _put(weight_y_grad, to_y, previous, real, lane, LANES)
-                        pending_weight_x = tl.where(real, slope * edge_x, pending_weight_x)
-                        pending_weight_y = tl.where(real, slope * edge_y, pending_weight_y)
-                    edge_x_grad = _put(edge_x_grad, to_start_x - along_x, previous, real, lane, LANES)
-                    edge_y_grad = _put(edge_y_grad, to_start_y - along_y, previous, real, lane, LANES)
-                    pending_x = tl.where(real, along_x, pending_x)
-                    pending_y = tl.where(real, along_y, pending_y)
-            previous = tl.where(real, k, previous)
-            previous_x = tl.where(real, x, previous_x)
-            previous_y = tl.where(real, y, previous_y)
+        state = (none, none, none, none, zeros, zeros, handed, handed, handed, handed)
+        if UNROLLED:
+            previous_x, previous_y = raw_px[PRED_SLOTS - 1] * scale, raw_py[PRED_SLOTS - 1] * scale
+            for k in tl.static_range(PRED_SLOTS):
+                state = _pred_axis(
+                    state, (k + PRED_SLOTS - 1) % PRED_SLOTS, raw_px[k] * scale, raw_py[k] * scale,
+                    previous_x, previous_y, p_real[k], lane, p_side, g_side, p_shape, g_shape, floor, p_unit, p_count,
+                    convexity_factor, direction, TINY, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, LANES,
+                )  # fmt: skip
+                previous_x, previous_y = raw_px[k] * scale, raw_py[k] * scale
+        else:
+            previous = p_last
+            previous_x, previous_y = _vertex(pred, p_last, p_count, inside, scale, PRED_REAL)[:2]
+            for k in range(pred_size):
+                x, y, real = _vertex(pred, k, p_count, inside, scale, PRED_REAL)
+                state = _pred_axis(
+                    state, previous, x, y, previous_x, previous_y, real, lane, p_side, g_side, p_shape, g_shape,
+                    floor, p_unit, p_count, convexity_factor, direction,
+                    TINY, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, LANES,
+                )  # fmt: skip
+                previous = tl.where(real, k, previous)
+                previous_x = tl.where(real, x, previous_x)
+                previous_y = tl.where(real, y, previous_y)
+        p_sum, p_weights, convexity, mixed, grad_x, grad_y, handed, weight_handed, mixed_handed, area_handed = state
 
         # The axes of G.
-        previous_x, previous_y = _vertex(target, g_last, g_count, inside, scale, TARGET_REAL)[:2]
-        for k in range(target_size):
-            x, y, real = _vertex(target, k, g_count, inside, scale, TARGET_REAL)
-            edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
-            weight = _axis_weight(length, is_axis, g_unit, AXIS_WEIGHT)[0]
-            on_p = _project(edge_y, -edge_x, px, py, p_pad)
-            on_g = _project(edge_y, -edge_x, gx, gy, g_pad)
-            p_low, p_high = _low(on_p), _high(on_p)
-            g_low, g_high = _low(on_g), _high(on_g)
-            distance, inverse = _distance(p_low, p_high, g_low, g_high, TINY)
-            g_sum += weight * distance
-            g_weights += weight
-            if GRAD:
-                low_slope, high_slope = _slopes(p_low, p_high, g_low, g_high, distance, weight * inverse)[:2]
-                shares = _share(on_p, p_low, p_high, low_slope, high_slope)
-                grad_x = _add_scaled(grad_x, edge_y, shares)
-                grad_y = _add_scaled(grad_y, -edge_x, shares)
-            previous_x = tl.where(real, x, previous_x)
-            previous_y = tl.where(real, y, previous_y)
+        state = (none, none, grad_x, grad_y)
+        if UNROLLED:
+            previous_x, previous_y = raw_gx[TARGET_SLOTS - 1] * scale, raw_gy[TARGET_SLOTS - 1] * scale
+            for k in tl.static_range(TARGET_SLOTS):
+                state = _target_axis(
+                    state, raw_gx[k] * scale, raw_gy[k] * scale, previous_x, previous_y, g_real[k],
+                    p_side, g_side, floor, g_unit, TINY, GRAD, AXIS_WEIGHT,
+                )  # fmt: skip
+                previous_x, previous_y = raw_gx[k] * scale, raw_gy[k] * scale
+        else:
+            previous_x, previous_y = _vertex(target, g_last, g_count, inside, scale, TARGET_REAL)[:2]
+            for k in range(target_size):
+                x, y, real = _vertex(target, k, g_count, inside, scale, TARGET_REAL)
+                state = _target_axis(
+                    state, x, y, previous_x, previous_y, real,
+                    p_side, g_side, floor, g_unit, TINY, GRAD, AXIS_WEIGHT,
+                )  # fmt: skip
+                previous_x = tl.where(real, x, previous_x)
+                previous_y = tl.where(real, y, previous_y)
+        g_sum, g_weights, grad_x, grad_y = state
 
         weights = p_weights + g_weights
         weights = tl.where(weights > 0, weights, 1.0)
-        loss = tl.where(present, 0.5 * (p_sum + g_sum + convexity) / weights + poison, 0.0)
+        loss = 0.5 * (p_sum + g_sum + convexity) / weights + poison
+        if BOUNDARY:
+            boundary, mixed_slope, area_slope = _boundary(mixed, p_area, g_area, g_squares, TINY, RESOLUTION)
+            boundary_factor = tl.full((1, 1), boundary_weight, COMPUTE)
+            loss += boundary_factor * boundary
+            boundary_factor *= 2.0 * weights  # the others are divided by this below
+            mixed_slope *= boundary_factor
+            area_slope *= boundary_factor
+        loss = tl.where(present, loss, 0.0)
         factor = 0.5 / (weights * divide_by)
         if weight_ptr is not None:
             sample_weight = tl.load(weight_ptr + rows * weight_stride, mask=inside, other=0).to(COMPUTE)
@@ -672,16 +853,23 @@ def mgiou_kernel(
                 x = grad_x[slot]
                 y = grad_y[slot]
                 if EDGE_GRAD:
-                    is_last = index == p_last
-                    x += edge_x_grad[slot] + tl.where(is_last, pending_x, 0.0)
-                    y += edge_y_grad[slot] + tl.where(is_last, pending_y, 0.0)
+                    edge_grad_x, edge_grad_y = _handed(handed, slot, index == p_last)
+                    x += edge_grad_x
+                    y += edge_grad_y
+                if BOUNDARY:
+                    mixed_x, mixed_y = _handed(mixed_handed, slot, index == p_last)
+                    area_x, area_y = _handed(area_handed, slot, index == p_last)
+                    x += mixed_slope * mixed_x + area_slope * area_x
+                    y += mixed_slope * mixed_y + area_slope * area_y
                 if WEIGHT_GRAD:
-                    x -= mean * (weight_x_grad[slot] + tl.where(is_last, pending_weight_x, 0.0))
-                    y -= mean * (weight_y_grad[slot] + tl.where(is_last, pending_weight_y, 0.0))
+                    weight_grad_x, weight_grad_y = _handed(weight_handed, slot, index == p_last)
+                    x -= mean * weight_grad_x
+                    y -= mean * weight_grad_y
                 kept = p_real[slot] & present
                 x = tl.where(kept, _saturate(x * factor * scale, LARGEST), 0.0)
                 y = tl.where(kept, _saturate(y * factor * scale, LARGEST), 0.0)
-                _store_vertices(grad_ptr, rows * pred_size + index, x, y, inside & (index < pred_size), COMPUTE)
+                stored = inside if PRED_REAL == FULL else inside & (index < pred_size)
+                _store_vertices(grad_ptr, grad_rows + index, x, y, stored, COMPUTE)
 
     if REDUCE:
         # The program that comes last adds all partial sums, always in the same order.
