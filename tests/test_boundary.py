@@ -39,13 +39,6 @@ kinds = pytest.mark.parametrize("kind", POLYGONS)
 SHAPES = [(1, 4), (2, 3), (3, 1), (3, 2), (4, 4), (5, 8), (8, 5), (12, 3), (4, 33), (20, 17)]  # N, M
 
 
-@pytest.fixture(scope="session")
-def backend(backend):
-    if backend.name == "triton":
-        pytest.skip("the kernels have no boundary term")
-    return backend
-
-
 def either_way(polygons, rng):
     """Some in the other direction."""
     return torch.where(uniform((len(polygons), 1, 1), 0, 1, rng) < 0.5, polygons, polygons.flip(1))

@@ -198,6 +198,16 @@ def test_auto_takes_the_gpu_where_there_is_one():
     assert demo.pick_device("auto") == torch.device(expected)
 
 
+def test_a_process_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "100")
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    assert demo.pick_device("auto") == torch.device("cpu")  # not one for each
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 100)
+    for name in ("auto", "cuda"):
+        with pytest.raises(demo.DemoError, match=r"^device 'cuda:99' is not available: "):
+            demo.pick_device(name)
+
+
 @pytest.mark.parametrize("name", ["cuda:99", "meta", "toaster"])
 def test_device_that_is_not_there(name, tmp_path, capsys):
     assert main(["demo", "--device", name, "--out", str(tmp_path)]) == 1
@@ -292,6 +302,7 @@ def test_demo(device, backend, tmp_path, capsys):
         "vertices": 12,
         "train_images": 1437,
         "test_images": 360,
+        "processes": 1,
     }
 
     captured = capsys.readouterr()

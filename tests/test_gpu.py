@@ -61,13 +61,14 @@ def test_every_layout_against_float64(batch, size):
     rng = generator(size)
     pred, target = convex(batch, size, rng).float().cuda(), convex(batch, size, rng).float().cuda()
     exact = value_and_gradient(pred.double(), target.double(), backend="eager", reduction="none")
-    wrong = {}
+    median, wrong = {}, {}
     for backend in ("triton", "eager"):
         value, gradient = value_and_gradient(pred, target, backend=backend, reduction="none")
         assert_close(value, exact[0], atol=1e-6)
         error = (gradient - exact[1]).flatten(1).norm(dim=1) / exact[1].flatten(1).norm(dim=1)
-        assert error.median() < 2e-6
+        median[backend] = error.median().item()
         wrong[backend] = (error > 1e-4).double().mean().item()
+    assert median["triton"] <= 1.5 * median["eager"] + 1e-6
     assert wrong["triton"] <= 1.5 * wrong["eager"] + 1e-3
 
 
@@ -183,7 +184,7 @@ def test_accuracy_does_not_need_fp_fusion(monkeypatch):
     rng = generator(3)
     pred, target = convex(500, 6, rng).float().cuda(), convex(500, 5, rng).float().cuda()
     for axis_weight in ("uniform", "length", "soft"):
-        given = {"axis_weight": axis_weight, "convexity_weight": 1.0, "reduction": "none"}
+        given = {"axis_weight": axis_weight, "convexity_weight": 1.0, "boundary_weight": 1.0, "reduction": "none"}
         value, gradient = value_and_gradient(pred, target, backend="triton", **given)
         exact = value_and_gradient(pred.double(), target.double(), backend="eager", **given)
         assert_close(value, exact[0], atol=1e-6)
@@ -287,7 +288,8 @@ for n, m, batch in ((4, 4, 100), (7, 12, 33), (16, 3, 40_000), (70, 64, 9)):
     target = torch.rand(batch, m, 2, device="cuda")
     lengths = torch.randint(0, n + 1, (batch,), device="cuda")
     mask = torch.rand(batch, m, device="cuda") < 0.7
-    for options in ({}, {"pred_lengths": lengths, "target_mask": mask, "axis_weight": "soft", "convexity_weight": 1.0}):
+    real = {"pred_lengths": lengths, "target_mask": mask}
+    for options in ({}, real | {"axis_weight": "soft", "convexity_weight": 1.0, "boundary_weight": 1.0}):
         mgiou_loss(pred, target, backend="triton", **options).backward()
 torch.cuda.synchronize()
 """

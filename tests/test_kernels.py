@@ -31,6 +31,7 @@ DEFAULT = {
     "axis_weight": "uniform",
     "axis_grad": True,
     "convexity": False,
+    "boundary": False,
     "need_grad": True,
     "adjacent": True,
     "packed": True,
@@ -86,7 +87,13 @@ def test_kernels_for_training_do_not_spill(size, capability, tmp_path):
 
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_kernels_for_the_recipe_do_not_spill(size, tmp_path):
-    options = {"convexity": True, "pred_real": None, "target_real": torch.int64}
+    options = {
+        "axis_weight": "length",
+        "axis_grad": False,
+        "boundary": True,
+        "pred_real": None,
+        "target_real": torch.int64,
+    }
     assert local_memory(compiled(90, size, size, **options), tmp_path / "kernel.cubin") == 0
 
 
@@ -110,8 +117,10 @@ def test_compiles_for_large_batches(size):
     [{"dtype": dtype} for dtype in NAMES]
     + [{"pred_real": p, "target_real": g} for p, g in [(torch.int64, torch.bool), (torch.bool, torch.int32)]]
     + [
-        {"axis_weight": weight, "axis_grad": grad, "convexity": convexity}
-        for weight, grad, convexity in itertools.product(["uniform", "length", "soft"], [True, False], [True, False])
+        {"axis_weight": weight, "axis_grad": grad, "convexity": convexity, "boundary": boundary}
+        for weight, grad, (convexity, boundary) in itertools.product(
+            ["uniform", "length", "soft"], [True, False], [(False, False), (True, False), (False, True), (True, True)]
+        )
     ]
     + [{"per_sample": True, "weight": True}, {"need_grad": False}, {"adjacent": False}, {"weight": True}],
     ids=str,

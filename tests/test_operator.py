@@ -32,16 +32,17 @@ def test_opcheck(kernels, rule, dtypes):
     weight = torch.rand(6, device=kernels.device)
     for side in (pred, target):
         side.requires_grad_()
-    convexity = torch.tensor(0.5, dtype=torch.float64)
-    arguments = (pred, target, lengths, mask, weight, rule, "length", True, convexity, True, True)
+    factors = torch.tensor([0.5, 0.25], dtype=torch.float64).unbind()
+    arguments = (pred, target, lengths, mask, weight, rule, "length", True, *factors, True, True)
     torch.library.opcheck(torch.ops.triton_mgiou.loss.default, arguments)
 
 
 def test_the_operator_is_the_direct_path(kernels):
     pred, target = (t.requires_grad_() for t in polygons(kernels))
-    direct = mgiou_loss(pred, target, reduction="sum", convexity_weight=0.5, backend="triton")
-    convexity = torch.tensor(0.5, dtype=torch.float64)
-    options = (None, None, None, "sum", "uniform", True, convexity, True, True)
+    weights = {"convexity_weight": 0.5, "boundary_weight": 0.25}
+    direct = mgiou_loss(pred, target, reduction="sum", **weights, backend="triton")
+    factors = (torch.tensor(weight, dtype=torch.float64) for weight in weights.values())
+    options = (None, None, None, "sum", "uniform", True, *factors, True, True)
     operator = torch.ops.triton_mgiou.loss(pred, target, *options)[0]
     assert_same(direct.detach(), operator.detach())
     for got, want in zip(

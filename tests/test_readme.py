@@ -14,7 +14,8 @@ import pytest
 import torch
 from helpers import assert_same, assert_zero, box, convex, generator, random_boxes, rectangle_corners
 
-from triton_mgiou import MGIoULoss, demo, mgiou_loss
+from triton_mgiou import MGIoULoss, demo, mgiou_loss, modules
+from triton_mgiou.training import AlphaSchedule, schedules
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,11 +44,12 @@ def value_and_gradients(pred, target, **options):
 
 
 def test_the_code_is_found():
-    assert len(CODE) == README.count("```python") == 2
+    assert len(CODE) == README.count("```python") == 4
 
 
-@pytest.mark.parametrize("code", CODE, ids=["plain PyTorch", "mmdetection"])
-def test_code(code):
+@pytest.mark.parametrize("code", CODE, ids=["plain PyTorch", "mmdetection", "keypoints", "training"])
+def test_code(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert "assert " in code
     exec(compile(code, "README.md", "exec"), {})
 
@@ -109,6 +111,26 @@ def test_axis_weights_of_the_table():
         other = weigh([1.0] * 4)
         want = ((across + 2 * other[0]) / 3 + short * diagonal) / (sum(own) + short + sum(other))
         assert loss_with_cut(size, axis_weight) == pytest.approx(want, abs=1e-12)
+
+
+def test_options_of_polygon_loss():
+    kinds = inspect.signature(AlphaSchedule).parameters
+    shown = ", ".join(name if p.default is p.empty else f"{name}={p.default!r}" for name, p in kinds.items())
+    text = section("PolygonLoss: heads that predict keypoints")
+    assert f"`AlphaSchedule({shown})`".replace("'", '"') in text
+    assert all(f'"{mode}"' in text for mode in modules.MODES)
+    assert all(kind in text for kind in schedules.KINDS)
+    assert f"An area below {modules.MIN_AREA:.0e} counts as {modules.MIN_AREA:.0e}".replace("e-06", "e-6") in text
+
+
+def test_distributed_demo_numbers():
+    results = json.loads((ROOT / "bench" / "results" / "demo_distributed_cpu.json").read_text(encoding="utf-8"))
+    means = []
+    for setting in results["settings"]:
+        assert setting["loss_options"] == demo.LOSS_OPTIONS, "the demo has other options now: measure again"
+        assert [run["seed"] for run in setting["runs"]] == [0, 1, 2]
+        means.append(statistics.mean(run["polygon_iou"] for run in setting["runs"]))
+    assert f"{means[0]:.4f} in one process, {means[1]:.4f} in two" in section("Distributed training").replace("\n", " ")
 
 
 def test_the_eager_backend_has_a_second_derivative():

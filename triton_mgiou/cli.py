@@ -13,6 +13,7 @@ import torch
 
 import triton_mgiou
 from triton_mgiou import demo, first_use
+from triton_mgiou.training import diagnose
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: The arguments behind the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0, or 1 if the command cannot run here, with the reason in one line on stderr.
+        The exit status: 0, or 1 if the command cannot run here, with the reason in one line on stderr. `diagnose`
+        returns 1 if something is wrong with the file and 2 if it cannot be read.
 
     Raises:
         SystemExit: Status 2 for wrong arguments, 0 after `--help` and `--version`.
@@ -33,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.command == "warmup":
         return _warmup(args)
+    if args.command == "diagnose":
+        return _diagnose(args.path)
     try:
         demo.run(epochs=args.epochs, seed=args.seed, device=args.device, batch_size=args.batch_size, out=args.out)
     except demo.DemoError as error:
@@ -72,6 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="auto", help="torch device; auto takes cuda where there is one")
     command.add_argument("--batch-size", type=_integer_from(1), default=64, help="images a step")
     command.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="folder for the files")
+
+    command = commands.add_parser(
+        "diagnose",
+        help="look for NaN, plateaus and oscillation in a checkpoint or a table of results",
+        description="Look for NaN and Inf in a checkpoint, and for NaN, Inf, plateaus and oscillation in a table. "
+        "Exit status: 0 if nothing is wrong, 1 if something is, 2 if the file cannot be read.",
+    )
+    command.add_argument("path", type=Path, metavar="PATH", help=".csv, .tsv or .txt for a table, else a checkpoint")
 
     command = commands.add_parser(
         "warmup",
@@ -126,6 +138,14 @@ def _options(text: str) -> dict[str, Any]:
         if isinstance(value, str) and isinstance(dtype := getattr(torch, value, None), torch.dtype):
             options[name] = dtype
     return options
+
+
+def _diagnose(path: Path) -> int:
+    try:
+        return 0 if diagnose.diagnose(path) else 1
+    except diagnose.DiagnoseError as error:
+        sys.stderr.write(f"triton-mgiou diagnose: {error}\n")
+        return 2
 
 
 def _integer_from(least: int) -> Callable[[str], int]:

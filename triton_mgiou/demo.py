@@ -7,6 +7,9 @@ Coordinates are in units of the image's side: x to the right, y down, both in 0.
 How a result is judged: every predicted polygon is read in the order of its vertices, and where it crosses itself it
 covers what the even-odd rule says (a point is inside if a ray from it crosses the outline an odd number of times).
 A crossing thus costs area. Reading the predicted hull, or repairing the polygon first, would hide wrong orders.
+
+Under `torch.distributed.run` each process takes a share of every batch, and all together train the network that one
+process alone would train.
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from triton_mgiou.functional import kernels_unavailable
 from triton_mgiou.modules import MGIoULoss
@@ -68,6 +73,8 @@ class Scores(NamedTuple):
 def run(*, epochs: int, seed: int, device: str, batch_size: int, out: Path) -> dict[str, Any]:
     """Load the data, train, evaluate, print a table and write `demo.png` and `result.json`.
 
+    Of several processes, the first one alone prints and writes.
+
     Args:
         epochs: Passes over the training images, 1 or above.
         seed: Of the first weights and of the order of the images; the split does not depend on it.
@@ -97,7 +104,8 @@ def run(*, epochs: int, seed: int, device: str, batch_size: int, out: Path) -> d
     train_data, test_data = load_data()
     backend = pick_backend(chosen_device)
     loss = MGIoULoss(**LOSS_OPTIONS, backend=backend)
-    with _one_thread():
+    with _one_thread(), _process_group(chosen_device):
+        rank, processes = _rank_and_processes()
         network, losses = train(train_data, loss, epochs=epochs, seed=seed, batch_size=batch_size, device=chosen_device)
         scores = evaluate(network, test_data, chosen_device)
     result = {
@@ -119,8 +127,11 @@ def run(*, epochs: int, seed: int, device: str, batch_size: int, out: Path) -> d
             "vertices": VERTICES,
             "train_images": len(train_data.images),
             "test_images": len(test_data.images),
+            "processes": processes,
         },
     }
+    if rank > 0:
+        return result
     picture, numbers = out / "demo.png", out / "result.json"
     draw(picture, test_data, scores, losses, epochs)
     numbers.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -162,7 +173,8 @@ def make_network() -> nn.Module:
     """A network from (B, 1, 8, 8) images to (B, 12, 2) vertices, with weights from the global generator.
 
     It starts from (nearly) the circle that touches the sides of the image: vertices that start far apart and in order
-    stay so, those that start at random first have to be untangled.
+    stay so, those that start at random first have to be untangled. No layer looks at the batch as a whole, so a share
+    of the batch gives its share of the gradient.
     """
     angle = torch.arange(VERTICES) * (2 * math.pi / VERTICES)
     circle = 0.5 + 0.5 * torch.stack((angle.cos(), angle.sin()), dim=-1)
@@ -172,10 +184,8 @@ def make_network() -> nn.Module:
         head.bias.copy_(circle.flatten())
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
-        nn.BatchNorm2d(16),
         nn.ReLU(),
         nn.Conv2d(16, 32, 3, stride=2, padding=1),
-        nn.BatchNorm2d(32),
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(32 * (SIDE // 2) ** 2, 128),
@@ -188,27 +198,34 @@ def make_network() -> nn.Module:
 def train(
     data: Digits, loss: MGIoULoss, *, epochs: int, seed: int, batch_size: int, device: torch.device
 ) -> tuple[nn.Module, list[float]]:
-    """Train a network and return it with the loss of every step."""
+    """Train a network and return it with the loss of every step; `batch_size` is that of all processes together."""
+    rank, processes = _rank_and_processes()
     torch.manual_seed(seed)
     network = make_network().to(device)
+    model = DistributedDataParallel(network) if processes > 1 else network
     images, targets, lengths = (tensor.to(device) for tensor in data)
     steps = epochs * math.ceil(len(images) / batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
 
     losses: list[Tensor] = []  # one tensor an epoch: reading a loss waits for the device, so not in every step
-    with _extra("tqdm").tqdm(total=steps, desc="training", unit="step") as progress:
+    with _extra("tqdm").tqdm(total=steps, desc="training", unit="step", disable=rank > 0) as progress:
         for _ in range(epochs):
             epoch_losses = []
             for batch in torch.split(torch.randperm(len(images), device=device), batch_size):
-                polygons = network(images[batch])
-                value = loss(polygons, targets[batch], target_lengths=lengths[batch])
+                share = batch[rank::processes]
+                # Gradients are averaged over the processes: that of the batch's sum comes out divided by their number.
+                given = {"target_lengths": lengths[share], "avg_factor": len(batch) / processes}
+                value = loss(model(images[share]), targets[share], **given)
                 optimizer.zero_grad()
                 value.backward()
                 optimizer.step()
                 schedule.step()
                 epoch_losses.append(value.detach())
-            losses.append(torch.stack(epoch_losses).cpu())
+            step_losses = torch.stack(epoch_losses) / processes
+            if processes > 1:
+                dist.all_reduce(step_losses)
+            losses.append(step_losses.cpu())
             progress.update(len(epoch_losses))
             progress.set_postfix(loss=f"{losses[-1].mean():.4f}")
     return network, torch.cat(losses).tolist()
@@ -287,7 +304,8 @@ def table(result: dict[str, Any], loss_third: float) -> str:
     return "\n".join(
         (
             f"{options['train_images']} training and {options['test_images']} test images, {options['epochs']} epochs, "
-            f"device {result['device']}, backend {result['backend']}",
+            f"device {result['device']}, backend {result['backend']}"
+            + (f", {options['processes']} processes" if options["processes"] > 1 else ""),
             *(f"  {name:<26}{value:>8}" for name, value in rows),
             "IoU: vertices in their order, even-odd rule. AP: share of the test images (one object each) at that IoU.",
         )
@@ -327,13 +345,15 @@ def draw(path: Path, data: Digits, scores: Scores, losses: list[float], epochs: 
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`, or the best one for "auto".
+    """The device called `name`, or the best one for "auto"; one GPU for each process.
 
     Raises:
         DemoError: There is no such device here.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).tolist()
@@ -357,6 +377,27 @@ def _is_inside(points: Points, polygon: Points) -> NDArray[np.bool_]:
     crosses = spans & (start[0] + (y - start[1]) * (end[0] - start[0]) / rise > x)
     inside: NDArray[np.bool_] = crosses.sum(axis=1) % 2 == 1
     return inside
+
+
+@contextmanager
+def _process_group(device: torch.device) -> Iterator[None]:
+    """Join the other processes, where `torch.distributed.run` started this one."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _rank_and_processes() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_mgiou import reference
+from triton_mgiou import finite, reference
 
 REDUCTIONS = ("none", "mean", "sum")
 AXIS_WEIGHTS = ("uniform", "length", "soft")
@@ -84,6 +84,8 @@ def mgiou_loss(
 
     Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
     """
+    if finite.switch.on and not finite.thread.inside:
+        return finite.switch.check(mgiou_loss, locals())
     _check_vertices("pred", pred)
     _check_vertices("target", target)
     if target.shape[0] != pred.shape[0]:
@@ -102,12 +104,12 @@ def mgiou_loss(
             raise ValueError(f"{name} must be 0 or above, got {value}")
     _check_weight(weight, pred)
     _check_avg_factor(avg_factor, reduction, pred)
-    if pred.shape[0] > 0 and _picks_triton(backend, pred, boundary_weight):
+    if pred.shape[0] > 0 and _picks_triton(backend, pred):
         from triton_mgiou import ops  # noqa: PLC0415 - needs Triton
 
         pred_real = pred_lengths if pred_mask is None else pred_mask
         target_real = target_lengths if target_mask is None else target_mask
-        options = (axis_weight, axis_grad, convexity_weight)
+        options = (axis_weight, axis_grad, convexity_weight, boundary_weight)
         if isinstance(avg_factor, Tensor) or (weight is not None and weight.requires_grad):
             loss = ops.fused_loss(pred, target, pred_real, target_real, None, "none", None, *options)
             return _reduce(loss, weight, reduction, avg_factor)
@@ -130,10 +132,10 @@ def mgiou_loss(
     return _reduce(loss, weight, reduction, avg_factor)
 
 
-def _picks_triton(backend: str, pred: Tensor, boundary_weight: float) -> bool:
+def _picks_triton(backend: str, pred: Tensor) -> bool:
     if backend == "eager" or (backend == "auto" and not pred.is_cuda):
         return False
-    reason = "the kernels have no boundary term" if boundary_weight else kernels_unavailable(pred.device)
+    reason = kernels_unavailable(pred.device)
     if torch._C._are_functorch_transforms_active():
         reason = "a torch.func transform is active, and the kernels know only autograd"
     if reason is not None and backend == "triton":

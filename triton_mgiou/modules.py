@@ -1,13 +1,18 @@
-"""`MGIoULoss`: the loss as a module, with the calling convention of mmdetection's losses."""
+"""The loss as a module: `MGIoULoss` as mmdetection's heads call it, `PolygonLoss` for heads that predict keypoints."""
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from triton_mgiou.functional import REDUCTIONS, mgiou_loss
+from triton_mgiou.functional import REDUCTIONS, _check_avg_factor, _reduce, mgiou_loss
+from triton_mgiou.reference import compute_dtype
+
+MODES = ("mgiou", "l2", "hybrid")
+MIN_AREA = 1e-6
 
 
 class MGIoULoss(nn.Module):
@@ -78,3 +83,123 @@ class MGIoULoss(nn.Module):
         """Show the options that were given."""
         shown = {"reduction": self.reduction, "loss_weight": self.loss_weight, **self.options}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+class PolygonLoss(nn.Module):
+    """Loss of polygons that a head predicts as keypoints, vertex i for vertex i: MGIoU, an L2 term or both.
+
+    The L2 term is that of pose heads, one minus an object keypoint similarity. A sample's is the mean over its
+    visible vertices, d being a vertex's distance to its target:
+
+        1 - exp(-d^2 / area), the OKS of COCO with sigma = 1 / sqrt(8)
+
+    Mode "hybrid" is alpha L2 + (1 - alpha) MGIoU. L2 tells every vertex where to go, whatever the others do, but
+    knows no shape; MGIoU sees the shape, but only its hull. So alpha should start high and fall: see
+    `triton_mgiou.training.AlphaSchedule`. With `axis_grad=True`, vertices in a wrong order often stay in it.
+
+    Args:
+        mode: "mgiou", "l2" or "hybrid".
+        alpha: The weight of L2 in "hybrid", without effect in the other modes: a number in 0..1, or a module that
+            returns one when it is called, such as an `AlphaSchedule`. A module becomes part of this one, its state
+            of this one's `state_dict`, and the caller steps it.
+        **options: The options of `MGIoULoss`.
+
+    Raises:
+        TypeError: `alpha` is neither, or an option that `MGIoULoss` does not have.
+        ValueError: An unknown `mode`, or an `alpha` outside 0..1. Other options are checked by the first call.
+    """
+
+    def __init__(self, mode: str = "mgiou", *, alpha: float | nn.Module | None = None, **options: Any) -> None:
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+        if isinstance(alpha, Real) and not isinstance(alpha, bool):
+            if not 0 <= alpha <= 1:
+                raise ValueError(f"alpha must be in 0..1, got {alpha}")
+        elif not isinstance(alpha, nn.Module) and (mode == "hybrid" or alpha is not None):
+            raise TypeError(f"alpha must be a number or a module such as AlphaSchedule, got {type(alpha).__name__}")
+        self.mode = mode
+        self.alpha = alpha
+        self.mgiou = MGIoULoss("mean", 1.0, **options)
+
+    def forward(
+        self,
+        pred_kpts: Tensor,
+        gt_kpts: Tensor,
+        kpt_mask: Tensor,
+        area: Tensor,
+        avg_factor: float | Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of the positives of a batch, and its parts.
+
+        Args:
+            pred_kpts: Predicted vertices, shape (B, N, 2) or (B, N, 3), floating, in order along the outline. A third
+                number, such as a confidence, has no part in the loss.
+            gt_kpts: Target vertices, the same with a visibility in the third place; vertex i is the target of vertex i.
+            kpt_mask: The visible vertices, shape (B, N), any type: 0 or False for one that is not there. Such a
+                vertex belongs to neither polygon, predicted or target, may hold anything, NaN included, and gets no
+                gradient. A sample without a visible vertex has loss 0.
+            area: Area of each target's box in the unit of the vertices, squared, shape (B, 1) or (B,); a constant. What
+                is below 1e-6 counts as 1e-6. Not used in mode "mgiou".
+            avg_factor: Divides the sum of the samples' losses instead of B; see `mean_positives` for several
+                processes.
+
+        Returns:
+            The loss, a scalar, and its parts before alpha, "l2" and "mgiou", those that the mode has. The parts are
+            detached. All are float64 if a vertex is, else float32. For B = 0 the loss is 0 and connected to the graph.
+
+        Raises:
+            TypeError: An argument has the wrong type or dtype.
+            ValueError: An argument has the wrong shape, device or value.
+        """
+        _check_keypoints(pred_kpts, gt_kpts, kpt_mask, area)
+        dtype = compute_dtype(pred_kpts, gt_kpts)
+        pred, target, visible = pred_kpts[..., :2].to(dtype), gt_kpts[..., :2].to(dtype), kpt_mask != 0
+        parts = {}
+        if self.mode != "mgiou":
+            _check_avg_factor(avg_factor, "mean", pred)
+            parts["l2"] = _reduce(_l2(pred, target, visible, area), None, "mean", avg_factor)
+        if self.mode != "l2":
+            parts["mgiou"] = self.mgiou(pred, target, avg_factor=avg_factor, pred_mask=visible, target_mask=visible)
+        if self.mode == "hybrid":
+            alpha: Any = self.alpha() if isinstance(self.alpha, nn.Module) else self.alpha
+            total = alpha * parts["l2"] + (1 - alpha) * parts["mgiou"]
+        else:
+            total = parts[self.mode]
+        return total, {name: part.detach() for name, part in parts.items()}
+
+    def extra_repr(self) -> str:
+        """Show the mode, and alpha if it is a number."""
+        return f"mode={self.mode!r}" + (f", alpha={self.alpha}" if isinstance(self.alpha, Real) else "")
+
+
+def _l2(pred: Tensor, target: Tensor, visible: Tensor, area: Tensor) -> Tensor:
+    """The L2 term of every sample, (B,)."""
+    difference = pred / 2 - target / 2  # of halves, which does not overflow
+    difference = torch.where(visible.unsqueeze(-1), difference, 0.0)
+    difference = torch.where(difference.isfinite(), difference, 0 * difference)  # an Inf is not far away, but NaN
+    area = torch.where(visible.any(1), area.detach().reshape(-1).to(pred.dtype), 1.0).clamp(min=MIN_AREA)
+    scaled = difference / (area.sqrt() / 2)[:, None, None]
+    scaled = torch.where(scaled.abs() > 64, 64.0, scaled)  # where exp(-64^2) is 0 already, the square must not overflow
+    losses = -torch.expm1(-scaled.square().sum(-1))
+    return losses.sum(1) / visible.sum(1).clamp(min=1)
+
+
+def _check_keypoints(pred: Tensor, target: Tensor, mask: Tensor, area: Tensor) -> None:
+    for name, value in (("pred_kpts", pred), ("gt_kpts", target), ("kpt_mask", mask), ("area", area)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.device != pred.device:
+            raise ValueError(f"{name} must be on pred_kpts' device {pred.device}, got {value.device}")
+    for name, value in (("pred_kpts", pred), ("gt_kpts", target)):
+        if value.dim() != 3 or value.shape[1] == 0 or value.shape[2] not in (2, 3):
+            raise ValueError(f"{name} must have shape (B, N, 2) or (B, N, 3) with N >= 1, got {tuple(value.shape)}")
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating, got {value.dtype}")
+    batch, size, _ = pred.shape
+    if target.shape[:2] != pred.shape[:2]:
+        raise ValueError(f"gt_kpts must have pred_kpts' {batch} samples of {size} vertices, got {tuple(target.shape)}")
+    if mask.shape != pred.shape[:2]:
+        raise ValueError(f"kpt_mask must have shape ({batch}, {size}), got {tuple(mask.shape)}")
+    if area.shape not in ((batch,), (batch, 1)):
+        raise ValueError(f"area must have shape ({batch}, 1) or ({batch},), got {tuple(area.shape)}")

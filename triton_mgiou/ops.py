@@ -72,6 +72,7 @@ class _Call(NamedTuple):
     axis_weight: str
     axis_grad: bool
     convexity_weight: float
+    boundary_weight: float
 
 
 def fused_loss(
@@ -85,6 +86,7 @@ def fused_loss(
     axis_weight: str,
     axis_grad: bool,
     convexity_weight: float,
+    boundary_weight: float,
 ) -> Tensor:
     """The reduced loss by the fused kernel. B is at least 1; what says which vertices are real is lengths or bool."""
     if torch.is_grad_enabled():
@@ -94,12 +96,16 @@ def fused_loss(
     plain = type(pred) in _PLAIN and type(target) in _PLAIN
     if torch.compiler.is_compiling() or not plain:
         # Numbers that may change from step to step go in as tensors, or stay outside, lest they specialise the graph.
-        convexity = torch.full((), convexity_weight, dtype=torch.float64, device="cpu")
+        factors = [
+            torch.full((), factor, dtype=torch.float64, device="cpu") for factor in (convexity_weight, boundary_weight)
+        ]
         rule = "none" if reduction == "none" else "sum"
-        options = (pred_real, target_real, weight, rule, axis_weight, axis_grad, convexity)
+        options = (pred_real, target_real, weight, rule, axis_weight, axis_grad, *factors)
         total: Tensor = _operator(pred, target, *options, pred_grad, target_grad)[0]
         return total / (pred.shape[0] if avg_factor is None else avg_factor) if reduction == "mean" else total
-    call = _Call(pred_real, target_real, weight, reduction, avg_factor, axis_weight, axis_grad, convexity_weight)
+    call = _Call(
+        pred_real, target_real, weight, reduction, avg_factor, axis_weight, axis_grad, convexity_weight, boundary_weight
+    )
     if pred_grad or target_grad:
         loss: Tensor = _FusedLoss.apply(pred, target, call)  # type: ignore[no-untyped-call]
         return loss
@@ -147,8 +153,10 @@ def _loss_and_grads(
     loss, grad = _launch(pred, target, call, pred_grad)
     if not target_grad:
         return loss, grad, None
-    # MGIoU is symmetric and the convexity term does not see the target (section 4).
-    swapped = call._replace(pred_real=call.target_real, target_real=call.pred_real, convexity_weight=0.0)
+    # MGIoU is symmetric (section 4); the target is no variable of the other terms.
+    swapped = call._replace(
+        pred_real=call.target_real, target_real=call.pred_real, convexity_weight=0.0, boundary_weight=0.0
+    )
     return loss, grad, _launch(target, pred, swapped, True)[1]
 
 
@@ -158,7 +166,9 @@ def _launch(pred: Tensor, target: Tensor, call: _Call, need_grad: bool) -> tuple
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return _launch(pred, target, call, need_grad)
-    pred_real, target_real, weight, reduction, avg_factor, axis_weight, axis_grad, convexity_weight = call
+    pred_real, target_real, weight, reduction, avg_factor, axis_weight, axis_grad, convexity_weight, boundary_weight = (
+        call
+    )
     pred, pred_stride_b, pred_stride_n = _addressable(pred)
     target, target_stride_b, target_stride_n = _addressable(target)
     batch, pred_size, _ = pred.shape
@@ -176,6 +186,7 @@ def _launch(pred: Tensor, target: Tensor, call: _Call, need_grad: bool) -> tuple
         axis_weight,
         axis_grad,
         convexity_weight > 0,
+        boundary_weight > 0,
         need_grad,
         pred_stride_n == target_stride_n == 1,
         pred_stride_b == pred_size and target_stride_b == target_size,
@@ -203,7 +214,8 @@ def _launch(pred: Tensor, target: Tensor, call: _Call, need_grad: bool) -> tuple
         weight, loss, grad, partial, counter,
         pred_stride_b, pred_stride_n, target_stride_b, target_stride_n,
         *_strides(pred_real), *_strides(target_real), 0 if weight is None else weight.stride(0),
-        batch, pred_size, target_size, float(divisor) if reduction == "mean" else 1.0, float(convexity_weight),
+        batch, pred_size, target_size,
+        float(divisor) if reduction == "mean" else 1.0, float(convexity_weight), float(boundary_weight),
         *plan.flags,
     )  # fmt: skip
     if plan.compiled:
@@ -227,6 +239,7 @@ def _plan(
     axis_weight: str,
     axis_grad: bool,
     convexity: bool,
+    boundary: bool,
     need_grad: bool,
     adjacent: bool,
     packed: bool,
@@ -245,6 +258,7 @@ def _plan(
         _AXIS_WEIGHTS[axis_weight],
         axis_grad,
         convexity,
+        boundary,
         _FULL if full else _real_mode(pred_real),
         _FULL if full else _real_mode(target_real),
         adjacent,
@@ -344,13 +358,13 @@ def _operator(
     axis_weight: str,
     axis_grad: bool,
     convexity_weight: Tensor,
+    boundary_weight: Tensor,
     pred_grad: bool,
     target_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same through PyTorch's dispatcher: loss and gradients; a gradient that is not asked for is empty."""
-    call = _Call(
-        pred_real, target_real, weight, reduction, None, axis_weight, axis_grad, float(convexity_weight.item())
-    )
+    factors = convexity_weight.item(), boundary_weight.item()
+    call = _Call(pred_real, target_real, weight, reduction, None, axis_weight, axis_grad, *factors)
     loss, *grads = _loss_and_grads(pred, target, call, pred_grad, target_grad)
     pred_out, target_out = (loss.new_empty(0) if grad is None else grad for grad in grads)
     return loss, pred_out, target_out
@@ -382,7 +396,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tup
         if asked and upstream is not None:
             factor = upstream[:, None, None] if upstream.dim() == 1 else upstream
             grads[side] = (grad * factor).to(dtype)
-    return (*grads, *[None] * 9)
+    return (*grads, *[None] * 10)
 
 
 _operator.register_autograd(_backward, setup_context=_save)

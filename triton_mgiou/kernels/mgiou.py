@@ -3,7 +3,7 @@
 With p and g the intervals of the projections of P and G on axis k, and h_k the length of their joint hull:
 
     d_k = 1 - GIoU1D_k = (|top| + |bottom|) / h_k,   top = max_p - max_g,  bottom = min_p - min_g
-    loss = sum_k w_k d_k / (2 sum_k w_k) + convexity_weight * convexity
+    loss = sum_k w_k d_k / (2 sum_k w_k) + convexity_weight * convexity + boundary_weight * boundary
 
     d d_k / d max_p =  (sign(top)    - d_k [max_p > max_g]) / h_k       [.] is 1/2 and sign is 0 at equality
     d d_k / d min_p =  (sign(bottom) + d_k [min_p < min_g]) / h_k
@@ -246,21 +246,58 @@ def _axis_weight(length, is_axis, unit, AXIS_WEIGHT: tl.constexpr):
 
 
 @triton.jit
-def _measure(polygons, count, last, inside, scale, floor, unit, AXIS_WEIGHT: tl.constexpr, REAL: tl.constexpr):
-    """Sums over the edges of a side that need no projection: lengths, number of axes, and weights."""
-    previous_x, previous_y = _vertex(polygons, last, count, inside, scale, REAL)[:2]
-    perimeter = floor * 0.0
-    axes = floor * 0.0
-    weights = floor * 0.0
-    for k in range(polygons[3]):
-        x, y, real = _vertex(polygons, k, count, inside, scale, REAL)
-        length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)[2:]
-        perimeter += length
-        axes += is_axis.to(floor.dtype)
-        weights += _axis_weight(length, is_axis, unit, AXIS_WEIGHT)[0]
-        previous_x = tl.where(real, x, previous_x)
-        previous_y = tl.where(real, y, previous_y)
-    return perimeter, axes, weights
+def _measure_edge(
+    state, x, y, previous_x, previous_y, real, origin_x, origin_y, floor, unit, AXIS_WEIGHT: tl.constexpr
+):
+    """Add the edge that ends at (x, y) to the sums over a side's edges that need no projection of other vertices."""
+    perimeter, axes, weights, squares, starts, lows, highs = state
+    edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
+    start = tl.fma(edge_y, previous_x - origin_x, -edge_x * (previous_y - origin_y))
+    end = tl.fma(edge_y, x - origin_x, -edge_x * (y - origin_y))
+    return (
+        perimeter + length,
+        axes + is_axis.to(floor.dtype),
+        weights + _axis_weight(length, is_axis, unit, AXIS_WEIGHT)[0],
+        squares + edge_x * edge_x + edge_y * edge_y,
+        starts + start,
+        lows + tl.minimum(start, end),
+        highs + tl.maximum(start, end),
+    )
+
+
+@triton.jit
+def _measure(
+    polygons, raw_xs, raw_ys, count, last, inside, scale, origin_x, origin_y, floor, unit,
+    AXIS_WEIGHT: tl.constexpr, REAL: tl.constexpr, UNROLLED: tl.constexpr,
+):  # fmt: skip
+    """Sums over the edges of a side: lengths, number of axes, their weights; what `_doubled_area` needs."""
+    none = floor * 0.0
+    state = (none, none, none, none, none, none, none)
+    if UNROLLED:
+        previous_x, previous_y = raw_xs[len(raw_xs) - 1] * scale, raw_ys[len(raw_xs) - 1] * scale
+        for k in tl.static_range(len(raw_xs)):
+            x, y = raw_xs[k] * scale, raw_ys[k] * scale
+            state = _measure_edge(
+                state, x, y, previous_x, previous_y, inside | True, origin_x, origin_y, floor, unit, AXIS_WEIGHT
+            )
+            previous_x, previous_y = x, y
+    else:
+        previous_x, previous_y = _vertex(polygons, last, count, inside, scale, REAL)[:2]
+        for k in range(polygons[3]):
+            x, y, real = _vertex(polygons, k, count, inside, scale, REAL)
+            state = _measure_edge(
+                state, x, y, previous_x, previous_y, real, origin_x, origin_y, floor, unit, AXIS_WEIGHT
+            )
+            previous_x = tl.where(real, x, previous_x)
+            previous_y = tl.where(real, y, previous_y)
+    return state
+
+
+@triton.jit
+def _doubled_area(measured):
+    """Twice the area, the sign of its direction (0 without an area), and the sum of the squared edges."""
+    _, _, _, squares, starts, lows, highs = measured
+    return tl.maximum(tl.where(starts > 0, highs, 0.0), tl.where(starts < 0, -lows, 0.0)), _sign(starts), squares
 
 
 @triton.jit
@@ -440,12 +477,12 @@ def _compare(edge_x, edge_y, p_side, g_side, TINY: tl.constexpr):
 
 @triton.jit
 def _pred_axis(
-    state, previous, x, y, previous_x, previous_y, real, lane, p_side, g_side, p_shape, floor, unit, count,
-    convexity_factor, TINY: tl.constexpr, GRAD: tl.constexpr, AXIS_WEIGHT: tl.constexpr, AXIS_GRAD: tl.constexpr,
-    CONVEXITY: tl.constexpr, LANES: tl.constexpr,
+    state, previous, x, y, previous_x, previous_y, real, lane, p_side, g_side, p_shape, g_shape, floor, unit, count,
+    convexity_factor, direction, TINY: tl.constexpr, GRAD: tl.constexpr, AXIS_WEIGHT: tl.constexpr,
+    AXIS_GRAD: tl.constexpr, CONVEXITY: tl.constexpr, BOUNDARY: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Add the axis of P's edge from vertex number `previous` to (x, y)."""
-    total, weights, convexity, grad_x, grad_y, handed, weight_handed = state
+    total, weights, convexity, mixed, grad_x, grad_y, handed, weight_handed, mixed_handed, area_handed = state
     edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
     weight, weight_slope = _axis_weight(length, is_axis, unit, AXIS_WEIGHT)
     on_p, on_g, ends, distance, inverse = _compare(edge_x, edge_y, p_side, g_side, TINY)
@@ -465,6 +502,14 @@ def _pred_axis(
             low, high = _tie(low, high, edge_low, edge_high)
             sides_sum = _sum(sides)
             sides = _add(sides, _share(on_shape, low, high, shrink, -shrink))
+    if BOUNDARY:
+        reach, at_x, at_y = _reach(edge_x, edge_y, direction, g_shape)
+        mixed += reach
+        if GRAD:
+            to_x, to_y = -direction * at_y, direction * at_x
+            mixed_handed = _hand_over(mixed_handed, -to_x, -to_y, to_x, to_y, previous, real, lane, LANES)
+            to_x, to_y = direction * edge_y, -direction * edge_x
+            area_handed = _hand_over(area_handed, to_x, to_y, to_x, to_y, previous, real, lane, LANES)
     if GRAD:
         p_low, p_high, g_low, g_high = ends
         low_slope, high_slope, g_low_slope, g_high_slope = _slopes(ends, distance, weight * inverse)
@@ -497,7 +542,7 @@ def _pred_axis(
                 start_x -= sides_sum * edge_y
                 start_y += sides_sum * edge_x
             handed = _hand_over(handed, start_x, start_y, along_x, along_y, previous, real, lane, LANES)
-    return total, weights, convexity, grad_x, grad_y, handed, weight_handed
+    return total, weights, convexity, mixed, grad_x, grad_y, handed, weight_handed, mixed_handed, area_handed
 
 
 @triton.jit
@@ -518,6 +563,39 @@ def _target_axis(
         grad_x = _add_scaled(grad_x, edge_y, shares)
         grad_y = _add_scaled(grad_y, -edge_x, shares)
     return total, weights, grad_x, grad_y
+
+
+@triton.jit
+def _boundary(mixed, p_area, g_area, g_squares, TINY: tl.constexpr, RESOLUTION: tl.constexpr):
+    """The boundary term of three doubled areas, and its derivatives to the mixed one and to P's.
+
+    With f = 2 p a^2 / (v (v^2 + a^2)) of P's, G's and the mixed area p, a and v, it is 1 - f. Areas are measured in
+    the larger of v and a. Where G has no area, or the term is rounding only, it and its derivatives are 0.
+    """
+    is_flat = g_area <= tl.maximum(TINY, g_squares * tl.full((1, 1), 1e-6, g_area.dtype))
+    unit = tl.where(is_flat, 1.0, tl.maximum(mixed, g_area))
+    v = mixed / unit
+    a = g_area / unit
+    is_point = v <= TINY
+    inverse = 1.0 / tl.where(is_flat | is_point, 1.0, v * (v * v + a * a))
+    per_area = tl.where(is_point, 0.0, 2.0 * a * a * inverse)
+    match = per_area * (p_area / unit)
+    term = 1.0 - match
+    is_none = is_flat | (term <= RESOLUTION)
+    mixed_slope = tl.where(is_none | is_point, 0.0, match * (3.0 * v * v + a * a) * inverse / unit)
+    return tl.where(is_none, 0.0, term), mixed_slope, tl.where(is_none, 0.0, -per_area / unit)
+
+
+@triton.jit
+def _reach(edge_x, edge_y, direction, shape):
+    """How far G reaches along an edge's outward normal, and where, the mean over ties."""
+    projections = _project(direction * edge_y, -direction * edge_x, shape[0], shape[1], shape[2])
+    reach = _high(projections)
+    at = ()
+    for slot in tl.static_range(len(projections)):
+        at = at + ((projections[slot] >= reach).to(reach.dtype),)
+    inverse = _inverse(_sum(at))
+    return reach, _dot(at, shape[0]) * inverse, _dot(at, shape[1]) * inverse
 
 
 @triton.jit
@@ -567,12 +645,14 @@ def mgiou_kernel(
     target_size: "i32",
     divisor: "fp64",
     convexity_weight: "fp64",
+    boundary_weight: "fp64",
     COMPUTE: tl.constexpr,
     GRAD: tl.constexpr,
     REDUCE: tl.constexpr,
     AXIS_WEIGHT: tl.constexpr,
     AXIS_GRAD: tl.constexpr,
     CONVEXITY: tl.constexpr,
+    BOUNDARY: tl.constexpr,
     PRED_REAL: tl.constexpr,
     TARGET_REAL: tl.constexpr,
     ADJACENT: tl.constexpr,
@@ -588,8 +668,12 @@ def mgiou_kernel(
     WEIGHT_GRAD: tl.constexpr = GRAD and AXIS_GRAD and AXIS_WEIGHT != UNIFORM
     EDGE_GRAD: tl.constexpr = GRAD and (AXIS_GRAD or CONVEXITY)
     # Where a factor of the single axis must be known before all axes are seen.
-    MEASURE: tl.constexpr = CONVEXITY or AXIS_WEIGHT == LENGTH
-    UNROLLED: tl.constexpr = PRED_REAL == FULL and LANES == 1 and PRED_SLOTS == 4
+    MEASURE: tl.constexpr = CONVEXITY or BOUNDARY or AXIS_WEIGHT == LENGTH
+    RESOLUTION: tl.constexpr = 2.0**-48 if COMPUTE == tl.float64 else 2.0**-20
+    # Quadrangles: faster by a third. With more terms it would take longer than 5 s to compile.
+    UNROLLED: tl.constexpr = (
+        PRED_REAL == FULL and LANES == 1 and PRED_SLOTS == 4 and AXIS_WEIGHT != SOFT and not (CONVEXITY and BOUNDARY)
+    )
 
     lane = tl.arange(0, LANES)[None, :]
     divide_by = tl.full((1, 1), divisor, COMPUTE)
@@ -646,9 +730,13 @@ def mgiou_kernel(
         p_side = _normalise(raw_px, raw_py, p_real, low_x, low_y, scale)
         g_side = _normalise(raw_gx, raw_gy, g_real, low_x, low_y, scale)
         p_shape = p_side
-        if CONVEXITY:  # P relative to one of its own vertices: the common origin may be far away, and moving rounds
-            shape_x, shape_y = _vertex(pred, p_last, p_count, inside, scale, PRED_REAL)[:2]
-            p_shape = _normalise(raw_px, raw_py, p_real, shape_x, shape_y, scale)
+        g_shape = g_side
+        if CONVEXITY or BOUNDARY:  # relative to one of its own vertices: the common origin may be far away
+            x, y = _vertex(pred, p_last, p_count, inside, scale, PRED_REAL)[:2]
+            p_shape = _normalise(raw_px, raw_py, p_real, x, y, scale)
+        if BOUNDARY:
+            x, y = _vertex(target, g_last, g_count, inside, scale, TARGET_REAL)[:2]
+            g_shape = _normalise(raw_gx, raw_gy, g_real, x, y, scale)
 
         # Section 3: what counts as an axis, and the unit of its length.
         floor = tl.full((POLYGONS, 1), TINY, COMPUTE)
@@ -662,12 +750,16 @@ def mgiou_kernel(
             g_unit = p_unit
         convexity_factor = floor * 0.0
         if MEASURE:
-            p_length, p_axes, p_weight = _measure(
-                pred, p_count, p_last, inside, scale, floor, p_unit, AXIS_WEIGHT, PRED_REAL
-            )
-            g_length, _, g_weight = _measure(
-                target, g_count, g_last, inside, scale, floor, g_unit, AXIS_WEIGHT, TARGET_REAL
-            )
+            p_measured = _measure(
+                pred, raw_px, raw_py, p_count, p_last, inside, scale, p_shape[3], p_shape[4], floor, p_unit,
+                AXIS_WEIGHT, PRED_REAL, UNROLLED,
+            )  # fmt: skip
+            g_measured = _measure(
+                target, raw_gx, raw_gy, g_count, g_last, inside, scale, g_shape[3], g_shape[4], floor, g_unit,
+                AXIS_WEIGHT, TARGET_REAL, UNROLLED,
+            )  # fmt: skip
+            p_length, p_axes, p_weight = p_measured[:3]
+            g_length, _, g_weight = g_measured[:3]
             if AXIS_WEIGHT == LENGTH:
                 p_unit = tl.where(p_length > 0, p_length, 1.0)
                 g_unit = tl.where(g_length > 0, g_length, 1.0)
@@ -676,20 +768,24 @@ def mgiou_kernel(
             # All sums below are divided by twice the weights at the end; the convexity term must not be.
             convexity_factor = 2.0 * (p_weight + g_weight) / tl.maximum(p_axes, 1.0)
             convexity_factor *= tl.full((1, 1), convexity_weight, COMPUTE)
+        direction = floor * 0.0
+        if BOUNDARY:
+            p_area, direction, _ = _doubled_area(p_measured)
+            g_area, _, g_squares = _doubled_area(g_measured)
 
         none = floor * 0.0
         zeros = _zeros(PRED_SLOTS, POLYGONS, LANES, COMPUTE)
         handed = (zeros, zeros, none, none)
 
         # The axes of P.
-        state = (none, none, none, zeros, zeros, handed, handed)
+        state = (none, none, none, none, zeros, zeros, handed, handed, handed, handed)
         if UNROLLED:
             previous_x, previous_y = raw_px[PRED_SLOTS - 1] * scale, raw_py[PRED_SLOTS - 1] * scale
             for k in tl.static_range(PRED_SLOTS):
                 state = _pred_axis(
                     state, (k + PRED_SLOTS - 1) % PRED_SLOTS, raw_px[k] * scale, raw_py[k] * scale,
-                    previous_x, previous_y, p_real[k], lane, p_side, g_side, p_shape, floor, p_unit, p_count,
-                    convexity_factor, TINY, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, LANES,
+                    previous_x, previous_y, p_real[k], lane, p_side, g_side, p_shape, g_shape, floor, p_unit, p_count,
+                    convexity_factor, direction, TINY, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, LANES,
                 )  # fmt: skip
                 previous_x, previous_y = raw_px[k] * scale, raw_py[k] * scale
         else:
@@ -698,14 +794,14 @@ def mgiou_kernel(
             for k in range(pred_size):
                 x, y, real = _vertex(pred, k, p_count, inside, scale, PRED_REAL)
                 state = _pred_axis(
-                    state, previous, x, y, previous_x, previous_y, real, lane, p_side, g_side, p_shape,
-                    floor, p_unit, p_count, convexity_factor,
-                    TINY, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, LANES,
+                    state, previous, x, y, previous_x, previous_y, real, lane, p_side, g_side, p_shape, g_shape,
+                    floor, p_unit, p_count, convexity_factor, direction,
+                    TINY, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, LANES,
                 )  # fmt: skip
                 previous = tl.where(real, k, previous)
                 previous_x = tl.where(real, x, previous_x)
                 previous_y = tl.where(real, y, previous_y)
-        p_sum, p_weights, convexity, grad_x, grad_y, handed, weight_handed = state
+        p_sum, p_weights, convexity, mixed, grad_x, grad_y, handed, weight_handed, mixed_handed, area_handed = state
 
         # The axes of G.
         state = (none, none, grad_x, grad_y)
@@ -731,7 +827,15 @@ def mgiou_kernel(
 
         weights = p_weights + g_weights
         weights = tl.where(weights > 0, weights, 1.0)
-        loss = tl.where(present, 0.5 * (p_sum + g_sum + convexity) / weights + poison, 0.0)
+        loss = 0.5 * (p_sum + g_sum + convexity) / weights + poison
+        if BOUNDARY:
+            boundary, mixed_slope, area_slope = _boundary(mixed, p_area, g_area, g_squares, TINY, RESOLUTION)
+            boundary_factor = tl.full((1, 1), boundary_weight, COMPUTE)
+            loss += boundary_factor * boundary
+            boundary_factor *= 2.0 * weights  # the others are divided by this below
+            mixed_slope *= boundary_factor
+            area_slope *= boundary_factor
+        loss = tl.where(present, loss, 0.0)
         factor = 0.5 / (weights * divide_by)
         if weight_ptr is not None:
             sample_weight = tl.load(weight_ptr + rows * weight_stride, mask=inside, other=0).to(COMPUTE)
@@ -752,6 +856,11 @@ def mgiou_kernel(
                     edge_grad_x, edge_grad_y = _handed(handed, slot, index == p_last)
                     x += edge_grad_x
                     y += edge_grad_y
+                if BOUNDARY:
+                    mixed_x, mixed_y = _handed(mixed_handed, slot, index == p_last)
+                    area_x, area_y = _handed(area_handed, slot, index == p_last)
+                    x += mixed_slope * mixed_x + area_slope * area_x
+                    y += mixed_slope * mixed_y + area_slope * area_y
                 if WEIGHT_GRAD:
                     weight_grad_x, weight_grad_y = _handed(weight_handed, slot, index == p_last)
                     x -= mean * weight_grad_x

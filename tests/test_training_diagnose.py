@@ -1,0 +1,363 @@
+"""`python -m triton_mgiou diagnose`: checkpoints and tables, fine, broken and malicious."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import random
+import subprocess
+import sys
+import zipfile
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from triton_mgiou.cli import main
+from triton_mgiou.training import diagnose as module
+from triton_mgiou.training import find_nonfinite
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture
+def diagnose(capsys):
+    """Run the command on a path and return its status and the lines on stdout and on stderr."""
+
+    def run(path):
+        status = main(["diagnose", str(path)])
+        captured = capsys.readouterr()
+        return status, captured.out.splitlines(), captured.err.splitlines()
+
+    return run
+
+
+def trained():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(5, 3)).square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+CHECKPOINTS = {
+    "": lambda model, _: model.state_dict(),
+    "model.": lambda model, _: {"model": model.state_dict(), "epoch": 7, "best": None},
+    "ema.0.model.": lambda model, optimizer: {"ema": [{"model": model.state_dict()}], "optim": optimizer.state_dict()},
+}
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(("prefix", "make"), CHECKPOINTS.items(), ids=["plain", "in model", "nested"])
+def test_checkpoints(prefix, make, new, tmp_path, diagnose):
+    path = tmp_path / "weights.pt"
+    model, optimizer = trained()
+    torch.save(make(model, optimizer), path, _use_new_zipfile_serialization=new)
+    status, out, err = diagnose(path)
+    assert (status, err) == (0, [])
+    (line,) = out
+    assert line.endswith("problems: 0")
+
+    with torch.no_grad():
+        model[0].weight[2, 1] = NAN
+        model[1].running_var[3] = -INF
+    torch.save(make(model, optimizer), path, _use_new_zipfile_serialization=new)
+    status, out, err = diagnose(path)
+    assert (status, err) == (1, [])
+    assert out[0].endswith("problems: 2")
+    assert out[1].startswith(f"  {prefix}0.weight: 1 NaN and 0 Inf in shape (4, 3), float32; first at [2, 1]; of the")
+    assert out[2].startswith(f"  {prefix}1.running_var: 0 NaN and 1 Inf in shape (4,), float32; first at [3]; of the")
+
+
+def test_optimizer_state(tmp_path, diagnose):
+    model, optimizer = trained()
+    optimizer.state[model[0].bias]["exp_avg_sq"][1] = INF
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c.pth")
+    status, out, _ = diagnose(tmp_path / "c.pth")
+    assert status == 1
+    assert [line.split(":")[0].strip() for line in out[1:]] == ["optimizer.state.1.exp_avg_sq"]
+
+
+def test_the_number_of_tensors_and_numbers(tmp_path, diagnose):
+    torch.save({"a": torch.zeros(3, 5), "b": [torch.tensor(1), "text"]}, tmp_path / "c.pt")
+    assert diagnose(tmp_path / "c.pt")[1] == [f"{tmp_path / 'c.pt'}: tensors: 2, numbers: 16, problems: 0"]
+
+
+class Malicious:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle", "pickle 0"])
+def test_code_in_a_file_does_not_run(kind, tmp_path, diagnose):
+    path, marker = tmp_path / "weights.pt", tmp_path / "marker"
+    content = {"model": torch.ones(3), "more": Malicious(str(marker))}
+    if kind.startswith("pickle"):
+        path.write_bytes(pickle.dumps(content["more"], protocol=0 if kind == "pickle 0" else None))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
+    status, out, err = diagnose(path)
+    assert (status, out) == (2, [])
+    assert err[0].startswith(f"triton-mgiou diagnose: {path} ")
+    assert not marker.exists()
+    if kind in {"zip", "legacy"}:
+        assert f"({os.mkdir.__module__}.mkdir)" in err[0]
+        torch.load(path, weights_only=False)
+        assert marker.exists(), "the file is as bad as it should be"
+
+
+def test_a_whole_module_says_why_and_what_to_do(tmp_path, diagnose):
+    path = tmp_path / "best.pt"
+    model, _ = trained()
+    model[0].bias.data[2] = NAN
+    torch.save({"model": model.half(), "epoch": 3}, path)
+    status, out, err = diagnose(path)
+    assert (status, out) == (2, [])
+    assert "was not loaded: it holds whole Python objects (torch.nn.modules." in err[0]
+    assert "run code that the file chooses" in err[0]
+    advice = err[1].strip()
+    assert advice.startswith("python -c '")
+    done = subprocess.run(
+        ["bash", "-c", advice.replace("python", sys.executable, 1)],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.startswith("model.0.bias: 1 NaN and 0 Inf in shape (4,), float16; first at [2]")
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_truncated_checkpoints(new, tmp_path, diagnose):
+    path = tmp_path / "weights.pt"
+    model, _ = trained()
+    torch.save(model.state_dict(), path, _use_new_zipfile_serialization=new)
+    whole = path.read_bytes()
+    for size in [0, 1, 10, 100, len(whole) // 3, len(whole) // 2, len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        status, out, err = diagnose(path)
+        assert (status, out, len(err)) == (2, [], 1), size
+        assert err[0].startswith("triton-mgiou diagnose: ")
+        assert str(path) in err[0]
+
+
+def test_files_that_are_no_checkpoint(tmp_path, diagnose):
+    path = tmp_path / "weights.pt"
+    status, _, err = diagnose(path)
+    assert (status, err) == (2, [f"triton-mgiou diagnose: cannot read {path}: No such file or directory"])
+    status, _, err = diagnose(tmp_path)
+    assert (status, err) == (2, [f"triton-mgiou diagnose: cannot read {tmp_path}: Is a directory"])
+    path.write_text("no pickle at all")
+    assert diagnose(path)[0] == 2
+    torch.save({"epoch": 3, "lr": [0.1]}, path)
+    status, _, err = diagnose(path)
+    assert (status, err) == (2, [f"triton-mgiou diagnose: {path} holds no tensor"])
+
+
+def test_files_that_claim_more_than_they_hold(tmp_path, diagnose):
+    path = tmp_path / "weights.pt"
+    torch.save({"w": torch.ones(1).expand(10**12)}, path)
+    status, _, err = diagnose(path)
+    assert status == 2
+    assert "w claims 4000000000000 bytes, more than there are" in err[0]
+    torch.save({"w": torch.tensor(NAN).expand(1000)}, path)
+    status, out, _ = diagnose(path)
+    assert (status, out[1].split(" NaN")[0]) == (1, "  w: 1000")
+
+    torch.save({"w": torch.ones(10)}, path)
+    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in stored.namelist():
+            bomb.writestr(name, stored.read(name))
+    status, _, err = diagnose(tmp_path / "bomb.pt")
+    assert status == 2
+    assert "its records are compressed" in err[0]
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_damaged_files_raise_nothing_else(new, tmp_path):
+    """Bytes changed at random places, and one file in three cut off."""
+    model, optimizer = trained()
+    path, damaged = tmp_path / "weights.pt", tmp_path / "damaged.pt"
+    content = [model.state_dict(), optimizer.state_dict(), torch.zeros(3000)]
+    torch.save(content, path, _use_new_zipfile_serialization=new)
+    whole, chance = path.read_bytes(), random.Random(0)
+    outcomes = []
+    for index in range(150):
+        content = bytearray(whole[: chance.randrange(len(whole)) if index % 3 == 0 else None])
+        for _ in range(chance.choice((1, 5, 50)) if content else 0):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        damaged.write_bytes(content)
+        try:
+            outcomes.append(module.diagnose(damaged))
+        except module.DiagnoseError:
+            outcomes.append(None)
+    assert outcomes.count(None) > 50
+    assert outcomes.count(True) > 10, "bytes that nothing depends on, or other finite numbers"
+
+
+def test_a_large_file_has_a_progress_bar(tmp_path, diagnose, monkeypatch):
+    path = tmp_path / "weights.pt"
+    torch.save([torch.zeros(1000), torch.zeros(3000)], path)
+    assert diagnose(path)[2] == []
+    monkeypatch.setattr(module, "LARGE", 16000)
+    status, _, err = diagnose(path)
+    assert status == 0
+    assert "100%" in err[-1]
+    assert "16.0k/16.0k" in err[-1]
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert diagnose(path) == (0, [f"{path}: tensors: 2, numbers: 4000, problems: 0"], [])
+
+
+# Tables
+
+ULTRALYTICS = """\
+                  epoch,         train/box_loss,   metrics/mAP50(B),       val/box_loss,             lr/pg0
+                      1,                 2.8131,             0.0521,             2.9012,           0.000333
+                      2,                 2.2011,             0.2113,             2.4400,           0.000660
+                      3,                    nan,             0.3007,                inf,           0.000980
+                      4,                    nan,                  0,                nan,           0.000980
+"""
+
+
+def write(path, columns, delimiter=","):
+    rows = zip(*columns.values(), strict=True)
+    lines = [delimiter.join(columns), *(delimiter.join(map(str, row)) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_the_results_of_ultralytics(tmp_path, diagnose):
+    path = tmp_path / "results.csv"
+    path.write_text(ULTRALYTICS)
+    status, out, err = diagnose(path)
+    assert (status, err) == (1, [])
+    assert out == [
+        f"{path}: rows: 4, columns of numbers: 4, problems: 2",
+        "  train/box_loss: 2 NaN and 0 Inf, the first at epoch 3",
+        "  val/box_loss: 1 NaN and 1 Inf, the first at epoch 3",
+    ]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "  "])
+def test_plain_tables(delimiter, tmp_path, diagnose):
+    columns = {"name": ["run"] * 4, "loss": [1.0, 0.5, NAN, 0.4], "step": [10, 20, 30, 40]}
+    status, out, _ = diagnose(write(tmp_path / "log.txt", columns, delimiter))
+    assert status == 1
+    assert out[1:] == ["  loss: 1 NaN and 0 Inf, the first at epoch 30"]
+
+
+def test_a_table_without_a_head(tmp_path, diagnose):
+    path = tmp_path / "log.txt"
+    path.write_text("1.0 3\n0.5 2\n0.4 inf\n")
+    assert diagnose(path)[1][1:] == ["  column 2: 0 NaN and 1 Inf, the first at epoch 3"]
+
+
+def falling(rows):
+    return [2 * 0.97**i + 0.2 for i in range(rows)]
+
+
+def rising(rows):
+    return [0.7 * (1 - 0.95**i) for i in range(rows)]
+
+
+def test_a_healthy_run(tmp_path, diagnose):
+    rows = 60
+    loss = [value * (1 + 0.03 * (-1) ** i) for i, value in enumerate(falling(rows))]  # noise of 3 %
+    columns = {
+        "epoch": range(1, rows + 1),
+        "time": [17.0] * rows,
+        "train/box_loss": loss,
+        "metrics/mAP50(B)": rising(rows),
+        "metrics/precision(B)": [0.1, 0.2, *([1.0] * (rows - 2))],  # cannot get any better
+        "lr/pg0": [0.01] * rows,
+    }
+    status, out, err = diagnose(write(tmp_path / "results.csv", columns))
+    assert (status, out[1:], err) == (0, [], [])
+
+
+def test_plateaus(tmp_path, diagnose):
+    rows = 40
+    stuck = falling(20) + [falling(20)[-1] + 0.001 * i for i in range(20)]
+    columns = {
+        "epoch": range(100, 100 + rows),
+        "val/box_loss": stuck,
+        "train/box_loss": falling(rows),
+        "metrics/mAP50(B)": [0.0] * rows,
+        "mIoU": rising(10) + [rising(10)[-1]] * 30,
+    }
+    status, out, _ = diagnose(write(tmp_path / "results.csv", columns))
+    assert status == 1
+    best = falling(20)[-1]
+    top = f"{rising(10)[-1]:.4g}"
+    assert out[1:] == [
+        f"  val/box_loss: plateau: the best of the last 12 rows is {stuck[28]:.4g}, after {best:.4g} at epoch 119; "
+        f"{stuck[-1]:.4g} at the end",
+        "  metrics/mAP50(B): plateau: 0 in all 40 rows",
+        f"  mIoU: plateau: the best of the last 12 rows is {top}, after {top} at epoch 109; {top} at the end",
+    ]
+
+
+@pytest.mark.parametrize(("gain", "status"), [(0.99, 1), (1.01, 0)])
+def test_the_threshold_of_a_plateau(gain, status, tmp_path, diagnose):
+    """The last 5 of 10 rows have to beat the best row before by 1 %."""
+    losses = [5.0, 4.0, 3.0, 2.5, 2.0, 2.1, 2.1, 2.0 - 0.02 * gain, 2.05, 2.1]
+    assert diagnose(write(tmp_path / "log.csv", {"loss": losses}))[0] == status
+
+
+def test_oscillation(tmp_path, diagnose):
+    losses = falling(20) + [0.5 + (0.3 if i % 2 else 0) - 0.012 * i for i in range(20)]
+    status, out, _ = diagnose(write(tmp_path / "results.csv", {"loss": losses}))
+    last = losses[-12:]
+    step = sum(abs(b - a) for a, b in pairwise(last)) / 11
+    mean = sum(last) / 12
+    assert status == 1
+    assert out[1:] == [
+        f"  loss: oscillation: in the last 12 rows it turns in 100% of them and goes {step:.4g} from row to row, "
+        f"{step / mean:.0%} of its mean {mean:.4g}"
+    ]
+
+
+def test_empty_cells(tmp_path, diagnose):
+    """Some columns have a value every third row; one that ends for good is NaN as pandas writes it."""
+    sparse = [value if i % 3 == 0 else "" for i, value in enumerate(falling(12))]
+    ends = [*falling(9), "", "", ""]
+    status, out, _ = diagnose(write(tmp_path / "log.csv", {"val_loss": sparse, "loss": ends}))
+    assert status == 1
+    assert out[1:] == ["  loss: empty in the last 3 rows, after epoch 9 (some libraries write NaN so)"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", "is empty"),
+        (b"epoch,loss\n", "has a head and no rows"),
+        (b"epoch,loss\n1,0.5\n2\n", "is damaged: row 2 has 1 cells instead of 2"),
+        (b"epoch,loss\n1,0.5\n2,0.x\n", "is damaged: '0.x' in the column 'loss' is no number"),
+        (b"name\nrun\n", "has no column of numbers"),
+        (b"\x80\x02\x00\xff", "is no table: it is not UTF-8 text"),
+    ],
+)
+def test_tables_that_cannot_be_read(text, words, tmp_path, diagnose):
+    path = tmp_path / "log.csv"
+    path.write_bytes(text)
+    assert diagnose(path) == (2, [], [f"triton-mgiou diagnose: {path} {words}"])
+
+
+def test_wrong_usage(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["diagnose"])
+    assert caught.value.code == 2
+    assert "PATH" in capsys.readouterr().err
+
+
+def test_the_command_as_a_process(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save({"w": torch.tensor([1.0, NAN])}, path)
+    command = [sys.executable, "-m", "triton_mgiou", "diagnose", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    (report,) = find_nonfinite({"w": torch.tensor([1.0, NAN])})
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout == f"{path}: tensors: 1, numbers: 2, problems: 1\n  {report}\n"

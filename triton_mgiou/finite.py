@@ -1,0 +1,281 @@
+"""Where NaN and Inf are: in one tensor, in a model or checkpoint, and in what goes through the loss."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SHOWN = 3  # indices in a message
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """What is wrong with a tensor that holds NaN or Inf.
+
+    Attributes:
+        name: What the tensor is called.
+        shape: Its shape.
+        dtype: Its dtype.
+        nan: How many elements are NaN.
+        inf: How many are Inf or -Inf.
+        first: The indices of the first of them, at most three.
+        finite: Minimum, maximum and mean of the finite elements (of their magnitudes if complex); None if there
+            is none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nan: int
+    inf: int
+    first: tuple[tuple[int, ...], ...]
+    finite: tuple[float, float, float] | None
+
+    def __str__(self) -> str:
+        rest = "no other element is finite"
+        if self.finite is not None:
+            rest = "of the finite rest: min {:.6g}, max {:.6g}, mean {:.6g}".format(*self.finite)
+        places = ", ".join(str(list(index)) for index in self.first)
+        kind = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.name}: {self.nan} NaN and {self.inf} Inf in shape {self.shape}, {kind}; first at {places}; {rest}"
+        )
+
+
+class NonFiniteError(ArithmeticError):
+    """A tensor holds NaN or Inf. The text says which one, where, and what is in it.
+
+    Attributes:
+        report: The same as a `NonFinite`.
+        where: The place that was given to `check_finite`.
+    """
+
+    def __init__(self, report: NonFinite, where: str) -> None:
+        super().__init__(report, where)
+        self.report = report
+        self.where = where
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.report}"
+
+
+def check_finite(tensor: Tensor, name: str, where: str, *, mask: Tensor | None = None) -> None:
+    """Raise an error if a tensor holds NaN or Inf.
+
+    It always checks, and so waits for the device. `if debug_enabled(): check_finite(...)` costs nothing in a run
+    without `TRITON_MGIOU_DEBUG=1`.
+
+    Args:
+        tensor: Any shape and dtype; integers are always finite.
+        name: What to call the tensor in the message.
+        where: The place in the program, for the message.
+        mask: Only elements where it is True count, the others may hold anything; bool, broadcastable to `tensor`.
+
+    Raises:
+        NonFiniteError: There is NaN or Inf. It tells name, place, shape, how many, the first indices, and minimum,
+            maximum and mean of the finite rest.
+        TypeError: `tensor` is no tensor, or `mask` is no bool tensor.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"tensor must be a torch.Tensor, got {type(tensor).__name__}")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
+        raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    report = describe(tensor, name, mask)
+    if report is not None:
+        raise NonFiniteError(report, where)
+
+
+def find_nonfinite(model_or_state_dict: object) -> list[NonFinite]:
+    """Find the tensors that hold NaN or Inf.
+
+    Args:
+        model_or_state_dict: A module (parameters, their gradients as "NAME.grad", and buffers), a `state_dict`, or
+            any nesting of dicts, lists, tuples, modules and tensors, such as a whole checkpoint. What is none of these
+            is passed over.
+
+    Returns:
+        One entry for each such tensor, in order; the name is the path to it, joined by dots. -Inf on purpose, as in an
+        attention mask, is among them.
+
+    Raises:
+        TypeError: The argument is none of the above.
+    """
+    if not isinstance(model_or_state_dict, (nn.Module, Mapping, list, tuple, Tensor)):
+        kind = type(model_or_state_dict).__name__
+        raise TypeError(f"model_or_state_dict must be a module, a dict, a list or a tensor, got {kind}")
+    reports = (describe(tensor, name) for name, tensor in named_tensors(model_or_state_dict))
+    return [report for report in reports if report is not None]
+
+
+def named_tensors(nested: object) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a nesting of modules and containers, each container once, with the path to each."""
+    seen: dict[int, object] = {}  # holds them, lest an id be given again
+    waiting: list[tuple[str, object]] = [("", nested)]
+    while waiting:  # no recursion: a file can nest as deeply as it likes, and in circles
+        path, value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield path or "tensor", value
+            continue
+        children: list[tuple[object, object]] = []
+        if isinstance(value, nn.Module):
+            children += value.named_parameters()
+            children += [(f"{name}.grad", p.grad) for name, p in value.named_parameters() if p.grad is not None]
+            children += value.named_buffers()
+        elif isinstance(value, Mapping):
+            children += value.items()
+        elif isinstance(value, (list, tuple)):
+            children += enumerate(value)
+        if children and id(value) not in seen:
+            seen[id(value)] = value
+            waiting += [(f"{path}.{name}" if path else str(name), child) for name, child in reversed(children)]
+
+
+def describe(tensor: Tensor, name: str, mask: Tensor | None = None) -> NonFinite | None:
+    """What is wrong with a tensor where `mask` is True, or None if nothing is."""
+    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+        return None
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    values = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has few operations
+    is_bad = ~torch.isfinite(values)
+    if mask is not None:
+        is_bad &= mask
+    if not is_bad.any():
+        return None
+    values, is_bad = values.cpu(), is_bad.cpu()
+    bad = values[is_bad]
+    is_rest = torch.isfinite(values) if mask is None else torch.isfinite(values) & mask.cpu()
+    rest = values[is_rest]
+    rest = (rest.abs() if rest.is_complex() else rest).double()
+    nan = int(torch.isnan(bad).sum())
+    return NonFinite(
+        name=name,
+        shape=tuple(tensor.shape),
+        dtype=tensor.dtype,
+        nan=nan,
+        inf=bad.numel() - nan,
+        first=tuple(tuple(index) for index in is_bad.nonzero()[:SHOWN].tolist()),
+        finite=(rest.min().item(), rest.max().item(), rest.mean().item()) if rest.numel() else None,
+    )
+
+
+class Switch:
+    """Whether the loss checks itself; `mgiou_loss` reads it on every call."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.check: Callable[[Callable[..., Tensor], dict[str, Any]], Tensor] = _checked_loss
+
+    def turn(self, on: bool) -> None:
+        """Turn the checks on or off, for all threads."""
+        if on and self.check is _checked_loss:
+            # torch.compile must not trace what reads values on the host; the import of the compiler takes a second.
+            self.check = torch.compiler.disable(_checked_loss)  # type: ignore[no-untyped-call]
+        self.on = on
+
+
+class _Thread(threading.local):
+    inside = False  # a check, which calls the loss again
+
+
+@contextmanager
+def debug(enabled: bool = True) -> Iterator[None]:
+    """Check all calls of `mgiou_loss` in a `with` block, as `TRITON_MGIOU_DEBUG=1` does in the whole process.
+
+    The real vertices of `pred` and `target`, the weights, the loss, and in the backward pass the gradient that comes
+    from above and those that go to `pred` and `target` are checked; backward may run after the block. Padding may
+    hold anything. It holds for all threads, and each check waits for the device, so not inside a captured CUDA graph;
+    `torch.compile` breaks its graph there. Under a `torch.func` transform, where no value can be read, nothing is
+    checked. A GradScaler lets gradients overflow on purpose until it has found its scale: expect Inf in a float16
+    gradient in its first steps.
+
+    Args:
+        enabled: False turns the checks off in the block.
+
+    Yields:
+        Nothing.
+    """
+    before = switch.on
+    switch.turn(enabled)
+    try:
+        yield
+    finally:
+        switch.turn(before)
+
+
+def debug_enabled() -> bool:
+    """Whether calls of `mgiou_loss` are checked, see `debug`."""
+    return switch.on
+
+
+def _checked_loss(loss_function: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
+    """The loss, with its input, output and gradients checked."""
+    arguments = dict(arguments)
+    transformed = torch._C._are_functorch_transforms_active()
+    if torch.is_grad_enabled() and not transformed:
+        for side in ("pred", "target"):
+            tensor = arguments[side]
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                arguments[side] = tensor.view_as(tensor)  # gets the loss's gradient only, not the sum over all uses
+    thread.inside = True
+    try:
+        loss = loss_function(**arguments)  # first, because it knows what is wrong with an argument's type or shape
+    finally:
+        thread.inside = False
+    if transformed:
+        return loss
+    for side in ("pred", "target"):
+        check_finite(arguments[side], side, "mgiou_loss, input", mask=_real(arguments, side))
+    for name in ("weight", "avg_factor"):
+        if isinstance(arguments[name], Tensor):
+            check_finite(arguments[name], name, "mgiou_loss, input")
+    check_finite(loss, "loss", "mgiou_loss, output")
+    if loss.requires_grad:
+        _check_gradients(loss, {side: arguments[side] for side in ("pred", "target")})
+    return loss
+
+
+def _real(arguments: dict[str, Any], side: str) -> Tensor | None:
+    """Which vertices are real, shape (B, N, 1), or None for all."""
+    mask: Tensor | None = arguments[f"{side}_mask"]
+    lengths: Tensor | None = arguments[f"{side}_lengths"]
+    if lengths is not None:
+        mask = torch.arange(arguments[side].shape[1], device=lengths.device) < lengths.unsqueeze(1)
+    return None if mask is None else mask.unsqueeze(2)
+
+
+def _check_gradients(loss: Tensor, inputs: dict[str, Tensor]) -> None:
+    upstream = 0.0
+
+    def check_upstream(gradient: Tensor) -> None:
+        nonlocal upstream
+        check_finite(gradient, "gradient of the loss", "mgiou_loss, backward, from what uses the loss")
+        upstream = gradient.abs().max().item() if gradient.numel() else 0.0
+
+    def check_input(name: str) -> Callable[[Tensor], None]:
+        place = "mgiou_loss, backward, with up to {:.6g} from above"
+        return lambda gradient: check_finite(gradient, f"gradient of {name}", place.format(upstream))
+
+    loss.register_hook(check_upstream)  # type: ignore[no-untyped-call]
+    for name, tensor in inputs.items():
+        if tensor.requires_grad:
+            tensor.register_hook(check_input(name))  # type: ignore[no-untyped-call]
+
+
+def _from_environment(value: str) -> bool:
+    if value not in {"", "0", "1"}:
+        raise ValueError(f"TRITON_MGIOU_DEBUG must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+thread = _Thread()
+switch = Switch()
+switch.turn(_from_environment(os.environ.get("TRITON_MGIOU_DEBUG", "")))

@@ -1,0 +1,226 @@
+"""`GradientMonitor`: how large the gradients are, group by group, and what the steps make of them."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import warnings
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 10  # records before an average is trusted
+TOLD = 3  # groups in a warning
+MEASURES = ("grad_norm", "zero_share", "update_ratio")
+LOST_UPDATE = 1e-7  # of the weights: below float32's rounding
+DEAD_SHARE = 0.99  # of zeros
+
+
+class GradientMonitor:
+    """Follows the gradients of a model, and warns when they vanish or explode.
+
+    Call `record()` once a step, after `backward()`: before clipping to see the gradients as they are, and with a
+    GradScaler after `unscale_`; beside a `TrainingGuard`, after a step that it took. For each group of parameters it
+    takes
+
+    - `grad_norm`: the L2 norm of the gradient,
+    - `zero_share`: the share of its elements that are 0, in 0..1; a parameter without a gradient counts as zeros,
+    - `update_ratio`: the norm of the change of the weights since the last record over the norm of the weights then;
+      about 1e-3 a step is common,
+
+    and an exponential average of each (`decay`, corrected for its start; what is not finite does not enter). After 10
+    records it warns, once until it is over,
+
+    - exploding: the norm is not finite (from the first record on), or above `exploding` times the lowest average that
+      it had; or the average update ratio is above `max_update`;
+    - vanishing: the average norm is at most `vanishing` times that of the strongest group; or the average share of
+      zeros is above 0.99; or the average update ratio is below 1e-7, where float32 rounds the updates away.
+
+    Cost: one wait for the device a record, a few launches for each group, and a copy of the weights.
+
+    Args:
+        model: The module to follow. Parameters that do not require a gradient are left out.
+        depth: How many components of a parameter's name make its group: with 1, "backbone.stem.conv.weight" is in
+            "backbone", with 2 in "backbone.stem".
+        decay: Of the exponential averages, in 0..1 (1 excluded): 0.98 looks back about 50 records.
+        exploding: See above, above 1.
+        vanishing: See above, in 0..1.
+        max_update: See above, above 0.
+        writer: A TensorBoard `SummaryWriter`, or anything with its `add_scalar(tag, value, step)`; gets each measure
+            as "MEASURE/GROUP".
+
+    Raises:
+        TypeError: `model` is no module, or `writer` has no `add_scalar`.
+        ValueError: A number is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        depth: int = 1,
+        decay: float = 0.98,
+        exploding: float = 100.0,
+        vanishing: float = 1e-5,
+        max_update: float = 0.1,
+        writer: Any = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if writer is not None and not callable(getattr(writer, "add_scalar", None)):
+            raise TypeError(f"writer must have add_scalar(tag, value, step), got {type(writer).__name__}")
+        for name, value, is_right, range_ in (
+            ("depth", depth, depth >= 1, "1 or above"),
+            ("decay", decay, 0 <= decay < 1, "in 0..1, 1 excluded"),
+            ("exploding", exploding, exploding > 1, "above 1"),
+            ("vanishing", vanishing, 0 <= vanishing < 1, "in 0..1, 1 excluded"),
+            ("max_update", max_update, max_update > 0, "above 0"),
+        ):
+            if not is_right:
+                raise ValueError(f"{name} must be {range_}, got {value}")
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        self.decay = decay
+        self.exploding = exploding
+        self.vanishing = vanishing
+        self.max_update = max_update
+        self.writer = writer
+        self.records = 0
+        groups: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            groups.setdefault(".".join(name.split(".")[:-1][:depth]) or name, []).append(parameter)
+        self._groups = [_Group(name, parameters, decay) for name, parameters in groups.items()]
+        self._history = array("d")  # step, group, the three measures, their averages
+
+    @torch.no_grad()
+    def record(self, step: int | None = None) -> None:
+        """Measure the gradients that are there and the change of the weights since the last record.
+
+        Args:
+            step: Its number for the table, TensorBoard and warnings; by default records are counted from 1.
+        """
+        self.records += 1
+        step = self.records if step is None else step
+        groups = [group for group in self._groups if any(p.requires_grad for p in group.parameters)]
+        if not groups:
+            return
+        measured = [group.measure() for group in groups]
+        numbers = torch.stack([each.to(measured[0].device) for each in measured]).tolist()
+        for group, values in zip(groups, numbers, strict=True):
+            group.add(values)
+            self._history.extend((step, self._groups.index(group), *group.last, *group.averages))
+            if self.writer is not None:
+                for measure, value in zip(MEASURES, group.last, strict=True):
+                    if not math.isnan(value) or measure == "grad_norm":
+                        self.writer.add_scalar(f"{measure}/{group.name}", value, step)
+        strongest = max((group.averages[0] for group in groups if group.averages[0] > 0), default=0.0)  # not NaN
+        news = []
+        for group in groups:
+            before, group.verdict = group.verdict, self._judge(group, strongest)
+            if group.verdict.partition(":")[0] not in {"", before.partition(":")[0]}:
+                news.append(f"{group.name}: {group.verdict}")
+        if news:
+            more = f"; and {len(news) - TOLD} more, see summary()" if len(news) > TOLD else ""
+            warnings.warn(f"step {step}: {'; '.join(news[:TOLD])}{more}", RuntimeWarning, stacklevel=3)
+
+    def _judge(self, group: _Group, strongest: float) -> str:
+        norm, average, update = group.last[0], group.averages[0], group.averages[2]
+        if not math.isfinite(norm):
+            return f"exploding: gradient norm {norm}"
+        if self.records < WARM_UP:
+            return ""
+        if norm > self.exploding * group.lowest > 0:
+            return f"exploding: gradient norm {norm:.3g}, its average was {group.lowest:.3g}"
+        if update > self.max_update:
+            return f"exploding: a step changes the weights by {update:.1%} on average"
+        if average <= self.vanishing * strongest:
+            return f"vanishing: gradient norm {average:.3g} on average, the strongest group has {strongest:.3g}"
+        if group.averages[1] > DEAD_SHARE:
+            return f"vanishing: {group.averages[1]:.2%} of the gradient are 0 on average"
+        if update < LOST_UPDATE:
+            return f"vanishing: a step changes the weights by {update:.1e} of their norm on average"
+        return ""
+
+    def summary(self) -> str:
+        """The last norm and the averages of each group as a table, with what is wrong with it."""
+        head = ("group", "parameters", "grad_norm", "average", "zero_share", "update_ratio", "")
+        rows = [
+            (
+                group.name,
+                str(sum(parameter.numel() for parameter in group.parameters)),
+                *(f"{value:.3g}" for value in (group.last[0], *group.averages)),
+                group.verdict,
+            )
+            for group in self._groups
+        ]
+        width = max(len(row[0]) for row in (head, *rows))
+        lines = [f"{name:<{width}}" + "".join(f"{cell:>14}" for cell in cells) for name, *cells, _ in (head, *rows)]
+        return "\n".join(f"{line}  {row[-1]}".rstrip() for line, row in zip(lines, (head, *rows), strict=True))
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write all records, one line for each step and group; a ratio that is not known yet is an empty cell.
+
+        Args:
+            path: The file, overwritten if it exists.
+        """
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(("step", "group", *MEASURES, *(f"{measure}_average" for measure in MEASURES)))
+            for start in range(0, len(self._history), 8):
+                step, group, norm, *values = self._history[start : start + 8]
+                cells = ["" if math.isnan(value) else value for value in values]
+                table.writerow((int(step), self._groups[int(group)].name, norm, *cells))
+
+
+class _Group:
+    """Parameters that are looked at together."""
+
+    def __init__(self, name: str, parameters: list[nn.Parameter], decay: float) -> None:
+        self.name = name
+        self.parameters = parameters
+        self.last = [math.nan] * 3  # the measures
+        self.averages = [math.nan] * 3
+        self.lowest = math.inf  # average norm, after the warm-up
+        self.verdict = ""
+        self._decay = decay
+        self._sums = [0.0] * 3
+        self._weights = [0.0] * 3
+        self._count = 0
+        self._before: Tensor | None = None
+
+    def measure(self) -> Tensor:
+        """The measures on the device, shape (3,)."""
+        parameters = [parameter for parameter in self.parameters if parameter.requires_grad]
+        gradient = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+        weights = _flat(parameters)
+        ratio = gradient.new_full((), math.nan)
+        if self._before is not None and self._before.shape == weights.shape:
+            norm = self._before.norm()
+            ratio = torch.where(norm > 0, (weights - self._before).norm() / norm, ratio)
+        self._before = weights
+        zeros = (gradient == 0).sum() / gradient.numel()
+        return torch.stack((gradient.norm(), zeros.to(gradient.dtype), ratio))
+
+    def add(self, values: list[float]) -> None:
+        """Take the measures of a record into the averages."""
+        self.last = values
+        self._count += 1
+        if self._count > WARM_UP:
+            self.lowest = min(self.lowest, self.averages[0])  # before this record
+        for index, value in enumerate(values):
+            if math.isfinite(value):
+                self._sums[index] += (1 - self._decay) * (value - self._sums[index])
+                self._weights[index] += (1 - self._decay) * (1 - self._weights[index])
+                self.averages[index] = self._sums[index] / self._weights[index]
+
+
+def _flat(tensors: list[Any]) -> Tensor:
+    """One vector of all elements, in float32 or above: a new one, even of a single tensor."""
+    device = tensors[0].device
+    parts: Iterator[Tensor] = (t.detach().to_dense() if t.layout != torch.strided else t.detach() for t in tensors)
+    flat = [part.reshape(-1).to(device, torch.promote_types(part.dtype, torch.float32)) for part in parts]
+    return torch.cat(flat)
