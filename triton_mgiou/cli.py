@@ -30,21 +30,13 @@ def main(argv: list[str] | None = None) -> int:
         SystemExit: Status 2 for wrong arguments, 0 after `--help` and `--version`.
     """
     args = _parser().parse_args(argv)
-<<<<<<< HEAD
     if args.command == "diagnose":
         return _diagnose(args.path)
-=======
->>>>>>> h-tuning
     if args.command == "info":
         sys.stdout.write(f"{first_use.info()}\n")
         return 0
     if args.command == "warmup":
         return _warmup(args)
-<<<<<<< HEAD
-=======
-    if args.command == "diagnose":
-        return _diagnose(args.path)
->>>>>>> h-tuning
     try:
         demo.run(epochs=args.epochs, seed=args.seed, device=args.device, batch_size=args.batch_size, out=args.out)
     except demo.DemoError as error:
