@@ -118,7 +118,10 @@ LOSSES: dict[str, Loss] = {
     "boundary 0.25": partial(package, boundary_weight=0.25),
     "length, no axis_grad": partial(package, **HULL),
     "length, no axis_grad, convexity 0.25": partial(package, **HULL, convexity_weight=0.25),
+    "length, no axis_grad, boundary 0.1": partial(package, **HULL, boundary_weight=0.1),
     "length, no axis_grad, boundary 0.25": partial(package, **HULL, boundary_weight=0.25),
+    "length, no axis_grad, boundary 0.5": partial(package, **HULL, boundary_weight=0.5),
+    "length, no axis_grad, boundary 1": partial(package, **HULL, boundary_weight=1.0),
     "length, no axis_grad, convexity 0.25, boundary 0.25": partial(
         package, **HULL, convexity_weight=0.25, boundary_weight=0.25
     ),
