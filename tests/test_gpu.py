@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -260,6 +261,30 @@ def test_a_first_use_is_measured_if_asked_but_not_while_a_graph_is_captured(tune
     assert_close(captured, value, atol=1e-6)
     monkeypatch.setattr(tuner, "measure", fail)
     mgiou_loss(*polygons(700, 3))
+
+
+@pytest.mark.usefixtures("tuner")
+def test_another_thread_may_use_the_gpu_while_a_layout_is_measured():
+    """As the thread of a DataLoader that pins memory: it must not fail, nor make the measurement fail."""
+    stop, pinned, failures = threading.Event(), [], []
+
+    def pin():
+        try:
+            while not stop.is_set():
+                pinned.append(torch.empty(1 << (12 + len(pinned) % 12)).pin_memory().numel())
+        except RuntimeError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=pin)
+    thread.start()
+    try:
+        (result, *_) = warmup((4,), (512,))
+    finally:
+        stop.set()
+        thread.join(60)
+    assert result.source == "tuned"
+    assert failures == []
+    assert len(pinned) > 10
 
 
 def test_a_layout_that_spills_or_does_not_compile_is_left_out(tuner):
