@@ -201,6 +201,8 @@ def test_convergence_numbers():
         for seed in seeds:
             assert other[seed] == reported[seed] | {"loss_name": other[seed]["loss_name"]}, "they change no digit"
     assert all(run["zero_gradients"] == [0, 0, 0] for run in reported + published), "no vertex is without a gradient"
+    with_path = convergence_rows("digits", "scattered", "boundary 0.25")
+    assert sum(run["ap50"] < 0.5 for run in with_path) == 1, "one of the five networks"
     unrelated = {tuple(each["sides"]): each["loss"] for each in results("convergence")["unrelated_objects"]}
     text = section(WHY).replace("\n", " ")
     assert f"{unrelated[0.05, 0.2]:.2f} is the mean loss between two unrelated objects of 5 to 20 %" in text
