@@ -206,7 +206,6 @@ def by_line(function: Any, files: set[str], repetitions: int) -> list[dict[str, 
 def tuning(save: Any) -> None:
     """One variant after the other, so that a run that is cut off keeps what it has."""
     import torch  # noqa: PLC0415
-    import triton.testing  # noqa: PLC0415
 
     import triton_mgiou  # noqa: PLC0415
     from triton_mgiou import autotune  # noqa: PLC0415
@@ -226,7 +225,7 @@ def tuning(save: Any) -> None:
             return kept
 
         def do_bench(function: Any, quantiles: Any) -> Any:
-            result = triton.testing.do_bench(function, quantiles=quantiles)
+            result = autotune.graph_bench(function, quantiles)
             times.append(result[0] * 1e3)
             return result
 

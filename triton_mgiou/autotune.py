@@ -6,7 +6,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.testing
 from torch import Tensor
 
 from triton_mgiou import tuning
@@ -200,6 +201,12 @@ def record(launch: Launch) -> tuple[Any, tuple[Any, ...]]:
     return mgiou_kernel, arguments[: mgiou_kernel.arg_names.index("POLYGONS")]
 
 
+def graph_bench(function: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
+    """Milliseconds of the GPU alone: launched one by one, small batches would only show how slow the host is."""
+    times: list[float] = triton.testing.do_bench_cudagraph(function, quantiles=quantiles)
+    return times
+
+
 def measure(
     kernel: Any, arguments: tuple[Any, ...], layouts: list[Layout], do_bench: Callable[..., Any] | None = None
 ) -> Entry:
@@ -209,7 +216,7 @@ def measure(
         kernel: The jitted function.
         arguments: All before its layout.
         layouts: The default first.
-        do_bench: Called with a function and the quantiles wanted of its time, in milliseconds; Triton's own if None.
+        do_bench: Called with a function and the quantiles wanted of its time, in milliseconds; `graph_bench` if None.
 
     Returns:
         The fastest layout that compiles, holds all it needs in registers and gives what the default gives; the default
@@ -229,7 +236,7 @@ def measure(
     configs = {layout: _config(layout) for layout in (default, *_that_fit(kernel, arguments, others))}
     if len(configs) == 1:
         return Entry(default, None, None)
-    tuner = triton.autotune(list(configs.values()), key=[], do_bench=do_bench)(kernel)
+    tuner = triton.autotune(list(configs.values()), key=[], do_bench=do_bench or graph_bench)(kernel)
     tuner[grid](*arguments)
     us = {layout: tuner.configs_timings[config][0] * 1e3 for layout, config in configs.items()}
     expected = outputs(default)

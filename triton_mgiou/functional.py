@@ -232,7 +232,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not abs(float(value)) < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")

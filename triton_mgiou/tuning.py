@@ -52,7 +52,7 @@ class Space(NamedTuple):
 # more slots. The number of stages is not here: it pipelines only loads that feed a matrix product, and changes nothing.
 SEARCH = {
     (4, False): Space((2, 4), (1,), (1, 2), (168,)),
-    (4, True): Space((2, 4), (1, 2), (1, 4), (168,)),
+    (4, True): Space((2, 4), (1, 2), (1, 4), (128, 168)),
     (8, False): Space((2, 4, 8), (1,), (1, 2), (168,)),
     (8, True): Space((4, 8), (1, 2), (1, 4), (255,)),
     (16, False): Space((2, 4, 8), (1,), (1, 2), (168,)),
