@@ -157,7 +157,7 @@ def test_the_gradient_is_that_of_the_term_and_the_targets_is_none(backend):
         _, *with_term = backend.value_and_gradient(pred, target, wrt=("pred", "target"), boundary_weight=1.0, **options)
         parts.append(with_term[0] - plain[0])
         assert_same(with_term[1], plain[1], "gradient of the target")
-    assert parts[0].abs().amax() > 0.01
+    assert (parts[0].abs().amax(-1) > 1e-4).all(), "every vertex has a gradient"
     for part in parts[1:]:
         assert_gradient_close(part, parts[0], rtol=1e-10)
 

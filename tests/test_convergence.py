@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,15 +13,22 @@ from helpers import assert_close, assert_gradient_close, assert_zero, convex, ge
 
 from triton_mgiou import mgiou_loss
 
-PATH = Path(__file__).parent.parent / "bench" / "convergence" / "losses.py"
+FOLDER = Path(__file__).parent.parent / "bench" / "convergence"
 SUSPECTS = ["reported, no nan_to_num", "reported, no clamp", "reported, not sorted by angle"]
 
 
-@pytest.fixture(scope="module")
-def losses():
-    spec = importlib.util.spec_from_file_location("convergence_losses", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+@pytest.fixture
+def losses(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("losses")
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    module = importlib.import_module("run")
+    for name, value in {"EPOCHS": 2, "STEPS": 60, "TARGETS": 3, "CURVE_POINTS": 2}.items():
+        monkeypatch.setattr(module, name, value)
     return module
 
 
@@ -81,3 +90,50 @@ def test_the_mix_goes_from_one_loss_to_the_other(losses):
     assert_close(mix(*given, 0.0), l1(*given, 0.0), atol=0)
     assert_close(mix(*given, 1.0), end(*given, 1.0), atol=0)
     assert_close(mix(*given, 0.25), 0.75 * l1(*given, 0.0) + 0.25 * end(*given, 0.0), atol=1e-12)
+
+
+@pytest.mark.parametrize(("task", "start"), [("digits", "scattered"), ("vertices", "random")])
+def test_seeds_that_train_together_are_as_if_alone(run, task, start):
+    name = "length, no axis_grad, boundary 0.25"
+    together = run.run((task, start, name, [0, 1]))
+    (alone,) = run.run((task, start, name, [1]))
+    assert [row["seed"] for row in together] == [0, 1]
+    assert together[0]["loss"] != together[1]["loss"]
+    for key in ("loss", "gradient_norm", "loss_curve"):
+        assert together[1][key] == pytest.approx(alone[key], rel=2e-3), key
+    assert together[1]["hull_iou"] == pytest.approx(alone["hull_iou"], abs=5e-3)
+    assert len(alone["ap50_curve"]) == 2
+
+
+def test_judge(run):
+    """The square itself, a bow-tie of its corners, and the square moved by half its side."""
+    square = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    polygons = [square, square[[0, 2, 1, 3]], square + torch.tensor([0.5, 0.0])]
+    targets = torch.cat((square, torch.full((2, 2), math.nan))).expand(3, 6, 2)
+    result = run.judge(torch.stack(polygons), targets, torch.tensor([4, 4, 4]))
+    assert result["polygon_iou"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+    assert result["hull_iou"] == pytest.approx((1 + 1 + 1 / 3) / 3)
+    assert result["self_crossing"] == pytest.approx(1 / 3)
+    assert (result["ap50"], result["ap75"], result["ap90"]) == pytest.approx((2 / 3, 1 / 3, 1 / 3))
+
+
+def test_the_watch_counts_vertices_without_a_gradient(run):
+    watch = run.Watch()
+    gradient = torch.zeros(2, 4, 2)
+    gradient[0, 1, 0], gradient[1, 2] = 3.0, torch.tensor([0.0, -4.0])
+    for _ in range(30):
+        watch.step(torch.tensor([1.0, 2.0]), gradient)
+    summary = watch.summary()
+    assert summary["zero_gradients"] == [0.75] * 3
+    assert summary["gradient_norm"] == [3.5] * 3
+    assert summary["loss"] == [1.5] * 3
+
+
+def test_the_results_are_written_and_shown(run, tmp_path):
+    rows = run.run(("vertices", "tiny", "reported", [0, 1]))
+    run.write(tmp_path / "results.json", {"what": "a test", "rows": rows})
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == {"what": "a test", "rows": rows}
+    (line,) = (line for line in run.report.table(rows).splitlines() if line.startswith("reported"))
+    assert f"{(rows[0]['polygon_iou'] + rows[1]['polygon_iou']) / 2:.3f}" in line
+    run.report.draw(tmp_path / "figure.png", rows)
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

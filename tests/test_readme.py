@@ -201,6 +201,8 @@ def test_convergence_numbers():
         for seed in seeds:
             assert other[seed] == reported[seed] | {"loss_name": other[seed]["loss_name"]}, "they change no digit"
     assert all(run["zero_gradients"] == [0, 0, 0] for run in reported + published), "no vertex is without a gradient"
+    with_path = convergence_rows("digits", "scattered", "boundary 0.25")
+    assert sum(run["ap50"] < 0.5 for run in with_path) == 1, "one of the five networks"
     unrelated = {tuple(each["sides"]): each["loss"] for each in results("convergence")["unrelated_objects"]}
     text = section(WHY).replace("\n", " ")
     assert f"{unrelated[0.05, 0.2]:.2f} is the mean loss between two unrelated objects of 5 to 20 %" in text
@@ -279,6 +281,14 @@ def no_vertex():
             assert_zero(each)
 
 
+def no_area():
+    square, line = box(0, 0, 2, 2), torch.tensor([[[0.0, 0.0], [1.0, 1.0], [3.0, 3.0]]])
+    for pred, target, term in [(square, line, 0.0), (line, 2 * line, 0.0), (line, square, 1.0)]:
+        plain, with_term = (value_and_gradients(pred, target, boundary_weight=weight) for weight in (0.0, 1.0))
+        torch.testing.assert_close(with_term[0], plain[0] + term)
+        assert_same(with_term[1], plain[1])
+
+
 def equal_projections():
     line = torch.tensor([[[0.0, 0.0], [1.0, 1.0], [3.0, 3.0]]])
     for each in value_and_gradients(line, 2 * line[:, 1:]):
@@ -325,6 +335,7 @@ DEGENERATE = {
     "one polygon is a single point": one_point,
     "both are single points": two_points,
     "no real vertex on a side (a length of 0)": no_vertex,
+    "a target without an area": no_area,
     "all projections equal on an axis": equal_projections,
     "any finite float32, up to 3e38 or subnormal": any_finite,
     "NaN or Inf in a real vertex": nan_in_a_vertex,

@@ -65,9 +65,7 @@ def table(rows: Rows) -> str:
 
 def draw(path: Path, rows: Rows) -> None:
     """Training loss above, test AP50 below, for each start; every seed is a line."""
-    panels = [("digits", start) for start in ("circle", "scattered")] + [
-        ("vertices", start) for start in ("random", "tiny")
-    ]
+    panels = [("digits", "scattered"), ("digits", "circle"), ("vertices", "random"), ("vertices", "tiny")]
     figure = Figure(figsize=(4 * len(panels), 6.5), layout="constrained")
     axes = figure.subplots(2, len(panels), sharex=True, sharey="row")
     for column, (task, start) in enumerate(panels):

@@ -7,7 +7,8 @@ from a circle around the image, as in the demo, or as PyTorch makes it ("scatter
 in no order, which is what an ordinary polygon head starts from). "vertices" moves 12 free vertices to 24 random convex
 polygons by Adam, 400 steps, from four starts. Polygons are judged in the order of their vertices (see the demo).
 
-Every finished row is written at once, and an existing file is continued. Writes a figure next to the results.
+Every finished training is written at once, and an existing file is continued. Writes a figure next to the results,
+and at the end a table to the screen.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def digits(loss: Loss, start: str, seeds: list[int]) -> list[dict[str, Any]]:
             polygons = torch.cat([network(data.images[b]) for network, b in zip(networks, batches, strict=True)])
             chosen = torch.cat(batches)
             losses = loss(polygons, data.targets[chosen], data.lengths[chosen], step / steps)
-            (gradient,) = torch.autograd.grad(losses.sum(), polygons, retain_graph=True)
+            (gradient,) = torch.autograd.grad(losses.sum(), polygons)
             optimizer.zero_grad()
             polygons.backward(gradient / len(batches[0]))
             optimizer.step()
@@ -130,11 +131,8 @@ def make_network(start: str, seed: int) -> torch.nn.Module:
 
 def judge_network(network: torch.nn.Module, images: Tensor, targets: Tensor, lengths: Tensor) -> dict[str, float]:
     """`judge` what it predicts."""
-    network.eval()
     with torch.no_grad():
-        polygons = network(images)
-    network.train()
-    return judge(polygons, targets, lengths)
+        return judge(network(images), targets, lengths)
 
 
 def vertices(loss: Loss, start: str, seeds: list[int]) -> list[dict[str, Any]]:
