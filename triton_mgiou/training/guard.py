@@ -56,7 +56,7 @@ class TrainingGuard:
     Under DistributedDataParallel, or wherever torch.distributed is initialised, all processes skip and raise together,
     and rank 0 writes. Each must call `step` equally often. Sharded parameters (FSDP) are not supported.
 
-    Cost: one wait for the device a step (a GradScaler adds two of its own), two reductions over gradients and state,
+    Cost: one wait for the device a step (a GradScaler adds three of its own), two reductions over gradients and state,
     one small all-reduce between processes, and one more copy of weights, buffers and optimizer state in memory.
     Buffers that are not finite when the guard is made, such as masks of -Inf, are not checked.
 
