@@ -646,3 +646,9 @@ def test_a_rank_that_never_answers_is_not_waited_for_for_ever(monkeypatch):
     decision = autotune.Decision(CASE, DEFAULT, None, "default")
     with pytest.warns(RuntimeWarning, match="no rank decided"):
         assert autotune._agree(CHIP, CASE, lambda: decision) == decision
+
+
+def test_a_store_that_only_stands_for_one(monkeypatch):
+    monkeypatch.setattr(autotune, "_store", torch.distributed.Store)  # no method works
+    decision = autotune.Decision(CASE, DEFAULT, None, "default")
+    assert autotune._agree(CHIP, CASE, lambda: decision) == decision

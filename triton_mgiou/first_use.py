@@ -150,9 +150,10 @@ def _training_step(
             shape = (batch, vertices) if name.endswith("mask") else (batch,)
             value = vertices if name.endswith("lengths") else 1
             given[name] = torch.full(shape, value, dtype=usual if kind is True else kind, device=device)
-    loss = mgiou_loss(pred.requires_grad_(gradient), target, backend="triton", **given)
-    if gradient:
-        loss.sum().backward()  # type: ignore[no-untyped-call]
+    with torch.enable_grad():
+        loss = mgiou_loss(pred.requires_grad_(gradient), target, backend="triton", **given)
+        if gradient:
+            loss.sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _polygons(batch: int, vertices: int, device: torch.device, seed: int) -> Tensor:
