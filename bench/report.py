@@ -80,6 +80,8 @@ def markdown(result: dict[str, Any]) -> str:
     """The whole report but for the figures."""
     rows = result["rows"]
     parts = [f"# Speed on {result['device']}", machine_text(result)]
+    if result["rates"]:
+        parts.append(f"## In short\n\n{SHORT_TEXT}\n\n{training_table(rows)}\n\n{large_table(rows, result['rates'])}")
     parts.append(f"## Times and memory\n\n{TIMES_TEXT}\n\n{times_table(rows)}")
     if result["rates"]:
         parts.append(f"## Roofline\n\n{rates_text(result['rates'])}\n\n{roofline_table(rows, result['rates'])}")
@@ -89,6 +91,10 @@ def markdown(result: dict[str, Any]) -> str:
     parts.append(f"## Not here\n\n{absent_text(result)}")
     return "\n\n".join(parts) + "\n"
 
+
+SHORT_TEXT = """Forward and backward in float32, microseconds in a loop and in a row of ten in a CUDA graph; then large
+batches on the GPU: the kernel's one launch, the share of the roofline that it reaches with the gradient, steps, and
+the memory that they allocate at most. "compiled" is the reference under `torch.compile(dynamic=True)`."""
 
 TIMES_TEXT = """Microseconds. A step is forward and backward of a mean loss. "Loop" is wall time in a loop, host
 included; "x" is its ratio to the first peer of the size, taken in turns with it. "GPU" is one replay of a CUDA graph
@@ -111,6 +117,61 @@ def machine_text(result: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
+def training_table(rows: Iterable[Row]) -> str:
+    """Steps at the sizes of training, in a loop and in a CUDA graph."""
+    loop = ("kernel", "smooth L1", "L1", "compiled dynamic", "reference")
+    graph = ("kernel", "smooth L1", "L1")
+    found, sizes = _group(rows, "training")
+    return table(
+        "B x N | loop: kernel | smooth L1 | L1 | compiled | reference | graph: kernel | smooth L1 | L1",
+        (
+            [
+                f"{batch} x {vertices}",
+                *(number(_get(found, (batch, vertices, peer), "wall_us", "step")) for peer in loop),
+                *(number(_get(found, (batch, vertices, peer), "graph_us")) for peer in graph),
+            ]
+            for batch, vertices in sizes
+        ),
+    )
+
+
+def large_table(rows: Sequence[Row], rates: dict[str, float]) -> str:
+    """Large batches on the GPU."""
+    peers = ("kernel", "compiled dynamic", "reference")
+    found, sizes = _group(rows, "large")
+    launched = [row for row in roofline_rows(found.values(), rates) if row["gradient"]]
+    shares = {(row["batch"], row["vertices"]): row["fraction"] for row in launched}
+    launches = "launch: value | value and gradient | of the bound"
+    return table(
+        f"B x N | {launches} | step: kernel | compiled | reference | MiB: kernel | compiled | reference",
+        (
+            [
+                f"{batch} x {vertices}",
+                number(_get(found, (batch, vertices, "kernel"), "launch_us", "value")),
+                number(_get(found, (batch, vertices, "kernel"), "launch_us", "value and gradient")),
+                percent(shares.get((batch, vertices))),
+                *(number(_get(found, (batch, vertices, peer), "gpu_us", "step")) for peer in peers),
+                *(mebibytes(_get(found, (batch, vertices, peer), "memory_bytes")) for peer in peers),
+            ]
+            for batch, vertices in sizes
+        ),
+    )
+
+
+def _group(rows: Iterable[Row], name: str) -> tuple[dict[tuple[Any, ...], Row], list[tuple[int, int]]]:
+    """The rows in float32, by size and peer, and the sizes of a group, as the kernel was measured at them."""
+    found = {(row["batch"], row["vertices"], row["peer"]): row for row in rows if row["dtype"] == "float32"}
+    return found, [key[:2] for key, row in found.items() if (row["group"], row["peer"]) == (name, "kernel")]
+
+
+def _get(found: dict[tuple[Any, ...], Row], key: tuple[Any, ...], *path: str) -> Any:
+    """What stands there, or None if it was not measured."""
+    value: Any = found.get(key)
+    for name in path:
+        value = None if value is None else value.get(name)
+    return value
+
+
 def times_table(rows: Iterable[Row]) -> str:
     """Every row, by type and size."""
     times = "loop: forward | loop: step | x | GPU: forward | GPU: step | graph: step"
@@ -129,7 +190,7 @@ def times_table(rows: Iterable[Row]) -> str:
                 number(row.get("gpu_us", {}).get("forward")),
                 number(row.get("gpu_us", {}).get("step")),
                 number(row.get("graph_us")),
-                "-" if row.get("memory_bytes") is None else f"{row['memory_bytes'] / 2**20:.1f}",
+                mebibytes(row.get("memory_bytes")),
                 f"{row['value_error']:.0e}",
                 f"{row['gradient_error']:.0e}",
             ]
@@ -176,7 +237,7 @@ def roofline_table(rows: Iterable[Row], rates: dict[str, float]) -> str:
                 "value and gradient" if row["gradient"] else "value",
                 number(row["measured_us"]),
                 *(number(row["bounds_us"][name]) for name in names),
-                f"{100 * row['fraction']:.0f} %",
+                percent(row["fraction"]),
             ]
             for row in found
         ),
@@ -248,6 +309,16 @@ def number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def mebibytes(value: float | None) -> str:
+    """Bytes in MiB."""
+    return number(None if value is None else value / 2**20)
+
+
+def percent(value: float | None) -> str:
+    """A share."""
+    return "-" if value is None else f"{100 * value:.0f} %"
 
 
 def peers_of(rows: Iterable[Row]) -> list[str]:

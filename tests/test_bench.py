@@ -28,7 +28,14 @@ def errors(loss, batch=2 * peers.BLOCK, **options):
 
 
 def row_of(peer, batch, vertices, step, **more):
-    row = {"peer": peer, "quantity": "MGIoU loss", "dtype": "float32", "batch": batch, "vertices": vertices}
+    row = {
+        "peer": peer,
+        "quantity": "MGIoU loss",
+        "dtype": "float32",
+        "batch": batch,
+        "vertices": vertices,
+        "group": "large",
+    }
     times = {"wall_us": {"step": step, "forward": step / 2}, "wall_ratio": {"step": 1.0, "forward": 1.0}}
     return {**row, "value_error": 1e-8, "gradient_error": 2e-7, **times, **more}
 
@@ -254,6 +261,8 @@ def test_a_report_from_a_gpu(tmp_path):
     whole = report.merged([result_of(rows, rates=RATES, launches={"batch": 4096, "vertices": 8, "kernel": 3})])
     text = report.markdown(whole)
     assert "| 1048576 x 8 | float32 | kernel | 50.0 | 100 | 1.00 | 6.00 | 1056 | 1054 | 64.0 | 1e-08 | 2e-07 |" in text
+    # 2^20 pairs: 3244 operations over 4 * 10^12 a second, and 1020 of selection over 10^12
+    assert "| 1048576 x 8 | 6.00 | 8.00 | 13369 % | 1056 | - | - | 64.0 | - | - |" in text
     assert "4.0 multiply-add, 1.0 min or max" in text
     assert "one step at 4096 x 8:\n\n- kernel: 3\n" in text
     assert text.endswith("Every peer ran at every size.\n")
