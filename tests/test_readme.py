@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import assert_same, assert_zero, box, convex, generator, random_boxes, rectangle_corners
 
+from bench import report
 from triton_mgiou import MGIoULoss, demo, mgiou_loss, modules
 from triton_mgiou.training import AlphaSchedule, schedules
 
@@ -351,6 +352,15 @@ def test_every_degenerate_case_has_a_check():
 @pytest.mark.parametrize("check", DEGENERATE.values(), ids=DEGENERATE)
 def test_degenerate_cases(check):
     check()
+
+
+def test_the_report_is_that_of_the_results():
+    result = report.merged([json.loads((ROOT / "bench/results/cpu.json").read_text())])
+    assert (ROOT / "bench/results/cpu.md").read_text() == report.markdown(result)
+    assert "(bench/results/cpu.md)" in section("Speed")
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", section("Speed"))
+    assert len(pictures) == 2
+    assert all((ROOT / picture).stat().st_size > 10_000 for picture in pictures)
 
 
 def test_the_speed_tables_are_the_results():
