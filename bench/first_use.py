@@ -29,8 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("first", "host", "tuning", "training")
-VARIANTS = [(vertices, batch) for vertices in (4, 8, 16, 32, 64) for batch in (512, 65536)]
-WARM = [(vertices, batch) for vertices, batch in VARIANTS if vertices <= 16]
+VARIANTS = [(vertices, batch) for vertices in (4, 8, 16, 32) for batch in (512, 65536)]
 STEPS = 2000
 
 FIRST = """
@@ -207,8 +206,7 @@ def tuning(save: Any) -> None:
     """One variant after the other, so that a run that is cut off keeps what it has."""
     import torch  # noqa: PLC0415
 
-    import triton_mgiou  # noqa: PLC0415
-    from triton_mgiou import autotune  # noqa: PLC0415
+    from triton_mgiou import autotune, first_use, ops  # noqa: PLC0415
 
     rows: list[dict[str, Any]] = []
     measure, fit = autotune.measure, autotune._that_fit
@@ -248,18 +246,20 @@ def tuning(save: Any) -> None:
         return entry
 
     autotune.measure = timed_measure
+    ops.forget_plans()
+    device, types = torch.device("cuda"), (torch.float32, torch.float32)
     for vertices, batch in VARIANTS:
-        before = len(rows)
-        start = time.perf_counter()
-        results = triton_mgiou.warmup((vertices,), (batch,))
-        seconds = time.perf_counter() - start
-        for row, result in zip(rows[before:], results, strict=True):
-            row |= {"vertices": vertices, "batch": batch, "gradient": result.gradient, "gain": result.gain}
+        for gradient in (True, False):
+            start = time.perf_counter()
+            with autotune.requested(tune=True):
+                first_use._training_step((vertices, vertices), types, batch, gradient, device, {})
+            row = rows[-1]
+            row |= {"vertices": vertices, "batch": batch, "gradient": gradient}
+            row["seconds"]["with the first call"] = time.perf_counter() - start
             best = sorted(row["us"].items(), key=lambda pair: pair[1])[:3]
-            print(vertices, batch, "gradient" if result.gradient else "value", row["seconds"], flush=True)  # noqa: T201
-            print("    default", f"{next(iter(row['us'].values())):.2f} us, chosen {row['chosen']}", best)  # noqa: T201
-        print(f"    {seconds:.1f} s with both", flush=True)  # noqa: T201
-        save({"rows": rows, "device": torch.cuda.get_device_name()})
+            print(vertices, batch, "gradient" if gradient else "value", row["seconds"], "gain", row["gain"])  # noqa: T201
+            print("    default", f"{next(iter(row['us'].values())):.2f} us, best", best, flush=True)  # noqa: T201
+            save({"rows": rows})
     autotune.measure = measure
 
 
@@ -271,7 +271,7 @@ def training(save: Any) -> None:
     from triton_mgiou import autotune, first_use, ops  # noqa: PLC0415
 
     start = time.perf_counter()
-    triton_mgiou.warmup(sorted({vertices for vertices, _ in WARM}), sorted({batch for _, batch in WARM}), tune=False)
+    triton_mgiou.warmup((4, 8), (512, 65536), tune=False)
     result: dict[str, Any] = {"warm-up seconds": time.perf_counter() - start, "steps": STEPS, "tuned": 0}
     measure = autotune.measure
 
@@ -284,7 +284,7 @@ def training(save: Any) -> None:
     before = len(kernels)
     rng = random.Random(0)
     device = torch.device("cuda")
-    pool = {n: [first_use._polygons(70_000, n, device, seed) for seed in range(2)] for n in range(3, 17)}
+    pool = {n: [first_use._polygons(70_000, n, device, seed) for seed in range(2)] for n in range(3, 9)}
     slowest = 0.0
     for _ in range(STEPS):
         batch, n = int(70_000 ** rng.random()) - 1, rng.choice(list(pool))

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from helpers import assert_close, assert_gradient_close, assert_same, convex, generator, star
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from triton_mgiou import mgiou_loss
@@ -59,6 +60,22 @@ def test_backward_twice_and_checkpoint(kernels):
     assert_same(torch.autograd.grad(loss, pred)[0], first)
     again = checkpoint(lambda p: mgiou_loss(p, target, backend="triton"), pred, use_reentrant=False)
     assert_same(torch.autograd.grad(again, pred)[0], first)
+
+
+def test_backward_is_one_operation_and_in_place_where_nobody_comes_again(kernels):
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, _types, arguments=(), keywords=None):
+            names.append(operation.overloadpacket.__name__)
+            return operation(*arguments, **keywords or {})
+
+    pred, target = polygons(kernels)
+    loss = mgiou_loss(pred.requires_grad_(), target, backend="triton")
+    upstream = torch.ones((), device=kernels.device)
+    for retain_graph, expected in ((True, "mul"), (False, "mul_")):
+        names = []
+        with Operations():
+            torch.autograd.grad(loss, pred, upstream, retain_graph=retain_graph)
+        assert [name for name in names if name not in ("detach", "alias")] == [expected]
 
 
 def test_double_backward_is_refused(kernels):

@@ -98,15 +98,15 @@ def kernels(backend, monkeypatch):
     return ops
 
 
-@pytest.mark.parametrize("size", [4, 8])
-def test_every_way_to_spread_vertices_over_lanes_is_right(backend, kernels, size, monkeypatch):
+def test_every_way_to_spread_vertices_over_lanes_is_right(backend, kernels, monkeypatch):
+    size = 8
     rng = generator(size)
     pred, target = star(2, size - 1, rng), convex(2, size, rng)
     expected = mgiou_loss(pred.requires_grad_(), target, backend="eager")
     (gradient,) = torch.autograd.grad(expected, pred)
     cases = [Case(size, size, large, "") for large in (False, True)]
     layouts = {layout.lanes: layout._replace(polygons=2) for case in cases for layout in tuning.candidates(case)}
-    assert len(layouts) >= 2
+    assert set(layouts) == {1, 2, 4}
     for layout in layouts.values():
         monkeypatch.setattr(tuning, "interpreter_layout", lambda *_, layout=layout: layout)
         kernels.forget_plans()
