@@ -22,7 +22,7 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
-from triton_mgiou import mgiou_loss
+from triton_mgiou import PAPER, mgiou_loss
 from triton_mgiou.functional import kernels_unavailable
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))  # no package, and needs nothing installed
@@ -49,11 +49,12 @@ class Peer:
     name: str
     quantity: str
     loss: Loss  # mean over the batch
-    exact: Callable[[Points, Points], float]  # the same for one sample, in float64
+    exact: Callable[..., float]  # the same for one sample, in float64
     prepare: Callable[[Tensor], Tensor] = lambda polygons: polygons  # its kind of input; not timed
     refuses: Callable[[int, int], str | None] = lambda _batch, _vertices: None  # why not at this B and N
     graph: bool = True  # whether a CUDA graph can hold it; a capture that fails could end the run
     compiled: bool = False
+    holds: bool = False  # whether `exact` takes as a third argument the prediction whose axes have no gradient
 
 
 def polygons(batch: int, vertices: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -78,7 +79,7 @@ def errors(peer: Peer, batch: int, vertices: int, dtype: torch.dtype, device: to
         The error of the mean loss, with and without a gradient asked for, and the error that `SURE` of the samples'
         derivatives in a random direction keep, over the root mean square of these derivatives.
     """
-    value, slopes, direction = _expected(peer.exact, peer.prepare, vertices, dtype)
+    value, slopes, direction = _expected(peer.exact, peer.holds, peer.prepare, vertices, dtype)
     pred, target = (peer.prepare(each) for each in polygons(batch, vertices, dtype, device))
     values = [] if peer.compiled else [peer.loss(pred, target)]
     leaf = pred.requires_grad_()
@@ -93,15 +94,16 @@ def errors(peer: Peer, batch: int, vertices: int, dtype: torch.dtype, device: to
 
 @cache
 def _expected(
-    exact: Callable[[Points, Points], float], prepare: Callable[[Tensor], Tensor], vertices: int, dtype: torch.dtype
+    exact: Callable[..., float], holds: bool, prepare: Callable[[Tensor], Tensor], vertices: int, dtype: torch.dtype
 ) -> tuple[float, Tensor, Tensor]:
     """Mean loss of the block, each sample's derivative in a random direction, and these directions."""
     preds, targets = (prepare(each).double().numpy() for each in _block(vertices, dtype))
     directions = torch.randn(preds.shape, generator=generator(0), dtype=torch.float64)
     values, slopes = [], []
     for pred, target, direction in zip(preds, targets, directions.numpy(), strict=True):
+        held = (pred,) if holds else ()
         values.append(exact(pred, target))
-        ahead, behind = (exact(pred + step * direction, target) for step in (STEP, -STEP))
+        ahead, behind = (exact(pred + step * direction, target, *held) for step in (STEP, -STEP))
         slopes.append((ahead - behind) / (2 * STEP))
     return sum(values) / len(values), torch.tensor(slopes, dtype=torch.float64), directions
 
@@ -120,6 +122,7 @@ def find_peers(device: torch.device) -> tuple[list[Peer], dict[str, str]]:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     reason = "TRITON_INTERPRET is set" if interpreted else kernels_unavailable(device)
     add(reason, "kernel", MGIOU, kernel, exact_mgiou)
+    add(reason, "kernel, defaults", "MGIoU and boundary", kernel_defaults, exact_defaults, holds=True)
     add(None, "reference", MGIOU, reference, exact_mgiou, refuses=_keeps_projections)
     for name, dynamic, loss in (("compiled", False, compiled), ("compiled dynamic", True, compiled_dynamic)):
         options = {"refuses": _keeps_projections, "compiled": True}
@@ -162,23 +165,28 @@ MGIOU = "MGIoU loss"
 
 
 def kernel(pred: Tensor, target: Tensor) -> Tensor:
-    """This package's kernel."""
+    """This package's kernel, with the paper's loss."""
+    return mgiou_loss(pred, target, backend="triton", **PAPER)
+
+
+def kernel_defaults(pred: Tensor, target: Tensor) -> Tensor:
+    """The same with the defaults."""
     return mgiou_loss(pred, target, backend="triton")
 
 
 def reference(pred: Tensor, target: Tensor) -> Tensor:
     """This package's reference in eager PyTorch."""
-    return mgiou_loss(pred, target, backend="eager")
+    return mgiou_loss(pred, target, backend="eager", **PAPER)
 
 
 def compiled(pred: Tensor, target: Tensor) -> Tensor:
     """The reference once more: the compiler keeps its graphs by function, and must not share these two."""
-    return mgiou_loss(pred, target, backend="eager")
+    return mgiou_loss(pred, target, backend="eager", **PAPER)
 
 
 def compiled_dynamic(pred: Tensor, target: Tensor) -> Tensor:
     """And once more."""
-    return mgiou_loss(pred, target, backend="eager")
+    return mgiou_loss(pred, target, backend="eager", **PAPER)
 
 
 def angle_sorted_loss(pred: Tensor, target: Tensor) -> Tensor:
@@ -228,6 +236,13 @@ def rotated_boxes(vertices: Tensor) -> Tensor:
 def exact_mgiou(pred: Points, target: Points) -> float:
     """The paper's Algorithm 1."""
     return float(brute_force.sample_loss(pred.tolist(), target.tolist()))
+
+
+def exact_defaults(pred: Points, target: Points, held: Points | None = None) -> float:
+    """MGIoU by edge lengths and a quarter of the boundary term, on the axes of `held` in the place of `pred`."""
+    p, g = pred.tolist(), target.tolist()
+    base = (p if held is None else held.tolist(), g)
+    return float(brute_force.sample_loss(p, g, "length", 0.0, 0.25, base=base, axis_grad=False))
 
 
 def exact_two_axes(pred: Points, target: Points) -> float:

@@ -26,6 +26,7 @@ GROWTH_VERTICES = 8  # the N of the figures and exponents over B, and the least 
 BUSY = 64  # exponents over B start at the largest B over this: below it, a GPU does not notice the batch
 STYLES = {
     "kernel": {"color": "black", "linestyle": "-", "marker": "o", "linewidth": 2.4},
+    "kernel, defaults": {"color": "black", "linestyle": "-", "marker": "*"},
     "reference": {"color": "0.35", "linestyle": "-", "marker": "s"},
     "compiled": {"color": "0.35", "linestyle": "", "marker": "X", "markersize": 8},
     "compiled dynamic": {"color": "0.35", "linestyle": "--", "marker": "x"},

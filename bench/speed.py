@@ -41,7 +41,7 @@ class Group(NamedTuple):
     rounds: int = 3
 
 
-CHEAPEST = ("kernel", "reference", "smooth L1", "L1")
+CHEAPEST = ("kernel", "kernel, defaults", "reference", "smooth L1", "L1")
 GPU_GROUPS = {
     "training": Group([(batch, n) for n in (4, 8) for batch in (512, 4096, 16384, 65536)], rounds=5),
     "large": Group([(2**20, 4), (2**20, 8), (2**18, 16), (65536, 32), (16384, 64)], (*CHEAPEST, "angle-sorted")),

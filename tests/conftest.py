@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
-from triton_mgiou import mgiou_loss
+from triton_mgiou import PAPER, mgiou_loss
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_KERNELS = importlib.util.find_spec("triton_mgiou.ops") is not None
@@ -53,7 +53,8 @@ class Backend:
     device: str
 
     def loss(self, pred, target, **options):
-        return mgiou_loss(pred, target, backend=self.name, **options)
+        """The paper's loss, and the options: `brute_force.loss` has the same defaults."""
+        return mgiou_loss(pred, target, backend=self.name, **PAPER | options)
 
     def value_and_gradient(self, pred, target, upstream=None, wrt=("pred",), **options):
         """Return the loss and, for each name in `wrt`, a gradient; the tensors go to the device first."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from helpers import convex, generator, rectangle_corners
 
 from bench import measure, peers, report, roofline, speed
-from triton_mgiou import mgiou_loss
+from triton_mgiou import PAPER, mgiou_loss
 
 CPU = torch.device("cpu")
 RATES = {"copy_bytes": 1e12, "multiply_add": 4e12, "min_max": 1e12, "compare_select": 1e12, "half_of_each": 4e12}
@@ -144,9 +144,9 @@ def test_the_starting_point_of_this_project_is_the_same_number_on_convex_polygon
 def test_the_starting_point_sorts_and_masks():
     square = torch.tensor([[[0.0, 0.0], [2.0, 0.0], [2.0, 2.0], [0.0, 2.0]]])
     bow_tie, target = square[:, [0, 2, 1, 3]], square + 1
-    torch.testing.assert_close(peers.angle_sorted_loss(bow_tie, target), mgiou_loss(square, target))
+    torch.testing.assert_close(peers.angle_sorted_loss(bow_tie, target), mgiou_loss(square, target, **PAPER))
     repeated = square[:, [0, 1, 2, 3, 3]]
-    torch.testing.assert_close(peers.angle_sorted_loss(repeated, target), mgiou_loss(square, target))
+    torch.testing.assert_close(peers.angle_sorted_loss(repeated, target), mgiou_loss(square, target, **PAPER))
 
 
 def test_input_is_the_same_block_again_and_again():
@@ -161,37 +161,48 @@ def test_input_is_the_same_block_again_and_again():
 
 
 def wrong_in_the_last_sample(pred, target):
-    loss = mgiou_loss(pred, target, reduction="none")
+    loss = mgiou_loss(pred, target, reduction="none", **PAPER)
     return torch.cat((loss[:-1], 0.5 * loss[-1:])).mean()
 
 
-def gradient_of(loss, change):
-    """The value of `loss` with another gradient."""
+def gradient_of(change):
+    """The value of the loss with another gradient."""
 
     def wrong(pred, target):
-        value = loss(pred, target)
+        value = peers.reference(pred, target)
         return value.detach() + change(value - value.detach())
 
     return wrong
 
 
 WRONG = {
-    "value": lambda pred, target: mgiou_loss(pred, target) + 3e-6,
-    "NaN": lambda pred, target: mgiou_loss(pred, target) * torch.nan,
+    "value": lambda pred, target: peers.reference(pred, target) + 3e-6,
+    "NaN": lambda pred, target: peers.reference(pred, target) * torch.nan,
     "one sample of many": wrong_in_the_last_sample,
-    "no gradient": gradient_of(mgiou_loss, lambda slope: 0.0 * slope),
-    "gradient": gradient_of(mgiou_loss, lambda slope: 1.001 * slope),
-    "axes held": lambda pred, target: mgiou_loss(pred, target, axis_grad=False),
+    "no gradient": gradient_of(lambda slope: 0.0 * slope),
+    "gradient": gradient_of(lambda slope: 1.001 * slope),
+    "axes held": lambda pred, target: mgiou_loss(pred, target, **PAPER | {"axis_grad": False}),
     "another loss": F.l1_loss,
 }
 
 
 def test_what_agrees_is_measured():
-    peer = peer_of(mgiou_loss)
+    peer = peer_of(peers.reference)
     value, gradient, reason = speed.checked(peer, 4 * peers.BLOCK, 4, torch.float32, CPU)
     assert reason is None
     assert value < 1e-7
     assert gradient < 1e-5
+
+
+def test_the_defaults_agree_with_their_own_definition():
+    options = {"exact": peers.exact_defaults, "holds": True}
+    value, gradient = errors(mgiou_loss, **options)
+    assert value < 1e-7
+    assert gradient < 1e-5
+    value, _ = errors(peers.reference, **options)
+    assert value > 0.01
+    _, gradient = errors(lambda pred, target: mgiou_loss(pred, target, axis_grad=True), **options)
+    assert gradient > 0.01
 
 
 @pytest.mark.parametrize("loss", WRONG.values(), ids=WRONG)

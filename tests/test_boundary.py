@@ -33,7 +33,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_properties import any_pairs, pairs
 
-from triton_mgiou import demo, mgiou_loss
+from triton_mgiou import PAPER, demo, mgiou_loss
 
 kinds = pytest.mark.parametrize("kind", POLYGONS)
 SHAPES = [(1, 4), (2, 3), (3, 1), (3, 2), (4, 4), (5, 8), (8, 5), (12, 3), (4, 33), (20, 17)]  # N, M
@@ -47,7 +47,7 @@ def either_way(polygons, rng):
 def term(pred, target, **options):
     """The term alone, (B,): what weight 1 adds to the loss in float64."""
     pred, target = pred.double(), target.double()
-    both = [mgiou_loss(pred, target, reduction="none", boundary_weight=w, **options) for w in (1.0, 0.0)]
+    both = [mgiou_loss(pred, target, reduction="none", **PAPER | options | {"boundary_weight": w}) for w in (1.0, 0.0)]
     return both[0] - both[1]
 
 
@@ -202,7 +202,7 @@ def test_any_other_order_of_the_targets_vertices_is_above_zero(data, pair):
         assert_zero(value)
     else:
         assert (value > 1e-3).all()
-    loss = mgiou_loss(target[:, order], target, axis_grad=False)
+    loss = mgiou_loss(target[:, order], target, **PAPER)
     assert in_order or loss < 0.5
 
 

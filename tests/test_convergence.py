@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import assert_close, assert_gradient_close, assert_zero, convex, generator
 
-from triton_mgiou import mgiou_loss
+from triton_mgiou import PAPER, mgiou_loss
 
 FOLDER = Path(__file__).parent.parent / "bench" / "convergence"
 SUSPECTS = ["reported, no nan_to_num", "reported, no clamp", "reported, not sorted by angle"]
@@ -45,7 +45,7 @@ def test_the_reported_loss_is_mgiou_where_the_polygons_are_convex(losses, name):
     pred, (target, lengths) = convex(6, 7, rng).requires_grad_(), padded(convex(6, 5, rng), 9)
     values = [
         losses.LOSSES[name](pred, target, lengths, 0.5),
-        mgiou_loss(pred, target, target_lengths=lengths, reduction="none"),
+        mgiou_loss(pred, target, target_lengths=lengths, reduction="none", **PAPER),
     ]
     assert_close(values[0], values[1], atol=1e-8)
     gradients = [torch.autograd.grad(value.sum(), pred)[0] for value in values]

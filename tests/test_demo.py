@@ -185,7 +185,7 @@ def test_network_starts_from_a_circle_in_order(data):
 
 def test_same_seed_same_network(data):
     part = demo.Digits(*(tensor[:200] for tensor in data[0]))
-    loss = demo.MGIoULoss(**demo.LOSS_OPTIONS)
+    loss = demo.MGIoULoss()
     settings = {"epochs": 1, "batch_size": 64, "device": torch.device("cpu")}
     first, again, other = (demo.train(part, loss, seed=seed, **settings)[1] for seed in (1, 1, 2))
     assert first == again
@@ -294,6 +294,7 @@ def test_demo(device, backend, tmp_path, capsys):
     assert result["options"] == {
         "axis_weight": "length",
         "axis_grad": False,
+        "convexity_weight": 0.0,
         "boundary_weight": 0.25,
         "epochs": 30,
         "seed": 0,

@@ -82,7 +82,7 @@ def keypoints(backend):
 def step_of_the_demo(backend, images=61):
     """The gradient of its only batch is still there afterwards. Of 61 images the shares are 31 and 30."""
     part = demo.Digits(*(tensor[:images] for tensor in demo.load_data()[0]))
-    loss = MGIoULoss(**demo.LOSS_OPTIONS, backend=backend.name)
+    loss = MGIoULoss(backend=backend.name)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         network, losses = demo.train(part, loss, epochs=1, seed=0, batch_size=64, device=torch.device(backend.device))
     network.loss = torch.nn.Parameter(torch.zeros(()))  # to be compared as the gradients are

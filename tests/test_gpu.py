@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import assert_close, assert_gradient_close, assert_same, convex, generator, star
 
-from triton_mgiou import mgiou_loss, warmup
+from triton_mgiou import PAPER, mgiou_loss, warmup
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,17 +54,18 @@ def test_the_same_bits_on_every_run(batch, size):
             assert_same(got, want)
 
 
+@pytest.mark.parametrize("options", [PAPER, {}], ids=["paper", "defaults"])
 @pytest.mark.parametrize(
     ("batch", "size"), [(40_000, 4), (40_000, 8), (40_000, 16), (33_000, 32), (33_000, 64), (50, 512)]
 )
-def test_every_layout_against_float64(batch, size):
+def test_every_layout_against_float64(batch, size, options):
     """Near-ties that rounding decides the other way move a gradient: in few samples, as in PyTorch's float32."""
     rng = generator(size)
     pred, target = convex(batch, size, rng).float().cuda(), convex(batch, size, rng).float().cuda()
-    exact = value_and_gradient(pred.double(), target.double(), backend="eager", reduction="none")
+    exact = value_and_gradient(pred.double(), target.double(), backend="eager", reduction="none", **options)
     median, wrong = {}, {}
     for backend in ("triton", "eager"):
-        value, gradient = value_and_gradient(pred, target, backend=backend, reduction="none")
+        value, gradient = value_and_gradient(pred, target, backend=backend, reduction="none", **options)
         assert_close(value, exact[0], atol=1e-6)
         error = (gradient - exact[1]).flatten(1).norm(dim=1) / exact[1].flatten(1).norm(dim=1)
         median[backend] = error.median().item()
@@ -185,7 +186,8 @@ def test_accuracy_does_not_need_fp_fusion(monkeypatch):
     rng = generator(3)
     pred, target = convex(500, 6, rng).float().cuda(), convex(500, 5, rng).float().cuda()
     for axis_weight in ("uniform", "length", "soft"):
-        given = {"axis_weight": axis_weight, "convexity_weight": 1.0, "boundary_weight": 1.0, "reduction": "none"}
+        given = {"axis_weight": axis_weight, "axis_grad": True, "convexity_weight": 1.0, "boundary_weight": 1.0}
+        given["reduction"] = "none"
         value, gradient = value_and_gradient(pred, target, backend="triton", **given)
         exact = value_and_gradient(pred.double(), target.double(), backend="eager", **given)
         assert_close(value, exact[0], atol=1e-6)
@@ -307,14 +309,15 @@ def test_a_layout_that_spills_or_does_not_compile_is_left_out(tuner):
 
 SANITIZED = """
 import torch
-from triton_mgiou import mgiou_loss
+from triton_mgiou import PAPER, mgiou_loss
 for n, m, batch in ((4, 4, 100), (7, 12, 33), (16, 3, 40_000), (70, 64, 9)):
     pred = torch.rand(batch, n, 2, device="cuda", requires_grad=True)
     target = torch.rand(batch, m, 2, device="cuda")
     lengths = torch.randint(0, n + 1, (batch,), device="cuda")
     mask = torch.rand(batch, m, device="cuda") < 0.7
     real = {"pred_lengths": lengths, "target_mask": mask}
-    for options in ({}, real | {"axis_weight": "soft", "convexity_weight": 1.0, "boundary_weight": 1.0}):
+    both_terms = {"axis_weight": "soft", "convexity_weight": 1.0, "boundary_weight": 1.0}
+    for options in ({}, PAPER, PAPER | real | both_terms):
         mgiou_loss(pred, target, backend="triton", **options).backward()
 torch.cuda.synchronize()
 """

@@ -27,7 +27,7 @@ from helpers import (
     uniform,
 )
 
-from triton_mgiou import mgiou_loss
+from triton_mgiou import PAPER, mgiou_loss
 
 axis_weights = pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
 axis_grads = pytest.mark.parametrize("axis_grad", [True, False])
@@ -452,7 +452,7 @@ def test_double_backward(axis_weight, axis_grad):
 
     def loss(pred):
         options = {"axis_weight": axis_weight, "axis_grad": axis_grad, "convexity_weight": 0.5}
-        return mgiou_loss(pred, target, backend="eager", reduction="none", **options)
+        return mgiou_loss(pred, target, backend="eager", reduction="none", **PAPER | options)
 
     if axis_grad:
         assert torch.autograd.gradgradcheck(loss, pred, eps=1e-6, atol=1e-6)

@@ -85,8 +85,8 @@ def test_kernels_for_training_do_not_spill(size, capability, tmp_path):
     assert local_memory(compiled(capability, size, size), tmp_path / "kernel.cubin") == 0
 
 
-@pytest.mark.parametrize("size", [4, 8, 16])
-def test_kernels_for_the_recipe_do_not_spill(size, tmp_path):
+@pytest.mark.parametrize("size", TRAINING)
+def test_kernels_for_the_default_loss_do_not_spill(size, tmp_path):
     options = {
         "axis_weight": "length",
         "axis_grad": False,

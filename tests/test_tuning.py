@@ -16,7 +16,7 @@ from helpers import assert_close, assert_gradient_close, convex, generator, star
 
 pytest.importorskip("triton")
 
-from triton_mgiou import autotune, cache, mgiou_loss, tuning, warmup
+from triton_mgiou import PAPER, autotune, cache, mgiou_loss, tuning, warmup
 from triton_mgiou.cache import Entry, TuningCache
 from triton_mgiou.tuning import Case, Layout
 
@@ -102,7 +102,7 @@ def test_every_way_to_spread_vertices_over_lanes_is_right(backend, kernels, monk
     size = 8
     rng = generator(size)
     pred, target = star(2, size - 1, rng), convex(2, size, rng)
-    expected = mgiou_loss(pred.requires_grad_(), target, backend="eager")
+    expected = mgiou_loss(pred.requires_grad_(), target, backend="eager", **PAPER)
     (gradient,) = torch.autograd.grad(expected, pred)
     cases = [Case(size, size, large, "") for large in (False, True)]
     layouts = {layout.lanes: layout._replace(polygons=2) for case in cases for layout in tuning.candidates(case)}

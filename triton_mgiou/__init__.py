@@ -2,8 +2,8 @@
 
 from triton_mgiou.distributed import mean_positives
 from triton_mgiou.first_use import warmup
-from triton_mgiou.functional import mgiou_loss
+from triton_mgiou.functional import PAPER, mgiou_loss
 from triton_mgiou.modules import MGIoULoss, PolygonLoss
 
 __version__ = "0.1.0"
-__all__ = ["MGIoULoss", "PolygonLoss", "mean_positives", "mgiou_loss", "warmup"]
+__all__ = ["PAPER", "MGIoULoss", "PolygonLoss", "mean_positives", "mgiou_loss", "warmup"]

@@ -15,6 +15,7 @@ process alone would train.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from triton_mgiou.functional import kernels_unavailable
+from triton_mgiou.functional import PAPER, kernels_unavailable, mgiou_loss
 from triton_mgiou.modules import MGIoULoss
 
 EXTRAS = ("matplotlib.figure", "shapely", "sklearn.datasets", "tqdm")  # imported only by a demo that runs
@@ -43,10 +44,6 @@ STROKE_INK = 4  # from a quarter of the full ink on, a pixel belongs to the stro
 TEST_EVERY = 5  # the first of every five images is a test image, whatever the seed
 VERTICES = 12
 LEARNING_RATE = 3e-3
-
-# MGIoU sees only the hull of the prediction; the boundary term sees the order of its vertices. Weighing the axes by
-# the length of their edge keeps the many short edges of a 12-gon from outvoting the long ones.
-LOSS_OPTIONS: dict[str, Any] = {"axis_weight": "length", "axis_grad": False, "boundary_weight": 0.25}
 
 Points = NDArray[np.float64]
 
@@ -103,7 +100,7 @@ def run(*, epochs: int, seed: int, device: str, batch_size: int, out: Path) -> d
 
     train_data, test_data = load_data()
     backend = pick_backend(chosen_device)
-    loss = MGIoULoss(**LOSS_OPTIONS, backend=backend)
+    loss = MGIoULoss(backend=backend)
     with _one_thread(), _process_group(chosen_device):
         rank, processes = _rank_and_processes()
         network, losses = train(train_data, loss, epochs=epochs, seed=seed, batch_size=batch_size, device=chosen_device)
@@ -119,7 +116,7 @@ def run(*, epochs: int, seed: int, device: str, batch_size: int, out: Path) -> d
         "device": str(chosen_device),
         "backend": backend,
         "options": {
-            **LOSS_OPTIONS,
+            **{name: inspect.signature(mgiou_loss).parameters[name].default for name in PAPER},
             "epochs": epochs,
             "seed": seed,
             "batch_size": batch_size,

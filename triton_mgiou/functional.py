@@ -16,6 +16,14 @@ REDUCTIONS = ("none", "mean", "sum")
 AXIS_WEIGHTS = ("uniform", "length", "soft")
 BACKENDS = ("auto", "eager", "triton")
 
+PAPER: dict[str, Any] = {
+    "axis_weight": "uniform",
+    "axis_grad": True,
+    "convexity_weight": 0.0,
+    "boundary_weight": 0.0,
+}
+"""The options that make the loss the paper's: `mgiou_loss(pred, target, **PAPER)`."""
+
 
 def mgiou_loss(
     pred: Tensor,
@@ -28,18 +36,27 @@ def mgiou_loss(
     weight: Tensor | None = None,
     avg_factor: float | Tensor | None = None,
     reduction: str = "mean",
-    axis_weight: str = "uniform",
-    axis_grad: bool = True,
+    axis_weight: str = "length",
+    axis_grad: bool = False,
     convexity_weight: float = 0.0,
-    boundary_weight: float = 0.0,
+    boundary_weight: float = 0.25,
     backend: str = "auto",
 ) -> Tensor:
     """Marginalized GIoU loss between two batches of polygons.
 
-    Each sample's loss is (1 - MGIoU) / 2, in [0, 1], plus `convexity_weight` times its convexity term and
-    `boundary_weight` times its boundary term. MGIoU is the weighted mean, over the edge normals of both polygons, of
-    the 1-D GIoU of their projections. It does not change when both polygons are moved, scaled or turned together
-    ("soft" weights: turned by right angles). Coordinates have any one unit.
+    Each sample's loss is (1 - MGIoU) / 2, in [0, 1], plus `boundary_weight` times its boundary term, in [0, 1], and
+    `convexity_weight` times its convexity term; by default it is in [0, 1.25]. MGIoU is the weighted mean, over the
+    edge normals of both polygons, of the 1-D GIoU of their projections. It sees only the polygons' hulls; the terms
+    see the order of `pred`'s vertices.
+
+    The defaults are not the paper's. They are for polygons that a network predicts as vertices in no order at first:
+    there the paper's loss falls while the polygons go on crossing themselves; with the defaults they do not. The
+    paper's is `mgiou_loss(pred, target, **PAPER)`.
+
+    The loss is 0 where `pred` is the target and that is convex, from any first vertex and in either direction. A
+    target with dents ends as its hull. The loss does not change when both polygons are moved, scaled or turned
+    together ("soft" weights: turned by right angles). It does when they are swapped, as the two terms are not
+    symmetric; MGIoU is. Coordinates have any one unit.
 
     A polygon of one vertex is a point, of two a segment. Where a side of a sample has no real vertex, or neither
     polygon has an edge, the sample's loss and gradient are 0. Any finite input gives a finite value and
@@ -61,13 +78,13 @@ def mgiou_loss(
         avg_factor: With `reduction="mean"`, divide the sum by this instead of by B. Above 0, a number or a
             tensor of one element. Not allowed with "sum", without effect with "none" (as in mmdetection).
         reduction: "mean", "sum" or "none".
-        axis_weight: Weight of an edge's normal in the mean. "uniform": 1 if the edge is longer than 1e-6 of the
-            sample's extent, else 0 (the paper's). "length": the edge's share of its polygon's perimeter. "soft":
+        axis_weight: Weight of an edge's normal in the mean. "length": the edge's share of its polygon's perimeter.
+            "uniform": 1 if the edge is longer than 1e-6 of the sample's extent, else 0 (the paper's). "soft":
             1 - exp(-length / (0.01 extent)). The extent is the longer side of the joint bounding box.
-        axis_grad: Whether the gradient includes the path through the axes (directions and weights). The value is
-            the same without it.
+        axis_grad: Whether the gradient of MGIoU includes the path through the axes (directions and weights), as the
+            paper's does. The value is the same without it.
         convexity_weight: Factor, 0 or above, on a scale-free term that is 0 for a convex `pred` whose vertices
-            are in order and grows with dents and crossings. MGIoU alone sees only the convex hull.
+            are in order and grows with dents and crossings.
         boundary_weight: Factor, 0 or above, on a scale-free term in [0, 1] that is 0 only where `pred`, read in its
             order, is the target (a convex one) moved: 1 - (A_p A_t / V^2) (2 V A_t / (V^2 + A_t^2)), of the areas A
             and the mixed area V. Every vertex of `pred` gets a gradient; `target` is a constant of it.

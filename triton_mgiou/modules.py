@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_mgiou.functional import REDUCTIONS, _check_avg_factor, _reduce, mgiou_loss
+from triton_mgiou.functional import PAPER, REDUCTIONS, _check_avg_factor, _reduce, mgiou_loss
 from triton_mgiou.reference import compute_dtype
 
 MODES = ("mgiou", "l2", "hybrid")
@@ -21,7 +21,8 @@ class MGIoULoss(nn.Module):
     Args:
         reduction: "mean", "sum" or "none".
         loss_weight: Factor on the result.
-        **options: `axis_weight`, `axis_grad`, `convexity_weight`, `boundary_weight` and `backend` of `mgiou_loss`.
+        **options: `axis_weight`, `axis_grad`, `convexity_weight`, `boundary_weight` and `backend` of `mgiou_loss`, with
+            its defaults, which are not the paper's: see `paper`.
 
     Raises:
         TypeError: An option that `mgiou_loss` does not have.
@@ -39,6 +40,15 @@ class MGIoULoss(nn.Module):
         self.reduction = reduction
         self.loss_weight = loss_weight
         self.options = options
+
+    @classmethod
+    def paper(cls, **arguments: Any) -> MGIoULoss:
+        """Make the module with the paper's loss.
+
+        Args:
+            **arguments: Those of `MGIoULoss`; an option given here takes the place of the paper's.
+        """
+        return cls(**{**PAPER, **arguments})
 
     def forward(
         self,
@@ -86,23 +96,23 @@ class MGIoULoss(nn.Module):
 
 
 class PolygonLoss(nn.Module):
-    """Loss of polygons that a head predicts as keypoints, vertex i for vertex i: MGIoU, an L2 term or both.
+    """Loss of polygons that a head predicts as keypoints, vertex i for vertex i: `mgiou_loss`, an L2 term or both.
 
     The L2 term is that of pose heads, one minus an object keypoint similarity. A sample's is the mean over its
     visible vertices, d being a vertex's distance to its target:
 
         1 - exp(-d^2 / area), the OKS of COCO with sigma = 1 / sqrt(8)
 
-    Mode "hybrid" is alpha L2 + (1 - alpha) MGIoU. L2 tells every vertex where to go, whatever the others do, but
-    knows no shape; MGIoU sees the shape, but only its hull. So alpha should start high and fall: see
-    `triton_mgiou.training.AlphaSchedule`. With `axis_grad=True`, vertices in a wrong order often stay in it.
+    Mode "hybrid" is alpha L2 + (1 - alpha) `mgiou_loss`. L2 tells every vertex where to go, whatever the others do, but
+    knows no shape; `mgiou_loss` sees the shape, but not which vertex is which. So alpha should start high and fall: see
+    `triton_mgiou.training.AlphaSchedule`.
 
     Args:
         mode: "mgiou", "l2" or "hybrid".
         alpha: The weight of L2 in "hybrid", without effect in the other modes: a number in 0..1, or a module that
             returns one when it is called, such as an `AlphaSchedule`. A module becomes part of this one, its state
             of this one's `state_dict`, and the caller steps it.
-        **options: The options of `MGIoULoss`.
+        **options: The options of `MGIoULoss`, with its defaults; `**PAPER` for the paper's.
 
     Raises:
         TypeError: `alpha` is neither, or an option that `MGIoULoss` does not have.

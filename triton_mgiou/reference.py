@@ -55,10 +55,10 @@ def per_sample_loss(
     target_lengths: Tensor | None = None,
     pred_mask: Tensor | None = None,
     target_mask: Tensor | None = None,
-    axis_weight: str = "uniform",
-    axis_grad: bool = True,
-    convexity_weight: float = 0.0,
-    boundary_weight: float = 0.0,
+    axis_weight: str,
+    axis_grad: bool,
+    convexity_weight: float,
+    boundary_weight: float,
 ) -> Tensor:
     """The loss of every sample, shape (B,), before weights and reduction; arguments as in `mgiou_loss`."""
     dtype = compute_dtype(pred, target)

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from triton_mgiou import mgiou_loss
+from triton_mgiou import PAPER, mgiou_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -91,8 +91,9 @@ def _resample(target: Tensor, lengths: Tensor, count: int) -> Tensor:
 
 
 def package(pred: Tensor, target: Tensor, lengths: Tensor, progress: float, **options: object) -> Tensor:  # noqa: ARG001
-    """`mgiou_loss` with options."""
-    return mgiou_loss(pred, target, target_lengths=lengths, reduction="none", backend="eager", **options)
+    """The paper's loss with options."""
+    given = PAPER | options
+    return mgiou_loss(pred, target, target_lengths=lengths, reduction="none", backend="eager", **given)
 
 
 def from_l1(pred: Tensor, target: Tensor, lengths: Tensor, progress: float, **options: object) -> Tensor:

@@ -33,7 +33,7 @@ from losses import LOSSES, Loss
 from torch import Tensor
 from tqdm import tqdm
 
-from triton_mgiou import __version__, demo, mgiou_loss
+from triton_mgiou import PAPER, __version__, demo, mgiou_loss
 
 EPOCHS, BATCH_SIZE = 30, 64
 TARGETS, STEPS, STEP_SIZE = 24, 400, 0.02
@@ -196,7 +196,7 @@ def unrelated(smallest: float, largest: float) -> float:
     angle = torch.arange(8) * (2 * math.pi / 8)
     circle = 0.5 * torch.stack((angle.cos(), angle.sin()), dim=-1)
     sides = smallest + (largest - smallest) * torch.rand(2, 10_000, 1, 2, generator=rng)
-    return mgiou_loss(*(torch.rand(2, 10_000, 1, 2, generator=rng) + sides * circle)).item()
+    return mgiou_loss(*(torch.rand(2, 10_000, 1, 2, generator=rng) + sides * circle), **PAPER).item()
 
 
 TASKS: dict[str, Callable[[Loss, str, list[int]], list[dict[str, Any]]]] = {"digits": digits, "vertices": vertices}
