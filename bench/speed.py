@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=groups, default=list(groups), help="groups of sizes; all of them")
     arguments = parser.parse_args(argv)
     peers, missing = find_peers(device)
-    result: dict[str, Any] = {**machine(device), "missing": missing, "rates": {}, "left_out": [], "rows": []}
+    options = sys.argv[1:] if argv is None else argv
+    result: dict[str, Any] = {**machine(device, options), "missing": missing, "rates": {}, "left_out": [], "rows": []}
 
     def write() -> None:
         partly = arguments.out.with_suffix(".part")
@@ -240,11 +241,11 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device, options: Sequence[str]) -> dict[str, Any]:
     """Where, with what and how the numbers came about."""
     packages = ("torch", "triton", "mgiou", "torchvision", "mmcv")
     versions = {name: metadata.version(name) for name in packages if metadata.packages_distributions().get(name)}
-    options = [Path(each).name if each.startswith("/") else each for each in sys.argv[1:]]
+    options = [Path(each).name if each.startswith("/") else each for each in options]
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
