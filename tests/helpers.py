@@ -95,6 +95,16 @@ def _worst(score, actual, expected):
     return f"worst at {place}: got {actual[place]!r}, expected {expected[place]!r}, off by {off:.3e}"
 
 
+def assert_does_not_wait(step):
+    """Nothing in a step waits for the GPU, but for what is compiled or allocated once."""
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def assert_close(actual, expected, *, atol, rtol=0.0, what="value"):
     """Each element is within atol + rtol |expected|; a NaN or an Inf only equals itself."""
     actual, expected = numpy64(actual), numpy64(expected)

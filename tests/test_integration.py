@@ -9,7 +9,16 @@ import sys
 import pytest
 import torch
 from conftest import INTERPRETED
-from helpers import assert_close, assert_gradient_close, assert_same, convex, generator, star, uniform
+from helpers import (
+    assert_close,
+    assert_does_not_wait,
+    assert_gradient_close,
+    assert_same,
+    convex,
+    generator,
+    star,
+    uniform,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -195,12 +204,7 @@ def test_nothing_waits_for_the_gpu(backend, axis_weight):
         loss = module(**given, avg_factor=factor) + backend.loss(**given, axis_weight=axis_weight)
         loss.backward()
 
-    step()  # what is compiled or allocated once may wait
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_does_not_wait(step)
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import torch
 from conftest import INTERPRETED
 from helpers import (
     assert_close,
+    assert_does_not_wait,
     assert_finite,
     assert_gradient_close,
     assert_same,
@@ -311,12 +312,7 @@ def test_nothing_waits_for_the_gpu(backend, mode):
         total.backward()
         loss.alpha.step()
 
-    step()  # what is compiled or allocated once may wait
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_does_not_wait(step)
 
 
 CURVES = {

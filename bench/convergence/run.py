@@ -37,16 +37,14 @@ from triton_mgiou import PAPER, __version__, demo, mgiou_loss
 
 EPOCHS, BATCH_SIZE = 30, 64
 TARGETS, STEPS, STEP_SIZE = 24, 400, 0.02
-REPAIRS = [name for name in LOSSES if name.startswith("reported,")]
-REST = [name for name in LOSSES if name not in REPAIRS]
-TRAININGS = {  # the suspects are tried where the reports were seen
-    ("digits", "scattered"): list(LOSSES),
-    ("vertices", "random"): REST,
-    ("vertices", "tiny"): REST,
-    ("vertices", "whole image"): REST,
-    ("vertices", "circle"): REST,
-    ("digits", "circle"): REST,
-}
+PLACES = [  # tasks and starts, each for all losses
+    ("digits", "scattered"),
+    ("vertices", "random"),
+    ("vertices", "tiny"),
+    ("vertices", "whole image"),
+    ("vertices", "circle"),
+    ("digits", "circle"),
+]
 CURVE_POINTS = 10  # where the polygons are judged on the way, the digits on every third test image
 
 Rows = list[dict[str, Any]]
@@ -225,8 +223,8 @@ def main() -> None:
     done = {(row["task"], row["start"], row["loss_name"], row["seed"]) for row in rows}
     jobs = [
         (task, start, name, seeds)
-        for (task, start), names in TRAININGS.items()
-        for name in names
+        for task, start in PLACES
+        for name in LOSSES
         if (seeds := [seed for seed in range(args.seeds) if (task, start, name, seed) not in done])
     ]
     head = {
@@ -250,7 +248,7 @@ def main() -> None:
         for new in tqdm(pool.imap_unordered(run, jobs), total=len(jobs), desc="trainings"):
             rows += new
             write(args.out, {**head, "rows": rows})
-    order = [(task, start, name) for (task, start), names in TRAININGS.items() for name in names]
+    order = [(task, start, name) for task, start in PLACES for name in LOSSES]
     rows.sort(key=lambda row: (order.index((row["task"], row["start"], row["loss_name"])), row["seed"]))
     write(args.out, {**head, "rows": rows})
     report.draw(args.out.with_suffix(".png"), rows)

@@ -31,7 +31,7 @@ SOFT = tl.constexpr(2)
 ALL = tl.constexpr(0)
 LENGTHS = tl.constexpr(1)
 MASK = tl.constexpr(2)
-FULL = tl.constexpr(3)  # all, and they fill the slots: both sides are contiguous and as large as their bucket
+FULL = tl.constexpr(3)  # all, and they fill the slots: both sides are contiguous and of the same power of two
 
 PARTIALS = tl.constexpr(1024)  # how many partial sums the last program adds at a time
 SERIES_TERMS = tl.constexpr(15)  # of expm1 below 1/2: the rest is under 2^-53
