@@ -18,11 +18,11 @@ from triton_mgiou.first_use import WarmupResult
 RESULT = WarmupResult(
     pred_vertices=8,
     target_vertices=16,
-    batch="< 32768",
+    batch="< 8192",
     dtype="float32",
     gradient=True,
     configuration={
-        "polygons": 8, "lanes": 4, "pred_slots": 2, "target_slots": 4, "num_warps": 1, "registers": 168,
+        "polygons": 2, "axes": 4, "lanes": 4, "pred_slots": 2, "target_slots": 4, "num_warps": 1, "registers": 168,
     },
     us=8.0,
     gain=0.25,
@@ -73,9 +73,9 @@ def test_the_table_of_results():
     other = RESULT._replace(target_vertices=8, gradient=False, us=None, gain=None, source="default")
     lines = first_use.table([RESULT, other]).splitlines()
     assert [" ".join(line.split()) for line in lines] == [
-        "vertices batch dtype gradient polygons x lanes x slots, warps, registers us gain from",
-        "8/16 < 32768 float32 yes 8 x 4 x 2/4, 1, 168 8.0 25.0% tuned",
-        "8 < 32768 float32 no 8 x 4 x 2/4, 1, 168 - - default",
+        "vertices batch dtype gradient polygons x axes x lanes x slots, warps, registers us gain from",
+        "8/16 < 8192 float32 yes 2 x 4 x 4 x 2/4, 1, 168 8.0 25.0% tuned",
+        "8 < 8192 float32 no 2 x 4 x 4 x 2/4, 1, 168 - - default",
     ]
     assert len({line.index("float32") for line in lines[1:]} | {lines[0].index("dtype")}) == 1
 
@@ -169,7 +169,10 @@ def test_info(folder, capsys):
         assert 'cpu: backend "auto" takes eager: the tensors are on cpu, and the kernels need an NVIDIA GPU\n' in out
     assert f"tuning cache: {folder}\n" in out
     assert "fake-gpu-sm90-triton-3.6.0.json: Fake GPU sm90, Triton 3.6.0\n" in out
-    assert "vertices 8 8: polygons 16, lanes 2, pred_slots 4, target_slots 4, num_warps 1, registers 168, us 6.5" in out
+    assert (
+        "vertices 8 8: polygons 4, axes 4, lanes 2, pred_slots 4, target_slots 4, num_warps 1, registers 168, us 6.5"
+        in out
+    )
     assert "other.json: unreadable: JSONDecodeError" in out
 
 

@@ -56,7 +56,11 @@ def test_the_same_bits_on_every_run(batch, size):
 
 @pytest.mark.parametrize("options", [PAPER, {}], ids=["paper", "defaults"])
 @pytest.mark.parametrize(
-    ("batch", "size"), [(40_000, 4), (40_000, 8), (40_000, 16), (33_000, 32), (33_000, 64), (50, 512)]
+    ("batch", "size"),
+    [
+        *((40_000, 4), (40_000, 8), (40_000, 16), (33_000, 32), (33_000, 64), (300, 512)),  # one axis at a time
+        *((5000, 4), (5000, 8), (3000, 16), (3000, 32), (1500, 64), (500, 128), (50, 512)),  # several
+    ],
 )
 def test_every_layout_against_float64(batch, size, options):
     """Near-ties that rounding decides the other way move a gradient: in few samples, as in PyTorch's float32."""

@@ -77,7 +77,8 @@ def test_every_candidate_has_a_place_for_every_vertex(pred, target, large):
     for layout in found:
         assert layout.lanes * layout.pred_slots >= pred
         assert layout.lanes * layout.target_slots >= target
-        assert layout.polygons * layout.lanes % (32 * layout.num_warps) == 0 or layout.polygons == 1
+        assert layout.polygons * layout.axes * layout.lanes % (32 * layout.num_warps) == 0
+        assert max(pred, target) % layout.axes == 0
         assert all(size & (size - 1) == 0 for size in layout[:5])
 
 
@@ -98,29 +99,41 @@ def kernels(backend, monkeypatch):
     return ops
 
 
-def test_every_way_to_spread_vertices_over_lanes_is_right(backend, kernels, monkeypatch):
-    size = 8
-    rng = generator(size)
-    pred, target = star(2, size - 1, rng), convex(2, size, rng)
-    expected = mgiou_loss(pred.requires_grad_(), target, backend="eager", **PAPER)
-    (gradient,) = torch.autograd.grad(expected, pred)
-    cases = [Case(size, size, large, "") for large in (False, True)]
-    layouts = {layout.lanes: layout._replace(polygons=2) for case in cases for layout in tuning.candidates(case)}
-    assert set(layouts) == {1, 2, 4}
-    for layout in layouts.values():
-        monkeypatch.setattr(tuning, "interpreter_layout", lambda *_, layout=layout: layout)
-        kernels.forget_plans()
-        value, actual = backend.value_and_gradient(pred, target)
-        assert_close(value, expected.detach(), atol=1e-12)
-        assert_gradient_close(actual, gradient, rtol=1e-9)
+LOSSES = [
+    PAPER,
+    {"axis_weight": "length", "axis_grad": False, "convexity_weight": 0.0, "boundary_weight": 0.25},
+    {"axis_weight": "soft", "axis_grad": True, "convexity_weight": 0.5, "boundary_weight": 0.5},
+]
+
+
+@pytest.mark.parametrize("real", ["all", "full", "lengths", "masks"])
+@pytest.mark.parametrize("axes", [1, 2, 4, 8])
+def test_every_way_to_spread_vertices_and_axes_is_right(backend, kernels, axes, real, monkeypatch):
+    rng = generator(axes)
+    pred, target = star(3, 8 if real == "full" else 7, rng).requires_grad_(), convex(3, 8, rng)
+    pred_mask, target_mask = (torch.rand(3, each.shape[1], generator=rng) < 0.7 for each in (pred, target))
+    given = {
+        "lengths": {"pred_lengths": torch.tensor([7, 3, 0]), "target_lengths": torch.tensor([8, 5, 4])},
+        "masks": {"pred_mask": pred_mask, "target_mask": target_mask},
+    }.get(real, {})
+    for options in LOSSES:
+        expected = mgiou_loss(pred, target, backend="eager", **given, **options)
+        (gradient,) = torch.autograd.grad(expected, pred)
+        for lanes in (1, 2, 4):
+            layout = Layout(2, axes, lanes, 8 // lanes, 8 // lanes, 1, 168)
+            monkeypatch.setattr(tuning, "interpreter_layout", lambda *_, layout=layout: layout)
+            kernels.forget_plans()
+            value, actual = backend.value_and_gradient(pred, target, **given, **options)
+            assert_close(value, expected.detach(), atol=1e-12)
+            assert_gradient_close(actual, gradient, rtol=1e-9)
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("us_right", "wins"), [(8.0, True), (9.9, False)])
 def test_the_fastest_layout_that_is_right_and_worth_it(us_right, wins):
-    default = Layout(4, 2, 2, 2, 1, 168)
-    right = Layout(2, 1, 4, 4, 1, 168)
-    drops_vertices = Layout(4, 1, 2, 4, 1, 168)
+    default = Layout(4, 2, 2, 2, 2, 1, 168)
+    right = Layout(2, 1, 1, 4, 4, 1, 168)
+    drops_vertices = Layout(4, 1, 1, 2, 4, 1, 168)
     rng = generator(0)
     pred, target = star(3, 4, rng).float().requires_grad_(), convex(3, 3, rng).float()
     recorded = autotune.record(lambda _: mgiou_loss(pred, target, backend="triton"))
@@ -558,7 +571,7 @@ def test_a_case_that_the_table_does_not_have_is_not_measured(measured):
 
 def test_a_layout_that_is_no_candidate_is_not_used(measured):
     """It might be too small for the polygons, and give a wrong loss in silence."""
-    small = Layout(32, 1, 4, 4, 1, 168)
+    small = Layout(32, 1, 1, 4, 4, 1, 168)
     TuningCache(CHIP, autotune.triton.__version__).get_or_make(str(CASE), lambda: Entry(small, 1.0, 2.0))
     autotune.tuning_cache.cache_clear()
     with pytest.warns(RuntimeWarning, match="expected one of .*, got Layout"):

@@ -259,7 +259,7 @@ def measure(
 
 
 def _config(layout: Layout) -> Any:
-    sizes = dict(zip(("POLYGONS", "LANES", "PRED_SLOTS", "TARGET_SLOTS"), layout, strict=False))
+    sizes = dict(zip(("POLYGONS", "AXES", "LANES", "PRED_SLOTS", "TARGET_SLOTS"), layout, strict=False))
     options = layout.options()
     known = {name: options.pop(name) for name in ("num_warps", "maxnreg")}
     return triton.Config(sizes | options, **known)

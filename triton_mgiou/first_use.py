@@ -53,9 +53,9 @@ def warmup(
 ) -> list[WarmupResult]:
     """Compile the kernels that training will use, and tune them, so that no step has to wait for either.
 
-    A variant serves all vertex counts up to the power of two above those given, and all batch sizes on the same side
-    of 32768. What is tuned goes to the cache in a file; what is compiled to Triton's own. Under `torch.distributed`
-    call it on every rank, before the first step: one tunes, and all take the same configurations.
+    A variant serves all vertex counts up to the power of two N above those given, and all batch sizes on the same
+    side of 131072 / N. What is tuned goes to the cache in a file; what is compiled to Triton's own. Under
+    `torch.distributed` call it on every rank, before the first step: one tunes, and all take the same configurations.
 
     Args:
         vertices: Vertex counts N, or pairs (N, M) where `target` has another count M.
@@ -170,7 +170,7 @@ def _result(decision: Any, dtype: tuple[torch.dtype, ...], gradient: bool) -> Wa
     return WarmupResult(
         case.pred_bucket,
         case.target_bucket,
-        f"{'>=' if case.large_batch else '<'} {tuning.LARGE_BATCH}",
+        case.batch,
         " ".join(dict.fromkeys(str(each).removeprefix("torch.") for each in dtype)),
         gradient,
         decision.layout._asdict(),
@@ -187,7 +187,7 @@ def table(results: list[WarmupResult]) -> str:
         "batch",
         "dtype",
         "gradient",
-        "polygons x lanes x slots, warps, registers",
+        "polygons x axes x lanes x slots, warps, registers",
         "us",
         "gain",
         "from",
@@ -202,7 +202,7 @@ def table(results: list[WarmupResult]) -> str:
                 r.batch,
                 r.dtype,
                 "yes" if r.gradient else "no",
-                f"{c['polygons']} x {c['lanes']} x {slots}, {c['num_warps']}, {c['registers']}",
+                f"{c['polygons']} x {c['axes']} x {c['lanes']} x {slots}, {c['num_warps']}, {c['registers']}",
                 "-" if r.us is None else f"{r.us:.1f}",
                 "-" if r.gain is None else f"{r.gain:.1%}",
                 r.source,

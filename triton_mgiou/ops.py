@@ -192,7 +192,7 @@ def _launch(pred: Tensor, target: Tensor, call: _Call, need_grad: bool) -> tuple
         pred_stride_n == target_stride_n == 1,
         pred_stride_b == pred_size and target_stride_b == target_size,
         (pred_stride_b | target_stride_b | pred_size) & 1 == 0,
-        batch if INTERPRETED else batch >= tuning.LARGE_BATCH,
+        batch if INTERPRETED else tuning.is_large(batch, pred_size, target_size),
     )
     plan = _plans.get(key)
     if plan is None:
@@ -276,15 +276,15 @@ def _plan(
     )
     if INTERPRETED:
         default = tuning.interpreter_layout(*buckets, batch)
-        large_batch = batch >= tuning.LARGE_BATCH
+        large_batch = tuning.is_large(batch, *buckets)
     else:
         large_batch = bool(batch)
         default = tuning.layout(*buckets, large_batch)
-    names = mgiou_kernel.arg_names[-len(flags) - 4 : -4]
+    names = mgiou_kernel.arg_names[-len(flags) - 5 : -5]
     kinds = (f"{name}={value}" for name, value in zip(names, flags, strict=True))
     case = tuning.Case(*buckets, large_batch, " ".join((f"{pred.dtype} {target.dtype}", *kinds)))
     layout = autotune.choose(case, default, pred.device, launch)
-    return _Plan(layout, (*flags, *layout[:4]), dtype, pred.new_empty((), dtype=dtype), [])
+    return _Plan(layout, (*flags, *layout[:5]), dtype, pred.new_empty((), dtype=dtype), [])
 
 
 def _launch_samples(pred: Tensor, target: Tensor, call: _Call, need_grad: bool, size: int) -> None:

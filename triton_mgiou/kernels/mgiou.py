@@ -13,9 +13,10 @@ With p and g the intervals of the projections of P and G on axis k, and h_k the 
 An extreme hands its derivative, times the axis, to the vertices that attain it, in equal shares. The axis
 a = (e_y, -e_x) of edge e collects the derivative times those vertices and hands it on to the edge's two ends.
 
-A program takes POLYGONS samples at a time. LANES lanes work on one sample; each keeps SLOTS vertices of P and of
-G in registers, vertex index = slot * LANES + lane, as tuples of (POLYGONS, LANES) tiles. Axes come one at a time,
-from vertices that are loaded again, so the code's size depends neither on the vertex counts nor on the batch.
+A program takes POLYGONS samples at a time. LANES x AXES lanes work on one sample: each keeps SLOTS vertices of P
+and of G in registers, vertex index = slot * LANES + lane, as tuples of (POLYGONS, AXES, LANES) tiles, and AXES axes
+are taken at a time. Edges come from vertices that are loaded again, so the code's size depends neither on the vertex
+counts nor on the batch. What is the same for all axes is computed by the lanes of all of them, at no cost.
 A slot without a real vertex has coordinates 0 and projections NaN, which `min`, `max` and `==` pass over.
 """
 
@@ -89,7 +90,7 @@ def _is_real(polygons, index, count, inside, REAL: tl.constexpr):
 def _load_polygons(
     polygons, inside, lane, SLOTS: tl.constexpr, LANES: tl.constexpr, REAL: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """Slots of x, y and real; how many vertices are real, and the index of the last, (POLYGONS, 1)."""
+    """Slots of x, y and real; how many vertices are real, and the index of the last, (POLYGONS, AXES, 1)."""
     ptr, offset, stride, size, real_ptr, real_offset, _ = polygons
     count = tl.where(inside, size, 0)
     if REAL == LENGTHS:
@@ -112,9 +113,14 @@ def _load_polygons(
         ys = ys + (y,)
         reals = reals + (real,)
         if REAL == MASK:
-            count += tl.sum(real.to(tl.int32), axis=1, keep_dims=True)
-            last = tl.maximum(last, tl.max(tl.where(real, index, 0), axis=1, keep_dims=True))
+            count += tl.sum(real.to(tl.int32), axis=2, keep_dims=True)
+            last = tl.maximum(last, tl.max(tl.where(real, index, 0), axis=2, keep_dims=True))
     return xs, ys, reals, count, last
+
+
+@triton.jit
+def _over_axes(values):
+    return tl.sum(values, axis=1, keep_dims=True)
 
 
 @triton.jit
@@ -154,17 +160,17 @@ def _fold(values, COMBINE: tl.constexpr):
 
 @triton.jit
 def _low(values):
-    return tl.min(_fold(values, _smaller), axis=1, keep_dims=True)
+    return tl.min(_fold(values, _smaller), axis=2, keep_dims=True)
 
 
 @triton.jit
 def _high(values):
-    return tl.max(_fold(values, _larger), axis=1, keep_dims=True)
+    return tl.max(_fold(values, _larger), axis=2, keep_dims=True)
 
 
 @triton.jit
 def _sum(values):
-    return tl.sum(_fold(values, _plus), axis=1, keep_dims=True)
+    return tl.sum(_fold(values, _plus), axis=2, keep_dims=True)
 
 
 @triton.jit
@@ -212,11 +218,54 @@ def _normalise(xs, ys, reals, low_x, low_y, scale):
 
 
 @triton.jit
-def _vertex(polygons, index, count, inside, scale, REAL: tl.constexpr):
-    """Vertex number `index`, (POLYGONS, 1), scaled but not moved: an edge is then rounded once. Whether it is real."""
-    real = _is_real(polygons, index, count, inside, REAL)
+def _vertex(polygons, index, real, scale):
+    """Vertices number `index`, scaled but not moved: an edge is then rounded once."""
     x, y = _load_vertices(polygons[0], polygons[1] + index * polygons[2], real, scale.dtype)
-    return x * scale, y * scale, real
+    return x * scale, y * scale
+
+
+@triton.jit
+def _start(polygons, last, count, inside, scale, REAL: tl.constexpr):
+    """What `_edges` takes over from a step: the last real vertex so far, and its index."""
+    x, y = _vertex(polygons, last, _is_real(polygons, last, count, inside, REAL), scale)
+    return x, y, last
+
+
+@triton.jit
+def _edges(
+    start, polygons, reals, k, count, last, inside, lane, scale,
+    AXES: tl.constexpr, LANES: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """Edges that end at vertices number k: where, where and at which vertex they start, and whether they are real."""
+    real = _is_real(polygons, k, count, inside, REAL)
+    x, y = _vertex(polygons, k, real, scale)
+    if AXES == 1:
+        start_x, start_y, previous = start
+        start = (tl.where(real, x, start_x), tl.where(real, y, start_y), tl.where(real, k, previous))
+    else:
+        previous = tl.where(k == 0, last, k - 1)
+        if REAL == MASK:
+            before = ()
+            for slot in tl.static_range(len(reals)):
+                index = slot * LANES + lane
+                before = before + (tl.where(reals[slot] & (index < k), index, -1),)
+            nearest = _high(before)
+            previous = tl.where(nearest < 0, last, nearest)
+        start_x, start_y = _vertex(polygons, previous, real, scale)
+    return (x, y, start_x, start_y, previous, real), start
+
+
+@triton.jit
+def _kept_edges(raw_xs, raw_ys, k: tl.constexpr, inside, scale):
+    """The same of vertices that a lane has all in registers."""
+    previous: tl.constexpr = (k + len(raw_xs) - 1) % len(raw_xs)
+    x, y, previous_x, previous_y = (
+        raw_xs[k] * scale,
+        raw_ys[k] * scale,
+        raw_xs[previous] * scale,
+        raw_ys[previous] * scale,
+    )
+    return x, y, previous_x, previous_y, previous, inside | True
 
 
 @triton.jit
@@ -246,11 +295,10 @@ def _axis_weight(length, is_axis, unit, AXIS_WEIGHT: tl.constexpr):
 
 
 @triton.jit
-def _measure_edge(
-    state, x, y, previous_x, previous_y, real, origin_x, origin_y, floor, unit, AXIS_WEIGHT: tl.constexpr
-):
-    """Add the edge that ends at (x, y) to the sums over a side's edges that need no projection of other vertices."""
+def _measure_edge(state, edges, origin_x, origin_y, floor, unit, AXIS_WEIGHT: tl.constexpr):
+    """Add an edge to the sums over a side's edges that need no projection of other vertices."""
     perimeter, axes, weights, squares, starts, lows, highs = state
+    x, y, previous_x, previous_y, _, real = edges
     edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
     start = tl.fma(edge_y, previous_x - origin_x, -edge_x * (previous_y - origin_y))
     end = tl.fma(edge_y, x - origin_x, -edge_x * (y - origin_y))
@@ -267,30 +315,26 @@ def _measure_edge(
 
 @triton.jit
 def _measure(
-    polygons, raw_xs, raw_ys, count, last, inside, scale, origin_x, origin_y, floor, unit,
-    AXIS_WEIGHT: tl.constexpr, REAL: tl.constexpr, UNROLLED: tl.constexpr,
+    polygons, raw_xs, raw_ys, reals, count, last, inside, lane, scale, origin_x, origin_y, floor, unit,
+    AXIS_WEIGHT: tl.constexpr, REAL: tl.constexpr, UNROLLED: tl.constexpr, AXES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Sums over the edges of a side: lengths, number of axes, their weights; what `_doubled_area` needs."""
-    none = floor * 0.0
+    none = tl.zeros((floor.shape[0], AXES, 1), floor.dtype)
     state = (none, none, none, none, none, none, none)
     if UNROLLED:
-        previous_x, previous_y = raw_xs[len(raw_xs) - 1] * scale, raw_ys[len(raw_xs) - 1] * scale
         for k in tl.static_range(len(raw_xs)):
-            x, y = raw_xs[k] * scale, raw_ys[k] * scale
-            state = _measure_edge(
-                state, x, y, previous_x, previous_y, inside | True, origin_x, origin_y, floor, unit, AXIS_WEIGHT
-            )
-            previous_x, previous_y = x, y
+            edges = _kept_edges(raw_xs, raw_ys, k, inside, scale)
+            state = _measure_edge(state, edges, origin_x, origin_y, floor, unit, AXIS_WEIGHT)
     else:
-        previous_x, previous_y = _vertex(polygons, last, count, inside, scale, REAL)[:2]
-        for k in range(polygons[3]):
-            x, y, real = _vertex(polygons, k, count, inside, scale, REAL)
-            state = _measure_edge(
-                state, x, y, previous_x, previous_y, real, origin_x, origin_y, floor, unit, AXIS_WEIGHT
-            )
-            previous_x = tl.where(real, x, previous_x)
-            previous_y = tl.where(real, y, previous_y)
-    return state
+        start = _start(polygons, last, count, inside, scale, REAL)
+        for first in range(0, polygons[3], AXES):
+            k = first + tl.arange(0, AXES)[None, :, None]
+            edges, start = _edges(start, polygons, reals, k, count, last, inside, lane, scale, AXES, LANES, REAL)
+            state = _measure_edge(state, edges, origin_x, origin_y, floor, unit, AXIS_WEIGHT)
+    sums = ()
+    for each in tl.static_range(len(state)):
+        sums = sums + (_over_axes(state[each]),)
+    return sums
 
 
 @triton.jit
@@ -403,20 +447,10 @@ def _dot(left, right):
 
 
 @triton.jit
-def _put(slots, value, where_index, condition, lane, LANES: tl.constexpr):
-    """`slots` with `value` at vertex number `where_index` of the samples where `condition` holds."""
-    new = ()
-    for slot in tl.static_range(len(slots)):
-        here = (slot * LANES + lane == where_index) & condition
-        new = new + (tl.where(here, value, slots[slot]),)
-    return new
-
-
-@triton.jit
-def _zeros(SLOTS: tl.constexpr, POLYGONS: tl.constexpr, LANES: tl.constexpr, COMPUTE: tl.constexpr):
+def _zeros(SLOTS: tl.constexpr, POLYGONS: tl.constexpr, AXES: tl.constexpr, LANES: tl.constexpr, COMPUTE: tl.constexpr):
     slots = ()
     for _ in tl.static_range(SLOTS):
-        slots = slots + (tl.zeros((POLYGONS, LANES), COMPUTE),)
+        slots = slots + (tl.zeros((POLYGONS, AXES, LANES), COMPUTE),)
     return slots
 
 
@@ -450,19 +484,43 @@ def _convexity(projections, low, high, edge_low, edge_high, count, factor, TINY:
 
 
 @triton.jit
-def _hand_over(state, start_x, start_y, end_x, end_y, previous, real, lane, LANES: tl.constexpr):
-    """An edge's derivatives to its ends, stored once each: the end's waits for the next edge, which starts there."""
-    slots_x, slots_y, pending_x, pending_y = state
-    slots_x = _put(slots_x, pending_x + start_x, previous, real, lane, LANES)
-    slots_y = _put(slots_y, pending_y + start_y, previous, real, lane, LANES)
-    return slots_x, slots_y, tl.where(real, end_x, pending_x), tl.where(real, end_y, pending_y)
+def _none(slots):
+    none = ()
+    for slot in tl.static_range(len(slots)):
+        none = none + (tl.zeros_like(slots[slot]),)
+    return none
 
 
 @triton.jit
-def _handed(state, slot: tl.constexpr, is_last):
+def _put(slots, value, here):
+    new = ()
+    for slot in tl.static_range(len(slots)):
+        new = new + (tl.where(here[slot], value, slots[slot]),)
+    return new
+
+
+@triton.jit
+def _hand_over(state, start_x, start_y, end_x, end_y, at_start, at_end, real, AXES: tl.constexpr):
+    """Edges' derivatives to their ends. One by one, each is stored once: the end's waits for the next edge's start."""
+    slots_x, slots_y, pending_x, pending_y = state
+    if AXES == 1:
+        slots_x = _put(slots_x, pending_x + start_x, at_start)
+        slots_y = _put(slots_y, pending_y + start_y, at_start)
+        return slots_x, slots_y, tl.where(real, end_x, pending_x), tl.where(real, end_y, pending_y)
+    else:
+        slots_x = _add(slots_x, _put(_put(_none(slots_x), start_x, at_start), end_x, at_end))
+        slots_y = _add(slots_y, _put(_put(_none(slots_y), start_y, at_start), end_y, at_end))
+        return slots_x, slots_y, pending_x, pending_y
+
+
+@triton.jit
+def _handed(state, slot: tl.constexpr, is_last, AXES: tl.constexpr):
     """What was handed to the vertices of a slot; nothing starts at the end of the last edge any more."""
     slots_x, slots_y, pending_x, pending_y = state
-    return slots_x[slot] + tl.where(is_last, pending_x, 0.0), slots_y[slot] + tl.where(is_last, pending_y, 0.0)
+    if AXES == 1:
+        return slots_x[slot] + tl.where(is_last, pending_x, 0.0), slots_y[slot] + tl.where(is_last, pending_y, 0.0)
+    else:
+        return slots_x[slot], slots_y[slot]
 
 
 @triton.jit
@@ -477,17 +535,24 @@ def _compare(edge_x, edge_y, p_side, g_side, TINY: tl.constexpr):
 
 @triton.jit
 def _pred_axis(
-    state, previous, x, y, previous_x, previous_y, real, lane, p_side, g_side, p_shape, g_shape, floor, unit, count,
+    state, k, edges, lane, p_side, g_side, p_shape, g_shape, floor, unit, count,
     convexity_factor, direction, TINY: tl.constexpr, GRAD: tl.constexpr, AXIS_WEIGHT: tl.constexpr,
-    AXIS_GRAD: tl.constexpr, CONVEXITY: tl.constexpr, BOUNDARY: tl.constexpr, LANES: tl.constexpr,
+    AXIS_GRAD: tl.constexpr, CONVEXITY: tl.constexpr, BOUNDARY: tl.constexpr, AXES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Add the axis of P's edge from vertex number `previous` to (x, y)."""
+    """Add the axes of P's edges to vertices number k."""
     total, weights, convexity, mixed, grad_x, grad_y, handed, weight_handed, mixed_handed, area_handed = state
+    x, y, previous_x, previous_y, previous, real = edges
     edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
     weight, weight_slope = _axis_weight(length, is_axis, unit, AXIS_WEIGHT)
     on_p, on_g, ends, distance, inverse = _compare(edge_x, edge_y, p_side, g_side, TINY)
     total += weight * distance
     weights += weight
+    at_end = ()
+    at_start = ()
+    for slot in tl.static_range(len(grad_x)):
+        index = slot * LANES + lane
+        at_end = at_end + ((index == k) & real,)
+        at_start = at_start + ((index == previous) & real,)
     if CONVEXITY:
         start_x, start_y = previous_x - p_shape[3], previous_y - p_shape[4]
         edge_low, edge_high = _edge_interval(edge_x, edge_y, start_x, start_y, x - p_shape[3], y - p_shape[4])
@@ -507,9 +572,9 @@ def _pred_axis(
         mixed += reach
         if GRAD:
             to_x, to_y = -direction * at_y, direction * at_x
-            mixed_handed = _hand_over(mixed_handed, -to_x, -to_y, to_x, to_y, previous, real, lane, LANES)
+            mixed_handed = _hand_over(mixed_handed, -to_x, -to_y, to_x, to_y, at_start, at_end, real, AXES)
             to_x, to_y = direction * edge_y, -direction * edge_x
-            area_handed = _hand_over(area_handed, to_x, to_y, to_x, to_y, previous, real, lane, LANES)
+            area_handed = _hand_over(area_handed, to_x, to_y, to_x, to_y, at_start, at_end, real, AXES)
     if GRAD:
         p_low, p_high, g_low, g_high = ends
         low_slope, high_slope, g_low_slope, g_high_slope = _slopes(ends, distance, weight * inverse)
@@ -535,23 +600,23 @@ def _pred_axis(
             end_x, end_y = slope * edge_x, slope * edge_y
             along_x += distance * end_x
             along_y += distance * end_y
-            weight_handed = _hand_over(weight_handed, -end_x, -end_y, end_x, end_y, previous, real, lane, LANES)
+            weight_handed = _hand_over(weight_handed, -end_x, -end_y, end_x, end_y, at_start, at_end, real, AXES)
         if AXIS_GRAD or CONVEXITY:
             start_x, start_y = -along_x, -along_y
             if CONVEXITY:
                 start_x -= sides_sum * edge_y
                 start_y += sides_sum * edge_x
-            handed = _hand_over(handed, start_x, start_y, along_x, along_y, previous, real, lane, LANES)
+            handed = _hand_over(handed, start_x, start_y, along_x, along_y, at_start, at_end, real, AXES)
     return total, weights, convexity, mixed, grad_x, grad_y, handed, weight_handed, mixed_handed, area_handed
 
 
 @triton.jit
 def _target_axis(
-    state, x, y, previous_x, previous_y, real, p_side, g_side, floor, unit,
-    TINY: tl.constexpr, GRAD: tl.constexpr, AXIS_WEIGHT: tl.constexpr,
-):  # fmt: skip
-    """Add the axis of G's edge that ends at (x, y)."""
+    state, edges, p_side, g_side, floor, unit, TINY: tl.constexpr, GRAD: tl.constexpr, AXIS_WEIGHT: tl.constexpr
+):
+    """Add the axes of G's edges."""
     total, weights, grad_x, grad_y = state
+    x, y, previous_x, previous_y, _, real = edges
     edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
     weight = _axis_weight(length, is_axis, unit, AXIS_WEIGHT)[0]
     on_p, _, ends, distance, inverse = _compare(edge_x, edge_y, p_side, g_side, TINY)
@@ -572,7 +637,7 @@ def _boundary(mixed, p_area, g_area, g_squares, TINY: tl.constexpr, RESOLUTION: 
     With f = 2 p a^2 / (v (v^2 + a^2)) of P's, G's and the mixed area p, a and v, it is 1 - f. Areas are measured in
     the larger of v and a. Where G has no area, or the term is rounding only, it and its derivatives are 0.
     """
-    is_flat = g_area <= tl.maximum(TINY, g_squares * tl.full((1, 1), 1e-6, g_area.dtype))
+    is_flat = g_area <= tl.maximum(TINY, g_squares * tl.full((1, 1, 1), 1e-6, g_area.dtype))
     unit = tl.where(is_flat, 1.0, tl.maximum(mixed, g_area))
     v = mixed / unit
     a = g_area / unit
@@ -658,6 +723,7 @@ def mgiou_kernel(
     ADJACENT: tl.constexpr,
     EVEN: tl.constexpr,  # strides over the batch, where they are not constants
     POLYGONS: tl.constexpr,
+    AXES: tl.constexpr,
     LANES: tl.constexpr,
     PRED_SLOTS: tl.constexpr,
     TARGET_SLOTS: tl.constexpr,
@@ -672,14 +738,19 @@ def mgiou_kernel(
     RESOLUTION: tl.constexpr = 2.0**-48 if COMPUTE == tl.float64 else 2.0**-20
     # Quadrangles: faster by a third. With more terms it would take longer than 5 s to compile.
     UNROLLED: tl.constexpr = (
-        PRED_REAL == FULL and LANES == 1 and PRED_SLOTS == 4 and AXIS_WEIGHT != SOFT and not (CONVEXITY and BOUNDARY)
+        PRED_REAL == FULL
+        and AXES * LANES == 1
+        and PRED_SLOTS == 4
+        and AXIS_WEIGHT != SOFT
+        and not (CONVEXITY and BOUNDARY)
     )
 
-    lane = tl.arange(0, LANES)[None, :]
-    divide_by = tl.full((1, 1), divisor, COMPUTE)
-    total = tl.zeros((POLYGONS, 1), COMPUTE)
+    axis = tl.arange(0, AXES)[None, :, None]
+    lane = tl.arange(0, LANES)[None, None, :]
+    divide_by = tl.full((1, 1, 1), divisor, COMPUTE)
+    reduced = tl.zeros((POLYGONS, AXES, 1), COMPUTE)
     for block in range(tl.program_id(0), tl.cdiv(batch, POLYGONS), tl.num_programs(0)):
-        rows = block * POLYGONS + tl.arange(0, POLYGONS)[:, None]
+        rows = block * POLYGONS + tl.arange(0, POLYGONS)[:, None, None] + axis * 0
         inside = rows < batch
         if PRED_REAL == FULL:  # the last polygon once more, instead of none
             rows = tl.minimum(rows, batch - 1)
@@ -732,31 +803,31 @@ def mgiou_kernel(
         p_shape = p_side
         g_shape = g_side
         if CONVEXITY or BOUNDARY:  # relative to one of its own vertices: the common origin may be far away
-            x, y = _vertex(pred, p_last, p_count, inside, scale, PRED_REAL)[:2]
-            p_shape = _normalise(raw_px, raw_py, p_real, x, y, scale)
+            corner = _start(pred, p_last, p_count, inside, scale, PRED_REAL)
+            p_shape = _normalise(raw_px, raw_py, p_real, corner[0], corner[1], scale)
         if BOUNDARY:
-            x, y = _vertex(target, g_last, g_count, inside, scale, TARGET_REAL)[:2]
-            g_shape = _normalise(raw_gx, raw_gy, g_real, x, y, scale)
+            corner = _start(target, g_last, g_count, inside, scale, TARGET_REAL)
+            g_shape = _normalise(raw_gx, raw_gy, g_real, corner[0], corner[1], scale)
 
         # Section 3: what counts as an axis, and the unit of its length.
-        floor = tl.full((POLYGONS, 1), TINY, COMPUTE)
+        floor = tl.full((POLYGONS, AXES, 1), TINY, COMPUTE)
         p_unit = floor
         g_unit = floor
         if AXIS_WEIGHT == UNIFORM:
-            shortest = extent * tl.full((1, 1), 1e-6, COMPUTE)
+            shortest = extent * tl.full((1, 1, 1), 1e-6, COMPUTE)
             floor = tl.maximum(floor, shortest * shortest)
         if AXIS_WEIGHT == SOFT:
-            p_unit = tl.maximum(extent, floor) * tl.full((1, 1), 0.01, COMPUTE)
+            p_unit = tl.maximum(extent, floor) * tl.full((1, 1, 1), 0.01, COMPUTE)
             g_unit = p_unit
         convexity_factor = floor * 0.0
         if MEASURE:
             p_measured = _measure(
-                pred, raw_px, raw_py, p_count, p_last, inside, scale, p_shape[3], p_shape[4], floor, p_unit,
-                AXIS_WEIGHT, PRED_REAL, UNROLLED,
+                pred, raw_px, raw_py, p_real, p_count, p_last, inside, lane, scale, p_shape[3], p_shape[4],
+                floor, p_unit, AXIS_WEIGHT, PRED_REAL, UNROLLED, AXES, LANES,
             )  # fmt: skip
             g_measured = _measure(
-                target, raw_gx, raw_gy, g_count, g_last, inside, scale, g_shape[3], g_shape[4], floor, g_unit,
-                AXIS_WEIGHT, TARGET_REAL, UNROLLED,
+                target, raw_gx, raw_gy, g_real, g_count, g_last, inside, lane, scale, g_shape[3], g_shape[4],
+                floor, g_unit, AXIS_WEIGHT, TARGET_REAL, UNROLLED, AXES, LANES,
             )  # fmt: skip
             p_length, p_axes, p_weight = p_measured[:3]
             g_length, _, g_weight = g_measured[:3]
@@ -767,70 +838,62 @@ def mgiou_kernel(
                 g_weight = tl.where(g_length > 0, 1.0, 0.0)
             # All sums below are divided by twice the weights at the end; the convexity term must not be.
             convexity_factor = 2.0 * (p_weight + g_weight) / tl.maximum(p_axes, 1.0)
-            convexity_factor *= tl.full((1, 1), convexity_weight, COMPUTE)
+            convexity_factor *= tl.full((1, 1, 1), convexity_weight, COMPUTE)
         direction = floor * 0.0
         if BOUNDARY:
             p_area, direction, _ = _doubled_area(p_measured)
             g_area, _, g_squares = _doubled_area(g_measured)
 
-        none = floor * 0.0
-        zeros = _zeros(PRED_SLOTS, POLYGONS, LANES, COMPUTE)
-        handed = (zeros, zeros, none, none)
+        none = tl.zeros((POLYGONS, AXES, 1), COMPUTE)
+        zeros = _zeros(PRED_SLOTS, POLYGONS, AXES, LANES, COMPUTE)
 
         # The axes of P.
+        handed = (zeros, zeros, none, none)
         state = (none, none, none, none, zeros, zeros, handed, handed, handed, handed)
         if UNROLLED:
-            previous_x, previous_y = raw_px[PRED_SLOTS - 1] * scale, raw_py[PRED_SLOTS - 1] * scale
             for k in tl.static_range(PRED_SLOTS):
+                edges = _kept_edges(raw_px, raw_py, k, inside, scale)
                 state = _pred_axis(
-                    state, (k + PRED_SLOTS - 1) % PRED_SLOTS, raw_px[k] * scale, raw_py[k] * scale,
-                    previous_x, previous_y, p_real[k], lane, p_side, g_side, p_shape, g_shape, floor, p_unit, p_count,
-                    convexity_factor, direction, TINY, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, LANES,
+                    state, k, edges, lane, p_side, g_side, p_shape, g_shape, floor, p_unit, p_count,
+                    convexity_factor, direction, TINY, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, AXES, LANES,
                 )  # fmt: skip
-                previous_x, previous_y = raw_px[k] * scale, raw_py[k] * scale
         else:
-            previous = p_last
-            previous_x, previous_y = _vertex(pred, p_last, p_count, inside, scale, PRED_REAL)[:2]
-            for k in range(pred_size):
-                x, y, real = _vertex(pred, k, p_count, inside, scale, PRED_REAL)
+            start = _start(pred, p_last, p_count, inside, scale, PRED_REAL)
+            for first in range(0, pred_size, AXES):
+                k = first + axis
+                edges, start = _edges(
+                    start, pred, p_real, k, p_count, p_last, inside, lane, scale, AXES, LANES, PRED_REAL
+                )
                 state = _pred_axis(
-                    state, previous, x, y, previous_x, previous_y, real, lane, p_side, g_side, p_shape, g_shape,
-                    floor, p_unit, p_count, convexity_factor, direction,
-                    TINY, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, LANES,
+                    state, k, edges, lane, p_side, g_side, p_shape, g_shape, floor, p_unit, p_count,
+                    convexity_factor, direction, TINY, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, AXES, LANES,
                 )  # fmt: skip
-                previous = tl.where(real, k, previous)
-                previous_x = tl.where(real, x, previous_x)
-                previous_y = tl.where(real, y, previous_y)
         p_sum, p_weights, convexity, mixed, grad_x, grad_y, handed, weight_handed, mixed_handed, area_handed = state
 
         # The axes of G.
         state = (none, none, grad_x, grad_y)
         if UNROLLED:
-            previous_x, previous_y = raw_gx[TARGET_SLOTS - 1] * scale, raw_gy[TARGET_SLOTS - 1] * scale
             for k in tl.static_range(TARGET_SLOTS):
-                state = _target_axis(
-                    state, raw_gx[k] * scale, raw_gy[k] * scale, previous_x, previous_y, g_real[k],
-                    p_side, g_side, floor, g_unit, TINY, GRAD, AXIS_WEIGHT,
-                )  # fmt: skip
-                previous_x, previous_y = raw_gx[k] * scale, raw_gy[k] * scale
+                edges = _kept_edges(raw_gx, raw_gy, k, inside, scale)
+                state = _target_axis(state, edges, p_side, g_side, floor, g_unit, TINY, GRAD, AXIS_WEIGHT)
         else:
-            previous_x, previous_y = _vertex(target, g_last, g_count, inside, scale, TARGET_REAL)[:2]
-            for k in range(target_size):
-                x, y, real = _vertex(target, k, g_count, inside, scale, TARGET_REAL)
-                state = _target_axis(
-                    state, x, y, previous_x, previous_y, real,
-                    p_side, g_side, floor, g_unit, TINY, GRAD, AXIS_WEIGHT,
-                )  # fmt: skip
-                previous_x = tl.where(real, x, previous_x)
-                previous_y = tl.where(real, y, previous_y)
+            start = _start(target, g_last, g_count, inside, scale, TARGET_REAL)
+            for first in range(0, target_size, AXES):
+                k = first + axis
+                edges, start = _edges(
+                    start, target, g_real, k, g_count, g_last, inside, lane, scale, AXES, LANES, TARGET_REAL
+                )
+                state = _target_axis(state, edges, p_side, g_side, floor, g_unit, TINY, GRAD, AXIS_WEIGHT)
         g_sum, g_weights, grad_x, grad_y = state
+        p_sum, p_weights, convexity = _over_axes(p_sum), _over_axes(p_weights), _over_axes(convexity)
+        g_sum, g_weights, mixed = _over_axes(g_sum), _over_axes(g_weights), _over_axes(mixed)
 
         weights = p_weights + g_weights
         weights = tl.where(weights > 0, weights, 1.0)
         loss = 0.5 * (p_sum + g_sum + convexity) / weights + poison
         if BOUNDARY:
             boundary, mixed_slope, area_slope = _boundary(mixed, p_area, g_area, g_squares, TINY, RESOLUTION)
-            boundary_factor = tl.full((1, 1), boundary_weight, COMPUTE)
+            boundary_factor = tl.full((1, 1, 1), boundary_weight, COMPUTE)
             loss += boundary_factor * boundary
             boundary_factor *= 2.0 * weights  # the others are divided by this below
             mixed_slope *= boundary_factor
@@ -842,9 +905,9 @@ def mgiou_kernel(
             loss *= sample_weight
             factor *= sample_weight
         if REDUCE:
-            total += tl.where(inside, loss, 0.0)
+            reduced += tl.where(inside & (axis == 0), loss, 0.0)
         else:
-            tl.store(loss_ptr + rows, loss, mask=inside)
+            tl.store(loss_ptr + rows, loss, mask=inside & (axis == 0))
         if GRAD:
             if WEIGHT_GRAD:
                 mean = p_sum if AXIS_WEIGHT == LENGTH else (p_sum + g_sum) / weights
@@ -853,28 +916,32 @@ def mgiou_kernel(
                 x = grad_x[slot]
                 y = grad_y[slot]
                 if EDGE_GRAD:
-                    edge_grad_x, edge_grad_y = _handed(handed, slot, index == p_last)
+                    edge_grad_x, edge_grad_y = _handed(handed, slot, index == p_last, AXES)
                     x += edge_grad_x
                     y += edge_grad_y
                 if BOUNDARY:
-                    mixed_x, mixed_y = _handed(mixed_handed, slot, index == p_last)
-                    area_x, area_y = _handed(area_handed, slot, index == p_last)
+                    mixed_x, mixed_y = _handed(mixed_handed, slot, index == p_last, AXES)
+                    area_x, area_y = _handed(area_handed, slot, index == p_last, AXES)
                     x += mixed_slope * mixed_x + area_slope * area_x
                     y += mixed_slope * mixed_y + area_slope * area_y
                 if WEIGHT_GRAD:
-                    weight_grad_x, weight_grad_y = _handed(weight_handed, slot, index == p_last)
+                    weight_grad_x, weight_grad_y = _handed(weight_handed, slot, index == p_last, AXES)
                     x -= mean * weight_grad_x
                     y -= mean * weight_grad_y
+                x = _over_axes(x)
+                y = _over_axes(y)
                 kept = p_real[slot] & present
                 x = tl.where(kept, _saturate(x * factor * scale, LARGEST), 0.0)
                 y = tl.where(kept, _saturate(y * factor * scale, LARGEST), 0.0)
-                stored = inside if PRED_REAL == FULL else inside & (index < pred_size)
+                stored = inside & (axis == 0)
+                if PRED_REAL != FULL:
+                    stored = stored & (index < pred_size)
                 _store_vertices(grad_ptr, grad_rows + index, x, y, stored, COMPUTE)
 
     if REDUCE:
         # The program that comes last adds all partial sums, always in the same order.
         programs = tl.num_programs(0)
-        tl.store(partial_ptr + tl.program_id(0), tl.sum(total))
+        tl.store(partial_ptr + tl.program_id(0), tl.sum(reduced))
         tl.debug_barrier()
         if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1:
             index = tl.arange(0, PARTIALS)
