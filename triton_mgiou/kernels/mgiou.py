@@ -99,12 +99,11 @@ def _load_polygons(
     if REAL == FULL:
         count = tl.full(inside.shape, SLOTS * LANES, tl.int32)
     last = tl.maximum(count - 1, 0)
-    if REAL == MASK:
-        count *= 0
-        last *= 0
     xs = ()
     ys = ()
     reals = ()
+    counts = ()
+    places = ()
     for slot in tl.static_range(SLOTS):
         index = slot * LANES + lane
         real = _is_real(polygons, index, count, inside, REAL)
@@ -112,14 +111,17 @@ def _load_polygons(
         xs = xs + (x,)
         ys = ys + (y,)
         reals = reals + (real,)
-        if REAL == MASK:
-            count += tl.sum(real.to(tl.int32), axis=2, keep_dims=True)
-            last = tl.maximum(last, tl.max(tl.where(real, index, 0), axis=2, keep_dims=True))
+        counts = counts + (real.to(tl.int32),)
+        places = places + (tl.where(real, index, 0),)
+    if REAL == MASK:
+        count, last = _sum(counts), _high(places)
     return xs, ys, reals, count, last
 
 
 @triton.jit
 def _over_axes(values):
+    if values.shape[1] == 1:
+        return values
     return tl.sum(values, axis=1, keep_dims=True)
 
 
@@ -160,17 +162,26 @@ def _fold(values, COMBINE: tl.constexpr):
 
 @triton.jit
 def _low(values):
-    return tl.min(_fold(values, _smaller), axis=2, keep_dims=True)
+    folded = _fold(values, _smaller)
+    if folded.shape[2] == 1:
+        return folded
+    return tl.min(folded, axis=2, keep_dims=True)
 
 
 @triton.jit
 def _high(values):
-    return tl.max(_fold(values, _larger), axis=2, keep_dims=True)
+    folded = _fold(values, _larger)
+    if folded.shape[2] == 1:
+        return folded
+    return tl.max(folded, axis=2, keep_dims=True)
 
 
 @triton.jit
 def _sum(values):
-    return tl.sum(_fold(values, _plus), axis=2, keep_dims=True)
+    folded = _fold(values, _plus)
+    if folded.shape[2] == 1:
+        return folded
+    return tl.sum(folded, axis=2, keep_dims=True)
 
 
 @triton.jit
@@ -295,21 +306,28 @@ def _axis_weight(length, is_axis, unit, AXIS_WEIGHT: tl.constexpr):
 
 
 @triton.jit
+def _own_interval(edge_x, edge_y, x, y, previous_x, previous_y, origin_x, origin_y):
+    """Projections of both ends of an edge on its normal: equal but for rounding. Bits as from `_project`."""
+    start = tl.fma(edge_y, previous_x - origin_x, -edge_x * (previous_y - origin_y))
+    end = tl.fma(edge_y, x - origin_x, -edge_x * (y - origin_y))
+    return start, tl.minimum(start, end), tl.maximum(start, end)
+
+
+@triton.jit
 def _measure_edge(state, edges, origin_x, origin_y, floor, unit, AXIS_WEIGHT: tl.constexpr):
     """Add an edge to the sums over a side's edges that need no projection of other vertices."""
     perimeter, axes, weights, squares, starts, lows, highs = state
     x, y, previous_x, previous_y, _, real = edges
     edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
-    start = tl.fma(edge_y, previous_x - origin_x, -edge_x * (previous_y - origin_y))
-    end = tl.fma(edge_y, x - origin_x, -edge_x * (y - origin_y))
+    start, low, high = _own_interval(edge_x, edge_y, x, y, previous_x, previous_y, origin_x, origin_y)
     return (
         perimeter + length,
         axes + is_axis.to(floor.dtype),
         weights + _axis_weight(length, is_axis, unit, AXIS_WEIGHT)[0],
         squares + edge_x * edge_x + edge_y * edge_y,
         starts + start,
-        lows + tl.minimum(start, end),
-        highs + tl.maximum(start, end),
+        lows + low,
+        highs + high,
     )
 
 
@@ -406,14 +424,6 @@ def _share(projections, low, high, low_derivative, high_derivative):
     for slot in tl.static_range(len(projections)):
         shares = shares + (at_low[slot] * low_derivative + at_high[slot] * high_derivative,)
     return shares
-
-
-@triton.jit
-def _edge_interval(edge_x, edge_y, start_x, start_y, end_x, end_y):
-    """Projections of both ends of an edge on its normal: equal but for rounding. Bits as from `_project`."""
-    start = tl.fma(edge_y, start_x, -edge_x * start_y)
-    end = tl.fma(edge_y, end_x, -edge_x * end_y)
-    return tl.minimum(start, end), tl.maximum(start, end)
 
 
 @triton.jit
@@ -554,8 +564,7 @@ def _pred_axis(
         at_end = at_end + ((index == k) & real,)
         at_start = at_start + ((index == previous) & real,)
     if CONVEXITY:
-        start_x, start_y = previous_x - p_shape[3], previous_y - p_shape[4]
-        edge_low, edge_high = _edge_interval(edge_x, edge_y, start_x, start_y, x - p_shape[3], y - p_shape[4])
+        _, edge_low, edge_high = _own_interval(edge_x, edge_y, x, y, previous_x, previous_y, p_shape[3], p_shape[4])
         on_shape = _project(edge_y, -edge_x, p_shape[0], p_shape[1], p_shape[2])
         low, high = _low(on_shape), _high(on_shape)
         factor = tl.where(is_axis, convexity_factor, 0.0)
@@ -579,8 +588,7 @@ def _pred_axis(
         p_low, p_high, g_low, g_high = ends
         low_slope, high_slope, g_low_slope, g_high_slope = _slopes(ends, distance, weight * inverse)
         if not AXIS_GRAD:  # with the path through the axis any split of a tie gives the same gradient
-            start_x, start_y = previous_x - p_side[3], previous_y - p_side[4]
-            edge_low, edge_high = _edge_interval(edge_x, edge_y, start_x, start_y, x - p_side[3], y - p_side[4])
+            _, edge_low, edge_high = _own_interval(edge_x, edge_y, x, y, previous_x, previous_y, p_side[3], p_side[4])
             p_low, p_high = _tie(p_low, p_high, edge_low, edge_high)
         shares = _share(on_p, p_low, p_high, low_slope, high_slope)
         along_x = floor * 0.0  # derivative to the edge
