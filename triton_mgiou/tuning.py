@@ -92,15 +92,14 @@ def layout(pred_bucket: int, target_bucket: int, large_batch: bool) -> Layout:
     128 registers and 8 at 255; without one the compiler spills to reach 16.
     """
     lanes = max(pred_bucket, target_bucket) // SLOTS
-    axes, elements, warps, registers = 1, 1, 1, 168
-    if lanes == 1 and large_batch:
+    axes = 1 if large_batch or lanes == 1 or lanes > 64 else 4
+    elements = max(1, min(4, lanes // 32))
+    if large_batch and 1 < lanes <= 32:
+        elements = 4 if lanes == 4 else 2
+    warps = max(1, min(MAX_WARPS, axes * lanes // (32 * elements)))
+    registers = 255 if lanes > 64 or (large_batch and lanes > 2) else 168
+    if large_batch and lanes == 1:
         warps, registers = 4, 128
-    elif large_batch:
-        elements = 4 if lanes == 4 else 2 if lanes <= 32 else 1
-        registers = 168 if lanes == 2 else 255
-    elif lanes > 1:
-        axes = max(1, min(4, 32 * MAX_WARPS // lanes))
-    warps = max(warps, min(MAX_WARPS, axes * lanes // 32))
     return _layout(pred_bucket, target_bucket, SLOTS, axes, elements, warps, registers)
 
 

@@ -34,7 +34,8 @@ LENGTHS = tl.constexpr(1)
 MASK = tl.constexpr(2)
 FULL = tl.constexpr(3)  # all, and they fill the slots: both sides are contiguous and of the same power of two
 
-PARTIALS = tl.constexpr(1024)  # how many partial sums the last program adds at a time
+FEW = tl.constexpr(128)  # partial sums that the last program adds at a time
+MANY = tl.constexpr(1024)
 SERIES_TERMS = tl.constexpr(15)  # of expm1 below 1/2: the rest is under 2^-53
 
 
@@ -236,9 +237,9 @@ def _vertex(polygons, index, real, scale):
 
 
 @triton.jit
-def _start(polygons, last, count, inside, scale, REAL: tl.constexpr):
+def _start(polygons, last, count, scale):
     """What `_edges` takes over from a step: the last real vertex so far, and its index."""
-    x, y = _vertex(polygons, last, _is_real(polygons, last, count, inside, REAL), scale)
+    x, y = _vertex(polygons, last, count > 0, scale)
     return x, y, last
 
 
@@ -344,7 +345,7 @@ def _measure(
             edges = _kept_edges(raw_xs, raw_ys, k, inside, scale)
             state = _measure_edge(state, edges, origin_x, origin_y, floor, unit, AXIS_WEIGHT)
     else:
-        start = _start(polygons, last, count, inside, scale, REAL)
+        start = _start(polygons, last, count, scale)
         for first in range(0, polygons[3], AXES):
             k = first + tl.arange(0, AXES)[None, :, None]
             edges, start = _edges(start, polygons, reals, k, count, last, inside, lane, scale, AXES, LANES, REAL)
@@ -672,6 +673,17 @@ def _reach(edge_x, edge_y, direction, shape):
 
 
 @triton.jit
+def _total(ptr, count, AT_ONCE: tl.constexpr, COMPUTE: tl.constexpr):
+    """Sum of `count` numbers, always in the same order."""
+    index = tl.arange(0, AT_ONCE)
+    sums = tl.zeros((AT_ONCE,), COMPUTE)
+    for first in range(0, count, AT_ONCE):
+        here = first + index < count
+        sums += tl.load(ptr + first + index, mask=here, other=0.0, cache_modifier=".cg")
+    return tl.sum(sums)
+
+
+@triton.jit
 def _saturate(values, LARGEST: tl.constexpr):
     """Overflow becomes the largest finite number; NaN stays (section 5)."""
     return tl.where(values > LARGEST, LARGEST, tl.where(values < -LARGEST, -LARGEST, values))
@@ -811,10 +823,10 @@ def mgiou_kernel(
         p_shape = p_side
         g_shape = g_side
         if CONVEXITY or BOUNDARY:  # relative to one of its own vertices: the common origin may be far away
-            corner = _start(pred, p_last, p_count, inside, scale, PRED_REAL)
+            corner = _start(pred, p_last, p_count, scale)
             p_shape = _normalise(raw_px, raw_py, p_real, corner[0], corner[1], scale)
         if BOUNDARY:
-            corner = _start(target, g_last, g_count, inside, scale, TARGET_REAL)
+            corner = _start(target, g_last, g_count, scale)
             g_shape = _normalise(raw_gx, raw_gy, g_real, corner[0], corner[1], scale)
 
         # Section 3: what counts as an axis, and the unit of its length.
@@ -866,7 +878,7 @@ def mgiou_kernel(
                     convexity_factor, direction, TINY, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, AXES, LANES,
                 )  # fmt: skip
         else:
-            start = _start(pred, p_last, p_count, inside, scale, PRED_REAL)
+            start = _start(pred, p_last, p_count, scale)
             for first in range(0, pred_size, AXES):
                 k = first + axis
                 edges, start = _edges(
@@ -885,7 +897,7 @@ def mgiou_kernel(
                 edges = _kept_edges(raw_gx, raw_gy, k, inside, scale)
                 state = _target_axis(state, edges, p_side, g_side, floor, g_unit, TINY, GRAD, AXIS_WEIGHT)
         else:
-            start = _start(target, g_last, g_count, inside, scale, TARGET_REAL)
+            start = _start(target, g_last, g_count, scale)
             for first in range(0, target_size, AXES):
                 k = first + axis
                 edges, start = _edges(
@@ -952,10 +964,9 @@ def mgiou_kernel(
         tl.store(partial_ptr + tl.program_id(0), tl.sum(reduced))
         tl.debug_barrier()
         if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1:
-            index = tl.arange(0, PARTIALS)
-            sums = tl.zeros((PARTIALS,), COMPUTE)
-            for start in range(0, programs, PARTIALS):
-                here = start + index < programs
-                sums += tl.load(partial_ptr + start + index, mask=here, other=0.0, cache_modifier=".cg")
-            tl.store(loss_ptr, tl.sum(sums) / tl.full((), divisor, COMPUTE))
+            if programs <= FEW:  # less to issue for one warp
+                result = _total(partial_ptr, programs, FEW, COMPUTE)
+            else:
+                result = _total(partial_ptr, programs, MANY, COMPUTE)
+            tl.store(loss_ptr, result / tl.full((), divisor, COMPUTE))
             tl.store(counter_ptr, 0)
