@@ -375,7 +375,7 @@ def figures(result: dict[str, Any], stem: Path) -> list[Path]:
         axes.grid(color="0.9")
 
     def compare(name: str, select: Callable[[str], list[Row]], x: str, x_label: str, title: str) -> None:
-        figure = Figure(figsize=(12 if on_gpu else 8, 5), layout="constrained")
+        figure = Figure(figsize=(13 if on_gpu else 9, 5), layout="constrained")
         loop = figure.add_subplot(1, 2 if on_gpu else 1, 1)
         lines(loop, select, x, lambda row: row["wall_us"]["step"])
         loop.set(
@@ -385,7 +385,7 @@ def figures(result: dict[str, Any], stem: Path) -> list[Path]:
             gpu = figure.add_subplot(1, 2, 2, sharey=loop)
             lines(gpu, select, x, lambda row: row.get("gpu_us", {}).get("step"))
             gpu.set(title=f"{title}: on the GPU, as a CUDA graph", xlabel=x_label)
-        loop.legend(fontsize=8)
+        figure.legend(*loop.get_legend_handles_labels(), loc="outside right center", fontsize=8)
         save(figure, name)
 
     compare("batch", lambda peer: over_batch(rows, peer), "batch", "B, pairs of polygons", f"N = {GROWTH_VERTICES}")

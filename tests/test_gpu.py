@@ -45,7 +45,9 @@ def test_auto_is_the_kernel():
         assert_same(got, want)
 
 
-@pytest.mark.parametrize(("batch", "size"), [(512, 4), (100_000, 8), (40_000, 16), (5_000, 64)])
+@pytest.mark.parametrize(
+    ("batch", "size"), [(512, 4), (512, 8), (100_000, 8), (40_000, 16), (1_000, 64), (5_000, 64), (300, 128)]
+)
 def test_the_same_bits_on_every_run(batch, size):
     pred, target = polygons(batch, size)
     expected = value_and_gradient(pred, target, backend="triton")
@@ -208,7 +210,7 @@ def tuner(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_MGIOU_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv(autotune.ENVIRONMENT, raising=False)
-    few = {(4, large): tuning.Space((2, 4), (1,), (1,), (168,)) for large in (False, True)}
+    few = {(4, large): tuning.Space((2, 4), (1,), (1,), (1,), (168,)) for large in (False, True)}
     monkeypatch.setattr(tuning, "SEARCH", few)
     autotune.tuning_cache.cache_clear()
     ops.forget_plans()
@@ -266,7 +268,7 @@ def test_a_first_use_is_measured_if_asked_but_not_while_a_graph_is_captured(tune
     graph.replay()
     assert_close(captured, value, atol=1e-6)
     monkeypatch.setattr(tuner, "measure", fail)
-    mgiou_loss(*polygons(700, 3))
+    mgiou_loss(*polygons(700, 4))
 
 
 @pytest.mark.usefixtures("tuner")

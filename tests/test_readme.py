@@ -24,6 +24,7 @@ FIRST_SCREEN = README.partition("\n## ")[0]
 CODE = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 BOTH = ("pred", "target")
 NAN, INF = math.nan, math.inf
+LAYOUT = ("slots", "axes", "elements", "warps", "registers")
 
 
 def section(title):
@@ -364,59 +365,95 @@ def test_degenerate_cases(check):
     check()
 
 
-def test_the_report_is_that_of_the_results():
-    result = report.merged([json.loads((ROOT / "bench/results/cpu.json").read_text())])
-    assert (ROOT / "bench/results/cpu.md").read_text() == report.markdown(result)
-    assert "(bench/results/cpu.md)" in section("Speed")
-    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", section("Speed"))
-    assert len(pictures) == 2
-    assert all((ROOT / picture).stat().st_size > 10_000 for picture in pictures)
+def test_speed_is_that_of_the_results():
+    folder = ROOT / "bench/results"
+    parts = [results(name) for name in ("h200", "h200_compiled", "h200_launches")]
+    result = report.merged(parts)
+    assert (folder / "h200.md").read_text() == report.markdown(result)
+    for wanted in (report.training_table(result["rows"]), report.large_table(result["rows"], result["rates"])):
+        assert wanted.count("\n") > 5
+        assert f"\n\n{wanted}\n\n" in section("Speed")
+    links = re.findall(r"\(bench/results/(h200[^)]+)\)", section("Speed"))
+    assert len(links) == 5
+    assert all((folder / link).stat().st_size > 10_000 for link in links)
+
+
+def test_what_is_said_of_the_speed():
+    def training(part, peer):
+        rows = [row for row in results(part)["rows"] if row["peer"] == peer and row["batch"] <= 65536]
+        rows = [row for row in rows if row["group"] in ("training", "compiled")]
+        assert len(rows) > 5
+        return {(row["batch"], row["vertices"]): row for row in rows}
+
+    def between(ratios, digits):
+        return f"{min(ratios):.{digits}f} to {max(ratios):.{digits}f}"
+
+    kernel, smooth, plain, reference = (training("h200", peer) for peer in ("kernel", "smooth L1", "L1", "reference"))
+    loops = [[1 / row["wall_ratio"]["step"] for row in other.values()] for other in (smooth, plain)]
+    graphs = {size: kernel[size]["graph_us"] / smooth[size]["graph_us"] for size in kernel}
+    largest = graphs.pop((65536, 8))
+    slower = [
+        [row["wall_ratio"]["step"] for row in rows.values()]
+        for rows in (reference, training("h200_compiled", "compiled dynamic"))
+    ]
+    text = section("Speed").replace("\n", " ")
+    assert (
+        f"takes {between(loops[0], 2)} times as long as one with `smooth_l1_loss` on the same tensors, "
+        f"and {between(loops[1], 2)} times one with `l1_loss`"
+    ) in text
+    assert f"{between(graphs.values(), 2)} times as long as `smooth_l1_loss`" in text
+    assert f"and {largest:.2f} times at 65536 x 8" in text
+    assert f"{between(slower[0], 0)} times as long as the kernel, `torch.compile` of it {between(slower[1], 1)}" in text
 
 
 def test_the_times_of_the_first_use_are_the_results():
     measured = results("h200_first_use")
-    first, host = measured["first"]["result"], measured["host"]["result"]["us"]
+    first, (slow, quick) = measured["first"]["result"], (measured[part] for part in ("host", "host on another machine"))
     processes = (
-        "empty caches", "Triton's cache", "after a warm-up", "trivial kernel, empty cache",
-        "trivial kernel, Triton's cache",
+        "empty caches", "Triton's cache", "trivial kernel, empty cache", "trivial kernel, Triton's cache"
     )  # fmt: skip
-    calls = ("value", "value and gradient", "value, gradient, backward", "smooth_l1_loss")
-    assert [value for _, value in table("First use and tuning") if value not in ("---", "us")] == [
-        *(f"{first[name]['first call']:.2f}" for name in processes),
-        *(f"{host[name]:.1f}" for name in calls),
+    calls = ("value", "value and gradient", "value, gradient, backward", "kernel[grid](...)", "smooth_l1_loss")
+    rows = [row[1:] for row in table("First use and tuning") if set("".join(row[1:])) - set("-us")]
+    assert rows == [
+        *([f"{first[name]['first call']:.2f}"] for name in processes),
+        *([f"{host['result']['us'][name]:.1f}" for host in (slow, quick)] for name in calls),
     ]
+    earlier = measured["first, an earlier kernel"]["result"]
+    said = [f"{earlier[name]['first call']:.2f} s" for name in ("after a warm-up", "trivial kernel, Triton's cache")]
+    assert "{}, where a trivial one took {}".format(*said) in section("First use and tuning").replace("\n", " ")
 
 
-def test_the_times_of_the_terms_are_the_results():
-    columns = (PAPER, DEFAULTS | {"boundary_weight": 0.0}, DEFAULTS)
-    rows = results("h200_terms")["rows"]
-    us = {(row["batch"], row["vertices"], str(row["options"])): row["us"] for row in rows}
-    assert table("Speed")[-5:] == [
-        [f"{batch} x {n}", *(f"{us[batch, n, str(options)]:.1f}" for options in columns)]
-        for batch, n in ((4096, 4), (4096, 8), (4096, 12), (16384, 16), (4096, 32))
-    ]
+def test_what_is_said_of_the_tuning():
+    measured, text = results("h200_tuning"), section("First use and tuning").replace("\n", " ")
+    steps = measured["training"]["result"]
+    assert (steps["compiled"], steps["tuned"]) == (0, 0)
+    assert f"In {steps['steps']:,} steps of random B and N" in text
+    rows = measured["tuning"]["result"]["rows"]
+    gains = [row["gain"] for row in rows if row["gain"] > 0]
+    assert f"gained {min(gains):.1%} to {max(gains):.0%} in {len(gains)} of {len(rows)} variants" in text.replace(
+        "  ", " "
+    )
+    assert max(row["seconds"]["with the first call"] for row in rows) < 20
 
 
-def test_the_speed_tables_are_the_results():
-    results = {name: json.loads((ROOT / f"bench/results/h200_{name}.json").read_text()) for name in ("speed", "large")}
-    training = [
-        [
-            f"{row['batch']} x {row['vertices']}",
-            *(f"{row['wall_us'][name]:.0f}" for name in ("fused", "smooth_l1", "l1", "eager")),
-            *(f"{row['graph_us'][name]:.1f}" for name in ("fused", "smooth_l1", "l1")),
+def test_what_the_default_loss_costs_is_the_results():
+    tuning = pytest.importorskip("triton_mgiou.tuning")
+    rows = results("h200_layouts")["rows"]
+
+    def us(batch, size, loss):
+        """Of the layout that is looked up."""
+        layout = tuning.layout(size, size, tuning.is_large(batch, size, size))
+        fitting = [
+            row["us"][str(batch)]
+            for row in rows
+            if (row["run"], row["vertices"], row["loss"]) == (2, size, f"{loss}, with gradient")
+            and tuning._layout(size, size, *(row[name] for name in LAYOUT)) == layout
         ]
-        for row in results["speed"]["rows"]
-        if "graph_us" in row
-    ]
-    large = [
-        [
-            f"{row['batch']} x {row['vertices']}",
-            *(f"{row[name]:.0f}" for name in ("value", "value_and_gradient")),
-            f"{row['memory'] / 2**20:.0f}",
-        ]
-        for row in results["large"]["rows"][:5]
-    ]
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in section("Speed").splitlines() if "|" in line
-    ]
-    assert [row for row in rows if row[0][0].isdigit()][:-5] == training + large
+        assert len(fitting) == 1
+        return f"{fitting[0]:.1f}"
+
+    shown = table("Speed")[-8:]
+    assert shown[0][0] == "4096 x 4"
+    for size, paper, default in shown:
+        batch, vertices = map(int, size.split(" x "))
+        assert [paper, default] == [us(batch, vertices, loss) for loss in ("PAPER", "defaults")]
