@@ -289,7 +289,7 @@ def test_demo(device, backend, tmp_path, capsys):
     assert result["ap50"] >= result["ap75"] >= result["ap90"]
     assert 0.10 < result["loss_first"] < 0.16
     assert 0 < result["loss_last"] < 0.025
-    assert 0 < result["seconds"] < 60
+    assert result["seconds"] > 0
     assert (result["device"], result["backend"]) == (device, backend)
     assert result["options"] == {
         "axis_weight": "length",

@@ -271,12 +271,8 @@ def _edges(
 def _kept_edges(raw_xs, raw_ys, k: tl.constexpr, inside, scale):
     """The same of vertices that a lane has all in registers."""
     previous: tl.constexpr = (k + len(raw_xs) - 1) % len(raw_xs)
-    x, y, previous_x, previous_y = (
-        raw_xs[k] * scale,
-        raw_ys[k] * scale,
-        raw_xs[previous] * scale,
-        raw_ys[previous] * scale,
-    )
+    x, y = raw_xs[k] * scale, raw_ys[k] * scale
+    previous_x, previous_y = raw_xs[previous] * scale, raw_ys[previous] * scale
     return x, y, previous_x, previous_y, previous, inside | True
 
 
