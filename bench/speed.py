@@ -1,7 +1,7 @@
 """Measure the loss against its peers and write one JSON.
 
     python -m bench.speed --out speed.json
-    python -m bench.speed --out h200.json --only training large batch vertices bfloat16     # 3 minutes
+    python -m bench.speed --out h200.json --only training large batch vertices bfloat16     # 4 minutes
     python -m bench.speed --out h200_compiled.json --only compiled                          # 2 minutes
 
 Each implementation is first held against its definition in float64 on the same input; one that disagrees, and one

@@ -259,10 +259,9 @@ def measure(
 
 
 def _config(layout: Layout) -> Any:
-    sizes = dict(zip(("POLYGONS", "AXES", "LANES", "PRED_SLOTS", "TARGET_SLOTS"), layout, strict=False))
     options = layout.options()
     known = {name: options.pop(name) for name in ("num_warps", "maxnreg")}
-    return triton.Config(sizes | options, **known)
+    return triton.Config(layout.sizes() | options, **known)
 
 
 def _that_fit(kernel: Any, arguments: tuple[Any, ...], layouts: list[Layout]) -> list[Layout]:

@@ -280,11 +280,11 @@ def _plan(
     else:
         large_batch = bool(batch)
         default = tuning.layout(*buckets, large_batch)
-    names = mgiou_kernel.arg_names[-len(flags) - 5 : -5]
-    kinds = (f"{name}={value}" for name, value in zip(names, flags, strict=True))
+    first, end = (mgiou_kernel.arg_names.index(name) for name in ("COMPUTE", "POLYGONS"))
+    kinds = (f"{name}={value}" for name, value in zip(mgiou_kernel.arg_names[first:end], flags, strict=True))
     case = tuning.Case(*buckets, large_batch, " ".join((f"{pred.dtype} {target.dtype}", *kinds)))
     layout = autotune.choose(case, default, pred.device, launch)
-    return _Plan(layout, (*flags, *layout[:5]), dtype, pred.new_empty((), dtype=dtype), [])
+    return _Plan(layout, (*flags, *layout.sizes().values()), dtype, pred.new_empty((), dtype=dtype), [])
 
 
 def _launch_samples(pred: Tensor, target: Tensor, call: _Call, need_grad: bool, size: int) -> None:

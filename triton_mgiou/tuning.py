@@ -22,6 +22,10 @@ class Layout(NamedTuple):
     num_warps: int
     registers: int
 
+    def sizes(self) -> dict[str, int]:
+        """The kernel's arguments."""
+        return {name.upper(): size for name, size in zip(self._fields, self[:5], strict=False)}
+
     def options(self) -> dict[str, Any]:
         """Compiler options. Fused multiply-adds are faster and not needed."""
         return {"num_warps": self.num_warps, "maxnreg": self.registers, "enable_fp_fusion": True}

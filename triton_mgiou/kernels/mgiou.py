@@ -334,7 +334,7 @@ def _measure(
     AXIS_WEIGHT: tl.constexpr, REAL: tl.constexpr, UNROLLED: tl.constexpr, AXES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Sums over the edges of a side: lengths, number of axes, their weights; what `_doubled_area` needs."""
-    none = tl.zeros((floor.shape[0], AXES, 1), floor.dtype)
+    none = tl.zeros_like(floor)
     state = (none, none, none, none, none, none, none)
     if UNROLLED:
         for k in tl.static_range(len(raw_xs)):
@@ -454,14 +454,6 @@ def _dot(left, right):
 
 
 @triton.jit
-def _zeros(SLOTS: tl.constexpr, POLYGONS: tl.constexpr, AXES: tl.constexpr, LANES: tl.constexpr, COMPUTE: tl.constexpr):
-    slots = ()
-    for _ in tl.static_range(SLOTS):
-        slots = slots + (tl.zeros((POLYGONS, AXES, LANES), COMPUTE),)
-    return slots
-
-
-@triton.jit
 def _convexity(projections, low, high, edge_low, edge_high, count, factor, TINY: tl.constexpr, GRAD: tl.constexpr):
     """One edge's term of section 7, and its derivatives to every slot's projection and to low and high.
 
@@ -491,11 +483,11 @@ def _convexity(projections, low, high, edge_low, edge_high, count, factor, TINY:
 
 
 @triton.jit
-def _none(slots):
-    none = ()
+def _zeros(slots):
+    zeros = ()
     for slot in tl.static_range(len(slots)):
-        none = none + (tl.zeros_like(slots[slot]),)
-    return none
+        zeros = zeros + (tl.zeros_like(slots[slot]),)
+    return zeros
 
 
 @triton.jit
@@ -515,8 +507,8 @@ def _hand_over(state, start_x, start_y, end_x, end_y, at_start, at_end, real, AX
         slots_y = _put(slots_y, pending_y + start_y, at_start)
         return slots_x, slots_y, tl.where(real, end_x, pending_x), tl.where(real, end_y, pending_y)
     else:
-        slots_x = _add(slots_x, _put(_put(_none(slots_x), start_x, at_start), end_x, at_end))
-        slots_y = _add(slots_y, _put(_put(_none(slots_y), start_y, at_start), end_y, at_end))
+        slots_x = _add(slots_x, _put(_put(_zeros(slots_x), start_x, at_start), end_x, at_end))
+        slots_y = _add(slots_y, _put(_put(_zeros(slots_y), start_y, at_start), end_y, at_end))
         return slots_x, slots_y, pending_x, pending_y
 
 
@@ -860,8 +852,8 @@ def mgiou_kernel(
             p_area, direction, _ = _doubled_area(p_measured)
             g_area, _, g_squares = _doubled_area(g_measured)
 
-        none = tl.zeros((POLYGONS, AXES, 1), COMPUTE)
-        zeros = _zeros(PRED_SLOTS, POLYGONS, AXES, LANES, COMPUTE)
+        none = tl.zeros_like(floor)
+        zeros = _zeros(p_side[0])
 
         # The axes of P.
         handed = (zeros, zeros, none, none)
