@@ -129,6 +129,15 @@ def test_compiles_every_flag(options):
     assert compiled(80, 8, 8, **options).asm["cubin"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_compiler_fuses_nothing_by_itself(dtype):
+    """What it fuses depends on the code around it, so that masks and lengths would give different bits."""
+    options = {"axis_weight": "soft", "convexity": True, "boundary": True, "pred_real": torch.bool}
+    code = compiled(90, 8, 8, dtype=dtype, **options).asm["ptx"]
+    assert len(re.findall(r"\bfma\.rn\.f", code)) > 100
+    assert not re.findall(r"\b(?:add|sub|mul)\.f\S*", code)
+
+
 def test_a_bucket_is_compiled_once():
     """Whatever B, and whatever N inside a bucket, the compile-time arguments are the same."""
     vertices = torch.empty(1, 1, 2)

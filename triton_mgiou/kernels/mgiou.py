@@ -36,22 +36,32 @@ FULL = tl.constexpr(3)  # all, and they fill the slots: both sides are contiguou
 
 FEW = tl.constexpr(128)  # partial sums that the last program adds at a time
 MANY = tl.constexpr(1024)
-SERIES_TERMS = tl.constexpr(15)  # of expm1 below 1/2: the rest is under 2^-53
 
 
 @triton.jit
-def _load_vertices(ptr, offsets, mask, COMPUTE: tl.constexpr):
-    """Coordinates of the vertices at `offsets`, 0 where the mask is False. A vertex of up to 64 bits is one access."""
+def _vertices(ptr, offsets):
+    """Addresses of the vertices at `offsets`. A vertex of up to 64 bits is one access."""
     DTYPE: tl.constexpr = ptr.dtype.element_ty
     if DTYPE == tl.float64:
-        x = tl.load(ptr + 2 * offsets, mask=mask, other=0.0)
-        y = tl.load(ptr + 2 * offsets + 1, mask=mask, other=0.0)
+        return ptr + 2 * offsets
     elif DTYPE == tl.float32:
-        words = tl.load(ptr.to(tl.pointer_type(tl.int64), bitcast=True) + offsets, mask=mask, other=0)
+        return ptr.to(tl.pointer_type(tl.int64), bitcast=True) + offsets
+    else:
+        return ptr.to(tl.pointer_type(tl.int32), bitcast=True) + offsets
+
+
+@triton.jit
+def _load_vertices(addresses, mask, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
+    """Coordinates, 0 where the mask is False."""
+    if DTYPE == tl.float64:
+        x = tl.load(addresses, mask=mask, other=0.0)
+        y = tl.load(addresses + 1, mask=mask, other=0.0)
+    elif DTYPE == tl.float32:
+        words = tl.load(addresses, mask=mask, other=0)
         x = words.to(tl.int32).to(DTYPE, bitcast=True)
         y = (words >> 32).to(tl.int32).to(DTYPE, bitcast=True)
     else:
-        words = tl.load(ptr.to(tl.pointer_type(tl.int32), bitcast=True) + offsets, mask=mask, other=0)
+        words = tl.load(addresses, mask=mask, other=0)
         x = words.to(tl.int16).to(DTYPE, bitcast=True)
         y = (words >> 16).to(tl.int16).to(DTYPE, bitcast=True)
     return x.to(COMPUTE), y.to(COMPUTE)
@@ -76,11 +86,16 @@ def _first_vertex(rows, stride, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _is_real(polygons, index, count, inside, REAL: tl.constexpr):
+def _flags(polygons, index, REAL: tl.constexpr):
+    """Addresses in a mask."""
+    _, offset, _, _, mask_ptr, mask_offset, mask_stride = polygons
+    return mask_ptr + mask_offset + index * mask_stride if REAL == MASK else offset
+
+
+@triton.jit
+def _is_real(flags, polygons, index, count, inside, REAL: tl.constexpr):
     if REAL == MASK:
-        _, _, _, size, mask_ptr, mask_offset, mask_stride = polygons
-        offset = mask_offset + index * mask_stride
-        return tl.load(mask_ptr + offset, mask=inside & (offset * 0 + index < size), other=0) != 0
+        return tl.load(flags, mask=inside & (index < polygons[3]), other=0) != 0
     elif REAL == FULL:
         return inside | True
     else:
@@ -107,8 +122,8 @@ def _load_polygons(
     places = ()
     for slot in tl.static_range(SLOTS):
         index = slot * LANES + lane
-        real = _is_real(polygons, index, count, inside, REAL)
-        x, y = _load_vertices(ptr, offset + index * stride, real, COMPUTE)
+        real = _is_real(_flags(polygons, index, REAL), polygons, index, count, inside, REAL)
+        x, y = _load_vertices(_vertices(ptr, offset + index * stride), real, ptr.dtype.element_ty, COMPUTE)
         xs = xs + (x,)
         ys = ys + (y,)
         reals = reals + (real,)
@@ -199,7 +214,7 @@ def _poison(xs, ys):
     """0, or NaN where a vertex is NaN or Inf: `min` and `max` do not pass it on."""
     zeros = ()
     for slot in tl.static_range(len(xs)):
-        zeros = zeros + (xs[slot] * 0.0 + ys[slot] * 0.0,)
+        zeros = zeros + (tl.fma(xs[slot], 0.0, ys[slot] * 0.0),)
     return _sum(zeros)
 
 
@@ -223,8 +238,8 @@ def _normalise(xs, ys, reals, low_x, low_y, scale):
     new_ys = ()
     pads = ()
     for slot in tl.static_range(len(xs)):
-        new_xs = new_xs + (tl.where(reals[slot], xs[slot] * scale - low_x, 0.0),)
-        new_ys = new_ys + (tl.where(reals[slot], ys[slot] * scale - low_y, 0.0),)
+        new_xs = new_xs + (tl.where(reals[slot], tl.fma(xs[slot], scale, -low_x), 0.0),)
+        new_ys = new_ys + (tl.where(reals[slot], tl.fma(ys[slot], scale, -low_y), 0.0),)
         pads = pads + (tl.where(reals[slot], 0.0, float("nan")).to(scale.dtype),)
     return new_xs, new_ys, pads, low_x, low_y
 
@@ -232,15 +247,20 @@ def _normalise(xs, ys, reals, low_x, low_y, scale):
 @triton.jit
 def _vertex(polygons, index, real, scale):
     """Vertices number `index`, scaled but not moved: an edge is then rounded once."""
-    x, y = _load_vertices(polygons[0], polygons[1] + index * polygons[2], real, scale.dtype)
+    ptr, offset, stride = polygons[:3]
+    x, y = _load_vertices(_vertices(ptr, offset + index * stride), real, ptr.dtype.element_ty, scale.dtype)
     return x * scale, y * scale
 
 
 @triton.jit
-def _start(polygons, last, count, scale):
-    """What `_edges` takes over from a step: the last real vertex so far, and its index."""
+def _start(polygons, last, count, first, scale, REAL: tl.constexpr):
+    """What `_edges` takes over from a step: the last real vertex so far, and its index; where the next ones are.
+
+    Addresses that a loop carries save Triton's compiler a walk through the whole kernel for each of them.
+    """
     x, y = _vertex(polygons, last, count > 0, scale)
-    return x, y, last
+    ptr, offset, stride = polygons[:3]
+    return x, y, last, _vertices(ptr, offset + first * stride), _flags(polygons, first, REAL)
 
 
 @triton.jit
@@ -249,11 +269,15 @@ def _edges(
     AXES: tl.constexpr, LANES: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """Edges that end at vertices number k: where, where and at which vertex they start, and whether they are real."""
-    real = _is_real(polygons, k, count, inside, REAL)
-    x, y = _vertex(polygons, k, real, scale)
+    last_x, last_y, last_k, addresses, flags = start
+    DTYPE: tl.constexpr = polygons[0].dtype.element_ty
+    real = _is_real(flags, polygons, k, count, inside, REAL)
+    x, y = _load_vertices(addresses, real, DTYPE, scale.dtype)
+    x *= scale
+    y *= scale
     if AXES == 1:
-        start_x, start_y, previous = start
-        start = (tl.where(real, x, start_x), tl.where(real, y, start_y), tl.where(real, k, previous))
+        previous_x, previous_y, previous = last_x, last_y, last_k
+        last_x, last_y, last_k = tl.where(real, x, last_x), tl.where(real, y, last_y), tl.where(real, k, last_k)
     else:
         previous = tl.where(k == 0, last, k - 1)
         if REAL == MASK:
@@ -263,8 +287,11 @@ def _edges(
                 before = before + (tl.where(reals[slot] & (index < k), index, -1),)
             nearest = _high(before)
             previous = tl.where(nearest < 0, last, nearest)
-        start_x, start_y = _vertex(polygons, previous, real, scale)
-    return (x, y, start_x, start_y, previous, real), start
+        previous_x, previous_y = _vertex(polygons, previous, real, scale)
+    addresses += AXES * polygons[2] * (2 if DTYPE == tl.float64 else 1)
+    if REAL == MASK:
+        flags += AXES * polygons[6]
+    return (x, y, previous_x, previous_y, previous, real), (last_x, last_y, last_k, addresses, flags)
 
 
 @triton.jit
@@ -281,7 +308,7 @@ def _edge(x, y, previous_x, previous_y, real, floor):
     """The edge that ends at (x, y), and its length: 0, and no axis, if too short or not real."""
     edge_x = tl.where(real, x - previous_x, 0.0)
     edge_y = tl.where(real, y - previous_y, 0.0)
-    squared = edge_x * edge_x + edge_y * edge_y
+    squared = tl.fma(edge_x, edge_x, edge_y * edge_y)
     is_axis = squared > floor
     return edge_x, edge_y, tl.where(is_axis, tl.sqrt(tl.where(is_axis, squared, 1.0)), 0.0), is_axis
 
@@ -295,9 +322,10 @@ def _axis_weight(length, is_axis, unit, AXIS_WEIGHT: tl.constexpr):
     if AXIS_WEIGHT == LENGTH:
         return ratio, 1.0 / unit
     else:
-        series = 1.0 - ratio * (1.0 / SERIES_TERMS)
-        for step in tl.static_range(SERIES_TERMS - 2):
-            series = 1.0 - series * (ratio * (1.0 / (SERIES_TERMS - 1 - step)))
+        TERMS: tl.constexpr = 15 if length.dtype == tl.float64 else 9  # below 1/2 the rest of expm1 is under rounding
+        series = 1.0 - ratio * (1.0 / TERMS)
+        for step in tl.static_range(TERMS - 2):
+            series = tl.fma(-series, ratio * (1.0 / (TERMS - 1 - step)), 1.0)
         weight = tl.where(ratio < 0.5, ratio * series, 1.0 - tl.exp(-ratio))
         return weight, (1.0 - weight) / unit
 
@@ -321,7 +349,7 @@ def _measure_edge(state, edges, origin_x, origin_y, floor, unit, AXIS_WEIGHT: tl
         perimeter + length,
         axes + is_axis.to(floor.dtype),
         weights + _axis_weight(length, is_axis, unit, AXIS_WEIGHT)[0],
-        squares + edge_x * edge_x + edge_y * edge_y,
+        tl.fma(edge_x, edge_x, tl.fma(edge_y, edge_y, squares)),
         starts + start,
         lows + low,
         highs + high,
@@ -341,9 +369,10 @@ def _measure(
             edges = _kept_edges(raw_xs, raw_ys, k, inside, scale)
             state = _measure_edge(state, edges, origin_x, origin_y, floor, unit, AXIS_WEIGHT)
     else:
-        start = _start(polygons, last, count, scale)
+        axis = tl.arange(0, AXES)[None, :, None]
+        start = _start(polygons, last, count, axis, scale, REAL)
         for first in range(0, polygons[3], AXES):
-            k = first + tl.arange(0, AXES)[None, :, None]
+            k = first + axis
             edges, start = _edges(start, polygons, reals, k, count, last, inside, lane, scale, AXES, LANES, REAL)
             state = _measure_edge(state, edges, origin_x, origin_y, floor, unit, AXIS_WEIGHT)
     sums = ()
@@ -361,7 +390,7 @@ def _doubled_area(measured):
 
 @triton.jit
 def _project(axis_x, axis_y, xs, ys, pads):
-    """Projections of all slots. The explicit fma gives the same bits for the same vertex, fused or not."""
+    """Projections of all slots."""
     projections = ()
     for slot in tl.static_range(len(xs)):
         projections = projections + (tl.fma(axis_x, xs[slot], tl.fma(axis_y, ys[slot], pads[slot])),)
@@ -401,7 +430,7 @@ def _slopes(ends, distance, scale):
     top = _sign(p_high - g_high)
     bottom = _sign(p_low - g_low)
     rest = scale - half
-    return bottom * rest + half, top * rest - half, half - bottom * rest, -(top * rest) - half
+    return tl.fma(bottom, rest, half), tl.fma(top, rest, -half), tl.fma(-bottom, rest, half), tl.fma(-top, rest, -half)
 
 
 @triton.jit
@@ -419,7 +448,7 @@ def _share(projections, low, high, low_derivative, high_derivative):
     high_derivative = high_derivative * (inverse * low_count)
     shares = ()
     for slot in tl.static_range(len(projections)):
-        shares = shares + (at_low[slot] * low_derivative + at_high[slot] * high_derivative,)
+        shares = shares + (tl.fma(at_low[slot], low_derivative, at_high[slot] * high_derivative),)
     return shares
 
 
@@ -433,7 +462,7 @@ def _tie(low, high, edge_low, edge_high):
 def _add_scaled(totals, factor, values):
     new = ()
     for slot in tl.static_range(len(totals)):
-        new = new + (totals[slot] + values[slot] * factor,)
+        new = new + (tl.fma(values[slot], factor, totals[slot]),)
     return new
 
 
@@ -447,10 +476,10 @@ def _add(totals, values):
 
 @triton.jit
 def _dot(left, right):
-    products = ()
-    for slot in tl.static_range(len(left)):
-        products = products + (left[slot] * right[slot],)
-    return _sum(products)
+    total = left[0] * right[0]
+    for slot in tl.static_range(1, len(left)):
+        total = tl.fma(left[slot], right[slot], total)
+    return _sum((total,))
 
 
 @triton.jit
@@ -544,7 +573,7 @@ def _pred_axis(
     edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
     weight, weight_slope = _axis_weight(length, is_axis, unit, AXIS_WEIGHT)
     on_p, on_g, ends, distance, inverse = _compare(edge_x, edge_y, p_side, g_side, TINY)
-    total += weight * distance
+    total = tl.fma(weight, distance, total)
     weights += weight
     at_end = ()
     at_start = ()
@@ -569,10 +598,8 @@ def _pred_axis(
         reach, at_x, at_y = _reach(edge_x, edge_y, direction, g_shape)
         mixed += reach
         if GRAD:
-            to_x, to_y = -direction * at_y, direction * at_x
-            mixed_handed = _hand_over(mixed_handed, -to_x, -to_y, to_x, to_y, at_start, at_end, real, AXES)
-            to_x, to_y = direction * edge_y, -direction * edge_x
-            area_handed = _hand_over(area_handed, to_x, to_y, to_x, to_y, at_start, at_end, real, AXES)
+            mixed_handed = _hand_over(mixed_handed, at_y, -at_x, -at_y, at_x, at_start, at_end, real, AXES)
+            area_handed = _hand_over(area_handed, edge_y, -edge_x, edge_y, -edge_x, at_start, at_end, real, AXES)
     if GRAD:
         p_low, p_high, g_low, g_high = ends
         low_slope, high_slope, g_low_slope, g_high_slope = _slopes(ends, distance, weight * inverse)
@@ -587,22 +614,22 @@ def _pred_axis(
             along_x -= _dot(g_shares, g_side[1]) + _dot(shares, p_side[1])
             along_y += _dot(g_shares, g_side[0]) + _dot(shares, p_side[0])
         if CONVEXITY:  # its distances are measured from the edge's start
-            along_x -= _dot(sides, p_shape[1]) - sides_sum * (previous_y - p_shape[4])
-            along_y += _dot(sides, p_shape[0]) - sides_sum * (previous_x - p_shape[3])
+            along_x -= tl.fma(-sides_sum, previous_y - p_shape[4], _dot(sides, p_shape[1]))
+            along_y += tl.fma(-sides_sum, previous_x - p_shape[3], _dot(sides, p_shape[0]))
             shares = _add(shares, sides)
         grad_x = _add_scaled(grad_x, edge_y, shares)
         grad_y = _add_scaled(grad_y, -edge_x, shares)
         if AXIS_WEIGHT != UNIFORM and AXIS_GRAD:
             slope = tl.where(is_axis, weight_slope / tl.where(is_axis, length, 1.0), 0.0)
             end_x, end_y = slope * edge_x, slope * edge_y
-            along_x += distance * end_x
-            along_y += distance * end_y
+            along_x = tl.fma(distance, end_x, along_x)
+            along_y = tl.fma(distance, end_y, along_y)
             weight_handed = _hand_over(weight_handed, -end_x, -end_y, end_x, end_y, at_start, at_end, real, AXES)
         if AXIS_GRAD or CONVEXITY:
             start_x, start_y = -along_x, -along_y
             if CONVEXITY:
-                start_x -= sides_sum * edge_y
-                start_y += sides_sum * edge_x
+                start_x = tl.fma(-sides_sum, edge_y, start_x)
+                start_y = tl.fma(sides_sum, edge_x, start_y)
             handed = _hand_over(handed, start_x, start_y, along_x, along_y, at_start, at_end, real, AXES)
     return total, weights, convexity, mixed, grad_x, grad_y, handed, weight_handed, mixed_handed, area_handed
 
@@ -617,7 +644,7 @@ def _target_axis(
     edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
     weight = _axis_weight(length, is_axis, unit, AXIS_WEIGHT)[0]
     on_p, _, ends, distance, inverse = _compare(edge_x, edge_y, p_side, g_side, TINY)
-    total += weight * distance
+    total = tl.fma(weight, distance, total)
     weights += weight
     if GRAD:
         low_slope, high_slope, _, _ = _slopes(ends, distance, weight * inverse)
@@ -664,17 +691,19 @@ def _reach(edge_x, edge_y, direction, shape):
 def _total(ptr, count, AT_ONCE: tl.constexpr, COMPUTE: tl.constexpr):
     """Sum of `count` numbers, always in the same order."""
     index = tl.arange(0, AT_ONCE)
+    addresses = ptr + index
     sums = tl.zeros((AT_ONCE,), COMPUTE)
     for first in range(0, count, AT_ONCE):
-        here = first + index < count
-        sums += tl.load(ptr + first + index, mask=here, other=0.0, cache_modifier=".cg")
+        sums += tl.load(addresses, mask=first + index < count, other=0.0, cache_modifier=".cg")
+        addresses += AT_ONCE
     return tl.sum(sums)
 
 
 @triton.jit
 def _saturate(values, LARGEST: tl.constexpr):
     """Overflow becomes the largest finite number; NaN stays (section 5)."""
-    return tl.where(values > LARGEST, LARGEST, tl.where(values < -LARGEST, -LARGEST, values))
+    not_less = tl.maximum(values, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(not_less, LARGEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit(
@@ -811,10 +840,10 @@ def mgiou_kernel(
         p_shape = p_side
         g_shape = g_side
         if CONVEXITY or BOUNDARY:  # relative to one of its own vertices: the common origin may be far away
-            corner = _start(pred, p_last, p_count, scale)
+            corner = _vertex(pred, p_last, p_count > 0, scale)
             p_shape = _normalise(raw_px, raw_py, p_real, corner[0], corner[1], scale)
         if BOUNDARY:
-            corner = _start(target, g_last, g_count, scale)
+            corner = _vertex(target, g_last, g_count > 0, scale)
             g_shape = _normalise(raw_gx, raw_gy, g_real, corner[0], corner[1], scale)
 
         # Section 3: what counts as an axis, and the unit of its length.
@@ -866,7 +895,7 @@ def mgiou_kernel(
                     convexity_factor, direction, TINY, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, AXES, LANES,
                 )  # fmt: skip
         else:
-            start = _start(pred, p_last, p_count, scale)
+            start = _start(pred, p_last, p_count, axis, scale, PRED_REAL)
             for first in range(0, pred_size, AXES):
                 k = first + axis
                 edges, start = _edges(
@@ -885,7 +914,7 @@ def mgiou_kernel(
                 edges = _kept_edges(raw_gx, raw_gy, k, inside, scale)
                 state = _target_axis(state, edges, p_side, g_side, floor, g_unit, TINY, GRAD, AXIS_WEIGHT)
         else:
-            start = _start(target, g_last, g_count, scale)
+            start = _start(target, g_last, g_count, axis, scale, TARGET_REAL)
             for first in range(0, target_size, AXES):
                 k = first + axis
                 edges, start = _edges(
@@ -903,7 +932,7 @@ def mgiou_kernel(
             boundary, mixed_slope, area_slope = _boundary(mixed, p_area, g_area, g_squares, TINY, RESOLUTION)
             boundary_factor = tl.full((1, 1, 1), boundary_weight, COMPUTE)
             loss += boundary_factor * boundary
-            boundary_factor *= 2.0 * weights  # the others are divided by this below
+            boundary_factor *= direction * 2.0 * weights  # the others are divided by the weights below
             mixed_slope *= boundary_factor
             area_slope *= boundary_factor
         loss = tl.where(present, loss, 0.0)
@@ -930,12 +959,12 @@ def mgiou_kernel(
                 if BOUNDARY:
                     mixed_x, mixed_y = _handed(mixed_handed, slot, index == p_last, AXES)
                     area_x, area_y = _handed(area_handed, slot, index == p_last, AXES)
-                    x += mixed_slope * mixed_x + area_slope * area_x
-                    y += mixed_slope * mixed_y + area_slope * area_y
+                    x = tl.fma(mixed_slope, mixed_x, tl.fma(area_slope, area_x, x))
+                    y = tl.fma(mixed_slope, mixed_y, tl.fma(area_slope, area_y, y))
                 if WEIGHT_GRAD:
                     weight_grad_x, weight_grad_y = _handed(weight_handed, slot, index == p_last, AXES)
-                    x -= mean * weight_grad_x
-                    y -= mean * weight_grad_y
+                    x = tl.fma(-mean, weight_grad_x, x)
+                    y = tl.fma(-mean, weight_grad_y, y)
                 x = _over_axes(x)
                 y = _over_axes(y)
                 kept = p_real[slot] & present
