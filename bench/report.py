@@ -358,7 +358,7 @@ def figures(result: dict[str, Any], stem: Path) -> list[Path]:
     def save(figure: Figure, name: str) -> None:
         versions = result["versions"]
         note = f"{result['device']}; " + ", ".join(f"{each} {versions[each]}" for each in versions)
-        note += f"; {result['runs'][0]['date']}\n{result['runs'][0]['command']}"
+        note += "".join(f"\n{run['date']}, {run['commit']}: {run['command']}" for run in result["runs"])
         figure.supxlabel(note, x=0.01, ha="left", fontsize=7, color="0.3")
         written.append(stem.with_name(f"{stem.name}_{name}.png"))
         figure.savefig(written[-1], dpi=110)

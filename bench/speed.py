@@ -1,8 +1,8 @@
 """Measure the loss against its peers and write one JSON.
 
     python -m bench.speed --out speed.json
-    python -m bench.speed --out h200.json --only training large batch vertices bfloat16     # 4 minutes
-    python -m bench.speed --out h200_compiled.json --only compiled                          # 2 minutes
+    python -m bench.speed --out h200.json --only training large batch vertices      # 3 minutes
+    python -m bench.speed --out h200_compiled.json --only bfloat16 compiled         # 2 minutes
 
 Each implementation is first held against its definition in float64 on the same input; one that disagrees, and one
 that cannot run here, is named in the file instead of timed. The file is written anew after each size, the most
