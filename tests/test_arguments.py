@@ -267,6 +267,18 @@ def test_layouts_of_lengths_masks_and_weights(backend, layout):
     assert_same(actual[1], expected[1], "gradient")
 
 
+def test_a_mask_whose_columns_lie_far_apart(backend):
+    """Its last column starts 2^31 bytes after the first."""
+    pred, target = sample_pair()
+    mask = uniform((4, 5), 0, 1, generator(74)) < 0.6
+    far = torch.empty(2**31 + 4, dtype=torch.bool, device=backend.device).as_strided((4, 5), (1, 2**29))
+    far.copy_(mask)
+    expected = backend.value_and_gradient(pred, target, pred_mask=mask)
+    actual = backend.value_and_gradient(pred, target, pred_mask=far)
+    assert_same(actual[0], expected[0])
+    assert_same(actual[1], expected[1], "gradient")
+
+
 def test_expanded_inputs(backend):
     """A stride of 0 over the batch, over the vertices, and over both; for lengths, masks and weights, too."""
     device = backend.device

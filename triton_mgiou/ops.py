@@ -208,13 +208,12 @@ def _launch(pred: Tensor, target: Tensor, call: _Call, need_grad: bool) -> tuple
     if need_grad:
         grad = torch.empty_like(pred, dtype=plan.dtype, memory_format=torch.contiguous_format)
     divisor = batch if avg_factor is None else avg_factor
+    pred_real, *pred_real_strides = _readable(pred_real)
+    target_real, *target_real_strides = _readable(target_real)
     arguments = (
-        pred, target,
-        pred_real.view(torch.uint8) if pred_real is not None and pred_real.dtype == torch.bool else pred_real,
-        target_real.view(torch.uint8) if target_real is not None and target_real.dtype == torch.bool else target_real,
-        weight, loss, grad, partial, counter,
+        pred, target, pred_real, target_real, weight, loss, grad, partial, counter,
         pred_stride_b, pred_stride_n, target_stride_b, target_stride_n,
-        *_strides(pred_real), *_strides(target_real), 0 if weight is None else weight.stride(0),
+        *pred_real_strides, *target_real_strides, 0 if weight is None else weight.stride(0),
         batch, pred_size, target_size,
         float(divisor) if reduction == "mean" else 1.0, float(convexity_weight), float(boundary_weight),
         *plan.flags,
@@ -310,11 +309,15 @@ def _real_mode(dtype: torch.dtype | None) -> int:
     return _MASK if dtype == torch.bool else _LENGTHS
 
 
-def _strides(real: Tensor | None) -> tuple[int, int]:
-    """Strides of a mask, or of lengths and 0."""
+def _readable(real: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """Lengths, or a mask as bytes, in a copy if its rows reach further than 32 bits tell; and their strides."""
     if real is None:
-        return 0, 0
-    return real.stride(0), real.stride(1) if real.dim() == 2 else 0
+        return None, 0, 0
+    if real.dtype != torch.bool:
+        return real, real.stride(0), 0
+    if real.stride(1) * real.shape[1] >= 2**31:
+        real = real.contiguous()
+    return real.view(torch.uint8), real.stride(0), real.stride(1)
 
 
 def _addressable(vertices: Tensor) -> tuple[Tensor, int, int]:
