@@ -87,7 +87,7 @@ def _first_vertex(rows, stride, EVEN: tl.constexpr):
 
 @triton.jit
 def _flags(polygons, index, REAL: tl.constexpr):
-    """Addresses in a mask."""
+    """Addresses in a mask; anything where there is none."""
     _, offset, _, _, mask_ptr, mask_offset, mask_stride = polygons
     return mask_ptr + mask_offset + index * mask_stride if REAL == MASK else offset
 
