@@ -379,16 +379,15 @@ def test_speed_is_that_of_the_results():
 
 
 def test_what_is_said_of_the_speed():
-    def training(part, peer):
-        rows = [row for row in results(part)["rows"] if row["peer"] == peer and row["batch"] <= 65536]
-        rows = [row for row in rows if row["group"] == "training"]
+    def training(peer):
+        rows = [row for row in results("h200")["rows"] if (row["peer"], row["group"]) == (peer, "training")]
         assert len(rows) > 5
         return {(row["batch"], row["vertices"]): row for row in rows}
 
     def between(ratios, digits):
         return f"{min(ratios):.{digits}f} to {max(ratios):.{digits}f}"
 
-    kernel, smooth, plain, reference = (training("h200", peer) for peer in ("kernel", "smooth L1", "L1", "reference"))
+    kernel, smooth, plain, reference = (training(peer) for peer in ("kernel", "smooth L1", "L1", "reference"))
     loops = [[1 / row["wall_ratio"]["step"] for row in other.values()] for other in (smooth, plain)]
     graphs = {size: kernel[size]["graph_us"] / smooth[size]["graph_us"] for size in kernel}
     largest = graphs.pop((65536, 8))

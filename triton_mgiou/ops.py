@@ -208,12 +208,13 @@ def _launch(pred: Tensor, target: Tensor, call: _Call, need_grad: bool) -> tuple
     if need_grad:
         grad = torch.empty_like(pred, dtype=plan.dtype, memory_format=torch.contiguous_format)
     divisor = batch if avg_factor is None else avg_factor
-    pred_real, *pred_real_strides = _readable(pred_real)
-    target_real, *target_real_strides = _readable(target_real)
+    pred_real, pred_real_stride_b, pred_real_stride_n = _readable(pred_real)
+    target_real, target_real_stride_b, target_real_stride_n = _readable(target_real)
     arguments = (
         pred, target, pred_real, target_real, weight, loss, grad, partial, counter,
         pred_stride_b, pred_stride_n, target_stride_b, target_stride_n,
-        *pred_real_strides, *target_real_strides, 0 if weight is None else weight.stride(0),
+        pred_real_stride_b, pred_real_stride_n, target_real_stride_b, target_real_stride_n,
+        0 if weight is None else weight.stride(0),
         batch, pred_size, target_size,
         float(divisor) if reduction == "mean" else 1.0, float(convexity_weight), float(boundary_weight),
         *plan.flags,

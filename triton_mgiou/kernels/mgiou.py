@@ -39,8 +39,10 @@ MANY = tl.constexpr(1024)
 
 
 @triton.jit
-def _vertices(ptr, offsets):
-    """Addresses of the vertices at `offsets`. A vertex of up to 64 bits is one access."""
+def _vertices(polygons, index):
+    """Addresses of vertices number `index`. A vertex of up to 64 bits is one access."""
+    ptr, offset, stride = polygons[:3]
+    offsets = offset + index * stride
     DTYPE: tl.constexpr = ptr.dtype.element_ty
     if DTYPE == tl.float64:
         return ptr + 2 * offsets
@@ -51,8 +53,9 @@ def _vertices(ptr, offsets):
 
 
 @triton.jit
-def _load_vertices(addresses, mask, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
+def _load_vertices(polygons, addresses, mask, COMPUTE: tl.constexpr):
     """Coordinates, 0 where the mask is False."""
+    DTYPE: tl.constexpr = polygons[0].dtype.element_ty
     if DTYPE == tl.float64:
         x = tl.load(addresses, mask=mask, other=0.0)
         y = tl.load(addresses + 1, mask=mask, other=0.0)
@@ -87,7 +90,7 @@ def _first_vertex(rows, stride, EVEN: tl.constexpr):
 
 @triton.jit
 def _flags(polygons, index, REAL: tl.constexpr):
-    """Addresses in a mask; anything where there is none."""
+    """Addresses of the mask's elements number `index`; anything where there is none."""
     _, offset, _, _, mask_ptr, mask_offset, mask_stride = polygons
     return mask_ptr + mask_offset + index * mask_stride if REAL == MASK else offset
 
@@ -107,7 +110,7 @@ def _load_polygons(
     polygons, inside, lane, SLOTS: tl.constexpr, LANES: tl.constexpr, REAL: tl.constexpr, COMPUTE: tl.constexpr
 ):
     """Slots of x, y and real; how many vertices are real, and the index of the last, (POLYGONS, AXES, 1)."""
-    ptr, offset, stride, size, real_ptr, real_offset, _ = polygons
+    size, real_ptr, real_offset = polygons[3:6]
     count = tl.where(inside, size, 0)
     if REAL == LENGTHS:
         length = tl.load(real_ptr + real_offset, mask=inside, other=0)
@@ -123,7 +126,7 @@ def _load_polygons(
     for slot in tl.static_range(SLOTS):
         index = slot * LANES + lane
         real = _is_real(_flags(polygons, index, REAL), polygons, index, count, inside, REAL)
-        x, y = _load_vertices(_vertices(ptr, offset + index * stride), real, ptr.dtype.element_ty, COMPUTE)
+        x, y = _load_vertices(polygons, _vertices(polygons, index), real, COMPUTE)
         xs = xs + (x,)
         ys = ys + (y,)
         reals = reals + (real,)
@@ -245,10 +248,9 @@ def _normalise(xs, ys, reals, low_x, low_y, scale):
 
 
 @triton.jit
-def _vertex(polygons, index, real, scale):
-    """Vertices number `index`, scaled but not moved: an edge is then rounded once."""
-    ptr, offset, stride = polygons[:3]
-    x, y = _load_vertices(_vertices(ptr, offset + index * stride), real, ptr.dtype.element_ty, scale.dtype)
+def _vertex(polygons, addresses, real, scale):
+    """Vertices, scaled but not moved: an edge is then rounded once."""
+    x, y = _load_vertices(polygons, addresses, real, scale.dtype)
     return x * scale, y * scale
 
 
@@ -258,9 +260,8 @@ def _start(polygons, last, count, first, scale, REAL: tl.constexpr):
 
     Addresses that a loop carries save Triton's compiler a walk through the whole kernel for each of them.
     """
-    x, y = _vertex(polygons, last, count > 0, scale)
-    ptr, offset, stride = polygons[:3]
-    return x, y, last, _vertices(ptr, offset + first * stride), _flags(polygons, first, REAL)
+    x, y = _vertex(polygons, _vertices(polygons, last), count > 0, scale)
+    return x, y, last, _vertices(polygons, first), _flags(polygons, first, REAL)
 
 
 @triton.jit
@@ -270,11 +271,9 @@ def _edges(
 ):  # fmt: skip
     """Edges that end at vertices number k: where, where and at which vertex they start, and whether they are real."""
     last_x, last_y, last_k, addresses, flags = start
-    DTYPE: tl.constexpr = polygons[0].dtype.element_ty
+    ptr, _, stride, _, _, _, mask_stride = polygons
     real = _is_real(flags, polygons, k, count, inside, REAL)
-    x, y = _load_vertices(addresses, real, DTYPE, scale.dtype)
-    x *= scale
-    y *= scale
+    x, y = _vertex(polygons, addresses, real, scale)
     if AXES == 1:
         previous_x, previous_y, previous = last_x, last_y, last_k
         last_x, last_y, last_k = tl.where(real, x, last_x), tl.where(real, y, last_y), tl.where(real, k, last_k)
@@ -287,10 +286,10 @@ def _edges(
                 before = before + (tl.where(reals[slot] & (index < k), index, -1),)
             nearest = _high(before)
             previous = tl.where(nearest < 0, last, nearest)
-        previous_x, previous_y = _vertex(polygons, previous, real, scale)
-    addresses += AXES * polygons[2] * (2 if DTYPE == tl.float64 else 1)
+        previous_x, previous_y = _vertex(polygons, _vertices(polygons, previous), real, scale)
+    addresses += AXES * stride * (2 if ptr.dtype.element_ty == tl.float64 else 1)
     if REAL == MASK:
-        flags += AXES * polygons[6]
+        flags += AXES * mask_stride
     return (x, y, previous_x, previous_y, previous, real), (last_x, last_y, last_k, addresses, flags)
 
 
@@ -358,7 +357,7 @@ def _measure_edge(state, edges, origin_x, origin_y, floor, unit, AXIS_WEIGHT: tl
 
 @triton.jit
 def _measure(
-    polygons, raw_xs, raw_ys, reals, count, last, inside, lane, scale, origin_x, origin_y, floor, unit,
+    polygons, raw_xs, raw_ys, reals, count, last, inside, axis, lane, scale, origin_x, origin_y, floor, unit,
     AXIS_WEIGHT: tl.constexpr, REAL: tl.constexpr, UNROLLED: tl.constexpr, AXES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Sums over the edges of a side: lengths, number of axes, their weights; what `_doubled_area` needs."""
@@ -369,7 +368,6 @@ def _measure(
             edges = _kept_edges(raw_xs, raw_ys, k, inside, scale)
             state = _measure_edge(state, edges, origin_x, origin_y, floor, unit, AXIS_WEIGHT)
     else:
-        axis = tl.arange(0, AXES)[None, :, None]
         start = _start(polygons, last, count, axis, scale, REAL)
         for first in range(0, polygons[3], AXES):
             k = first + axis
@@ -840,10 +838,10 @@ def mgiou_kernel(
         p_shape = p_side
         g_shape = g_side
         if CONVEXITY or BOUNDARY:  # relative to one of its own vertices: the common origin may be far away
-            corner = _vertex(pred, p_last, p_count > 0, scale)
+            corner = _vertex(pred, _vertices(pred, p_last), p_count > 0, scale)
             p_shape = _normalise(raw_px, raw_py, p_real, corner[0], corner[1], scale)
         if BOUNDARY:
-            corner = _vertex(target, g_last, g_count > 0, scale)
+            corner = _vertex(target, _vertices(target, g_last), g_count > 0, scale)
             g_shape = _normalise(raw_gx, raw_gy, g_real, corner[0], corner[1], scale)
 
         # Section 3: what counts as an axis, and the unit of its length.
@@ -859,11 +857,11 @@ def mgiou_kernel(
         convexity_factor = floor * 0.0
         if MEASURE:
             p_measured = _measure(
-                pred, raw_px, raw_py, p_real, p_count, p_last, inside, lane, scale, p_shape[3], p_shape[4],
+                pred, raw_px, raw_py, p_real, p_count, p_last, inside, axis, lane, scale, p_shape[3], p_shape[4],
                 floor, p_unit, AXIS_WEIGHT, PRED_REAL, UNROLLED, AXES, LANES,
             )  # fmt: skip
             g_measured = _measure(
-                target, raw_gx, raw_gy, g_real, g_count, g_last, inside, lane, scale, g_shape[3], g_shape[4],
+                target, raw_gx, raw_gy, g_real, g_count, g_last, inside, axis, lane, scale, g_shape[3], g_shape[4],
                 floor, g_unit, AXIS_WEIGHT, TARGET_REAL, UNROLLED, AXES, LANES,
             )  # fmt: skip
             p_length, p_axes, p_weight = p_measured[:3]
