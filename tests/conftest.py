@@ -72,11 +72,6 @@ class Backend:
         """Whether a call takes a fifth of a second or more."""
         return INTERPRETED and self.name == "triton"
 
-    @property
-    def rounding(self):
-        """How far the results of two options may be apart that mean the same: compiled, they are two kernels."""
-        return 2e-7 if self.name == "triton" and not INTERPRETED else 0.0
-
     def batch(self, size):
         """A batch size, cut to what the interpreter can do in a moment."""
         return min(size, 64) if self.is_slow else size

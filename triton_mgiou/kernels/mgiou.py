@@ -17,8 +17,10 @@ A program takes POLYGONS samples at a time. LANES x AXES lanes work on one sampl
 and of G in registers, vertex index = slot * LANES + lane, as tuples of (POLYGONS, AXES, LANES) tiles, and AXES axes
 are taken at a time. Edges come from vertices that are loaded again, so the code's size depends neither on the vertex
 counts nor on the batch. What is the same for all axes is computed by the lanes of all of them, at no cost.
-A slot without a real vertex has coordinates 0 and projections NaN, which `min`, `max` and `==` pass over.
+A slot without a real vertex has some coordinates, and projections NaN, which `min`, `max` and `==` pass over.
 """
+
+import math
 
 import triton
 import triton.language as tl
@@ -36,6 +38,8 @@ FULL = tl.constexpr(3)  # all, and they fill the slots: both sides are contiguou
 
 FEW = tl.constexpr(128)  # partial sums that the last program adds at a time
 MANY = tl.constexpr(1024)
+
+EXPM1 = tl.constexpr(tuple(1 / math.factorial(power) for power in range(1, 15)))  # its series
 
 
 @triton.jit
@@ -109,7 +113,7 @@ def _is_real(flags, polygons, index, count, inside, REAL: tl.constexpr):
 def _load_polygons(
     polygons, inside, lane, SLOTS: tl.constexpr, LANES: tl.constexpr, REAL: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """Slots of x, y and real; how many vertices are real, and the index of the last, (POLYGONS, AXES, 1)."""
+    """Slots of x, y, real, and index or -1 if not real; number of real vertices and index of the last."""
     size, real_ptr, real_offset = polygons[3:6]
     count = tl.where(inside, size, 0)
     if REAL == LENGTHS:
@@ -131,10 +135,10 @@ def _load_polygons(
         ys = ys + (y,)
         reals = reals + (real,)
         counts = counts + (real.to(tl.int32),)
-        places = places + (tl.where(real, index, 0),)
+        places = places + (tl.where(real, index, -1),)
     if REAL == MASK:
-        count, last = _sum(counts), _high(places)
-    return xs, ys, reals, count, last
+        count, last = _sum(counts), tl.maximum(_high(places), 0)
+    return xs, ys, reals, places, count, last
 
 
 @triton.jit
@@ -204,6 +208,12 @@ def _sum(values):
 
 
 @triton.jit
+def _minus(values):
+    """-values as the sign of an operand: what Triton makes of `-values` is 0 - values, an instruction."""
+    return values * -1.0
+
+
+@triton.jit
 def _bounds(values, reals):
     """Lowest and highest value over the real vertices."""
     kept = ()
@@ -215,10 +225,10 @@ def _bounds(values, reals):
 @triton.jit
 def _poison(xs, ys):
     """0, or NaN where a vertex is NaN or Inf: `min` and `max` do not pass it on."""
-    zeros = ()
+    zero = tl.zeros_like(xs[0])
     for slot in tl.static_range(len(xs)):
-        zeros = zeros + (tl.fma(xs[slot], 0.0, ys[slot] * 0.0),)
-    return _sum(zeros)
+        zero = tl.fma(xs[slot], 0.0, tl.fma(ys[slot], 0.0, zero))
+    return _sum((zero,))
 
 
 @triton.jit
@@ -241,8 +251,8 @@ def _normalise(xs, ys, reals, low_x, low_y, scale):
     new_ys = ()
     pads = ()
     for slot in tl.static_range(len(xs)):
-        new_xs = new_xs + (tl.where(reals[slot], tl.fma(xs[slot], scale, -low_x), 0.0),)
-        new_ys = new_ys + (tl.where(reals[slot], tl.fma(ys[slot], scale, -low_y), 0.0),)
+        new_xs = new_xs + (tl.fma(xs[slot], scale, _minus(low_x)),)
+        new_ys = new_ys + (tl.fma(ys[slot], scale, _minus(low_y)),)
         pads = pads + (tl.where(reals[slot], 0.0, float("nan")).to(scale.dtype),)
     return new_xs, new_ys, pads, low_x, low_y
 
@@ -265,10 +275,7 @@ def _start(polygons, last, count, first, scale, REAL: tl.constexpr):
 
 
 @triton.jit
-def _edges(
-    start, polygons, reals, k, count, last, inside, lane, scale,
-    AXES: tl.constexpr, LANES: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
+def _edges(start, polygons, places, k, count, last, inside, scale, AXES: tl.constexpr, REAL: tl.constexpr):
     """Edges that end at vertices number k: where, where and at which vertex they start, and whether they are real."""
     last_x, last_y, last_k, addresses, flags = start
     ptr, _, stride, _, _, _, mask_stride = polygons
@@ -281,9 +288,8 @@ def _edges(
         previous = tl.where(k == 0, last, k - 1)
         if REAL == MASK:
             before = ()
-            for slot in tl.static_range(len(reals)):
-                index = slot * LANES + lane
-                before = before + (tl.where(reals[slot] & (index < k), index, -1),)
+            for slot in tl.static_range(len(places)):
+                before = before + (tl.where(places[slot] < k, places[slot], -1),)
             nearest = _high(before)
             previous = tl.where(nearest < 0, last, nearest)
         previous_x, previous_y = _vertex(polygons, _vertices(polygons, previous), real, scale)
@@ -309,45 +315,45 @@ def _edge(x, y, previous_x, previous_y, real, floor):
     edge_y = tl.where(real, y - previous_y, 0.0)
     squared = tl.fma(edge_x, edge_x, edge_y * edge_y)
     is_axis = squared > floor
-    return edge_x, edge_y, tl.where(is_axis, tl.sqrt(tl.where(is_axis, squared, 1.0)), 0.0), is_axis
+    return edge_x, edge_y, tl.where(is_axis, tl.sqrt(squared), 0.0), is_axis
 
 
 @triton.jit
-def _axis_weight(length, is_axis, unit, AXIS_WEIGHT: tl.constexpr):
-    """w_k of section 3 and its derivative to the edge's length. Lengths are measured in `unit`."""
+def _axis_weight(length, is_axis, per_unit, AXIS_WEIGHT: tl.constexpr):
+    """w_k of section 3 and its derivative to the edge's length. `per_unit` is 1 / the unit of lengths."""
     if AXIS_WEIGHT == UNIFORM:
         return is_axis.to(length.dtype), length * 0.0
-    ratio = length / unit
+    ratio = length * per_unit
     if AXIS_WEIGHT == LENGTH:
-        return ratio, 1.0 / unit
+        return ratio, per_unit
     else:
-        TERMS: tl.constexpr = 15 if length.dtype == tl.float64 else 9  # below 1/2 the rest of expm1 is under rounding
-        series = 1.0 - ratio * (1.0 / TERMS)
-        for step in tl.static_range(TERMS - 2):
-            series = tl.fma(-series, ratio * (1.0 / (TERMS - 1 - step)), 1.0)
-        weight = tl.where(ratio < 0.5, ratio * series, 1.0 - tl.exp(-ratio))
-        return weight, (1.0 - weight) / unit
+        TERMS: tl.constexpr = 14 if length.dtype == tl.float64 else 8  # below 1/2 the rest is under rounding
+        series = tl.full(ratio.shape, EXPM1[TERMS - 1], ratio.dtype)
+        for step in tl.static_range(TERMS - 1):
+            series = tl.fma(_minus(ratio), series, tl.full(ratio.shape, EXPM1[TERMS - 2 - step], ratio.dtype))
+        weight = tl.where(ratio < 0.5, ratio * series, 1.0 - tl.exp(_minus(ratio)))
+        return weight, (1.0 - weight) * per_unit
 
 
 @triton.jit
-def _own_interval(edge_x, edge_y, x, y, previous_x, previous_y, origin_x, origin_y):
+def _own_interval(axis_x, axis_y, x, y, previous_x, previous_y, origin_x, origin_y):
     """Projections of both ends of an edge on its normal: equal but for rounding. Bits as from `_project`."""
-    start = tl.fma(edge_y, previous_x - origin_x, -edge_x * (previous_y - origin_y))
-    end = tl.fma(edge_y, x - origin_x, -edge_x * (y - origin_y))
+    start = tl.fma(axis_x, previous_x - origin_x, axis_y * (previous_y - origin_y))
+    end = tl.fma(axis_x, x - origin_x, axis_y * (y - origin_y))
     return start, tl.minimum(start, end), tl.maximum(start, end)
 
 
 @triton.jit
-def _measure_edge(state, edges, origin_x, origin_y, floor, unit, AXIS_WEIGHT: tl.constexpr):
+def _measure_edge(state, edges, origin_x, origin_y, floor, per_unit, AXIS_WEIGHT: tl.constexpr):
     """Add an edge to the sums over a side's edges that need no projection of other vertices."""
     perimeter, axes, weights, squares, starts, lows, highs = state
     x, y, previous_x, previous_y, _, real = edges
     edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
-    start, low, high = _own_interval(edge_x, edge_y, x, y, previous_x, previous_y, origin_x, origin_y)
+    start, low, high = _own_interval(edge_y, _minus(edge_x), x, y, previous_x, previous_y, origin_x, origin_y)
     return (
         perimeter + length,
         axes + is_axis.to(floor.dtype),
-        weights + _axis_weight(length, is_axis, unit, AXIS_WEIGHT)[0],
+        weights + _axis_weight(length, is_axis, per_unit, AXIS_WEIGHT)[0],
         tl.fma(edge_x, edge_x, tl.fma(edge_y, edge_y, squares)),
         starts + start,
         lows + low,
@@ -357,8 +363,8 @@ def _measure_edge(state, edges, origin_x, origin_y, floor, unit, AXIS_WEIGHT: tl
 
 @triton.jit
 def _measure(
-    polygons, raw_xs, raw_ys, reals, count, last, inside, axis, lane, scale, origin_x, origin_y, floor, unit,
-    AXIS_WEIGHT: tl.constexpr, REAL: tl.constexpr, UNROLLED: tl.constexpr, AXES: tl.constexpr, LANES: tl.constexpr,
+    polygons, raw_xs, raw_ys, places, count, last, inside, axis, scale, origin_x, origin_y, floor, per_unit,
+    AXIS_WEIGHT: tl.constexpr, REAL: tl.constexpr, UNROLLED: tl.constexpr, AXES: tl.constexpr,
 ):  # fmt: skip
     """Sums over the edges of a side: lengths, number of axes, their weights; what `_doubled_area` needs."""
     none = tl.zeros_like(floor)
@@ -366,13 +372,13 @@ def _measure(
     if UNROLLED:
         for k in tl.static_range(len(raw_xs)):
             edges = _kept_edges(raw_xs, raw_ys, k, inside, scale)
-            state = _measure_edge(state, edges, origin_x, origin_y, floor, unit, AXIS_WEIGHT)
+            state = _measure_edge(state, edges, origin_x, origin_y, floor, per_unit, AXIS_WEIGHT)
     else:
         start = _start(polygons, last, count, axis, scale, REAL)
         for first in range(0, polygons[3], AXES):
             k = first + axis
-            edges, start = _edges(start, polygons, reals, k, count, last, inside, lane, scale, AXES, LANES, REAL)
-            state = _measure_edge(state, edges, origin_x, origin_y, floor, unit, AXIS_WEIGHT)
+            edges, start = _edges(start, polygons, places, k, count, last, inside, scale, AXES, REAL)
+            state = _measure_edge(state, edges, origin_x, origin_y, floor, per_unit, AXIS_WEIGHT)
     sums = ()
     for each in tl.static_range(len(state)):
         sums = sums + (_over_axes(state[each]),)
@@ -383,7 +389,7 @@ def _measure(
 def _doubled_area(measured):
     """Twice the area, the sign of its direction (0 without an area), and the sum of the squared edges."""
     _, _, _, squares, starts, lows, highs = measured
-    return tl.maximum(tl.where(starts > 0, highs, 0.0), tl.where(starts < 0, -lows, 0.0)), _sign(starts), squares
+    return tl.maximum(tl.where(starts > 0, highs, 0.0), tl.where(starts < 0, _minus(lows), 0.0)), _sign(starts), squares
 
 
 @triton.jit
@@ -408,7 +414,17 @@ def _inverse(values):
     else:
         root = tl.rsqrt(values)
         guess = root * root
-        return tl.fma(guess, tl.fma(-values, guess, 1.0), guess)
+        return tl.fma(guess, tl.fma(_minus(values), guess, 1.0), guess)
+
+
+@triton.jit
+def _one_over_count(values):
+    """1 / values, exact at 1. For derivatives: the last two bits may be wrong in float32."""
+    if values.dtype == tl.float64:
+        return 1.0 / values
+    else:
+        root = tl.rsqrt(values)
+        return root * root
 
 
 @triton.jit
@@ -428,7 +444,8 @@ def _slopes(ends, distance, scale):
     top = _sign(p_high - g_high)
     bottom = _sign(p_low - g_low)
     rest = scale - half
-    return tl.fma(bottom, rest, half), tl.fma(top, rest, -half), tl.fma(-bottom, rest, half), tl.fma(-top, rest, -half)
+    low, high = tl.fma(bottom, rest, half), tl.fma(top, rest, _minus(half))
+    return low, high, tl.fma(_minus(bottom), rest, half), tl.fma(_minus(top), rest, _minus(half))
 
 
 @triton.jit
@@ -439,11 +456,8 @@ def _share(projections, low, high, low_derivative, high_derivative):
     for slot in tl.static_range(len(projections)):
         at_low = at_low + ((projections[slot] <= low).to(low.dtype),)
         at_high = at_high + ((projections[slot] >= high).to(low.dtype),)
-    low_count = _sum(at_low)
-    high_count = _sum(at_high)
-    inverse = _inverse(low_count * high_count)
-    low_derivative = low_derivative * (inverse * high_count)
-    high_derivative = high_derivative * (inverse * low_count)
+    low_derivative *= _one_over_count(_sum(at_low))
+    high_derivative *= _one_over_count(_sum(at_high))
     shares = ()
     for slot in tl.static_range(len(projections)):
         shares = shares + (tl.fma(at_low[slot], low_derivative, at_high[slot] * high_derivative),)
@@ -526,9 +540,11 @@ def _put(slots, value, here):
 
 
 @triton.jit
-def _hand_over(state, start_x, start_y, end_x, end_y, at_start, at_end, real, AXES: tl.constexpr):
+def _hand_over(state, to_start, to_end, at_start, at_end, real, AXES: tl.constexpr):
     """Edges' derivatives to their ends. One by one, each is stored once: the end's waits for the next edge's start."""
     slots_x, slots_y, pending_x, pending_y = state
+    start_x, start_y = to_start
+    end_x, end_y = to_end
     if AXES == 1:
         slots_x = _put(slots_x, pending_x + start_x, at_start)
         slots_y = _put(slots_y, pending_y + start_y, at_start)
@@ -550,10 +566,10 @@ def _handed(state, slot: tl.constexpr, is_last, AXES: tl.constexpr):
 
 
 @triton.jit
-def _compare(edge_x, edge_y, p_side, g_side, TINY: tl.constexpr):
-    """The projections of both polygons on the normal of an edge, their intervals, and how far these are apart."""
-    on_p = _project(edge_y, -edge_x, p_side[0], p_side[1], p_side[2])
-    on_g = _project(edge_y, -edge_x, g_side[0], g_side[1], g_side[2])
+def _compare(axis_x, axis_y, p_side, g_side, TINY: tl.constexpr):
+    """The projections of both polygons on an axis, their intervals, and how far these are apart."""
+    on_p = _project(axis_x, axis_y, p_side[0], p_side[1], p_side[2])
+    on_g = _project(axis_x, axis_y, g_side[0], g_side[1], g_side[2])
     ends = (_low(on_p), _high(on_p), _low(on_g), _high(on_g))
     distance, inverse = _distance(ends, TINY)
     return on_p, on_g, ends, distance, inverse
@@ -561,7 +577,7 @@ def _compare(edge_x, edge_y, p_side, g_side, TINY: tl.constexpr):
 
 @triton.jit
 def _pred_axis(
-    state, k, edges, lane, p_side, g_side, p_shape, g_shape, floor, unit, count,
+    state, k, edges, lane, p_side, g_side, p_shape, g_shape, floor, per_unit, count,
     convexity_factor, direction, TINY: tl.constexpr, GRAD: tl.constexpr, AXIS_WEIGHT: tl.constexpr,
     AXIS_GRAD: tl.constexpr, CONVEXITY: tl.constexpr, BOUNDARY: tl.constexpr, AXES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -569,8 +585,9 @@ def _pred_axis(
     total, weights, convexity, mixed, grad_x, grad_y, handed, weight_handed, mixed_handed, area_handed = state
     x, y, previous_x, previous_y, previous, real = edges
     edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
-    weight, weight_slope = _axis_weight(length, is_axis, unit, AXIS_WEIGHT)
-    on_p, on_g, ends, distance, inverse = _compare(edge_x, edge_y, p_side, g_side, TINY)
+    axis_x, axis_y = edge_y, _minus(edge_x)
+    weight, weight_slope = _axis_weight(length, is_axis, per_unit, AXIS_WEIGHT)
+    on_p, on_g, ends, distance, inverse = _compare(axis_x, axis_y, p_side, g_side, TINY)
     total = tl.fma(weight, distance, total)
     weights += weight
     at_end = ()
@@ -580,8 +597,8 @@ def _pred_axis(
         at_end = at_end + ((index == k) & real,)
         at_start = at_start + ((index == previous) & real,)
     if CONVEXITY:
-        _, edge_low, edge_high = _own_interval(edge_x, edge_y, x, y, previous_x, previous_y, p_shape[3], p_shape[4])
-        on_shape = _project(edge_y, -edge_x, p_shape[0], p_shape[1], p_shape[2])
+        _, edge_low, edge_high = _own_interval(axis_x, axis_y, x, y, previous_x, previous_y, p_shape[3], p_shape[4])
+        on_shape = _project(axis_x, axis_y, p_shape[0], p_shape[1], p_shape[2])
         low, high = _low(on_shape), _high(on_shape)
         factor = tl.where(is_axis, convexity_factor, 0.0)
         term, sides, shrink = _convexity(
@@ -591,64 +608,68 @@ def _pred_axis(
         if GRAD:
             low, high = _tie(low, high, edge_low, edge_high)
             sides_sum = _sum(sides)
-            sides = _add(sides, _share(on_shape, low, high, shrink, -shrink))
+            sides = _add(sides, _share(on_shape, low, high, shrink, _minus(shrink)))
     if BOUNDARY:
-        reach, at_x, at_y = _reach(edge_x, edge_y, direction, g_shape)
+        reach, at_x, at_y = _reach(axis_x, axis_y, direction, g_shape)
         mixed += reach
         if GRAD:
-            mixed_handed = _hand_over(mixed_handed, at_y, -at_x, -at_y, at_x, at_start, at_end, real, AXES)
-            area_handed = _hand_over(area_handed, edge_y, -edge_x, edge_y, -edge_x, at_start, at_end, real, AXES)
+            to_start, to_end = (at_y, _minus(at_x)), (_minus(at_y), at_x)
+            mixed_handed = _hand_over(mixed_handed, to_start, to_end, at_start, at_end, real, AXES)
+            to_both = axis_x, axis_y
+            area_handed = _hand_over(area_handed, to_both, to_both, at_start, at_end, real, AXES)
     if GRAD:
         p_low, p_high, g_low, g_high = ends
         low_slope, high_slope, g_low_slope, g_high_slope = _slopes(ends, distance, weight * inverse)
         if not AXIS_GRAD:  # with the path through the axis any split of a tie gives the same gradient
-            _, edge_low, edge_high = _own_interval(edge_x, edge_y, x, y, previous_x, previous_y, p_side[3], p_side[4])
+            _, edge_low, edge_high = _own_interval(axis_x, axis_y, x, y, previous_x, previous_y, p_side[3], p_side[4])
             p_low, p_high = _tie(p_low, p_high, edge_low, edge_high)
         shares = _share(on_p, p_low, p_high, low_slope, high_slope)
-        along_x = floor * 0.0  # derivative to the edge
-        along_y = floor * 0.0
+        along_x = tl.zeros_like(floor)  # derivative to the edge
+        along_y = tl.zeros_like(floor)
         if AXIS_GRAD:
             g_shares = _share(on_g, g_low, g_high, g_low_slope, g_high_slope)
-            along_x -= _dot(g_shares, g_side[1]) + _dot(shares, p_side[1])
-            along_y += _dot(g_shares, g_side[0]) + _dot(shares, p_side[0])
+            along_x = _minus(_dot(g_shares + shares, g_side[1] + p_side[1]))
+            along_y = _dot(g_shares + shares, g_side[0] + p_side[0])
         if CONVEXITY:  # its distances are measured from the edge's start
-            along_x -= tl.fma(-sides_sum, previous_y - p_shape[4], _dot(sides, p_shape[1]))
-            along_y += tl.fma(-sides_sum, previous_x - p_shape[3], _dot(sides, p_shape[0]))
+            along_x -= tl.fma(_minus(sides_sum), previous_y - p_shape[4], _dot(sides, p_shape[1]))
+            along_y += tl.fma(_minus(sides_sum), previous_x - p_shape[3], _dot(sides, p_shape[0]))
             shares = _add(shares, sides)
-        grad_x = _add_scaled(grad_x, edge_y, shares)
-        grad_y = _add_scaled(grad_y, -edge_x, shares)
+        grad_x = _add_scaled(grad_x, axis_x, shares)
+        grad_y = _add_scaled(grad_y, axis_y, shares)
         if AXIS_WEIGHT != UNIFORM and AXIS_GRAD:
             slope = tl.where(is_axis, weight_slope / tl.where(is_axis, length, 1.0), 0.0)
             end_x, end_y = slope * edge_x, slope * edge_y
             along_x = tl.fma(distance, end_x, along_x)
             along_y = tl.fma(distance, end_y, along_y)
-            weight_handed = _hand_over(weight_handed, -end_x, -end_y, end_x, end_y, at_start, at_end, real, AXES)
+            to_start, to_end = (_minus(end_x), _minus(end_y)), (end_x, end_y)
+            weight_handed = _hand_over(weight_handed, to_start, to_end, at_start, at_end, real, AXES)
         if AXIS_GRAD or CONVEXITY:
-            start_x, start_y = -along_x, -along_y
+            start_x, start_y = _minus(along_x), _minus(along_y)
             if CONVEXITY:
-                start_x = tl.fma(-sides_sum, edge_y, start_x)
-                start_y = tl.fma(sides_sum, edge_x, start_y)
-            handed = _hand_over(handed, start_x, start_y, along_x, along_y, at_start, at_end, real, AXES)
+                start_x = tl.fma(_minus(sides_sum), axis_x, start_x)
+                start_y = tl.fma(_minus(sides_sum), axis_y, start_y)
+            handed = _hand_over(handed, (start_x, start_y), (along_x, along_y), at_start, at_end, real, AXES)
     return total, weights, convexity, mixed, grad_x, grad_y, handed, weight_handed, mixed_handed, area_handed
 
 
 @triton.jit
 def _target_axis(
-    state, edges, p_side, g_side, floor, unit, TINY: tl.constexpr, GRAD: tl.constexpr, AXIS_WEIGHT: tl.constexpr
+    state, edges, p_side, g_side, floor, per_unit, TINY: tl.constexpr, GRAD: tl.constexpr, AXIS_WEIGHT: tl.constexpr
 ):
     """Add the axes of G's edges."""
     total, weights, grad_x, grad_y = state
     x, y, previous_x, previous_y, _, real = edges
     edge_x, edge_y, length, is_axis = _edge(x, y, previous_x, previous_y, real, floor)
-    weight = _axis_weight(length, is_axis, unit, AXIS_WEIGHT)[0]
-    on_p, _, ends, distance, inverse = _compare(edge_x, edge_y, p_side, g_side, TINY)
+    axis_x, axis_y = edge_y, _minus(edge_x)
+    weight = _axis_weight(length, is_axis, per_unit, AXIS_WEIGHT)[0]
+    on_p, _, ends, distance, inverse = _compare(axis_x, axis_y, p_side, g_side, TINY)
     total = tl.fma(weight, distance, total)
     weights += weight
     if GRAD:
         low_slope, high_slope, _, _ = _slopes(ends, distance, weight * inverse)
         shares = _share(on_p, ends[0], ends[1], low_slope, high_slope)
-        grad_x = _add_scaled(grad_x, edge_y, shares)
-        grad_y = _add_scaled(grad_y, -edge_x, shares)
+        grad_x = _add_scaled(grad_x, axis_x, shares)
+        grad_y = _add_scaled(grad_y, axis_y, shares)
     return total, weights, grad_x, grad_y
 
 
@@ -670,13 +691,13 @@ def _boundary(mixed, p_area, g_area, g_squares, TINY: tl.constexpr, RESOLUTION: 
     term = 1.0 - match
     is_none = is_flat | (term <= RESOLUTION)
     mixed_slope = tl.where(is_none | is_point, 0.0, match * (3.0 * v * v + a * a) * inverse / unit)
-    return tl.where(is_none, 0.0, term), mixed_slope, tl.where(is_none, 0.0, -per_area / unit)
+    return tl.where(is_none, 0.0, term), mixed_slope, tl.where(is_none, 0.0, _minus(per_area) / unit)
 
 
 @triton.jit
-def _reach(edge_x, edge_y, direction, shape):
+def _reach(axis_x, axis_y, direction, shape):
     """How far G reaches along an edge's outward normal, and where, the mean over ties."""
-    projections = _project(direction * edge_y, -direction * edge_x, shape[0], shape[1], shape[2])
+    projections = _project(direction * axis_x, direction * axis_y, shape[0], shape[1], shape[2])
     reach = _high(projections)
     at = ()
     for slot in tl.static_range(len(projections)):
@@ -811,10 +832,10 @@ def mgiou_kernel(
             rows * target_real_stride_b,
             target_real_stride_n,
         )
-        raw_px, raw_py, p_real, p_count, p_last = _load_polygons(
+        raw_px, raw_py, p_real, p_places, p_count, p_last = _load_polygons(
             pred, inside, lane, PRED_SLOTS, LANES, PRED_REAL, COMPUTE
         )
-        raw_gx, raw_gy, g_real, g_count, g_last = _load_polygons(
+        raw_gx, raw_gy, g_real, g_places, g_count, g_last = _load_polygons(
             target, inside, lane, TARGET_SLOTS, LANES, TARGET_REAL, COMPUTE
         )
         present = (p_count > 0) & (g_count > 0)
@@ -844,37 +865,37 @@ def mgiou_kernel(
             corner = _vertex(target, _vertices(target, g_last), g_count > 0, scale)
             g_shape = _normalise(raw_gx, raw_gy, g_real, corner[0], corner[1], scale)
 
-        # Section 3: what counts as an axis, and the unit of its length.
+        # Section 3: what counts as an axis, and 1 / the unit of its length.
         floor = tl.full((POLYGONS, AXES, 1), TINY, COMPUTE)
-        p_unit = floor
-        g_unit = floor
+        p_per_unit = floor
+        g_per_unit = floor
         if AXIS_WEIGHT == UNIFORM:
             shortest = extent * tl.full((1, 1, 1), 1e-6, COMPUTE)
             floor = tl.maximum(floor, shortest * shortest)
         if AXIS_WEIGHT == SOFT:
-            p_unit = tl.maximum(extent, floor) * tl.full((1, 1, 1), 0.01, COMPUTE)
-            g_unit = p_unit
-        convexity_factor = floor * 0.0
+            p_per_unit = 1.0 / (tl.maximum(extent, floor) * tl.full((1, 1, 1), 0.01, COMPUTE))
+            g_per_unit = p_per_unit
+        convexity_factor = tl.zeros_like(floor)
         if MEASURE:
             p_measured = _measure(
-                pred, raw_px, raw_py, p_real, p_count, p_last, inside, axis, lane, scale, p_shape[3], p_shape[4],
-                floor, p_unit, AXIS_WEIGHT, PRED_REAL, UNROLLED, AXES, LANES,
+                pred, raw_px, raw_py, p_places, p_count, p_last, inside, axis, scale, p_shape[3], p_shape[4],
+                floor, p_per_unit, AXIS_WEIGHT, PRED_REAL, UNROLLED, AXES,
             )  # fmt: skip
             g_measured = _measure(
-                target, raw_gx, raw_gy, g_real, g_count, g_last, inside, axis, lane, scale, g_shape[3], g_shape[4],
-                floor, g_unit, AXIS_WEIGHT, TARGET_REAL, UNROLLED, AXES, LANES,
+                target, raw_gx, raw_gy, g_places, g_count, g_last, inside, axis, scale, g_shape[3], g_shape[4],
+                floor, g_per_unit, AXIS_WEIGHT, TARGET_REAL, UNROLLED, AXES,
             )  # fmt: skip
             p_length, p_axes, p_weight = p_measured[:3]
             g_length, _, g_weight = g_measured[:3]
             if AXIS_WEIGHT == LENGTH:
-                p_unit = tl.where(p_length > 0, p_length, 1.0)
-                g_unit = tl.where(g_length > 0, g_length, 1.0)
+                p_per_unit = 1.0 / tl.where(p_length > 0, p_length, 1.0)
+                g_per_unit = 1.0 / tl.where(g_length > 0, g_length, 1.0)
                 p_weight = tl.where(p_length > 0, 1.0, 0.0)
                 g_weight = tl.where(g_length > 0, 1.0, 0.0)
             # All sums below are divided by twice the weights at the end; the convexity term must not be.
             convexity_factor = 2.0 * (p_weight + g_weight) / tl.maximum(p_axes, 1.0)
             convexity_factor *= tl.full((1, 1, 1), convexity_weight, COMPUTE)
-        direction = floor * 0.0
+        direction = tl.zeros_like(floor)
         if BOUNDARY:
             p_area, direction, _ = _doubled_area(p_measured)
             g_area, _, g_squares = _doubled_area(g_measured)
@@ -889,18 +910,16 @@ def mgiou_kernel(
             for k in tl.static_range(PRED_SLOTS):
                 edges = _kept_edges(raw_px, raw_py, k, inside, scale)
                 state = _pred_axis(
-                    state, k, edges, lane, p_side, g_side, p_shape, g_shape, floor, p_unit, p_count,
+                    state, k, edges, lane, p_side, g_side, p_shape, g_shape, floor, p_per_unit, p_count,
                     convexity_factor, direction, TINY, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, AXES, LANES,
                 )  # fmt: skip
         else:
             start = _start(pred, p_last, p_count, axis, scale, PRED_REAL)
             for first in range(0, pred_size, AXES):
                 k = first + axis
-                edges, start = _edges(
-                    start, pred, p_real, k, p_count, p_last, inside, lane, scale, AXES, LANES, PRED_REAL
-                )
+                edges, start = _edges(start, pred, p_places, k, p_count, p_last, inside, scale, AXES, PRED_REAL)
                 state = _pred_axis(
-                    state, k, edges, lane, p_side, g_side, p_shape, g_shape, floor, p_unit, p_count,
+                    state, k, edges, lane, p_side, g_side, p_shape, g_shape, floor, p_per_unit, p_count,
                     convexity_factor, direction, TINY, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, AXES, LANES,
                 )  # fmt: skip
         p_sum, p_weights, convexity, mixed, grad_x, grad_y, handed, weight_handed, mixed_handed, area_handed = state
@@ -910,15 +929,13 @@ def mgiou_kernel(
         if UNROLLED:
             for k in tl.static_range(TARGET_SLOTS):
                 edges = _kept_edges(raw_gx, raw_gy, k, inside, scale)
-                state = _target_axis(state, edges, p_side, g_side, floor, g_unit, TINY, GRAD, AXIS_WEIGHT)
+                state = _target_axis(state, edges, p_side, g_side, floor, g_per_unit, TINY, GRAD, AXIS_WEIGHT)
         else:
             start = _start(target, g_last, g_count, axis, scale, TARGET_REAL)
             for first in range(0, target_size, AXES):
                 k = first + axis
-                edges, start = _edges(
-                    start, target, g_real, k, g_count, g_last, inside, lane, scale, AXES, LANES, TARGET_REAL
-                )
-                state = _target_axis(state, edges, p_side, g_side, floor, g_unit, TINY, GRAD, AXIS_WEIGHT)
+                edges, start = _edges(start, target, g_places, k, g_count, g_last, inside, scale, AXES, TARGET_REAL)
+                state = _target_axis(state, edges, p_side, g_side, floor, g_per_unit, TINY, GRAD, AXIS_WEIGHT)
         g_sum, g_weights, grad_x, grad_y = state
         p_sum, p_weights, convexity = _over_axes(p_sum), _over_axes(p_weights), _over_axes(convexity)
         g_sum, g_weights, mixed = _over_axes(g_sum), _over_axes(g_weights), _over_axes(mixed)
@@ -961,8 +978,8 @@ def mgiou_kernel(
                     y = tl.fma(mixed_slope, mixed_y, tl.fma(area_slope, area_y, y))
                 if WEIGHT_GRAD:
                     weight_grad_x, weight_grad_y = _handed(weight_handed, slot, index == p_last, AXES)
-                    x = tl.fma(-mean, weight_grad_x, x)
-                    y = tl.fma(-mean, weight_grad_y, y)
+                    x = tl.fma(_minus(mean), weight_grad_x, x)
+                    y = tl.fma(_minus(mean), weight_grad_y, y)
                 x = _over_axes(x)
                 y = _over_axes(y)
                 kept = p_real[slot] & present
