@@ -1,8 +1,8 @@
 """Measure the loss against its peers and write one JSON.
 
     python -m bench.speed --out speed.json
-    python -m bench.speed --out h200.json --only training large batch vertices      # 3 minutes
-    python -m bench.speed --out h200_compiled.json --only bfloat16 compiled         # 2 minutes
+    python -m bench.speed --out h200.json --only training                                           # 2 minutes
+    python -m bench.speed --out h200_others.json --only large batch vertices bfloat16 compiled      # 4 minutes
 
 Each implementation is first held against its definition in float64 on the same input; one that disagrees, and one
 that cannot run here, is named in the file instead of timed. The file is written anew after each size, the most
@@ -43,7 +43,7 @@ class Group(NamedTuple):
 
 CHEAPEST = ("kernel", "kernel, defaults", "reference", "smooth L1", "L1")
 GPU_GROUPS = {
-    "training": Group([(batch, n) for n in (4, 8) for batch in (512, 4096, 16384, 65536)], rounds=5),
+    "training": Group([(batch, n) for n in (4, 8) for batch in (512, 4096, 16384, 65536)], rounds=21),
     "large": Group([(2**20, 4), (2**20, 8), (2**18, 16), (65536, 32), (16384, 64)], (*CHEAPEST, "angle-sorted")),
     "batch": Group([(2**22, 8), (2**18, 8), (128, 8)], (*CHEAPEST, "angle-sorted")),
     "vertices": Group([(65536, n) for n in (3, 16, 64, 128, 12, 24, 48, 96)], (*CHEAPEST, "angle-sorted")),
