@@ -407,24 +407,23 @@ def _sign(values):
 
 
 @triton.jit
-def _inverse(values):
-    """1 / values, for values in 2^-100 to 2^100: half the instructions of a division that allows for all others."""
-    if values.dtype == tl.float64:
-        return 1.0 / values
-    else:
-        root = tl.rsqrt(values)
-        guess = root * root
-        return tl.fma(guess, tl.fma(_minus(values), guess, 1.0), guess)
-
-
-@triton.jit
-def _one_over_count(values):
-    """1 / values, exact at 1. For derivatives: the last two bits may be wrong in float32."""
+def _rough_inverse(values):
+    """1 / values, for values in 2^-100 to 2^100; exact at 1. In float32 the last two bits may be wrong."""
     if values.dtype == tl.float64:
         return 1.0 / values
     else:
         root = tl.rsqrt(values)
         return root * root
+
+
+@triton.jit
+def _inverse(values):
+    """The same, right but for rounding: half the instructions of a division that allows for all values."""
+    guess = _rough_inverse(values)
+    if values.dtype == tl.float64:
+        return guess
+    else:
+        return tl.fma(guess, tl.fma(_minus(values), guess, 1.0), guess)
 
 
 @triton.jit
@@ -456,8 +455,8 @@ def _share(projections, low, high, low_derivative, high_derivative):
     for slot in tl.static_range(len(projections)):
         at_low = at_low + ((projections[slot] <= low).to(low.dtype),)
         at_high = at_high + ((projections[slot] >= high).to(low.dtype),)
-    low_derivative *= _one_over_count(_sum(at_low))
-    high_derivative *= _one_over_count(_sum(at_high))
+    low_derivative *= _rough_inverse(_sum(at_low))
+    high_derivative *= _rough_inverse(_sum(at_high))
     shares = ()
     for slot in tl.static_range(len(projections)):
         shares = shares + (tl.fma(at_low[slot], low_derivative, at_high[slot] * high_derivative),)
