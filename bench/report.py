@@ -66,13 +66,16 @@ def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for result in results:
         for row in result["rows"]:
             rows.setdefault((row["batch"], row["vertices"], row["dtype"], row["peer"]), row)
+    left_out: list[Row] = []
+    for result in results:
+        left_out += [row for row in result["left_out"] if row not in left_out]
     return {
         **first,
         "runs": [{name: result[name] for name in ("command", "commit", "date")} for result in results],
         "rates": next((result["rates"] for result in results if result["rates"]), {}),
         "launches": {name: count for each in reversed(results) for name, count in each.get("launches", {}).items()},
         "missing": {name: why for result in results for name, why in result["missing"].items()},
-        "left_out": [row for result in results for row in result["left_out"]],
+        "left_out": left_out,
         "rows": list(rows.values()),
     }
 
