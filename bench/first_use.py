@@ -117,7 +117,9 @@ def host(save: Any) -> None:
     import torch  # noqa: PLC0415
     import torch.nn.functional as F  # noqa: N812, PLC0415
 
-    from triton_mgiou import autotune, first_use, functional, mgiou_loss, modules, ops  # noqa: PLC0415
+    from triton_mgiou import functional, mgiou_loss, modules, ops  # noqa: PLC0415
+    from triton_mgiou.tuning import measure  # noqa: PLC0415
+    from triton_mgiou.tuning import warmup as first_use  # noqa: PLC0415
 
     device = torch.device("cuda")
     pred, target = (first_use._polygons(512, 8, device, seed) for seed in range(2))
@@ -157,7 +159,7 @@ def host(save: Any) -> None:
     result["us"] = {name: statistics.median(values) for name, values in times.items()}
     print({name: round(value, 1) for name, value in result["us"].items()}, flush=True)  # noqa: T201
     save(result)
-    files = {module.__file__ for module in (functional, modules, ops, autotune)}
+    files = {module.__file__ for module in (functional, modules, ops, measure)}
     for name in ("value", "value and gradient"):
         lines = by_line(functions[name], files, 500)
         result[f"lines of {name}"] = lines
@@ -206,10 +208,12 @@ def tuning(save: Any) -> None:
     """One variant after the other, so that a run that is cut off keeps what it has."""
     import torch  # noqa: PLC0415
 
-    from triton_mgiou import autotune, first_use, ops  # noqa: PLC0415
+    from triton_mgiou import ops  # noqa: PLC0415
+    from triton_mgiou.tuning import measure  # noqa: PLC0415
+    from triton_mgiou.tuning import warmup as first_use  # noqa: PLC0415
 
     rows: list[dict[str, Any]] = []
-    measure, fit = autotune.measure, autotune._that_fit
+    measure, fit = measure.measure, measure._that_fit
 
     def timed_measure(kernel: Any, arguments: Any, layouts: Any) -> Any:
         times: list[float] = []
@@ -223,16 +227,16 @@ def tuning(save: Any) -> None:
             return kept
 
         def do_bench(function: Any, quantiles: Any) -> Any:
-            result = autotune.graph_bench(function, quantiles)
+            result = measure.graph_bench(function, quantiles)
             times.append(result[0] * 1e3)
             return result
 
         start = time.perf_counter()
-        autotune._that_fit = timed_fit
+        measure._that_fit = timed_fit
         try:
             entry = measure(kernel, arguments, layouts, do_bench)
         finally:
-            autotune._that_fit = fit
+            measure._that_fit = fit
         seconds["total"] = time.perf_counter() - start
         measured = dict(zip(map(str, (layouts[0], *kept)), times, strict=False))
         rows.append({
@@ -245,13 +249,13 @@ def tuning(save: Any) -> None:
         })  # fmt: skip
         return entry
 
-    autotune.measure = timed_measure
+    measure.measure = timed_measure
     ops.forget_plans()
     device, types = torch.device("cuda"), (torch.float32, torch.float32)
     for vertices, batch in VARIANTS:
         for gradient in (True, False):
             start = time.perf_counter()
-            with autotune.requested(tune=True):
+            with measure.requested(tune=True):
                 first_use._training_step((vertices, vertices), types, batch, gradient, device, {})
             row = rows[-1]
             row |= {"vertices": vertices, "batch": batch, "gradient": gradient}
@@ -260,7 +264,7 @@ def tuning(save: Any) -> None:
             print(vertices, batch, "gradient" if gradient else "value", row["seconds"], "gain", row["gain"])  # noqa: T201
             print("    default", f"{next(iter(row['us'].values())):.2f} us, best", best, flush=True)  # noqa: T201
             save({"rows": rows})
-    autotune.measure = measure
+    measure.measure = measure
 
 
 def training(save: Any) -> None:
@@ -268,18 +272,20 @@ def training(save: Any) -> None:
     import torch  # noqa: PLC0415
 
     import triton_mgiou  # noqa: PLC0415
-    from triton_mgiou import autotune, first_use, ops  # noqa: PLC0415
+    from triton_mgiou import ops  # noqa: PLC0415
+    from triton_mgiou.tuning import measure  # noqa: PLC0415
+    from triton_mgiou.tuning import warmup as first_use  # noqa: PLC0415
 
     start = time.perf_counter()
     triton_mgiou.warmup((4, 8), (512, 65536), tune=False)
     result: dict[str, Any] = {"warm-up seconds": time.perf_counter() - start, "steps": STEPS, "tuned": 0}
-    measure = autotune.measure
+    measure = measure.measure
 
     def counted(*arguments: Any) -> Any:
         result["tuned"] += 1
         return measure(*arguments)
 
-    autotune.measure = counted
+    measure.measure = counted
     kernels = ops.mgiou_kernel.device_caches[torch.cuda.current_device()][0]
     before = len(kernels)
     rng = random.Random(0)
@@ -299,7 +305,7 @@ def training(save: Any) -> None:
         torch.cuda.synchronize()
         slowest = max(slowest, time.perf_counter() - start)
     result |= {"compiled": len(kernels) - before, "kernels": before, "slowest step seconds": slowest}
-    autotune.measure = measure
+    measure.measure = measure
     print(result, flush=True)  # noqa: T201
     save(result)
 

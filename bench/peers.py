@@ -9,11 +9,9 @@ from __future__ import annotations
 import importlib
 import math
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +20,10 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tests import oracle
+from tests.helpers import convex, generator
 from triton_mgiou import PAPER, mgiou_loss
 from triton_mgiou.functional import kernels_unavailable
-
-sys.path.append(str(Path(__file__).parent.parent / "tests"))  # no package, and needs nothing installed
-import brute_force
-from helpers import convex, generator
 
 Points = NDArray[np.float64]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -235,22 +231,22 @@ def rotated_boxes(vertices: Tensor) -> Tensor:
 
 def exact_mgiou(pred: Points, target: Points) -> float:
     """The paper's Algorithm 1."""
-    return float(brute_force.sample_loss(pred.tolist(), target.tolist()))
+    return float(oracle.sample_loss(pred.tolist(), target.tolist()))
 
 
 def exact_defaults(pred: Points, target: Points, held: Points | None = None) -> float:
     """MGIoU by edge lengths and a quarter of the boundary term, on the axes of `held` in the place of `pred`."""
     p, g = pred.tolist(), target.tolist()
     base = (p if held is None else held.tolist(), g)
-    return float(brute_force.sample_loss(p, g, "length", 0.0, 0.25, base=base, axis_grad=False))
+    return float(oracle.sample_loss(p, g, "length", 0.0, 0.25, base=base, axis_grad=False))
 
 
 def exact_two_axes(pred: Points, target: Points) -> float:
     """The same over the two edges at vertex 0 of each box."""
     boxes = pred.tolist(), target.tolist()
     edges = [(box[k][0] - box[0][0], box[k][1] - box[0][1]) for box in boxes for k in (1, 3)]
-    axes = [brute_force.Axis(y, -x, 1.0) for x, y in edges]
-    return float(1 - brute_force.mgiou(*boxes, axes)) / 2
+    axes = [oracle.Axis(y, -x, 1.0) for x, y in edges]
+    return float(1 - oracle.mgiou(*boxes, axes)) / 2
 
 
 def exact_l1(pred: Points, target: Points) -> float:

@@ -53,7 +53,7 @@ class Backend:
     device: str
 
     def loss(self, pred, target, **options):
-        """The paper's loss, and the options: `brute_force.loss` has the same defaults."""
+        """The paper's loss, and the options: `oracle.loss` has the same defaults."""
         return mgiou_loss(pred, target, backend=self.name, **PAPER | options)
 
     def value_and_gradient(self, pred, target, upstream=None, wrt=("pred",), **options):

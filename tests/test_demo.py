@@ -11,9 +11,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import INTERPRETED
 from sklearn.datasets import load_digits
 
+from tests.conftest import INTERPRETED
 from triton_mgiou import demo
 from triton_mgiou.cli import main
 

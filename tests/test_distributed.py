@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import INTERPRETED, Backend
-from helpers import assert_close, convex, generator, uniform
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.conftest import INTERPRETED, Backend
+from tests.helpers import assert_close, convex, generator, uniform
 from triton_mgiou import MGIoULoss, PolygonLoss, demo, mean_positives, mgiou_loss
 from triton_mgiou.cli import main
 from triton_mgiou.training import AlphaSchedule

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 import triton_mgiou
-from triton_mgiou import demo, first_use
+from triton_mgiou import demo
 from triton_mgiou.training import diagnose
+from triton_mgiou.tuning import warmup as first_use
 
 
 def main(argv: list[str] | None = None) -> int:

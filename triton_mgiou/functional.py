@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_mgiou import finite, reference
+from triton_mgiou.reference import polygons as reference
+from triton_mgiou.training import finite
 
 REDUCTIONS = ("none", "mean", "sum")
 AXIS_WEIGHTS = ("uniform", "length", "soft")

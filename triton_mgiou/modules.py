@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_mgiou.functional import PAPER, REDUCTIONS, _check_avg_factor, _reduce, mgiou_loss
-from triton_mgiou.reference import compute_dtype
+from triton_mgiou.reference.polygons import compute_dtype
 
 MODES = ("mgiou", "l2", "hybrid")
 MIN_AREA = 1e-6

@@ -13,9 +13,9 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from triton_mgiou import autotune, tuning
-from triton_mgiou.kernels.mgiou import mgiou_kernel
-from triton_mgiou.reference import compute_dtype
+from triton_mgiou.kernels.polygons import mgiou_kernel
+from triton_mgiou.reference.polygons import compute_dtype
+from triton_mgiou.tuning import layouts, measure
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # decided when the kernel was imported
 _AXIS_WEIGHTS = {"uniform": 0, "length": 1, "soft": 2}
@@ -29,7 +29,7 @@ _COUNTERS = 1024  # zeroed at a time: one for each stream and one for each captu
 class _Plan(NamedTuple):
     """What a call of the kernel needs to know of its arguments' types and sizes, and nothing of the batch."""
 
-    layout: tuning.Layout
+    layout: layouts.Layout
     flags: tuple[Any, ...]
     dtype: torch.dtype
     scalar: Tensor  # on the device, to allocate like
@@ -192,13 +192,13 @@ def _launch(pred: Tensor, target: Tensor, call: _Call, need_grad: bool) -> tuple
         pred_stride_n == target_stride_n == 1,
         pred_stride_b == pred_size and target_stride_b == target_size,
         (pred_stride_b | target_stride_b | pred_size) & 1 == 0,
-        batch if INTERPRETED else tuning.is_large(batch, pred_size, target_size),
+        batch if INTERPRETED else layouts.is_large(batch, pred_size, target_size),
     )
     plan = _plans.get(key)
     if plan is None:
         launch = functools.partial(_launch_samples, pred, target, call, need_grad)
         plan = _plans[key] = _plan(pred, target, *key[3:], launch)
-    programs = min(-(-batch // plan.layout.polygons), tuning.MAX_PROGRAMS)
+    programs = min(-(-batch // plan.layout.polygons), layouts.MAX_PROGRAMS)
     stream = 0 if device < 0 else driver.active.get_current_stream(device)
     if reduction == "none":
         loss, partial, counter = plan.scalar.new_empty(batch), None, None
@@ -255,9 +255,9 @@ def _plan(
     packed: bool,
     even: bool,
     batch: int,
-    launch: autotune.Launch,
+    launch: measure.Launch,
 ) -> _Plan:
-    buckets = tuning.bucket(pred_size), tuning.bucket(target_size)
+    buckets = layouts.bucket(pred_size), layouts.bucket(target_size)
     # With sizes that differ, one side would have more lanes than vertices.
     full = packed and adjacent and pred_real is target_real is None and pred_size == target_size == buckets[0]
     dtype = compute_dtype(pred, target)
@@ -275,15 +275,15 @@ def _plan(
         adjacent and even,
     )
     if INTERPRETED:
-        default = tuning.interpreter_layout(*buckets, batch)
-        large_batch = tuning.is_large(batch, *buckets)
+        default = layouts.interpreter_layout(*buckets, batch)
+        large_batch = layouts.is_large(batch, *buckets)
     else:
         large_batch = bool(batch)
-        default = tuning.layout(*buckets, large_batch)
+        default = layouts.layout(*buckets, large_batch)
     first, end = (mgiou_kernel.arg_names.index(name) for name in ("COMPUTE", "POLYGONS"))
     kinds = (f"{name}={value}" for name, value in zip(mgiou_kernel.arg_names[first:end], flags, strict=True))
-    case = tuning.Case(*buckets, large_batch, " ".join((f"{pred.dtype} {target.dtype}", *kinds)))
-    layout = autotune.choose(case, default, pred.device, launch)
+    case = layouts.Case(*buckets, large_batch, " ".join((f"{pred.dtype} {target.dtype}", *kinds)))
+    layout = measure.choose(case, default, pred.device, launch)
     return _Plan(layout, (*flags, *layout.sizes().values()), dtype, pred.new_empty((), dtype=dtype), [])
 
 
@@ -338,13 +338,13 @@ def _reduction_scratch(device: int, stream: int, dtype: torch.dtype) -> _Scratch
     any stream, so it keeps its own.
     """
     if device < 0:
-        return _Scratch(torch.empty(tuning.MAX_PROGRAMS, dtype=dtype), torch.zeros(1, dtype=torch.int32))
+        return _Scratch(torch.empty(layouts.MAX_PROGRAMS, dtype=dtype), torch.zeros(1, dtype=torch.int32))
     if torch.cuda.is_current_stream_capturing():
-        return _Scratch(torch.empty(tuning.MAX_PROGRAMS, dtype=dtype, device=device), _counter(device))
+        return _Scratch(torch.empty(layouts.MAX_PROGRAMS, dtype=dtype, device=device), _counter(device))
     key = device, stream, dtype
     scratch = _scratch.get(key)
     if scratch is None:
-        partial = torch.empty(tuning.MAX_PROGRAMS, dtype=dtype, device=device)
+        partial = torch.empty(layouts.MAX_PROGRAMS, dtype=dtype, device=device)
         scratch = _scratch[key] = _Scratch(partial, _counter(device))
     return scratch
 

@@ -1,6 +1,6 @@
 """What goes around a training: NaN and Inf by name, a guard around each step, gradient norms, a schedule."""
 
-from triton_mgiou.finite import (
+from triton_mgiou.training.finite import (
     NonFinite,
     NonFiniteError,
     check_finite,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from triton_mgiou.finite import describe, named_tensors
+from triton_mgiou.training.finite import describe, named_tensors
 
 TABLES = (".csv", ".tsv", ".txt")
 LARGE = 2**28  # bytes; from here on a progress bar shows

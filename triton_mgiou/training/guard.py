@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from triton_mgiou.finite import NonFiniteError, find_nonfinite
+from triton_mgiou.training.finite import NonFiniteError, find_nonfinite
 
 LAST_GOOD, FAILED = "last-good.pt", "failed.pt"
 TOLD = 10  # steps in the story, and tensors of each kind

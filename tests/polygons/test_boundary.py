@@ -1,0 +1,319 @@
+"""The boundary term: its value, its gradient, what it is 0 for, and what it is there for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import shapely
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import oracle
+from tests.helpers import (
+    POLYGONS,
+    assert_close,
+    assert_finite,
+    assert_gradient_close,
+    assert_same,
+    assert_zero,
+    box,
+    convex,
+    crossing,
+    generator,
+    numpy64,
+    numpy_options,
+    random_boxes,
+    rectangle_corners,
+    regular,
+    star,
+    uniform,
+)
+from tests.polygons.test_properties import any_pairs, pairs
+from triton_mgiou import PAPER, demo, mgiou_loss
+
+kinds = pytest.mark.parametrize("kind", POLYGONS)
+SHAPES = [(1, 4), (2, 3), (3, 1), (3, 2), (4, 4), (5, 8), (8, 5), (12, 3), (4, 33), (20, 17)]  # N, M
+
+
+def either_way(polygons, rng):
+    """Some in the other direction."""
+    return torch.where(uniform((len(polygons), 1, 1), 0, 1, rng) < 0.5, polygons, polygons.flip(1))
+
+
+def term(pred, target, **options):
+    """The term alone, (B,): what weight 1 adds to the loss in float64."""
+    pred, target = pred.double(), target.double()
+    both = [mgiou_loss(pred, target, reduction="none", **PAPER | options | {"boundary_weight": w}) for w in (1.0, 0.0)]
+    return both[0] - both[1]
+
+
+@kinds
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-6), (torch.float64, 1e-12)])
+def test_value(backend, kind, dtype, atol):
+    rng = generator(201)
+    options = {"reduction": "none", "boundary_weight": 0.7, "convexity_weight": 0.3}
+    for n, m in SHAPES:
+        pred = either_way(POLYGONS[kind](4, n, rng), rng).to(dtype)
+        target = either_way(POLYGONS[kind](4, m, rng), rng).to(dtype)
+        expected = oracle.loss(numpy64(pred), numpy64(target), **options)
+        assert expected.max() <= 0.7 + 0.15 + 1
+        actual = backend.loss(pred.to(backend.device), target.to(backend.device), **options)
+        assert_close(actual, expected, atol=atol, what=f"{kind} with {n} and {m} vertices")
+
+
+def test_the_mixed_area_of_convex_polygons_is_that_of_their_sum():
+    """|P + G| = |P| + 2 V + |G| for the sum of two convex sets, the hull of all sums of two vertices."""
+    rng = generator(202)
+    pred, target = either_way(convex(20, 6, rng), rng), either_way(convex(20, 5, rng), rng)
+    for p, g, actual in zip(pred.numpy(), target.numpy(), term(pred, target), strict=True):
+        p_area, g_area, sum_area = (
+            shapely.area(shapely.convex_hull(shapely.multipoints(points)))
+            for points in (p, g, (p[:, None] + g).reshape(-1, 2))
+        )
+        mixed = (sum_area - p_area - g_area) / 2
+        match = (p_area * g_area / mixed**2) * (2 * mixed * g_area / (mixed**2 + g_area**2))
+        assert actual == pytest.approx(1 - match, abs=1e-12)
+
+
+def test_numbers_worked_out_by_hand():
+    square = box(0.0, 0.0, 1.0, 1.0, dtype=torch.float64)
+    assert_close(term(3 * square, square), [1 - 2 * 3 / (1 + 9)], atol=1e-15)  # the shape fits, the size does not
+    assert_close(term(square / 3 + 7, square), [1 - 2 * 3 / (1 + 9)], atol=1e-14)
+    assert_close(term(square.repeat(1, 2, 1), square), [1 - 2 * 2 / (2 * (4 + 1))], atol=1e-15)  # around twice
+    assert_close(term(square[:, [0, 2, 1, 3]], square), [1.0], atol=0)  # a bow-tie: both lobes cancel
+    diamond = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]])  # area 2, V 2
+    assert_close(term(diamond, square), [1 - 2 * 2 / (2 * (4 + 1))], atol=1e-15)
+
+
+@kinds
+@pytest.mark.parametrize("axis_grad", [True, False])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.float64, 1e-6)])
+def test_central_differences(backend, kind, axis_grad, dtype, rtol):
+    rng = generator(213)
+    options = {"boundary_weight": 0.8, "axis_grad": axis_grad}
+    for n, m in [(4, 4), (6, 3), (3, 7), (12, 5)]:
+        pred = either_way(POLYGONS[kind](4, n, rng), rng).to(dtype)
+        target = either_way(POLYGONS[kind](4, m, rng), rng).to(dtype)
+        _, *actual = backend.value_and_gradient(pred, target, wrt=("pred", "target"), reduction="sum", **options)
+        for side, gradient in zip(("pred", "target"), actual, strict=True):
+            if side == "target" and not axis_grad:
+                continue  # the differences know stopped axes only of the prediction
+            expected = oracle.gradient(numpy64(pred), numpy64(target), side=side, **options)
+            assert_gradient_close(gradient, expected, rtol=rtol, what=f"{side}, {n} against {m}")
+
+
+def test_lengths_and_masks(backend):
+    rng = generator(204)
+    pred, target = star(8, 7, rng).float(), star(8, 6, rng).float()
+    cases = [
+        {
+            "pred_lengths": torch.tensor([0, 1, 2, 3, 4, 5, 6, 7]),
+            "target_lengths": torch.tensor([6, 5, 4, 3, 2, 1, 3, 0]),
+        },
+        {"pred_mask": uniform((8, 7), 0, 1, rng) < 0.6, "target_mask": uniform((8, 6), 0, 1, rng) < 0.6},
+    ]
+    for real in cases:
+        options = {"boundary_weight": 1.0, **real}
+        value, actual = backend.value_and_gradient(pred, target, reduction="none", **options)
+        arrays = (numpy64(pred), numpy64(target))
+        expected = oracle.loss(*arrays, reduction="none", **numpy_options(**options))
+        assert_close(value, expected, atol=2e-6)
+        assert_gradient_close(actual, oracle.gradient(*arrays, **numpy_options(**options)), rtol=1e-4)
+        padded = [pred.clone(), target.clone()]
+        for side, vertices in zip(("pred", "target"), padded, strict=True):
+            if (mask := real.get(f"{side}_mask")) is None:
+                mask = torch.arange(vertices.shape[1]) < real[f"{side}_lengths"].unsqueeze(1)
+            vertices[~mask] = math.nan
+        poisoned = backend.value_and_gradient(*padded, reduction="none", **options)
+        assert_same(poisoned[0], value)
+        assert_same(poisoned[1], actual)
+
+
+def test_gradcheck(backend):
+    """The polygons are centred on each other, so that the extent, which has no gradient, does not move."""
+    rng = generator(205)
+    target = either_way(convex(4, 5, rng), rng).to(backend.device) * 10
+    pred = target.mean(1, keepdim=True) + star(4, 6, rng).to(backend.device) * 0.2
+
+    def loss(pred):
+        return backend.loss(pred, target, boundary_weight=2.0, reduction="none")
+
+    assert torch.autograd.gradcheck(loss, pred.requires_grad_(), eps=1e-6, atol=1e-7)
+    if backend.name == "eager":
+        assert torch.autograd.gradgradcheck(loss, pred, eps=1e-6, atol=1e-6)
+
+
+def test_the_gradient_is_that_of_the_term_and_the_targets_is_none(backend):
+    rng = generator(206)
+    pred, target = star(6, 7, rng), convex(6, 5, rng)
+    parts = []
+    for axis_weight, axis_grad in itertools.product(("uniform", "length"), (True, False)):
+        options = {"axis_weight": axis_weight, "axis_grad": axis_grad, "reduction": "sum"}
+        _, *plain = backend.value_and_gradient(pred, target, wrt=("pred", "target"), **options)
+        _, *with_term = backend.value_and_gradient(pred, target, wrt=("pred", "target"), boundary_weight=1.0, **options)
+        parts.append(with_term[0] - plain[0])
+        assert_same(with_term[1], plain[1], "gradient of the target")
+    assert (parts[0].abs().amax(-1) > 1e-4).all(), "every vertex has a gradient"
+    for part in parts[1:]:
+        assert_gradient_close(part, parts[0], rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_exactly_zero_at_the_target(backend, dtype):
+    """From any first vertex, in either direction, with vertices repeated or added on a side."""
+    rng = generator(207)
+    shapes = {
+        "a box": box(3, 5, 10, 7),
+        "a large box": box(-3e4, 5, 1e4, 7),
+        "boxes": rectangle_corners(random_boxes(6, rng)),
+        "polygons": convex(6, 7, rng),
+        "a regular polygon": regular(12),
+        "a triangle": regular(3) * 100,
+    }
+    for name, shape in shapes.items():
+        if dtype in (torch.float16, torch.bfloat16) and name != "a box":
+            continue  # rounding may have made it slightly concave
+        target = shape.to(dtype)
+        size = target.shape[1]
+        preds = [target.roll(k, 1) for k in range(size)] + [target.flip(1), target[:, [0, *range(size), size - 1]]]
+        for pred in preds:
+            value, gradient = backend.value_and_gradient(pred, target, reduction="none", boundary_weight=2.0)
+            assert_zero(value, f"loss of {name}")
+            assert_zero(gradient, f"gradient of {name}")
+    square, split = box(0, 0, 4, 2).to(dtype), torch.tensor([[[0, 0], [1, 0], [4, 0], [4, 2], [0, 2]]]).to(dtype)
+    value, gradient = backend.value_and_gradient(split, square, boundary_weight=2.0)
+    assert_zero(value)
+    assert_zero(gradient)
+
+
+@given(data=st.data(), pair=pairs(least=4, kinds=("convex",)))
+def test_any_other_order_of_the_targets_vertices_is_above_zero(data, pair):
+    """Hull and MGIoU are those of the target; only the order tells."""
+    target = pair[1]
+    order = data.draw(st.permutations(range(target.shape[1])))
+    turned = {tuple(order[k:] + order[:k]) for k in range(len(order))}
+    in_order = {tuple(range(len(order))), tuple(reversed(range(len(order))))} & turned
+    value = term(target[:, order], target)
+    if in_order:
+        assert_zero(value)
+    else:
+        assert (value > 1e-3).all()
+    loss = mgiou_loss(target[:, order], target, **PAPER)
+    assert in_order or loss < 0.5
+
+
+@given(pair=pairs(), shift=st.tuples(st.integers(-512, 512), st.integers(-512, 512)), power=st.integers(-20, 20))
+def test_moving_and_scaling(backend, pair, shift, power):
+    pred, target = (each.float() for each in pair)
+    options = {"boundary_weight": 1.0, "reduction": "none"}
+    value, gradient = backend.value_and_gradient(pred, target, **options)
+    moved = backend.value_and_gradient(pred + torch.tensor(shift), target + torch.tensor(shift), **options)
+    assert_close(moved[0], value, atol=4e-6)
+    assert_gradient_close(moved[1], gradient, rtol=1e-3)
+    scaled = backend.value_and_gradient(pred * 2.0**power, target * 2.0**power, **options)
+    assert_same(scaled[0], value)
+    assert_same(scaled[1] * 2.0**power, gradient)
+
+
+@given(pair=pairs(kinds=("convex", "star")), entries=st.lists(st.integers(-4, 4), min_size=4, max_size=4))
+def test_any_linear_map_of_both(pair, entries):
+    linear = torch.tensor(entries, dtype=torch.float64).reshape(2, 2)
+    if abs(linear.det()) < 0.5:
+        return
+    pred, target = pair
+    assert_close(term(pred @ linear.T, target @ linear.T), term(pred, target), atol=1e-9)
+
+
+@given(pair=pairs(), shift=st.tuples(st.integers(-9, 9), st.integers(-9, 9)))
+def test_the_position_of_the_target_does_not_count(pair, shift):
+    pred, target = pair
+    assert_close(term(pred, target + torch.tensor(shift)), term(pred, target), atol=1e-12)
+
+
+@given(pair=any_pairs())
+def test_any_finite_float32_has_a_finite_value_and_gradient(backend, pair):
+    value, *gradients = backend.value_and_gradient(*pair, wrt=("pred", "target"), reduction="none", boundary_weight=1.0)
+    assert_finite(value)
+    assert (value >= 0).all()
+    assert (value <= 2).all()
+    for gradient in gradients:
+        assert_finite(gradient, "gradient")
+
+
+def test_predictions_and_targets_without_an_area(backend):
+    square = box(0, 0, 2, 2)
+    lines = {
+        "a point": torch.tensor([[[0.5, 0.75]]]),
+        "a segment": torch.tensor([[[0.0, 0.0], [1.0, 0.25]]]),
+        "collinear": torch.tensor([[[0.1, 0.1], [0.3, 0.2], [0.7, 0.4]]]),
+        "nothing": square,
+    }
+    for name, line in lines.items():
+        lengths = {"pred_lengths": torch.tensor([0])} if name == "nothing" else {}
+        plain = backend.value_and_gradient(line, square, **lengths)
+        with_term = backend.value_and_gradient(line, square, boundary_weight=1.0, **lengths)
+        assert_close(with_term[0], plain[0] + (name != "nothing"), atol=1e-6, what=f"{name} as pred")
+        assert_finite(with_term[1])
+        lengths = {"target_lengths": torch.tensor([0])} if name == "nothing" else {}
+        plain = backend.value_and_gradient(square, line, **lengths)
+        with_term = backend.value_and_gradient(square, line, boundary_weight=1.0, **lengths)
+        for got, want in zip(with_term, plain, strict=True):
+            assert_same(got, want, f"{name} as target")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_nan_and_inf_stay_in_their_sample(backend, bad, side):
+    rng = generator(208)
+    pair = [star(3, 5, rng).float(), convex(3, 4, rng).float()]
+    clean = backend.value_and_gradient(*pair, reduction="none", boundary_weight=1.0)
+    pair[side][1, 2, 0] = bad
+    for got, want in zip(backend.value_and_gradient(*pair, reduction="none", boundary_weight=1.0), clean, strict=True):
+        assert got[1].isnan().all()
+        assert_same(got[[0, 2]], want[[0, 2]])
+
+
+def test_ties_share_the_gradient(backend):
+    """An aligned box inside another: each corner of the target is reached by two sides of the prediction."""
+    _, gradient = backend.value_and_gradient(box(1, 1, 3, 3), box(0, 0, 4, 4), boundary_weight=1.0)
+    assert_close(gradient.abs(), torch.full((1, 4, 2), gradient[0, 0, 0].abs().item()), atol=1e-7)
+    assert_same(gradient[0].sign(), torch.tensor([[1.0, 1], [-1, 1], [-1, -1], [1, -1]]))
+
+
+def test_autocast_and_a_second_run_change_no_bit(backend):
+    rng = generator(209)
+    pred, target = star(64, 8, rng).float(), convex(64, 6, rng).float()
+    first = backend.value_and_gradient(pred, target, boundary_weight=1.0)
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        again = backend.value_and_gradient(pred, target, boundary_weight=1.0)
+    for got, want in zip(again, first, strict=True):
+        assert_same(got, want)
+
+
+def test_vertices_in_a_random_order_are_put_in_order(backend):
+    """What it is there for: MGIoU alone fits the hull and leaves the outline crossing itself."""
+    rng = generator(210)
+    targets = convex(12, 6, rng).float() * 0.25
+    results = []
+    for boundary_weight in (0.0, 0.5):
+        pred = (crossing(12, 8, generator(211)).float() * 0.5).to(backend.device).requires_grad_()
+        optimizer = torch.optim.Adam([pred], lr=0.02)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
+        for _ in range(200):
+            optimizer.zero_grad()
+            options = {"axis_weight": "length", "axis_grad": False, "boundary_weight": boundary_weight}
+            backend.loss(pred, targets.to(backend.device), reduction="sum", **options).backward()
+            optimizer.step()
+            schedule.step()
+        polygons = pred.detach().cpu().numpy()
+        simple = [shapely.is_simple(shapely.linearrings(polygon)) for polygon in polygons]
+        ious = [demo.polygon_iou(polygon, target) for polygon, target in zip(polygons, targets.numpy(), strict=True)]
+        results.append((np.mean(simple), np.mean(ious)))
+    (_, plain_iou), (simple, iou) = results
+    assert plain_iou < 0.7
+    assert simple > 0.9
+    assert iou > 0.9

@@ -1,0 +1,306 @@
+"""With what a training run has around the loss: autocast, torch.compile, CUDA graphs, optimizers, no Triton."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.conftest import INTERPRETED
+from tests.helpers import (
+    assert_close,
+    assert_does_not_wait,
+    assert_gradient_close,
+    assert_same,
+    convex,
+    generator,
+    star,
+    uniform,
+)
+from triton_mgiou import MGIoULoss, mgiou_loss
+
+BOTH = ("pred", "target")
+
+
+def sample(batch, device, seed=101):
+    rng = generator(seed)
+    return {
+        "pred": star(batch, 6, rng).float().to(device),
+        "target": convex(batch, 5, rng).float().to(device),
+        "pred_lengths": torch.randint(0, 7, (batch,), generator=rng).to(device),
+        "target_mask": (uniform((batch, 5), 0, 1, rng) < 0.8).to(device),
+        "weight": uniform((batch, 2), 0, 1, rng).float().to(device),
+    }
+
+
+@pytest.mark.parametrize(("axis_weight", "reduction"), [("uniform", "mean"), ("length", "sum"), ("soft", "none")])
+def test_autocast_changes_no_bit(backend, axis_weight, reduction):
+    given = sample(6, backend.device)
+    options = {"axis_weight": axis_weight, "reduction": reduction, "convexity_weight": 0.5}
+    expected = backend.value_and_gradient(**given, wrt=BOTH, **options)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(backend.device, dtype=dtype):
+            actual = backend.value_and_gradient(**given, wrt=BOTH, **options)
+        for got, want in zip(actual, expected, strict=True):
+            assert_same(got, want)
+
+
+def test_a_network_under_autocast(backend):
+    """The head's output is bfloat16; the loss takes it as it is and gives float32."""
+    layer = torch.nn.Linear(4, 12, device=backend.device)
+    features = uniform((6, 4), -1, 1, generator(102)).float().to(backend.device)
+    target = sample(6, backend.device)["target"]
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        pred = layer(features).view(6, 6, 2)
+        loss = backend.loss(pred, target)
+    assert pred.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    assert_same(loss.detach(), backend.loss(pred.detach().float(), target))
+    loss.backward()
+    assert torch.isfinite(layer.weight.grad).all()
+    assert layer.weight.grad.abs().amax() > 0
+
+
+def assert_compiled_is_the_same(function, compiled, given):
+    results = []
+    for call in (function, compiled):
+        leaves = {name: given[name].detach().clone().requires_grad_() for name in BOTH}
+        value = call(**{**given, **leaves})
+        results.append((value.detach(), *torch.autograd.grad(value.sum(), list(leaves.values()))))
+    (value, *gradients), (got, *got_gradients) = results
+    assert got.dtype == value.dtype
+    assert_close(got, value, atol=1e-6)
+    for actual, expected in zip(got_gradients, gradients, strict=True):
+        assert actual.dtype == expected.dtype
+        assert_gradient_close(actual, expected, rtol=1e-5)
+
+
+@pytest.fixture
+def fresh_compiler(caplog):
+    caplog.set_level(logging.WARNING, "torch.__trace")  # or a failure is reported below thousands of empty lines
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"avg_factor": 3.0},
+        {"axis_weight": "length", "axis_grad": False, "convexity_weight": 0.5, "reduction": "none"},
+    ],
+)
+def test_compile_with_a_batch_size_that_changes(backend, options):
+    def function(**given):
+        return backend.loss(**given, **options)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for seed, batch in enumerate([4, 7, 3, 16]):
+        assert_compiled_is_the_same(function, compiled, sample(batch, backend.device, seed))
+    assert 1 <= counter.frame_count <= 2
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_the_module(backend):
+    """With a weight without a positive entry in between, which must neither break the graph nor compile anew."""
+    loss = MGIoULoss(loss_weight=2.0, axis_weight="length", backend=backend.name)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for seed, batch in enumerate([4, 7, 3]):
+        given = sample(batch, backend.device, seed)
+        assert_compiled_is_the_same(loss, compiled, given)
+        given["weight"].zero_()
+        assert_compiled_is_the_same(loss, compiled, given)
+    assert 1 <= counter.frame_count <= 2
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_with_every_size_dynamic_from_the_start(backend):
+    """Then the numbers among the arguments, defaults too, are symbols."""
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(backend.loss, fullgraph=True, dynamic=True, backend=counter)
+    for seed, batch in enumerate([4, 7, 3]):
+        assert_compiled_is_the_same(backend.loss, compiled, sample(batch, backend.device, seed))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", ["avg_factor", "convexity_weight"])
+@pytest.mark.parametrize("numbers", [[4.0, 7.5, 3.0, 9.0], [4, 7, 3, 9]], ids=["float", "int"])
+def test_compile_with_a_number_that_changes(backend, name, numbers):
+    """The number of positive samples of each step, and the weight of a term on a schedule."""
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(backend.loss, fullgraph=True, backend=counter)
+    given = sample(5, backend.device)
+    for number in numbers:
+        value = compiled(given["pred"], given["target"], **{name: number})
+        assert_close(value, backend.loss(given["pred"], given["target"], **{name: number}), atol=1e-6)
+    assert 1 <= counter.frame_count <= 2
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_with_float16_and_without_a_graph(backend):
+    def function(pred, target):
+        return backend.loss(pred.half(), target.half(), reduction="none")
+
+    given = sample(6, backend.device)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_close(compiled(given["pred"], given["target"]), function(given["pred"], given["target"]), atol=1e-6)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.skipif(INTERPRETED, reason="the other run has it")
+@pytest.mark.parametrize("options", [{"convexity_weight": 0.5}, {"axis_weight": "soft", "axis_grad": False}])
+def test_compile_to_code(backend, options):
+    """The whole way through the default compiler, loss and gradient, twice with another batch size."""
+
+    def function(**given):
+        return backend.loss(**given, **options)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for seed, batch in enumerate([4, 9]):
+        assert_compiled_is_the_same(function, compiled, sample(batch, backend.device, seed))
+
+
+@pytest.mark.parametrize("axis_weight", ["uniform", "length", "soft"])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_no_value_of_a_tensor_is_looked_at(backend, reduction, axis_weight):
+    """A fake tensor has no values: whatever would wait for the GPU raises here."""
+    given = sample(6, backend.device)
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(tensor) for name, tensor in given.items()}
+        fake = {name: t.requires_grad_() if name in BOTH else t for name, t in fake.items()}
+        options = {"reduction": reduction, "axis_weight": axis_weight, "convexity_weight": 0.5}
+        if reduction == "mean":
+            options["avg_factor"] = mode.from_tensor(torch.tensor(3.0, device=backend.device))
+        value = backend.loss(**fake, **options)
+        assert value.shape == ((6,) if reduction == "none" else ())
+        value.sum().backward()
+        for side in BOTH:
+            assert fake[side].grad.shape == given[side].shape
+        module = MGIoULoss(reduction, backend=backend.name, axis_weight=axis_weight)
+        module(fake["pred"], fake["target"], fake["weight"], target_mask=fake["target_mask"]).sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("axis_weight", ["uniform", "length", "soft"])
+def test_nothing_waits_for_the_gpu(backend, axis_weight):
+    if backend.device != "cuda":
+        pytest.skip("needs a GPU")
+    given = sample(64, "cuda")
+    given["pred"].requires_grad_()
+    factor = torch.tensor(3.0, device="cuda")
+    module = MGIoULoss(axis_weight=axis_weight, convexity_weight=0.5, backend=backend.name)
+
+    def step():
+        loss = module(**given, avg_factor=factor) + backend.loss(**given, axis_weight=axis_weight)
+        loss.backward()
+
+    assert_does_not_wait(step)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_value_and_gradient(backend):
+    if backend.device != "cuda":
+        pytest.skip("needs a GPU")
+    first, second = sample(64, "cuda", 1), sample(64, "cuda", 2)
+    given = {name: tensor.clone() for name, tensor in first.items()}
+    given["pred"].requires_grad_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.autograd.grad(backend.loss(**given), given["pred"])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = backend.loss(**given)
+        (gradient,) = torch.autograd.grad(value, given["pred"])
+    for values in (second, first):
+        with torch.no_grad():
+            for name, tensor in values.items():
+                given[name].copy_(tensor)
+        graph.replay()
+        want = backend.value_and_gradient(**values)
+        assert_same(value.detach(), want[0])
+        assert_same(gradient, want[1], "gradient")
+
+
+def test_a_grad_scaler_skips_a_step_that_overflowed(backend):
+    """A gradient through float16 that is past 65,504 has to arrive as an Inf, or the optimizer takes a false step."""
+    device = backend.device
+    given = sample(4, device)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**16)
+    for size, taken in [(2.0**-12, False), (2.0**6, True)]:
+        parameter = torch.nn.Parameter(given["pred"] * size)
+        before = parameter.detach().clone()
+        optimizer = torch.optim.SGD([parameter], lr=1e-3)
+        scaler.scale(backend.loss(parameter.half(), (given["target"] * size).half())).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert (parameter.detach() != before).any().item() is taken
+
+
+@pytest.mark.parametrize("axis_grad", [True, False])
+def test_polygons_learn_their_targets(backend, axis_grad):
+    rng = generator(103)
+    pred = star(4, 6, rng).float().to(backend.device).requires_grad_()
+    target = convex(4, 6, rng).float().to(backend.device)
+    optimizer = torch.optim.Adam([pred], lr=0.05)
+    losses = []
+    steps, part = (15, 0.8) if backend.is_slow else (60, 1 / 3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = backend.loss(pred, target, axis_grad=axis_grad)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 0.2
+    assert losses[-1] < losses[0] * part
+
+
+def test_it_works_where_there_is_no_triton():
+    """In a process of its own, in which Triton cannot be imported."""
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+import triton_mgiou
+pred = torch.rand(3, 5, 2, requires_grad=True)
+loss = triton_mgiou.mgiou_loss(pred, torch.rand(3, 4, 2))
+loss.backward()
+assert pred.grad.abs().sum() > 0
+try:
+    triton_mgiou.mgiou_loss(pred, torch.rand(3, 4, 2), backend="triton")
+except RuntimeError as error:
+    assert "triton" in str(error).lower()
+else:
+    raise AssertionError("no error")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_import_brings_in_neither_triton_nor_the_compiler():
+    """Each takes about as long to import as PyTorch itself."""
+    program = "import sys, torch; before = set(sys.modules); import triton_mgiou; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert {"triton", "torch._dynamo", "torch._inductor"} & set(done.stdout.split()) == set()
+
+
+def test_the_public_names():
+    import triton_mgiou  # noqa: PLC0415
+
+    public = {"PAPER", "MGIoULoss", "PolygonLoss", "mean_positives", "mgiou_loss", "warmup"}
+    assert set(triton_mgiou.__all__) == public
+    assert triton_mgiou.mgiou_loss is mgiou_loss
+    assert triton_mgiou.MGIoULoss is MGIoULoss
+    assert triton_mgiou.__version__.count(".") == 2

@@ -1,0 +1,179 @@
+"""`MGIoULoss` as a detector built on mmdetection or mmrotate calls it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from tests.helpers import assert_close, assert_same, assert_zero, convex, generator, star, uniform
+from triton_mgiou import MGIoULoss, mgiou_loss
+
+
+@pytest.fixture
+def pair(backend):
+    rng = generator(81)
+    return star(5, 6, rng).float().to(backend.device), convex(5, 4, rng).float().to(backend.device)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize(
+    "options", [{}, {"axis_weight": "soft", "axis_grad": False}, {"axis_weight": "length", "convexity_weight": 0.5}]
+)
+def test_it_is_the_function_times_its_weight(backend, pair, options, reduction):
+    pred, target = pair[0].requires_grad_(), pair[1]
+    expected = mgiou_loss(pred, target, reduction=reduction, backend=backend.name, **options)
+    (wanted,) = torch.autograd.grad(expected.sum(), pred)
+    actual = MGIoULoss(reduction, backend=backend.name, **options)(pred, target)
+    assert_same(actual.detach(), expected.detach())
+    (gradient,) = torch.autograd.grad(actual.sum(), pred)
+    assert_same(gradient, wanted, "gradient")
+    doubled = MGIoULoss(reduction=reduction, loss_weight=2.0, backend=backend.name, **options)(pred, target)
+    assert_same(doubled.detach(), 2 * expected.detach())
+    (gradient,) = torch.autograd.grad(doubled.sum(), pred)
+    assert_same(gradient, 2 * wanted, "gradient")
+
+
+def test_the_defaults_are_the_functions(backend, pair):
+    assert_close(MGIoULoss()(*pair), mgiou_loss(*pair, backend=backend.name), atol=1e-6)
+
+
+@pytest.mark.parametrize("override", ["none", "sum", "mean"])
+def test_reduction_override(backend, pair, override):
+    loss = MGIoULoss("sum", backend=backend.name)
+    expected = mgiou_loss(*pair, reduction=override, backend=backend.name)
+    assert_same(loss(*pair, reduction_override=override), expected)
+    assert_same(loss(*pair), mgiou_loss(*pair, reduction="sum", backend=backend.name))
+    with pytest.raises(ValueError, match=r"^reduction .*'avg'"):
+        loss(*pair, reduction_override="avg")
+
+
+@pytest.mark.parametrize("columns", [None, 1, 2, 8])
+def test_a_weight_per_sample_or_per_coordinate(backend, pair, columns):
+    rng = generator(82)
+    weight = uniform((5,) if columns is None else (5, columns), 0, 2, rng).float().to(backend.device)
+    weight[1] = 0
+    each = mgiou_loss(*pair, reduction="none", backend=backend.name)
+    expected = each * (weight if columns is None else weight.mean(1))
+    loss = MGIoULoss(loss_weight=3.0, backend=backend.name)
+    assert_close(loss(*pair, weight, reduction_override="none"), 3 * expected, atol=1e-6)
+    assert_close(loss(*pair, weight, reduction_override="sum"), 3 * expected.sum(), atol=1e-5)
+    assert_close(loss(*pair, weight), 3 * expected.sum() / 5, atol=1e-6)
+    assert_close(loss(*pair, weight=weight, avg_factor=2.5), 3 * expected.sum() / 2.5, atol=1e-5)
+
+
+def test_avg_factor_as_a_number_and_as_a_tensor(backend, pair):
+    loss = MGIoULoss(backend=backend.name)
+    expected = mgiou_loss(*pair, reduction="sum", backend=backend.name) / 4
+    for factor in (4, 4.0, torch.tensor(4.0), torch.tensor(4.0, device=backend.device)):
+        actual = loss(*pair, None, factor)
+        assert actual.shape == ()
+        assert_close(actual, expected, atol=1e-6)
+    each = mgiou_loss(*pair, reduction="none", backend=backend.name)
+    assert_same(loss(*pair, avg_factor=4.0, reduction_override="none"), each)
+    with pytest.raises(ValueError, match=r'^avg_factor .*"sum"'):
+        loss(*pair, avg_factor=4.0, reduction_override="sum")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+@pytest.mark.parametrize("shape", [(5,), (5, 3)])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_weight_without_a_positive_entry_gives_a_zero_in_the_graph(backend, pair, reduction, shape, value):
+    pred, target = pair[0].requires_grad_(), pair[1]
+    weight = torch.full(shape, value, device=backend.device)
+    actual = MGIoULoss(reduction, loss_weight=2.0, backend=backend.name)(pred, target, weight)
+    assert actual.shape == ()
+    assert_zero(actual, "loss")
+    (gradient,) = torch.autograd.grad(actual, pred)
+    assert_zero(gradient)
+
+
+def test_one_positive_entry_is_enough(backend, pair):
+    weight = torch.tensor([[0.0, -1], [0, 0], [0, 3], [0, 0], [0, 0]], device=backend.device)
+    each = mgiou_loss(*pair, reduction="none", backend=backend.name)
+    actual = MGIoULoss("sum", backend=backend.name)(*pair, weight)
+    assert_close(actual, -0.5 * each[0] + 1.5 * each[2], atol=1e-6)
+
+
+def test_a_weight_without_a_positive_entry_and_no_reduction(backend, pair):
+    weight = torch.tensor([0.0, -1, 0, -2, 0], device=backend.device)
+    actual = MGIoULoss("none", backend=backend.name)(*pair, weight)
+    each = mgiou_loss(*pair, reduction="none", backend=backend.name)
+    assert_same(actual, each * weight)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_no_positive_sample_at_all(backend, reduction):
+    """The empty batch of an image without objects, as a head passes it: empty weights, a factor of 1."""
+    pred = torch.zeros(0, 4, 2, device=backend.device, requires_grad=True)
+    target, weight = torch.zeros(0, 4, 2, device=backend.device), torch.zeros(0, 4, device=backend.device)
+    factor = None if reduction == "sum" else 1.0
+    actual = MGIoULoss(reduction, backend=backend.name)(pred, target, weight, avg_factor=factor)
+    assert_zero(actual, "loss")
+    actual.sum().backward()
+    assert pred.grad.shape == pred.shape
+
+
+def test_keywords_of_a_call(backend, pair):
+    rng = generator(83)
+    lengths = torch.tensor([6, 3, 4, 5, 6], device=backend.device)
+    mask = (uniform((5, 4), 0, 1, rng) < 0.7).to(backend.device)
+    loss = MGIoULoss("none", axis_weight="length", backend=backend.name)
+    options = {"pred_lengths": lengths, "target_mask": mask, "reduction": "none", "backend": backend.name}
+    expected = mgiou_loss(*pair, axis_weight="length", **options)
+    assert_same(loss(*pair, pred_lengths=lengths, target_mask=mask), expected)
+    assert (expected != loss(*pair)).any()
+    overridden = loss(*pair, pred_lengths=lengths, target_mask=mask, axis_weight="soft", convexity_weight=0.5)
+    assert_same(overridden, mgiou_loss(*pair, axis_weight="soft", convexity_weight=0.5, **options))
+    assert_same(loss(*pair, pred_lengths=lengths, target_mask=mask), expected, "after a call with another option")
+    with pytest.raises(TypeError):
+        loss(*pair, pred_length=lengths)
+
+
+def test_repr():
+    loss = MGIoULoss("sum", loss_weight=5.0, axis_weight="soft", axis_grad=False, convexity_weight=0.25)
+    for part in ("reduction='sum'", "loss_weight=5.0", "axis_weight='soft'", "axis_grad=False"):
+        assert part in loss.extra_repr()
+        assert part in repr(loss)
+    assert "convexity_weight=0.25" in repr(loss)
+    assert repr(loss).startswith("MGIoULoss(")
+    assert "reduction='mean'" in repr(MGIoULoss())
+    assert "MGIoULoss(reduction='none'" in repr(torch.nn.ModuleDict({"bbox": MGIoULoss("none")}))
+
+
+def test_options_that_do_not_exist():
+    with pytest.raises(TypeError, match="axis_wieght") as caught:
+        MGIoULoss(axis_wieght="soft")
+    for option in ("axis_weight", "axis_grad", "convexity_weight", "boundary_weight", "backend"):
+        assert option in str(caught.value)
+    with pytest.raises(TypeError, match="pred_lengths"):
+        MGIoULoss(pred_lengths=torch.ones(3))  # an argument of a call, not an option
+    with pytest.raises(ValueError, match=r"^reduction .*'none'.*'avg'"):
+        MGIoULoss("avg")
+
+
+def test_an_option_of_a_wrong_value(backend, pair):
+    with pytest.raises(ValueError, match=r"^axis_weight .*'area'"):
+        MGIoULoss(axis_weight="area", backend=backend.name)(*pair)
+    with pytest.raises(ValueError, match=r"^convexity_weight .*-1"):
+        MGIoULoss(convexity_weight=-1, backend=backend.name)(*pair)
+
+
+@pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])
+def test_copies(backend, pair, copy_of):
+    loss = MGIoULoss("sum", 2.0, axis_weight="soft", convexity_weight=0.5, backend=backend.name)
+    again = copy_of(loss)
+    assert again is not loss
+    assert repr(again) == repr(loss)
+    assert_same(again(*pair), loss(*pair))
+
+
+def test_it_has_no_state_and_follows_its_parent(backend, pair):
+    loss = MGIoULoss(backend=backend.name)
+    assert isinstance(loss, torch.nn.Module)
+    assert list(loss.parameters()) == []
+    assert loss.state_dict() == {}
+    model = torch.nn.Sequential(loss).to(backend.device).double().eval()
+    assert_same(model[0](*pair), mgiou_loss(*pair, backend=backend.name))

@@ -1,0 +1,128 @@
+"""The kernel as an operator of PyTorch's: registration, saved tensors, second derivatives, who else may call it."""
+
+import importlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from tests.helpers import assert_close, assert_gradient_close, assert_same, convex, generator, star
+from triton_mgiou import PAPER, mgiou_loss
+
+
+@pytest.fixture
+def kernels(backend):
+    if backend.name != "triton":
+        pytest.skip("is about the kernels")
+    importlib.import_module("triton_mgiou.ops")  # registers the operator
+    return backend
+
+
+def polygons(backend, dtype=torch.float32):
+    rng = generator(5)
+    return star(6, 5, rng).to(backend.device, dtype), convex(6, 7, rng).to(backend.device, dtype)
+
+
+@pytest.mark.parametrize("rule", ["sum", "none"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float32)], ids=str)
+def test_opcheck(kernels, rule, dtypes):
+    pred, target = (t.to(dtype) for t, dtype in zip(polygons(kernels), dtypes, strict=True))
+    lengths = torch.full((6,), 4, device=kernels.device)
+    mask = torch.ones(6, 7, dtype=torch.bool, device=kernels.device)
+    weight = torch.rand(6, device=kernels.device)
+    for side in (pred, target):
+        side.requires_grad_()
+    factors = torch.tensor([0.5, 0.25], dtype=torch.float64).unbind()
+    arguments = (pred, target, lengths, mask, weight, rule, "length", True, *factors, True, True)
+    torch.library.opcheck(torch.ops.triton_mgiou.loss.default, arguments)
+
+
+def test_the_operator_is_the_direct_path(kernels):
+    pred, target = (t.requires_grad_() for t in polygons(kernels))
+    weights = {"convexity_weight": 0.5, "boundary_weight": 0.25}
+    direct = mgiou_loss(pred, target, reduction="sum", backend="triton", **PAPER | weights)
+    factors = (torch.tensor(weight, dtype=torch.float64) for weight in weights.values())
+    options = (None, None, None, "sum", "uniform", True, *factors, True, True)
+    operator = torch.ops.triton_mgiou.loss(pred, target, *options)[0]
+    assert_same(direct.detach(), operator.detach())
+    for got, want in zip(
+        torch.autograd.grad(operator, (pred, target)), torch.autograd.grad(direct, (pred, target)), strict=True
+    ):
+        assert_same(got, want)
+
+
+def test_backward_twice_and_checkpoint(kernels):
+    pred, target = polygons(kernels)
+    pred.requires_grad_()
+    loss = mgiou_loss(pred, target, backend="triton")
+    (first,) = torch.autograd.grad(loss, pred, retain_graph=True)
+    assert_same(torch.autograd.grad(loss, pred)[0], first)
+    again = checkpoint(lambda p: mgiou_loss(p, target, backend="triton"), pred, use_reentrant=False)
+    assert_same(torch.autograd.grad(again, pred)[0], first)
+
+
+def test_backward_is_one_operation_and_in_place_where_nobody_comes_again(kernels):
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, _types, arguments=(), keywords=None):
+            names.append(operation.overloadpacket.__name__)
+            return operation(*arguments, **keywords or {})
+
+    pred, target = polygons(kernels)
+    loss = mgiou_loss(pred.requires_grad_(), target, backend="triton")
+    upstream = torch.ones((), device=kernels.device)
+    for retain_graph, expected in ((True, "mul"), (False, "mul_")):
+        names = []
+        with Operations():
+            torch.autograd.grad(loss, pred, upstream, retain_graph=retain_graph)
+        assert [name for name in names if name not in ("detach", "alias")] == [expected]
+
+
+def test_double_backward_is_refused(kernels):
+    pred, target = polygons(kernels)
+    loss = mgiou_loss(pred.requires_grad_(), target, backend="triton")
+    with pytest.raises(RuntimeError, match=r"no second derivative.*create_graph=True.*backend=\"eager\""):
+        torch.autograd.grad(loss, pred, create_graph=True)
+
+
+def test_no_gradient_is_computed_where_none_is_asked_for(kernels, monkeypatch):
+    from triton_mgiou import ops  # noqa: PLC0415
+
+    asked = []
+    original = ops._launch
+    monkeypatch.setattr(ops, "_launch", lambda *a: asked.append(a[-1]) or original(*a))
+    pred, target = polygons(kernels)
+    mgiou_loss(pred, target, backend="triton")
+    pred.requires_grad_()
+    with torch.no_grad():
+        mgiou_loss(pred, target, backend="triton")
+    mgiou_loss(pred, target, backend="triton")
+    mgiou_loss(pred.detach(), target.requires_grad_(), backend="triton")
+    assert asked == [False, False, True, False, True]
+
+
+def test_a_vertex_that_is_not_aligned_is_copied(kernels):
+    """Slices that start in the middle of a word, and coordinates that are not adjacent."""
+    pred, target = polygons(kernels)
+    expected = kernels.value_and_gradient(pred, target)
+    wide = torch.full((6, 5, 5), torch.nan, device=kernels.device)
+    wide[..., 1:3] = pred
+    planar = pred.transpose(1, 2).contiguous().transpose(1, 2)
+    vertex_first = pred.transpose(0, 1).contiguous().transpose(0, 1)
+    for view in (wide[..., 1:3], planar, vertex_first):
+        assert not view.is_contiguous()
+        leaf = view.detach().requires_grad_()
+        loss = kernels.loss(leaf, target)
+        assert_same(loss.detach(), expected[0])
+        assert_same(torch.autograd.grad(loss, leaf)[0], expected[1])
+
+
+@pytest.mark.parametrize(("size", "target_size"), [(4, 16), (16, 4), (4, 64), (8, 4)])
+def test_full_rows_of_different_sizes(kernels, size, target_size):
+    rng = generator(size + target_size)
+    pred, target = star(3, size, rng), convex(3, target_size, rng)
+    expected = mgiou_loss(pred.requires_grad_(), target, backend="eager", reduction="none", **PAPER)
+    (gradient,) = torch.autograd.grad(expected.sum(), pred)
+    value, actual = kernels.value_and_gradient(pred, target, torch.ones(3), reduction="none")
+    assert_close(value, expected.detach(), atol=1e-12)
+    assert_gradient_close(actual, gradient, rtol=1e-9)

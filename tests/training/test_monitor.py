@@ -1,0 +1,288 @@
+"""`GradientMonitor`: its numbers against plain arithmetic, and when it warns."""
+
+from __future__ import annotations
+
+import csv
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers import generator
+from triton_mgiou.training import GradientMonitor
+
+NAN, INF = math.nan, math.inf
+
+
+def make():
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {"backbone": nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4)), "head": nn.Linear(4, 1)}
+    )
+
+
+def backward(model, index):
+    model.zero_grad()
+    output = model["head"](model["backbone"](torch.randn(16, 3, generator=generator(index))))
+    output.square().mean().backward()
+
+
+def flat(module, gradient=False):
+    return torch.cat([(p.grad if gradient else p.detach()).double().flatten() for p in module.parameters()])
+
+
+class Writer:
+    def __init__(self):
+        self.scalars = []
+
+    def add_scalar(self, tag, value, step):
+        self.scalars.append((tag, value, step))
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def train(monitor, model, steps, lr=0.1, change=None):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for index in range(steps):
+        backward(model, index)
+        if change is not None:
+            change(index)
+        monitor.record()
+        optimizer.step()
+
+
+def test_the_numbers(tmp_path):
+    """Norms, shares and ratios, and averages that weigh the k-th last record with 0.9^k."""
+    model, writer = make(), Writer()
+    monitor = GradientMonitor(model, decay=0.9, writer=writer)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    expected = {"backbone": [], "head": []}
+    before = {}
+    for index in range(5):
+        backward(model, index)
+        if index == 3:
+            model["head"].bias.grad = None
+        monitor.record(10 * index)
+        if index == 3:
+            model["head"].bias.grad = torch.zeros(1)
+        for name, rows in expected.items():
+            gradient, weights = flat(model[name], gradient=True), flat(model[name])
+            ratio = (weights - before[name]).norm() / before[name].norm() if name in before else torch.tensor(NAN)
+            rows.append([each.item() for each in (gradient.norm(), (gradient == 0).double().mean(), ratio)])
+            before[name] = weights
+        optimizer.step()
+
+    monitor.to_csv(tmp_path / "gradients.csv")
+    table = read(tmp_path / "gradients.csv")
+    measures = ["grad_norm", "zero_share", "update_ratio"]
+    assert list(table[0]) == ["step", "group", *measures, *(f"{measure}_average" for measure in measures)]
+    for name, rows in expected.items():
+        lines = [line for line in table if line["group"] == name]
+        assert [line["step"] for line in lines] == ["0", "10", "20", "30", "40"]
+        for index, line in enumerate(lines):
+            for column, measure in enumerate(measures):
+                history = [row[column] for row in rows[: index + 1] if not math.isnan(row[column])]
+                if not history:
+                    assert line[measure] == line[f"{measure}_average"] == ""
+                    continue
+                weights = [0.9 ** (len(history) - 1 - i) for i in range(len(history))]
+                average = sum(w * value for w, value in zip(weights, history, strict=True)) / sum(weights)
+                assert float(line[measure]) == pytest.approx(rows[index][column], rel=1e-5, abs=1e-12)
+                assert float(line[f"{measure}_average"]) == pytest.approx(average, rel=1e-5, abs=1e-12)
+                assert (f"{measure}/{name}", float(line[measure]), 10 * index) in writer.scalars
+    assert len(writer.scalars) == 2 * (5 * 3 - 1), "no ratio in the first record"
+    assert len({row[1] for row in expected["backbone"]}) > 1, "the ReLU makes zeros"
+
+
+def test_the_summary():
+    model = make()
+    monitor = GradientMonitor(model)
+    train(monitor, model, 3)
+    head, *rows = (line.split() for line in monitor.summary().splitlines())
+    assert head == ["group", "parameters", "grad_norm", "average", "zero_share", "update_ratio"]
+    assert [row[:2] for row in rows] == [["backbone", "68"], ["head", "5"]]
+    norm = flat(model["head"], gradient=True).norm()
+    assert float(rows[1][2]) == pytest.approx(norm.item(), rel=1e-2)
+    assert GradientMonitor(model).summary().split().count("nan") == 8, "no record yet"
+
+
+@pytest.mark.parametrize(
+    ("depth", "groups"),
+    [(1, ["backbone", "head"]), (2, ["backbone.0", "backbone.2", "head"]), (9, ["backbone.0", "backbone.2", "head"])],
+)
+def test_groups(depth, groups):
+    model = nn.DataParallel(make())
+    assert [line.split()[0] for line in GradientMonitor(model, depth=depth).summary().splitlines()[1:]] == groups
+    names = [line.split()[0] for line in GradientMonitor(nn.Linear(2, 2)).summary().splitlines()[1:]]
+    assert names == ["weight", "bias"]
+
+
+def test_a_healthy_training_is_quiet():
+    model = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(GradientMonitor(model), model, 60)
+
+
+def messages(monitor, model, steps, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(monitor, model, steps, **options)
+    return [str(each.message) for each in caught]
+
+
+def test_gradients_that_jump():
+    model = make()
+
+    def jump(index):
+        for parameter in model["head"].parameters():
+            parameter.grad.mul_(1e4 if index == 15 else 1)
+
+    monitor = GradientMonitor(model)
+    (message,) = messages(monitor, model, 20, lr=1e-4, change=jump)
+    assert message.startswith("step 16: head: exploding: gradient norm ")
+    assert "exploding" not in monitor.summary(), "it is over"
+
+
+def test_gradients_that_grow_steadily():
+    """Half as much again in each record: no jump, but after twelve records more than a hundred times."""
+    model = make()
+
+    def grow(index):
+        for parameter in model["backbone"].parameters():
+            parameter.grad.fill_(1e-2 * 1.5**index)
+
+    monitor = GradientMonitor(model)
+    (message,) = messages(monitor, model, 25, lr=1e-5, change=grow)
+    step = int(message.split()[1].rstrip(":"))
+    assert ": backbone: exploding: gradient norm " in message
+    # The lowest average is that of the first ten records, which weighs them nearly alike.
+    assert step == pytest.approx(1 + math.log(100 * sum(1.5**i for i in range(10)) / 10, 1.5), abs=1)
+    assert "exploding" in monitor.summary()
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_gradients_that_are_not_finite(bad):
+    model = make()
+
+    monitor = GradientMonitor(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for index in range(5):
+            backward(model, index)
+            if index in (2, 3):
+                model["head"].weight.grad[0, 1] = bad
+            monitor.record()
+    (message,) = (str(each.message) for each in caught)
+    assert message == f"step 3: head: exploding: gradient norm {bad}"
+    assert "nan" not in monitor.summary().replace("update_ratio", ""), "they do not enter the averages"
+
+
+def test_a_learning_rate_that_is_too_high():
+    model = make()
+
+    def keep_size(_):
+        for parameter in model.parameters():
+            parameter.grad.normal_(generator=generator(7))
+
+    (first, *_) = messages(GradientMonitor(model), model, 12, lr=0.5, change=keep_size)
+    assert "exploding: a step changes the weights by " in first
+    assert first.startswith("step 10: ")
+
+
+def test_a_group_whose_gradients_vanish():
+    model = make()
+
+    def shrink(_):
+        for parameter in model["backbone"].parameters():
+            parameter.grad.mul_(1e-7)
+
+    (message,) = messages(GradientMonitor(model), model, 30, lr=1e-3, change=shrink)
+    assert message.startswith("step 10: backbone: vanishing: gradient norm ")
+
+
+def test_a_group_without_gradients():
+    model = make()
+
+    def detach(_):
+        for parameter in model["head"].parameters():
+            parameter.grad = None
+
+    monitor = GradientMonitor(model)
+    (message,) = messages(monitor, model, 12, lr=1e-3, change=detach)
+    assert message.startswith("step 10: head: vanishing: gradient norm 0 on average")
+    (head,) = (line for line in monitor.summary().splitlines() if line.startswith("head"))
+    assert head.split()[2:5] == ["0", "0", "1"]
+
+
+def test_mostly_zeros():
+    model = nn.Linear(1000, 1, bias=False)
+
+    def one(_):
+        model.weight.grad = torch.zeros(1, 1000)
+        model.weight.grad[0, 0] = 1
+
+    monitor = GradientMonitor(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for index in range(10):
+            one(index)
+            with torch.no_grad():
+                model.weight += 1e-3
+            monitor.record()
+    (message,) = (str(each.message) for each in caught)
+    assert message == "step 10: weight: vanishing: 99.90% of the gradient are 0 on average"
+
+
+def test_updates_that_rounding_swallows():
+    model = make()
+    (message,) = messages(GradientMonitor(model), model, 12, lr=1e-12)
+    assert message.startswith("step 10: backbone: vanishing: a step changes the weights by ")
+    assert "; head: vanishing: a step changes" in message
+
+
+def test_a_warning_about_many_groups_is_short():
+    model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(8)])
+    monitor = GradientMonitor(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, INF)
+    with pytest.warns(RuntimeWarning) as caught:
+        monitor.record()
+    (message,) = (str(each.message) for each in caught)
+    assert message.count("exploding") == 3
+    assert message.endswith("; and 5 more, see summary()")
+    assert monitor.summary().count("exploding") == 8
+
+
+def test_frozen_and_half_parameters():
+    model = make().to(torch.bfloat16)
+    for parameter in model["backbone"].parameters():
+        parameter.requires_grad_(False)
+    monitor = GradientMonitor(model)
+    for _ in range(2):
+        model["head"].weight.grad = torch.full((1, 4), 3.0, dtype=torch.bfloat16)
+        model["head"].bias.grad = torch.zeros(1, dtype=torch.bfloat16)
+        monitor.record()
+    backbone, head = (line.split() for line in monitor.summary().splitlines()[1:])
+    assert backbone[2:] == ["nan"] * 4
+    assert head[2:] == ["6", "6", "0.2", "0"]
+
+
+def test_wrong_arguments():
+    model = make()
+    for options, error, message in [
+        ({"model": "net"}, TypeError, "model must be a torch.nn.Module, got str"),
+        ({"writer": print}, TypeError, r"writer must have add_scalar\(tag, value, step\), got builtin"),
+        ({"depth": 0}, ValueError, "depth must be 1 or above, got 0"),
+        ({"decay": 1.0}, ValueError, "decay must be in 0..1, 1 excluded, got 1.0"),
+        ({"exploding": 1}, ValueError, "exploding must be above 1, got 1"),
+        ({"vanishing": NAN}, ValueError, "vanishing must be in 0..1, 1 excluded, got nan"),
+        ({"max_update": 0}, ValueError, "max_update must be above 0, got 0"),
+    ]:
+        with pytest.raises(error, match=message):
+            GradientMonitor(**{"model": model, **options})

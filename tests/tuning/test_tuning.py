@@ -1,0 +1,669 @@
+"""Which layout a call gets: the search space, the cache on disk, what processes and ranks make of it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import assert_close, assert_gradient_close, convex, generator, star
+
+pytest.importorskip("triton")
+
+from triton_mgiou import PAPER, mgiou_loss, warmup
+from triton_mgiou.tuning import layouts, measure, store
+from triton_mgiou.tuning.layouts import Case, Layout
+from triton_mgiou.tuning.store import Entry, TuningCache
+
+FORK = multiprocessing.get_context("fork")  # a spawned process would import PyTorch for seconds
+CASE = Case(8, 8, False, "GRAD=True")
+CASES = [Case(size, size, large, "GRAD=True") for size in (4, 8, 16) for large in (False, True)]
+DEFAULT, *OTHERS = layouts.candidates(CASE)
+ENTRY = Entry(OTHERS[0], 5.0, 6.5)
+CHIP = "Fake GPU sm90"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_MGIOU_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv(measure.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(measure, "chip_name", lambda _: CHIP)
+    monkeypatch.setattr(measure, "_agreed", {})
+    measure.tuning_cache.cache_clear()
+    yield tmp_path / "cache"
+    measure.tuning_cache.cache_clear()
+
+
+def stored():
+    return TuningCache(CHIP, "3.6.0")
+
+
+def never():
+    raise AssertionError("asked to measure")
+
+
+def processes(target, arguments):
+    """Run `target` in a process for each of `arguments`; all must end well and soon."""
+    children = [FORK.Process(target=target, args=each) for each in arguments]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    codes = [child.exitcode for child in children]
+    for child in children:
+        child.kill()
+    assert codes == [0] * len(children)
+
+
+def warned(recorded):
+    return [str(warning.message) for warning in recorded if warning.category is RuntimeWarning]
+
+
+# The search space.
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("target", [4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("pred", [4, 8, 16, 32, 64, 128])
+def test_every_candidate_has_a_place_for_every_vertex(pred, target, large):
+    found = layouts.candidates(Case(pred, target, large, ""))
+    assert found[0] == layouts.layout(pred, target, large)
+    assert len(set(found)) == len(found) <= 10  # a few seconds each
+    for layout in found:
+        assert layout.lanes * layout.pred_slots >= pred
+        assert layout.lanes * layout.target_slots >= target
+        assert layout.polygons * layout.axes * layout.lanes % (32 * layout.num_warps) == 0
+        assert max(pred, target) % layout.axes == 0
+        assert all(size & (size - 1) == 0 for size in layout[:5])
+
+
+def test_the_search_covers_training():
+    for size in (4, 8, 16, 32, 64):
+        for large in (False, True):
+            assert len(layouts.candidates(Case(size, size, large, ""))) > 3
+
+
+@pytest.fixture
+def kernels(backend, monkeypatch):
+    """The kernels in the interpreter, and what was planned before forgotten."""
+    if not backend.is_slow:
+        pytest.skip("is about the kernels in the interpreter; test_gpu tunes on a GPU")
+    from triton_mgiou import ops  # noqa: PLC0415 - reads TRITON_INTERPRET
+
+    monkeypatch.setattr(ops, "_plans", {})
+    return ops
+
+
+LOSSES = [
+    PAPER,
+    {"axis_weight": "length", "axis_grad": False, "convexity_weight": 0.0, "boundary_weight": 0.25},
+    {"axis_weight": "soft", "axis_grad": True, "convexity_weight": 0.5, "boundary_weight": 0.5},
+]
+
+
+@pytest.mark.parametrize("real", ["all", "full", "lengths", "masks"])
+@pytest.mark.parametrize("axes", [1, 2, 4, 8])
+def test_every_way_to_spread_vertices_and_axes_is_right(backend, kernels, axes, real, monkeypatch):
+    rng = generator(axes)
+    pred, target = star(3, 8 if real == "full" else 7, rng).requires_grad_(), convex(3, 8, rng)
+    pred_mask, target_mask = (torch.rand(3, each.shape[1], generator=rng) < 0.7 for each in (pred, target))
+    given = {
+        "lengths": {"pred_lengths": torch.tensor([7, 3, 0]), "target_lengths": torch.tensor([8, 5, 4])},
+        "masks": {"pred_mask": pred_mask, "target_mask": target_mask},
+    }.get(real, {})
+    for options in LOSSES:
+        expected = mgiou_loss(pred, target, backend="eager", **given, **options)
+        (gradient,) = torch.autograd.grad(expected, pred)
+        for lanes in (1, 2, 4):
+            layout = Layout(2, axes, lanes, 8 // lanes, 8 // lanes, 1, 168)
+            monkeypatch.setattr(layouts, "interpreter_layout", lambda *_, layout=layout: layout)
+            kernels.forget_plans()
+            value, actual = backend.value_and_gradient(pred, target, **given, **options)
+            assert_close(value, expected.detach(), atol=1e-12)
+            assert_gradient_close(actual, gradient, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("us_right", "wins"), [(8.0, True), (9.9, False)])
+def test_the_fastest_layout_that_is_right_and_worth_it(us_right, wins):
+    default = Layout(4, 2, 2, 2, 2, 1, 168)
+    right = Layout(2, 1, 1, 4, 4, 1, 168)
+    drops_vertices = Layout(4, 1, 1, 2, 4, 1, 168)
+    rng = generator(0)
+    pred, target = star(3, 4, rng).float().requires_grad_(), convex(3, 3, rng).float()
+    recorded = measure.record(lambda _: mgiou_loss(pred, target, backend="triton"))
+    times = iter([10.0, 1.0, us_right])
+    benched = []
+
+    def do_bench(function, quantiles):
+        benched.append(function)
+        return [next(times) * 1e-3] * len(quantiles)
+
+    entry = measure.measure(*recorded, [default, drops_vertices, right], do_bench)
+    assert len(benched) == 3
+    assert entry.layout == (right if wins else default)
+    assert entry.us == pytest.approx(us_right if wins else 10.0)
+    assert entry.default_us == pytest.approx(10.0)
+
+
+def test_a_first_use_measures_on_enough_samples_and_leaves_the_call_alone(kernels, monkeypatch):
+    monkeypatch.setenv(measure.ENVIRONMENT, "1")
+    monkeypatch.setattr(measure, "SAMPLES", 7)
+    batches = []
+
+    def fake_measure(kernel, arguments, layouts):
+        named = dict(zip(kernel.arg_names, arguments, strict=False))
+        batches.append((named["batch"], len(named["pred_ptr"]), named["weight_ptr"].tolist()))
+        return Entry(layouts[1], 1.0, 2.0)
+
+    monkeypatch.setattr(measure, "measure", fake_measure)
+    rng = generator(1)
+    pred, target = star(3, 4, rng).requires_grad_(), convex(3, 4, rng)
+    given = {"weight": torch.tensor([1.0, 2.0, 3.0]), "pred_lengths": torch.tensor([4, 3, 4])}
+    expected = mgiou_loss(pred, target, backend="eager", **given)
+    actual = mgiou_loss(pred, target, backend="triton", **given)
+    assert batches == [(7, 7, [1.0, 2.0, 3.0, 1.0, 2.0, 3.0, 1.0])]
+    assert_close(actual.detach(), expected.detach(), atol=1e-12)
+    (plan,) = kernels._plans.values()
+    assert plan.layout == layouts.candidates(Case(4, 4, False, ""))[1]
+    mgiou_loss(pred, target, backend="triton", **given)
+    assert len(batches) == 1
+
+
+def test_a_warm_up_fills_the_cache(kernels, folder, monkeypatch):
+    def fake_measure(_kernel, _arguments, layouts):
+        return Entry(layouts[1], 4.0, 5.0)
+
+    monkeypatch.setattr(measure, "measure", fake_measure)
+    results = warmup((3,), (2,), device="cpu", options={"target_lengths": True})
+    assert [(each.gradient, each.source, each.us, each.gain) for each in results] == [
+        (True, "tuned", 4.0, 0.25),
+        (False, "tuned", 4.0, 0.25),
+    ]
+    (path,) = folder.glob("*.json")
+    keys = list(json.loads(path.read_text())["configurations"][store.source_hash()])
+    assert len(keys) == 2
+    assert all("TARGET_REAL=1" in key and "PRED_REAL=0" in key for key in keys)
+    measure.tuning_cache.cache_clear()  # as another process
+    kernels.forget_plans()
+    with measure.requested(tune=False) as decisions:
+        lengths = torch.tensor([3, 2, 1])
+        mgiou_loss(torch.rand(3, 4, 2), torch.rand(3, 3, 2), target_lengths=lengths, backend="triton")
+    assert [(each.source, each.layout) for each in decisions] == [("cache", layouts.candidates(decisions[0].case)[1])]
+
+
+class Compiled:
+    """In the place of a compiled kernel."""
+
+    def __init__(self, n_spills=0, error=None):
+        self.n_spills = n_spills
+        self.error = error
+
+    def _init_handles(self):
+        if self.error is not None:
+            raise self.error
+
+
+class Kernel:
+    """In the place of a kernel that some layouts are too much for."""
+
+    def __init__(self, **by_warps):
+        self.by_warps = by_warps
+
+    def warmup(self, *_, grid, num_warps, **__):
+        assert grid == (1,)
+        found = self.by_warps[f"warps_{num_warps}"]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def test_layouts_that_do_not_compile_or_spill_are_left_out():
+    kernel = Kernel(
+        warps_1=Compiled(),
+        warps_2=RuntimeError("PassManager::run failed"),
+        warps_4=Compiled(n_spills=8),
+        warps_8=Compiled(error=RuntimeError("out of resources")),
+    )
+    layouts = [DEFAULT._replace(num_warps=warps) for warps in (1, 2, 4, 8)]
+    if measure.triton.knobs.runtime.interpret:
+        pytest.skip("nothing is compiled")
+    assert measure._that_fit(kernel, (), layouts) == layouts[:1]
+    only = measure.measure(kernel_with_names(kernel), (5,), [DEFAULT, *layouts[1:]])
+    assert only == Entry(DEFAULT, None, None)
+
+
+def kernel_with_names(kernel):
+    kernel.arg_names = ["batch", "loss_ptr", "grad_ptr"]
+    return kernel
+
+
+# The file.
+
+
+def test_an_entry_comes_back(folder):
+    assert stored().get("key") is None
+    assert stored().get_or_make("key", lambda: ENTRY) == ENTRY
+    assert stored().get("key") == ENTRY
+    assert stored().get_or_make("key", never) == ENTRY
+    (path,) = folder.glob("*.json")
+    assert path.name == "fake-gpu-sm90-triton-3.6.0.json"
+    content = json.loads(path.read_text())
+    assert (content["chip"], content["triton"]) == (CHIP, "3.6.0")
+    assert content["configurations"][store.source_hash()]["key"] == ENTRY.layout._asdict() | {
+        "us": 5.0,
+        "default_us": 6.5,
+    }
+    assert not list(folder.glob("*.new"))
+
+
+def test_chips_and_versions_of_triton_have_their_own_files(folder):
+    stored().get_or_make("key", lambda: ENTRY)
+    for chip, version in ((CHIP, "3.7.0"), ("Fake GPU sm100", "3.6.0")):
+        other = TuningCache(chip, version)
+        assert other.get("key") is None
+        other.get_or_make("key", lambda: ENTRY)
+    assert len(list(folder.glob("*.json"))) == 3
+
+
+def test_other_kernels_keep_their_entries(monkeypatch):
+    stored().get_or_make("key", lambda: ENTRY)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "source_hash", lambda: "other")
+        assert stored().get("key") is None
+        stored().get_or_make("key", lambda: Entry(DEFAULT, None, None))
+        assert stored().get("key") == Entry(DEFAULT, None, None)
+    assert stored().get("key") == ENTRY
+
+
+def test_the_hash_is_of_the_kernels(tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    (package / "kernels").mkdir(parents=True)
+    (package / "layouts.py").write_text("a")
+    (package / "kernels" / "mgiou.py").write_text("b")
+    monkeypatch.setattr(store, "__file__", str(package / "store.py"))
+    hashes = []
+    for file in ("layouts.py", "kernels/mgiou.py"):
+        (package / file).write_text("c")
+        store.source_hash.cache_clear()
+        hashes.append(store.source_hash())
+    store.source_hash.cache_clear()
+    assert len(set(hashes)) == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"TRITON_MGIOU_CACHE_DIR": "/a/b"}, "/a/b"),
+        ({"XDG_CACHE_HOME": "/x", "HOME": "/home/me"}, "/x/triton_mgiou"),
+        ({"HOME": "/home/me"}, "/home/me/.cache/triton_mgiou"),
+    ],
+)
+def test_directory(variables, expected, monkeypatch):
+    for name in ("TRITON_MGIOU_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert store.directory() == Path(expected)
+
+
+GOOD = {"format": store.FORMAT, "chip": CHIP, "triton": "3.6.0", "configurations": {}}
+BAD_FIELDS = [
+    {"polygons": 16},
+    ENTRY.layout._asdict() | {"us": 1.0, "default_us": 1.0, "lanes": 2.5},
+    ENTRY.layout._asdict() | {"us": 1.0, "default_us": 1.0, "lanes": -2},
+    ENTRY.layout._asdict() | {"us": "fast", "default_us": 1.0},
+    [1, 2],
+]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not JSON",
+        b"\xff\xfe",
+        json.dumps(GOOD).encode()[:-20],
+        b"[]",
+        b"{}",
+        json.dumps(GOOD | {"format": "another program's"}).encode(),
+        json.dumps(GOOD | {"chip": "Another GPU"}).encode(),
+        json.dumps(GOOD | {"triton": "2.0.0"}).encode(),
+        json.dumps(GOOD | {"configurations": []}).encode(),
+        *(json.dumps(GOOD | {"configurations": {store.source_hash(): {"key": bad}}}).encode() for bad in BAD_FIELDS),
+    ],
+)
+def test_a_damaged_file_is_named_set_aside_and_built_anew(content, folder):
+    folder.mkdir()
+    path = folder / "fake-gpu-sm90-triton-3.6.0.json"
+    path.write_bytes(content)
+    with warnings.catch_warnings(record=True) as recorded:
+        warnings.simplefilter("always")
+        damaged = stored()
+        assert damaged.get("key") is None
+        assert damaged.get_or_make("key", lambda: ENTRY) == ENTRY
+    (message,) = warned(recorded)
+    aside = path.with_suffix(".damaged")
+    assert str(path) in message
+    assert str(aside) in message
+    assert aside.read_bytes() == content
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert stored().get("key") == ENTRY
+
+
+def test_a_file_damaged_while_in_use_is_built_anew_too(folder):
+    used = stored()
+    used.get_or_make("first", lambda: ENTRY)
+    (path,) = folder.glob("*.json")
+    path.write_text("{")
+    with pytest.warns(RuntimeWarning, match="is not a tuning cache"):
+        used.get_or_make("second", lambda: ENTRY)
+    assert stored().get("first") == stored().get("second") == ENTRY
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+
+def in_the_way(folder):
+    folder.parent.mkdir(exist_ok=True)
+    folder.write_text("a file where the folder should be")
+
+
+def no_lock(folder):
+    stored().get_or_make("old", lambda: ENTRY)
+    (path,) = folder.glob("*.json")
+    Path(f"{path}.lock").unlink(missing_ok=True)
+    Path(f"{path}.lock").mkdir()  # also in the way of root, whom no permission stops
+
+
+def no_replacement(folder):
+    stored().get_or_make("old", lambda: ENTRY)
+    (path,) = folder.glob("*.json")
+    path.with_suffix(".new").mkdir()
+
+
+@pytest.mark.parametrize("obstacle", [in_the_way, no_lock, no_replacement])
+def test_where_nothing_can_be_written_memory_does_with_one_warning(obstacle, folder):
+    obstacle(folder)
+    before = contents(folder.parent)
+    with warnings.catch_warnings(record=True) as recorded:
+        warnings.simplefilter("always")
+        readable = stored()
+        for key in ("a", "b"):
+            assert readable.get_or_make(key, lambda: ENTRY) == ENTRY
+            assert readable.get_or_make(key, never) == ENTRY
+    (message,) = warned(recorded)
+    assert str(folder) in message
+    if obstacle is not in_the_way:
+        assert readable.get("old") == ENTRY
+    assert contents(folder.parent) == before
+
+
+def test_no_home_directory(monkeypatch):
+    monkeypatch.delenv("TRITON_MGIOU_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.warns(RuntimeWarning, match="home directory.*TRITON_MGIOU_CACHE_DIR"):
+        homeless = stored()
+    assert homeless.get_or_make("key", lambda: ENTRY) == ENTRY
+    assert "none: " in store.describe()[0]
+
+
+# Processes.
+
+
+def test_eight_processes_measure_once_and_agree(folder, tmp_path):
+    barrier = FORK.Barrier(8)
+
+    def process(number):
+        mine = stored()  # before any of the others writes
+        barrier.wait(30)
+
+        def make():
+            with (tmp_path / "measured").open("a") as log:
+                log.write(f"{number}\n")
+            time.sleep(0.3)
+            return Entry(OTHERS[number % len(OTHERS)], float(number), 100.0)
+
+        entry = mine.get_or_make("key", make)
+        (tmp_path / f"result-{number}").write_text(str(entry))
+
+    processes(process, [(number,) for number in range(8)])
+    assert len((tmp_path / "measured").read_text().splitlines()) == 1
+    assert len({path.read_text() for path in tmp_path.glob("result-*")}) == 1
+    assert stored().get("key").default_us == 100.0
+    assert not list(folder.glob("*.damaged"))
+
+
+def test_processes_do_not_lose_each_others_entries():
+    def process(number):
+        for step in range(5):
+            stored().get_or_make(f"{number} {step}", lambda: ENTRY)
+
+    processes(process, [(number,) for number in range(4)])
+    assert len(stored().entries()) == 20
+
+
+@pytest.mark.parametrize("moment", ["measuring", "writing"])
+def test_a_writer_that_is_killed_leaves_the_file_and_the_lock(moment, folder, monkeypatch):
+    stored().get_or_make("old", lambda: ENTRY)
+    (path,) = folder.glob("*.json")
+    before = path.read_bytes()
+    half_way = FORK.Event()
+
+    def hang():
+        half_way.set()
+        time.sleep(60)
+
+    def half_a_file(descriptor):
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+        hang()
+
+    def process():
+        monkeypatch.setattr(os, "fsync", half_a_file)
+        stored().get_or_make("new", lambda: ENTRY if moment == "writing" else hang())
+
+    child = FORK.Process(target=process)
+    child.start()
+    assert half_way.wait(30)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join(30)
+    assert child.exitcode == -signal.SIGKILL
+    assert path.read_bytes() == before
+    assert path.with_suffix(".new").exists() == (moment == "writing")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert stored().get("new") is None
+        assert stored().get_or_make("new", lambda: ENTRY) == ENTRY
+        assert stored().entries() == {"old": ENTRY, "new": ENTRY}
+    assert not path.with_suffix(".new").exists()
+
+
+# What a call gets.
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Cases that were measured; the second candidate wins."""
+    cases = []
+
+    def fake_measure(case, *_):
+        cases.append(case)
+        return Entry(layouts.candidates(case)[1], 5.0, 6.0)
+
+    monkeypatch.setattr(measure, "record", lambda launch: (launch.case, None))
+    monkeypatch.setattr(measure, "measure", fake_measure)
+    return cases
+
+
+class Launch:
+    """In the place of the kernel: only says what for."""
+
+    def __init__(self, case):
+        self.case = case
+
+
+def choose(case):
+    default = layouts.layout(case.pred_bucket, case.target_bucket, case.large_batch)
+    return measure.choose(case, default, torch.device("cpu"), Launch(case))
+
+
+def test_nothing_is_measured_unless_asked(measured, folder):
+    assert choose(CASE) == DEFAULT
+    assert measured == []
+    assert not folder.exists()
+
+
+def test_the_cache_comes_before_the_table(measured):
+    TuningCache(CHIP, measure.triton.__version__).get_or_make(str(CASE), lambda: ENTRY)
+    measure.tuning_cache.cache_clear()
+    assert choose(CASE) == ENTRY.layout != DEFAULT
+    assert choose(CASE._replace(large_batch=True)) == layouts.layout(8, 8, True)
+    assert measured == []
+
+
+def test_the_environment_asks_and_a_case_is_measured_once(measured, monkeypatch):
+    monkeypatch.setenv(measure.ENVIRONMENT, "1")
+    for _ in range(3):
+        assert choose(CASE) == layouts.candidates(CASE)[1]
+    assert measured == [CASE]
+    measure.tuning_cache.cache_clear()  # as another process
+    assert choose(CASE) == layouts.candidates(CASE)[1]
+    assert measured == [CASE]
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(measured, monkeypatch):
+    monkeypatch.setenv(measure.ENVIRONMENT, "1")
+    monkeypatch.setattr(measure, "_capturing", lambda: True)
+    assert choose(CASE) == DEFAULT
+    assert measured == []
+
+
+def test_a_request_goes_before_the_environment(measured, monkeypatch):
+    monkeypatch.setenv(measure.ENVIRONMENT, "1")
+    with measure.requested(tune=False) as decisions:
+        assert choose(CASE) == DEFAULT
+    assert measured == []
+    monkeypatch.delenv(measure.ENVIRONMENT)
+    with measure.requested(tune=True) as more:
+        assert choose(CASE) == choose(CASE) == OTHERS[0]
+    assert [each.source for each in decisions + more] == ["default", "tuned", "cache"]
+    assert measured == [CASE]
+
+
+def test_a_case_that_the_table_does_not_have_is_not_measured(measured):
+    many = Case(512, 512, True, "GRAD=True")
+    with measure.requested(tune=True):
+        assert choose(many) == layouts.layout(512, 512, True)
+    assert measured == []
+
+
+def test_a_layout_that_is_no_candidate_is_not_used(measured):
+    """It might be too small for the polygons, and give a wrong loss in silence."""
+    small = Layout(32, 1, 1, 4, 4, 1, 168)
+    TuningCache(CHIP, measure.triton.__version__).get_or_make(str(CASE), lambda: Entry(small, 1.0, 2.0))
+    measure.tuning_cache.cache_clear()
+    with pytest.warns(RuntimeWarning, match="expected one of .*, got Layout"):
+        assert choose(CASE) == DEFAULT
+    assert measured == []
+
+
+# Ranks.
+
+
+def rank_processes(tmp_path, prepare, tune, wait=True):
+    """The layouts for CASES on two ranks, each with a cache of its own, as on two nodes; what each measured."""
+    master = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def process(rank):
+        os.environ["TRITON_MGIOU_CACHE_DIR"] = str(tmp_path / f"node-{rank}")
+        store = torch.distributed.TCPStore("127.0.0.1", master.port, is_master=False)
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=2, store=store)
+        measured = []
+
+        def fake_measure(case, *_):
+            measured.append(case)
+            time.sleep(0.1)
+            return Entry(layouts.candidates(case)[1 + rank], 5.0 + rank, 6.0)
+
+        measure.record, measure.measure = (lambda launch: (launch.case, None)), measure
+        prepare(rank)
+        torch.distributed.barrier()
+        with measure.requested(tune) as decisions:
+            for case in CASES if rank == 0 else CASES[::-1]:
+                choose(case)
+                choose(case)
+        layouts = {str(decision.case): decision.layout for decision in decisions}
+        sources = [decision.source for decision in decisions]
+        result = {"layouts": layouts, "measured": [str(case) for case in measured], "sources": sources}
+        (tmp_path / f"result-{rank}").write_text(json.dumps(result))
+        if wait:
+            torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+    processes(process, [(0,), (1,)])
+    return [json.loads((tmp_path / f"result-{rank}").read_text()) for rank in range(2)]
+
+
+def test_two_ranks_measure_once_and_agree(tmp_path):
+    first, second = rank_processes(tmp_path, lambda _: None, tune=True)
+    assert first["layouts"] == second["layouts"]
+    assert sorted(first["measured"] + second["measured"]) == sorted(map(str, CASES))
+    for case in CASES:
+        rank = int(str(case) in second["measured"])
+        assert Layout(*first["layouts"][str(case)]) == layouts.candidates(case)[1 + rank]
+    assert {"tuned", "rank"} == set(first["sources"] + second["sources"])
+
+
+def test_two_ranks_with_different_files_agree(tmp_path):
+    def prepare(rank):
+        for case in CASES[: 2 + 3 * rank]:
+            entry = Entry(layouts.candidates(case)[1 + rank], 5.0, 6.0)
+            measure.tuning_cache(CHIP).get_or_make(str(case), lambda entry=entry: entry)
+
+    first, second = rank_processes(tmp_path, prepare, tune=False)
+    assert first["layouts"] == second["layouts"]
+    assert len(first["layouts"]) == len(CASES)
+    assert first["measured"] == second["measured"] == []
+
+
+def test_a_rank_that_fails_to_measure_does_not_hold_up_the_others(monkeypatch):
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(measure, "_store", lambda: store)
+
+    def fail():
+        raise MemoryError("no room to measure")
+
+    with pytest.raises(MemoryError, match="no room"):
+        measure._agree(CHIP, CASE, fail)
+    decision = measure.Decision(CASE, DEFAULT, None, "default")
+    assert measure._agree(CHIP, CASE, lambda: decision) == decision
+
+
+def test_a_rank_that_never_answers_is_not_waited_for_for_ever(monkeypatch):
+    store = torch.distributed.HashStore()
+    store.add(f"triton_mgiou {store.source_hash()} {CHIP} {CASE} asked", 1)
+    monkeypatch.setattr(measure, "_store", lambda: store)
+    monkeypatch.setattr(measure, "WAIT_SECONDS", 0.0)
+    decision = measure.Decision(CASE, DEFAULT, None, "default")
+    with pytest.warns(RuntimeWarning, match="no rank decided"):
+        assert measure._agree(CHIP, CASE, lambda: decision) == decision
+
+
+def test_a_store_that_only_stands_for_one(monkeypatch):
+    monkeypatch.setattr(measure, "_store", torch.distributed.Store)  # no method works
+    decision = measure.Decision(CASE, DEFAULT, None, "default")
+    assert measure._agree(CHIP, CASE, lambda: decision) == decision

@@ -1,0 +1,197 @@
+"""`warmup` and `info`, from Python and from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import triton_mgiou
+from triton_mgiou.cli import main
+from triton_mgiou.tuning import store
+from triton_mgiou.tuning import warmup as first_use
+from triton_mgiou.tuning.warmup import WarmupResult
+
+RESULT = WarmupResult(
+    pred_vertices=8,
+    target_vertices=16,
+    batch="< 8192",
+    dtype="float32",
+    gradient=True,
+    configuration={
+        "polygons": 2, "axes": 4, "lanes": 4, "pred_slots": 2, "target_slots": 4, "num_warps": 1, "registers": 168,
+    },
+    us=8.0,
+    gain=0.25,
+    source="tuned",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_MGIOU_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def interpreted(*arguments):
+    """`python -m triton_mgiou` with the kernels in the interpreter."""
+    command = [sys.executable, "-W", "ignore", "-m", "triton_mgiou", *arguments]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"vertices": (4, 0)}, ValueError, "vertices must hold integers of 1 or above, got 0"),
+        ({"vertices": ((4, 8, 16),)}, TypeError, "vertices must hold integers of 1 or above, got tuple"),
+        ({"vertices": ((4, 0),)}, ValueError, "vertices must hold integers of 1 or above, got 0"),
+        ({"vertices": (4.0,)}, TypeError, "vertices must hold integers of 1 or above, got float"),
+        ({"batch_sizes": (-1,)}, ValueError, "batch_sizes must hold integers of 1 or above, got -1"),
+        ({"batch_sizes": ((1, 2),)}, TypeError, "batch_sizes must hold integers of 1 or above, got tuple"),
+        ({"dtypes": ("float32",)}, TypeError, "dtypes must hold floating dtypes, got str"),
+        ({"dtypes": (torch.int32,)}, ValueError, "dtypes must hold floating dtypes, got torch.int32"),
+        ({"options": {"colour": 1}}, ValueError, r"options must hold options of mgiou_loss \(.*\), got 'colour'"),
+        ({"options": {"weight": torch.ones(1)}}, TypeError, r"options\['weight'\] must be a dtype or a bool, got Ten"),
+        ({"options": {"backend": "eager"}}, ValueError, "got 'backend'"),
+        ({"device": "cpu"}, RuntimeError, "warmup cannot run: the tensors are on cpu.*; expected a GPU"),
+        ({"device": "cuda:99"}, RuntimeError, r"PyTorch finds \d+ NVIDIA GPUs, and the device is cuda:99"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(arguments, error, words):
+    if os.environ.get("TRITON_INTERPRET") == "1" and "device" in arguments:
+        pytest.skip("the interpreter runs everywhere")
+    with pytest.raises(error, match=words):
+        triton_mgiou.warmup(**{"vertices": (4,), "batch_sizes": (4,), "device": "cpu"} | arguments)
+
+
+def test_the_table_of_results():
+    other = RESULT._replace(target_vertices=8, gradient=False, us=None, gain=None, source="default")
+    lines = first_use.table([RESULT, other]).splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "vertices batch dtype gradient polygons x axes x lanes x slots, warps, registers us gain from",
+        "8/16 < 8192 float32 yes 2 x 4 x 4 x 2/4, 1, 168 8.0 25.0% tuned",
+        "8 < 8192 float32 no 2 x 4 x 4 x 2/4, 1, 168 - - default",
+    ]
+    assert len({line.index("float32") for line in lines[1:]} | {lines[0].index("dtype")}) == 1
+
+
+def test_warm_up_from_the_command_line(tmp_path):
+    file = tmp_path / "results.json"
+    options = {"target_lengths": "int32", "weight": True, "axis_weight": "length", "reduction": "sum"}
+    done = interpreted(
+        "warmup", "--vertices", "3:2", "--batch", "2", "--dtype", "float16:float32", "--device", "cpu",
+        "--no-tune", "--options", json.dumps(options), "--json", str(file),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["vertices", "4", "4"]
+    results = json.loads(file.read_text())
+    assert [set(each) for each in results] == [set(WarmupResult._fields)] * 2
+    assert [each["gradient"] for each in results] == [True, False]
+    assert {each["dtype"] for each in results} == {"float16 float32"}
+    assert {each["source"] for each in results} == {"default"}
+    assert {each["us"] for each in results} == {None}
+
+
+@pytest.fixture
+def warmup_calls(monkeypatch):
+    """The arguments of `warmup`, without the warm-up."""
+    calls = []
+    monkeypatch.setattr(
+        triton_mgiou, "warmup", lambda *arguments, **named: calls.append((arguments, named)) or [RESULT]
+    )
+    return calls
+
+
+def test_defaults_of_the_command_line(warmup_calls, capsys):
+    assert main(["warmup"]) == 0
+    assert warmup_calls == [(([4, 8, 16], [512, 65536], [torch.float32], None, {}), {"tune": True})]
+    assert capsys.readouterr().out == first_use.table([RESULT]) + "\n"
+
+
+def test_arguments_reach_the_warm_up(warmup_calls):
+    options = '{"axis_weight": "soft", "reduction": "sum", "weight": "float64", "convexity_weight": 0.5}'
+    arguments = ["--vertices", "4", "12:16", "--batch", "7", "--dtype", "float16", "bfloat16:float32"]
+    assert main(["warmup", *arguments, "--device", "cuda:1", "--options", options, "--no-tune"]) == 0
+    given = {"axis_weight": "soft", "reduction": "sum", "weight": torch.float64, "convexity_weight": 0.5}
+    types = [torch.float16, (torch.bfloat16, torch.float32)]
+    assert warmup_calls == [(([4, (12, 16)], [7], types, "cuda:1", given), {"tune": False})]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--vertices", "0"], "argument --vertices: expected an integer of 1 or above, got '0'"),
+        (["--vertices", "4:"], "argument --vertices: expected an integer of 1 or above, got ''"),
+        (["--batch", "x"], "argument --batch: expected an integer of 1 or above, got 'x'"),
+        (["--dtype", "int32"], "argument --dtype: expected a floating dtype such as float32, got 'int32'"),
+        (["--dtype", "load"], "argument --dtype: expected a floating dtype such as float32, got 'load'"),
+        (["--options", "{"], "argument --options: expected a JSON object, got '{'"),
+        (["--options", "[]"], "argument --options: expected a JSON object, got '[]'"),
+    ],
+)
+def test_wrong_arguments_of_the_command_line(arguments, words, warmup_calls, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["warmup", *arguments])
+    assert exit_info.value.code == 2
+    assert words in capsys.readouterr().err
+    assert warmup_calls == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, ValueError, OSError])
+def test_a_warm_up_that_cannot_run_is_one_line(error, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise error("no GPU left")
+
+    monkeypatch.setattr(triton_mgiou, "warmup", fail)
+    assert main(["warmup"]) == 1
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "triton-mgiou warmup: no GPU left\n")
+
+
+def test_info(folder, capsys):
+    pytest.importorskip("triton")
+    from triton_mgiou.tuning import layouts  # noqa: PLC0415
+
+    layout = layouts.layout(8, 8, False)
+    stored = store.TuningCache("Fake GPU sm90", "3.6.0")
+    stored.get_or_make("vertices 8 8", lambda: store.Entry(layout, 6.5, 7.0))
+    (folder / "other.json").write_text("{")
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert f"triton-mgiou: {triton_mgiou.__version__}\n" in out
+    assert f"torch: {torch.__version__}" in out
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        assert 'cpu: backend "auto" takes eager: the tensors are on cpu, and the kernels need an NVIDIA GPU\n' in out
+    assert f"tuning cache: {folder}\n" in out
+    assert "fake-gpu-sm90-triton-3.6.0.json: Fake GPU sm90, Triton 3.6.0\n" in out
+    assert (
+        "vertices 8 8: polygons 4, axes 4, lanes 2, pred_slots 4, target_slots 4, num_warps 1, registers 168, us 6.5"
+        in out
+    )
+    assert "other.json: unreadable: JSONDecodeError" in out
+
+
+def test_info_without_triton(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    from triton_mgiou import functional  # noqa: PLC0415
+
+    functional._kernels_unavailable.cache_clear()
+    try:
+        assert main(["info"]) == 0
+    finally:
+        functional._kernels_unavailable.cache_clear()
+    out = capsys.readouterr().out
+    assert "triton: not installed\n" in out
+    assert 'cpu: backend "auto" takes eager: Triton is not installed\n' in out
+
+
+def test_info_of_an_empty_cache(folder, capsys):
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out.endswith(f"tuning cache: {folder}, empty\n")
+    assert not folder.exists()

@@ -1,0 +1,34 @@
+"""What reference, kernels and callers share: the loss's options, and the constants of the definition.
+
+Nothing here needs torch or Triton. Sections are those of `reference/DEFINITION.md`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+REDUCTIONS = ("none", "mean", "sum")
+AXIS_WEIGHTS = ("uniform", "length", "soft")  # a kernel's code is the place in this tuple
+BACKENDS = ("auto", "eager", "triton")
+
+MIN_AXIS_LENGTH = 1e-6  # of the extent: a shorter edge is no axis under "uniform" weights (section 3)
+SOFT_AXIS_LENGTH = 0.01  # of the extent: the edge whose "soft" weight is 1 - 1/e (section 3)
+
+# By the bits of the type that is computed in. Coordinates are scaled to about 1, so squared lengths below TINY are far
+# under their resolution and count as 0: no quotient can then overflow. A boundary term below RESOLUTION is rounding
+# and counts as 0: at the target itself value and gradient are exactly 0 (sections 6 and 7).
+TINY = {32: 2.0**-96, 64: 2.0**-800}
+RESOLUTION = {32: 2.0**-20, 64: 2.0**-48}
+
+
+class Options(NamedTuple):
+    """What a loss computes, as in `mgiou_loss`."""
+
+    axis_weight: str = "length"
+    axis_grad: bool = False
+    convexity_weight: float = 0.0
+    boundary_weight: float = 0.25
+
+
+PAPER: dict[str, Any] = Options("uniform", True, 0.0, 0.0)._asdict()
+"""The options that make the loss the paper's: `mgiou_loss(pred, target, **PAPER)`."""

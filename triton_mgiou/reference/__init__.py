@@ -1,0 +1,1 @@
+"""The definition in plain PyTorch: `DEFINITION.md` in words, the modules in code."""
