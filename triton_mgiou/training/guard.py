@@ -463,7 +463,7 @@ class TrainingGuard:
         if is_low and not self._low_scale_told:
             warnings.warn(
                 f"step {self.steps}: the GradScaler's scale is {self._kept_scaler['scale']:.3g}, below what its search "
-                f"reaches: small gradients round to 0 in float16, and most steps were skipped; {REMEDY}",
+                f"reaches: small gradients round to 0 in float16; {REMEDY}",
                 RuntimeWarning,
                 stacklevel=3,
             )
