@@ -81,9 +81,8 @@ def read(path: Path) -> Checkpoint:
     if not found.tensors:
         raise CheckpointError("holds no tensor")
     for name, tensor in found.tensors.items():  # one number can be stored as any shape, with strides of 0
-        if not tensor.is_nested and tensor.layout == torch.strided and not tensor.is_meta:
-            stored = tensor.untyped_storage().nbytes()
-            if tensor.nbytes > max(stored, LARGE):
+        if _bytes(tensor) and not tensor.is_meta:
+            if tensor.nbytes > max(tensor.untyped_storage().nbytes(), LARGE):
                 raise CheckpointError(f"is damaged: {name} claims {tensor.nbytes} bytes, more than there are")
     return found
 
@@ -120,7 +119,7 @@ def count(tensor: Tensor) -> int:
 
 def _progress(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The same tensors, with a progress bar if there is much to read and tqdm is installed."""
-    sizes = {name: 0 if tensor.is_nested else tensor.nbytes for name, tensor in tensors.items()}
+    sizes = {name: _bytes(tensor) for name, tensor in tensors.items()}
     total = sum(sizes.values())
     try:
         tqdm: Any = importlib.import_module("tqdm").tqdm if total >= LARGE else None
@@ -135,6 +134,11 @@ def _progress(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             bar.update(sizes[name])
 
 
+def _bytes(tensor: Tensor) -> int:
+    """The size of a plain tensor; 0 for others, which have none."""
+    return 0 if tensor.is_nested or tensor.layout != torch.strided else tensor.nbytes
+
+
 # Files of torch.save
 
 
@@ -142,14 +146,7 @@ def _load(path: Path) -> tuple[Any, list[str]]:
     """The content of a file of torch.save, and the foreign classes in it."""
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                raise CheckpointError("was not written by torch.save: its records are compressed")
-        if any(name.endswith("/constants.pkl") for name in names):
-            raise CheckpointError("is a TorchScript program, which is code; read are " + READ)
-        if not any(name.endswith("data.pkl") for name in names):
-            raise CheckpointError("is a zip file, but none of torch.save; read are " + READ)
+        _check_archive(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -172,6 +169,20 @@ def _load(path: Path) -> tuple[Any, list[str]]:
     known = re.search(r"WeightsUnpickler error:\s*(.*)", reason)  # PyTorch's first line is bad advice here
     first = (known[1] if known else reason).strip().partition("\n")[0]
     raise CheckpointError(f"is no checkpoint, or a damaged one: {first}; read are {READ}")
+
+
+def _check_archive(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except Exception as error:
+        raise CheckpointError(f"is a damaged zip file: {type(error).__name__} {error}") from None
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise CheckpointError("was not written by torch.save: its records are compressed; read are " + READ)
+    if any(record.filename.endswith("/constants.pkl") for record in records):
+        raise CheckpointError("is a TorchScript program, which is code; read are " + READ)
+    if not any(record.filename.endswith("data.pkl") for record in records):
+        raise CheckpointError("is a zip file, but none of torch.save; read are " + READ)
 
 
 def _is_legacy(path: Path) -> bool:

@@ -12,8 +12,11 @@ from triton_mgiou.training.tables import Column, Table
 
 LOWER_IS_BETTER = re.compile(r"loss|error|nll|perplexity|(?<![a-z])(mae|mse|rmse|wer|cer|ppl)(?![a-z])")
 NO_CURVE = re.compile(r"(?<![a-z])(lr|weight|scale|scaler|coef|gain|time|best)(?![a-z])")
-MAIN_METRIC = re.compile(r"(?<![a-z])(m?ap(?![a-z])|f1|acc|fitness|dice|auc|pck|oks)|iou|accuracy")
-OTHER_METRIC = re.compile(r"precision|recall|(?<![a-z])m?ar(?![a-z])")
+METRICS = (  # by what they say of a run: each kind is judged where there is none of the kinds before
+    re.compile(r"(?<![a-z])(m?ap[sml]?(?![a-z])|f1|fitness|dice|auc|pck|oks)|iou"),
+    re.compile(r"(?<![a-z])acc|accuracy|top.?[15]"),  # beside mAP it is that of a head on its proposals, high at once
+    re.compile(r"precision|recall|(?<![a-z])m?ar(?![a-z])"),
+)
 PERCENT = re.compile(r"^(bbox|segm|keypoints)/AP")  # detectron2
 
 FEWEST = 5  # numbers that a curve must have to be judged
@@ -78,9 +81,9 @@ class Curve(NamedTuple):
 def judge(table: Table) -> tuple[list[str], list[str]]:
     """What is wrong with a run, and what is worth knowing.
 
-    Losses are columns with "loss", "error" or the like in their names; metrics those with mAP, AP, accuracy, F1, IoU,
-    fitness and so on. Precision and recall count where there are no others. Metrics of one kind, as mAP50 and mAP50-95
-    of boxes, are judged together, by the highest. Metrics are in 0..1 or in percent, where -1 and NaN in all rows stand
+    Losses are columns with "loss", "error" or the like in their names; metrics those with mAP, AP, F1, IoU, fitness
+    and so on; accuracy counts where there is none of these, precision and recall where there is no accuracy either.
+    Metrics of one kind, as mAP50 and mAP50-95 of boxes, are judged together, by the highest. Metrics are in 0..1 or in percent, where -1 and NaN in all rows stand
     for "not defined". Only what has at least 5 numbers is judged:
 
     - NaN or Inf in a loss, or in a metric after it had a number, is a fault; in other columns, as the norm of a
@@ -105,18 +108,21 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     problems: list[str] = []
     losses: list[Curve] = []
     metrics: list[Column] = []
+    is_run = any(kind_of(column.name) for column in table.columns)
     for column in table.columns:
         kind = kind_of(column.name)
         if kind == "metric":
             metrics.append(column)
             continue
+        if is_run and not kind and not any(map(math.isfinite, column.values)):
+            continue  # not defined for this data
         trouble = _not_finite(column, always=kind == "loss") or (_ends_early(column, table) if kind else "")
         if trouble:
             problems.append(f"{column.name}: {trouble}")
         elif kind == "loss" and len(column.values) >= FEWEST:
             losses.append(curve_of(column, lower=True))
     curves = _families(metrics, table, problems)
-    if not problems and not any(kind_of(column.name) for column in table.columns):
+    if not problems and not is_run:
         raise NothingToJudgeError("has neither a loss nor a metric by name")
 
     falls = any(_falls(loss.values) for loss in losses)
@@ -145,7 +151,7 @@ def kind_of(name: str) -> str:
         return ""
     if LOWER_IS_BETTER.search(name):
         return "loss"
-    return "metric" if MAIN_METRIC.search(name) or OTHER_METRIC.search(name) else ""
+    return "metric" if any(pattern.search(name) for pattern in METRICS) else ""
 
 
 def curve_of(column: Column, *, lower: bool) -> Curve:
@@ -188,17 +194,19 @@ def _families(metrics: list[Column], table: Table, problems: list[str]) -> list[
             numbers.append(shorter)
     if not numbers:
         problems += [f"{column.name}: {_not_finite(column, always=True)}" for column in undefined]
-    main = [column for column in numbers if MAIN_METRIC.search(column.name.lower())] or numbers
     highest: dict[str, Curve] = {}
-    for column in main:
-        if len(column.values) < FEWEST:
-            continue
-        curve = curve_of(column, lower=False)
-        name = column.name.lower()
-        match = MAIN_METRIC.search(name) or OTHER_METRIC.search(name)
-        family = name[: match.start() if match else None] + "".join(re.findall(r"\(\w+\)", name))
-        if family not in highest or curve.best > highest[family].best:
-            highest[family] = curve
+    for pattern in METRICS:
+        for column in numbers:
+            name = column.name.lower()
+            match = pattern.search(name)
+            if match is None or len(column.values) < FEWEST:
+                continue
+            curve = curve_of(column, lower=False)
+            family = name[: match.start()] + "".join(re.findall(r"\(\w+\)", name))
+            if family not in highest or curve.best > highest[family].best:
+                highest[family] = curve
+        if highest:
+            break
     return list(highest.values())
 
 
