@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import math
 import re
 import struct
 import tarfile
@@ -28,6 +29,7 @@ TOLD = 3  # foreign classes in a note
 LOWEST_SCALE = 1.0  # as in `TrainingGuard`
 LEGACY = bytes.fromhex("6cfc9c46f9206aa85019")  # the number that files of torch.save before 1.6 begin with
 PICKLE = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+MASK = re.compile(r"mask", re.IGNORECASE)
 BOOKKEEPING = re.compile(r"(^|[._])(best|kth|min|max|score)[^.]*$")  # the best value so far, Inf to begin with
 SAFETENSORS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -81,9 +83,9 @@ def read(path: Path) -> Checkpoint:
     if not found.tensors:
         raise CheckpointError("holds no tensor")
     for name, tensor in found.tensors.items():  # one number can be stored as any shape, with strides of 0
-        if _bytes(tensor) and not tensor.is_meta:
-            if tensor.nbytes > max(tensor.untyped_storage().nbytes(), LARGE):
-                raise CheckpointError(f"is damaged: {name} claims {tensor.nbytes} bytes, more than there are")
+        size = 0 if tensor.is_meta else _bytes(tensor)
+        if size > LARGE and size > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"is damaged: {name} claims {size} bytes, more than there are")
     return found
 
 
@@ -91,17 +93,18 @@ def check(found: Checkpoint) -> list[str]:
     """What is wrong with a checkpoint.
 
     Faults are NaN and Inf in a tensor, and the scale of a GradScaler below 1: its search ends far above, below it
-    has skipped nearly every step. No faults are masks, whose numbers are 0 and -Inf only, and single numbers called
-    best, kth, min, max or score that are Inf, as the best value so far is to begin with.
+    has skipped nearly every step. No faults are -Inf in a mask, by its name, and a single number called best, kth,
+    min, max or score that is Inf, as the best value so far is to begin with.
     """
     problems = []
     for name, tensor in _progress(found.tensors):
         report = describe(tensor, name)
         if report is None:
             continue
-        is_mask = not report.nan and report.finite is not None and report.finite[:2] == (0, 0) and "weight" not in name
-        is_first_best = not report.nan and tensor.numel() == 1 and BOOKKEEPING.search(name)
-        if not is_first_best and not (is_mask and bool((tensor <= 0).all())):
+        values = tensor.detach()
+        is_mask = MASK.search(name) and not report.nan and not bool((values == math.inf).any())
+        is_first_best = BOOKKEEPING.search(name) and not report.nan and values.numel() == 1
+        if not is_mask and not is_first_best:
             problems.append(str(report))
     problems += [
         f"{name}: the scale of this GradScaler is {scale:.3g}, so nearly every step was skipped: the gradient has NaN "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from statistics import fmean, median
 from typing import NamedTuple
 
@@ -83,18 +83,20 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
 
     Losses are columns with "loss", "error" or the like in their names; metrics those with mAP, AP, F1, IoU, fitness
     and so on; accuracy counts where there is none of these, precision and recall where there is no accuracy either.
-    Metrics of one kind, as mAP50 and mAP50-95 of boxes, are judged together, by the highest. Metrics are in 0..1 or in percent, where -1 and NaN in all rows stand
-    for "not defined". Only what has at least 5 numbers is judged:
+    Metrics of one kind, as mAP50 and mAP50-95 of boxes, are judged together, by the highest. They are in 0..1 or in
+    percent; -1, and NaN in all rows, stand for "not defined". What has fewer than 5 numbers is not judged.
 
     - NaN or Inf in a loss, or in a metric after it had a number, is a fault; in other columns, as the norm of a
       gradient, if it stays so until the end. So is a loss or metric that is empty at the end while what was written
       beside it goes on.
-    - never learnt: a metric stays below 0.1 % for 30 rows, or for 10 if the losses do not fall any more; a loss or
-      metric is the same number in all rows (0 in a loss is by definition, unless all losses are 0; 1 in a metric is
-      full); all losses stay within 5 % from the first row to the last, and no metric is good.
+    - never learnt: a metric stays below 0.1 % for 30 rows, or for 10 if no loss falls any more; a loss or metric is
+      the same number in all rows (0 in a loss is by definition, unless all losses are 0; 95 % in a metric is enough);
+      all losses stay within 5 % from the first row to the last, and there is no metric, or within 10 %, and none
+      gets to 1 %.
     - fell from its best: a metric ends below 85 % of its best by more than its noise; a loss ends above its best
-      by 30 %, and by 30 % of what it had fallen, while no metric is still good.
-    - collapsed: a metric ends below 1 % of its best; a loss ends at three times its best and above its start.
+      by 30 %, and by 30 % of what it had fallen, while no metric is good (5 %, and not fallen).
+    - collapsed: a metric ends below 1 % of its best, be it in the last row only; a loss ends at three times its
+      best and above its start.
     - converged (no fault): the last 30 % of the rows are less than 1 % better than the best before.
     - oscillation (no fault by itself): in the last 30 % of the rows a loss turns in 60 % of them and goes 10 % of its
       mean from row to row.
@@ -159,8 +161,9 @@ def curve_of(column: Column, *, lower: bool) -> Curve:
     best = min if lower else max
     values = column.values
     width = len(values) // 50  # rows on either side, beside the median of 3
-    medians = [median(values[max(0, i - 1) : i + 2]) for i in range(len(values))]
-    smoothed = [fmean(medians[max(0, i - width) : i + width + 1]) for i in range(len(values))]
+    sums = [0.0, *accumulate(median(values[max(0, i - 1) : i + 2]) for i in range(len(values)))]
+    ends = [(max(0, i - width), min(len(values), i + width + 1)) for i in range(len(values))]
+    smoothed = [(sums[stop] - sums[start]) / (stop - start) for start, stop in ends]
     at = smoothed.index(best(smoothed))
     end = median(values[-max(3 if len(values) < 20 else 5, width) :])
     if len(values) < 100:  # a last value that is good is one, as where only the last epoch is validated
@@ -218,8 +221,9 @@ def _fault_of_metric(curve: Curve, losses_fall: bool) -> str:
         return f"never learnt: {highest:.4g} in all {rows} rows"
     if highest < LEARNT * full(curve):
         return ""
-    after = f"{curve.end:.4g} at the end, after {curve.best:.4g} at epoch {curve.at:g}"
-    if curve.end < GONE * curve.best:
+    is_gone_at_last = curve.values[-1] < GONE * curve.best and curve.noise < 0.1 * curve.best
+    after = f"{min(curve.end, curve.values[-1]):.4g} at the end, after {curve.best:.4g} at epoch {curve.at:g}"
+    if curve.end < GONE * curve.best or is_gone_at_last:
         return f"collapsed: {after}"
     if curve.end < GOOD * curve.best and curve.best - curve.end > NOISE * curve.noise:
         return f"fell from its best: {after}"

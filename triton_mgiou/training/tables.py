@@ -14,8 +14,7 @@ READ = "CSV (Ultralytics, Lightning, TensorBoard), YOLOv5's results.txt, JSON li
 CLOCK = re.compile(r"(trainer/)?(global_|_)?(epochs?|steps?|iter(ation)?s?)")
 NO_NUMBERS = ("wall time", "unnamed: 0", "index", "")  # of a training
 MISSING = ("", "-", "none", "null", "n/a", "na")
-YOLO_EPOCH = re.compile(r"(\d+)/\d+")  # `0/299`, then the memory as `7.37G`
-YOLO_MEMORY = re.compile(r"[\d.]+[GM]")
+YOLO = re.compile(r"\d+/\d+|[\d.,]+[GM]")  # the epoch as `0/299`, then the memory as `7.37G`
 BROKEN_SHARE = 0.02  # of the rows may be broken, as a kill leaves them
 
 Row = dict[str, float | None]
@@ -126,13 +125,16 @@ def _json(text: str) -> Any:
 
 
 def _text_rows(lines: list[str], notes: list[str], tag: str) -> list[Row]:
-    delimiter = max((",", ";", "\t"), key=lines[0].count)
-    if delimiter in lines[0]:
+    delimiter = max((";", "\t", ","), key=lines[0].count)  # 1;0,5 has as many of both
+    spaced = lines[0].split()
+    if len(spaced) > 1 and all(YOLO.fullmatch(cell) or _number(cell, True) is not None for cell in spaced):
+        delimiter = " "
+    if delimiter in lines[0] and delimiter != " ":
         split = [[cell.strip() for cell in cells] for cells in csv.reader(lines, delimiter=delimiter)]
     else:
         split = [line.split() for line in lines]
-    comma = delimiter != ","
-    if len(split[0]) > 8 and YOLO_EPOCH.fullmatch(split[0][0]) and YOLO_MEMORY.fullmatch(split[0][1]):
+    comma = delimiter != "," or delimiter not in lines[0]
+    if len(split[0]) > 8 and all(map(YOLO.fullmatch, split[0][:2])):
         split = [[cells[0].partition("/")[0], *cells[2:]] for cells in split]
         head = _yolo_head(split)
     elif _is_head(split[0], comma):
