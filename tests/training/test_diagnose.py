@@ -151,6 +151,35 @@ def test_harmless_foreign_classes(tmp_path, diagnose):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("array", "nan", "inf"),
+    [
+        (np.array([[1.0, NAN], [INF, 2.0]]), 1, 1),
+        (np.float32([NAN, -INF, INF]), 1, 2),
+        (np.array([NAN], dtype=">f8"), 1, 0),
+        (np.array([1, NAN], dtype=np.longdouble), 1, 0),
+        (np.array([complex(NAN, 1), 2]), 1, 0),
+        (np.array([1.0, NAN, 3.0], dtype=np.float16)[::-2], 0, 0),
+        (np.array([1.0, NAN, 3.0])[::-1], 1, 0),
+        (np.broadcast_to(np.array(NAN), (3,)), 3, 0),
+        (np.array(INF), 0, 1),
+        (np.arange(3), 0, 0),
+        (np.array(["nan"]), 0, 0),
+        (np.zeros(0), 0, 0),
+    ],
+)
+def test_find_nonfinite_sees_arrays(array, nan, inf):
+    for nested, name in ((array, "array"), ({"state": [array]}, "state.0")):
+        found = [(report.name, report.nan, report.inf, report.shape) for report in find_nonfinite(nested)]
+        assert found == ([(name, nan, inf, array.shape)] if nan or inf else [])
+
+
+def test_find_nonfinite_looks_into_arrays_of_objects_and_fields():
+    objects = np.array([torch.tensor(NAN), {"a": np.array([INF])}], dtype=object)
+    fields = np.array([(1.0, 2), (NAN, 3)], dtype=[("x", "f4"), ("n", "i4")])
+    assert [report.name for report in find_nonfinite([objects, fields])] == ["0.0", "0.1.a", "1.x"]
+
+
 class Custom(nn.Module):
     """A module of a class that this process has when it saves, and a reader would not."""
 

@@ -37,8 +37,9 @@ OSCILLATION_STEP = 0.1  # and goes 10 % of its mean magnitude from row to row
 
 NO_STEP = (
     "all losses are flat and no metric has moved: most likely no step of the optimizer is taken. A GradScaler skips "
-    "each step whose gradient has NaN or Inf, and the loss stays finite: print scaler.get_scale() after some steps, it "
-    'falls below 1 then. See triton_mgiou/training/README.md, "When training goes wrong"'
+    "each step whose gradient has NaN or Inf while the loss stays finite: print scaler.get_scale() after 20 steps, it "
+    "falls below 1 then. If it does not, the gradients may be 0: compare the units of predictions and targets. See "
+    "triton_mgiou/training/README.md, When training goes wrong"
 )
 
 
@@ -94,7 +95,8 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
       all losses stay within 5 % from the first row to the last, and there is no metric, or within 10 %, and none
       gets to 1 %.
     - fell from its best: a metric ends below 85 % of its best by more than its noise; a loss ends above its best
-      by 30 %, and by 30 % of what it had fallen, while no metric is good (5 %, and not fallen).
+      by 30 %, and by 30 % of what it had fallen, or above its start by 5 % (from 10 rows on), while no metric is good
+      (5 %, and not fallen).
     - collapsed: a metric ends below 1 % of its best, be it in the last row only; a loss ends at three times its
       best and above its start.
     - converged (no fault): the last 30 % of the rows are less than 1 % better than the best before.
@@ -161,7 +163,7 @@ def curve_of(column: Column, *, lower: bool) -> Curve:
     best = min if lower else max
     values = column.values
     width = len(values) // 50  # rows on either side, beside the median of 3
-    sums = [0.0, *accumulate(median(values[max(0, i - 1) : i + 2]) for i in range(len(values)))]
+    sums = [0.0, *accumulate(median(values[i - 1 : i + 2]) if i else values[0] for i in range(len(values)))]
     ends = [(max(0, i - width), min(len(values), i + width + 1)) for i in range(len(values))]
     smoothed = [(sums[stop] - sums[start]) / (stop - start) for start, stop in ends]
     at = smoothed.index(best(smoothed))
@@ -238,12 +240,15 @@ def _fault_of_loss(loss: Curve, losses: list[Curve], is_excused: bool, stands_st
     if stands_still:
         return f"never learnt: {loss.start:.4g} at the start, {loss.end:.4g} at the end"
     rise, fallen = loss.end - loss.best, max(loss.start - loss.best, 0)
-    if is_excused or rise <= NOISE * loss.noise:
+    if is_excused:
         return ""
     after = f"{loss.end:.4g} at the end, after {loss.best:.4g} at epoch {loss.at:g}"
     if loss.end > max(MANIFOLD * loss.best, loss.start) and rise > fallen:
         return f"collapsed: {after}"
-    return f"fell from its best: {after}" if rise > RISE * max(abs(loss.best), fallen) else ""
+    is_rise = rise > RISE * max(abs(loss.best), fallen)
+    ends_above_start = len(values) >= SETTLED and loss.end > loss.start + FLAT * abs(loss.start)
+    is_real = rise > NOISE * loss.noise
+    return f"fell from its best: {after}" if is_real and (is_rise or ends_above_start) else ""
 
 
 def _stand_still(losses: list[Curve], within: float) -> bool:
