@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import pickle
@@ -180,6 +181,14 @@ def test_find_nonfinite_looks_into_arrays_of_objects_and_fields():
     assert [report.name for report in find_nonfinite([objects, fields])] == ["0.0", "0.1.a", "1.x"]
 
 
+def test_find_nonfinite_in_a_sparse_tensor_that_is_larger_than_memory():
+    places, values = torch.tensor([[3, 10**9], [5, 7]]), torch.tensor([1.0, INF])
+    tensor = torch.sparse_coo_tensor(places, values, (2 * 10**9, 10**6), check_invariants=True)
+    (report,) = find_nonfinite({"w": tensor})
+    assert (report.shape, report.inf, report.first) == ((2 * 10**9, 10**6), 1, ((10**9, 7),))
+    assert find_nonfinite(torch.sparse_coo_tensor(places, values.clamp(max=1), tensor.shape)) == []
+
+
 class Custom(nn.Module):
     """A module of a class that this process has when it saves, and a reader would not."""
 
@@ -272,6 +281,39 @@ def test_damaged_files_raise_nothing_else(new, tmp_path):
             outcomes.append(None)
     assert outcomes.count(None) > 50
     assert outcomes.count(True) > 10, "bytes that nothing depends on, or other finite numbers"
+
+
+@pytest.mark.parametrize("kind", ["table", "JSON", "safetensors", "plan", "shard", "modules"])
+def test_damage_in_other_formats_raises_nothing_else(kind, tmp_path):
+    model, optimizer = trained()
+    names = {"table": "a.csv", "JSON": "a.json", "safetensors": "a.safetensors", "modules": "a.pt"}
+    path = tmp_path / names.get(kind, "folder")
+    if kind == "table":
+        write(path, {"epoch": range(40), "train/loss": falling(40), "mAP": rising(40)})
+    elif kind == "JSON":
+        path.write_text("\n".join(json.dumps({"iter": i, "loss": v}) for i, v in enumerate(falling(40))))
+    elif kind == "safetensors":
+        head = json.dumps({"w": {"dtype": "F32", "shape": [4, 3], "data_offsets": [0, 48]}}).encode()
+        path.write_bytes(len(head).to_bytes(8, "little") + head + bytes(48))
+    elif kind == "modules":
+        torch.save({"model": model, "optimizer": optimizer.state_dict()}, path)
+    else:
+        torch.distributed.checkpoint.save(model.state_dict(), checkpoint_id=path, no_dist=True)
+    damaged = path
+    if path.is_dir():
+        damaged = path / (".metadata" if kind == "plan" else "__0_0.distcp")
+    whole, chance = damaged.read_bytes(), random.Random(1)
+    outcomes = []
+    for index in range(80):
+        content = bytearray(whole[: chance.randrange(len(whole)) if index % 3 == 0 else None])
+        for _ in range(chance.choice((1, 5, 50)) if content else 0):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        damaged.write_bytes(content)
+        try:
+            outcomes.append(module.diagnose(path))
+        except module.DiagnoseError:
+            outcomes.append(None)
+    assert outcomes.count(None) > 10
 
 
 def test_a_large_file_has_a_progress_bar(tmp_path, diagnose, monkeypatch):

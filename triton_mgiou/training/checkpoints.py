@@ -34,6 +34,7 @@ BOOKKEEPING = re.compile(r"(^|[._])(best|kth|min|max|score)[^.]*$")  # the best 
 SAFETENSORS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "F8_E8M0": getattr(torch, "float8_e8m0fnu", None),
 }  # fmt: skip
 
 
@@ -166,7 +167,9 @@ def _load(path: Path) -> tuple[Any, list[str]]:
             with open(path, "rb") as file:
                 if file.read(2) in PICKLE:
                     file.seek(0)
-                    return Unpickler(file, foreign=foreign).load(), foreign
+                    content = Unpickler(file, foreign=foreign).load()
+                    torch._utils._validate_loaded_sparse_tensors()  # type: ignore[no-untyped-call]  # as torch.load
+                    return content, foreign
         except Exception as error:  # a damaged file raises whatever it comes across
             reason = f"{type(error).__name__} {error}"
     known = re.search(r"WeightsUnpickler error:\s*(.*)", reason)  # PyTorch's first line is bad advice here

@@ -11,10 +11,14 @@ from typing import NamedTuple
 from triton_mgiou.training.tables import Column, Table
 
 LOWER_IS_BETTER = re.compile(r"loss|error|nll|perplexity|(?<![a-z])(mae|mse|rmse|wer|cer|ppl)(?![a-z])")
-NO_CURVE = re.compile(r"(?<![a-z])(lr|weight|scale|scaler|coef|gain|time|best)(?![a-z])")
-METRICS = (  # by what they say of a run: each kind is judged where there is none of the kinds before
-    re.compile(r"(?<![a-z])(m?ap[sml]?(?![a-z])|f1|fitness|dice|auc|pck|oks)|iou"),
-    re.compile(r"(?<![a-z])acc|accuracy|top.?[15]"),  # beside mAP it is that of a head on its proposals, high at once
+NO_CURVE = re.compile(r"(?<![a-z])(lr|weight|scaler?|coef|gain|time)\d*$|(^|/)best[_ ]")
+# By what they say of a run: each kind is judged where there is none of the kinds before. An accuracy beside mAP is
+# that of a head on its proposals, and high at once.
+METRICS = (
+    re.compile(r"(?<![a-z])(m?ap[sml]?(?![a-z])|f1|fitness|dice|auc|pck|oks)|iou(?![a-z])"),
+    re.compile(
+        r"(?<![a-z])acc(?![a-z])|accuracy|(?<![a-z])top.?[15](?!\d)"
+    ),  # beside mAP it is that of a head on its proposals, high at once
     re.compile(r"precision|recall|(?<![a-z])m?ar(?![a-z])"),
 )
 PERCENT = re.compile(r"^(bbox|segm|keypoints)/AP")  # detectron2

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from triton_mgiou.training import checkpoints, curves, tables
 
-
 READ = f"{tables.READ}, and {checkpoints.READ}"
 
 

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 SHOWN = 3  # indices in a message
-NO_NAN = {dtype for name in ("float4_e2m1fn_x2",) if (dtype := getattr(torch, name, None)) is not None}
+DENSE = 2**28  # elements; a larger sparse tensor is not made dense
+NO_NAN = (getattr(torch, "float4_e2m1fn_x2", None),)  # formats that are finite by construction
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,10 @@ def as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=f"{array.dtype.kind}{size}", order="C"))
 
 
+def _sparse_places(tensor: Tensor, of_values: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple((*tensor.indices()[:, number].tolist(), *rest) for number, *rest in of_values)
+
+
 def describe(tensor: Tensor, name: str, mask: Tensor | None = None) -> NonFinite | None:
     """What is wrong with a tensor where `mask` is True, or None if nothing is."""
     tensor = tensor.detach()
@@ -165,8 +170,9 @@ def describe(tensor: Tensor, name: str, mask: Tensor | None = None) -> NonFinite
         return None
     if tensor.layout == torch.sparse_coo and mask is None:
         tensor = tensor.coalesce()
-        if describe(tensor.values(), name) is None:  # the dense one may not fit into memory
-            return None
+        report = describe(tensor.values(), name)
+        if report is None or tensor.numel() > DENSE:
+            return report and replace(report, shape=tuple(tensor.shape), first=_sparse_places(tensor, report.first))
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
     values = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has few operations

@@ -528,6 +528,7 @@ def _values(parameters: list[nn.Parameter]) -> list[Tensor]:
     return values
 
 
+@torch.no_grad()
 def _largest(tensors: Iterable[Tensor]) -> Tensor:
     """The largest magnitude; not finite if an element is not."""
     return get_total_norm([each for tensor in tensors if (each := checkable(tensor)) is not None], math.inf)

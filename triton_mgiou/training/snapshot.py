@@ -154,6 +154,7 @@ class OptimizerSnapshot:
         return {"state": states, **self._packed}
 
 
+@torch.no_grad()
 def copies_of(tensors: Mapping[Any, Tensor | None], before: Mapping[Any, Tensor | None]) -> dict[Any, Tensor | None]:
     """Copies of tensors, in the memory of earlier copies of the same name where these fit."""
     copies: dict[Any, Tensor | None] = {}
@@ -163,13 +164,13 @@ def copies_of(tensors: Mapping[Any, Tensor | None], before: Mapping[Any, Tensor 
             copies[name] = None
             continue
         old = before.get(name)
-        if old is None or _layout(old) != _layout(tensor) or tensor.layout != torch.strided:
-            copies[name] = tensor.detach().clone()
+        if old is None or tensor.layout != torch.strided or not _fits(old, tensor):
+            copies[name] = tensor.clone()
             continue
         copies[name] = old
         targets, sources = pairs.setdefault(tensor.device, ([], []))
         targets.append(old)
-        sources.append(tensor.detach())
+        sources.append(tensor)
     for targets, sources in pairs.values():
         torch._foreach_copy_(targets, sources)
     return copies
@@ -179,7 +180,6 @@ def checkable(tensor: Tensor | None) -> Tensor | None:
     """The numbers of a tensor in a form that has norms; None if there are none, or if they are integers."""
     if tensor is None or not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
         return None
-    tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     if tensor.layout == torch.sparse_coo:
@@ -209,7 +209,7 @@ def save_atomically(state: object, path: Path) -> None:
 
 def _put(place: Place, copied: Tensor | None) -> None:
     current = place.tensor
-    if current is not None and copied is not None and _layout(current) == _layout(copied):
+    if current is not None and copied is not None and _fits(copied, current):
         try:
             current.copy_(copied)
             return
@@ -221,5 +221,6 @@ def _put(place: Place, copied: Tensor | None) -> None:
         current.data = copied.clone()
 
 
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
+def _fits(one: Tensor, other: Tensor) -> bool:
+    kinds_fit = one.dtype is other.dtype and one.layout is other.layout
+    return kinds_fit and one.shape == other.shape and one.device == other.device
