@@ -211,7 +211,8 @@ def _families(metrics: list[Column], table: Table, problems: list[str]) -> list[
             if match is None or len(column.values) < FEWEST:
                 continue
             curve = curve_of(column, lower=False)
-            family = name[: match.start()] + "".join(re.findall(r"\(\w+\)", name))
+            word = "ap" if "ap" in match[0] else match[0]
+            family = name[: match.start()] + word + "".join(re.findall(r"\(\w+\)", name))
             if family not in highest or curve.best > highest[family].best:
                 highest[family] = curve
         if highest:
@@ -240,7 +241,8 @@ def _fault_of_loss(loss: Curve, losses: list[Curve], is_excused: bool, stands_st
     values = loss.values
     if min(values) == max(values):
         is_defined_so = values[0] == 0 and any(any(other.values) for other in losses)
-        return "" if is_defined_so else f"never learnt: {values[0]:.4g} in all {len(values)} rows"
+        is_rounded = is_excused and len(values) < SETTLED
+        return "" if is_defined_so or is_rounded else f"never learnt: {values[0]:.4g} in all {len(values)} rows"
     if stands_still:
         return f"never learnt: {loss.start:.4g} at the start, {loss.end:.4g} at the end"
     rise, fallen = loss.end - loss.best, max(loss.start - loss.best, 0)
