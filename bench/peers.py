@@ -207,7 +207,8 @@ def angle_sorted_loss(pred: Tensor, target: Tensor) -> Tensor:
     hull = torch.maximum(p_high, g_high) - torch.minimum(p_low, g_low)
     giou = torch.nan_to_num(inter / union - (hull - union) / hull).clamp(-1, 1)
     mgiou = (giou * is_axis).sum(1) / is_axis.sum(1).clamp(min=1)
-    return ((1 - mgiou) / 2).mean()
+    losses: Tensor = (1 - mgiou) / 2
+    return losses.mean()
 
 
 def _sorted_edges(vertices: Tensor) -> Tensor:

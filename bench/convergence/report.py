@@ -1,4 +1,4 @@
-"""Table and figure of the results of `run.py`."""
+"""Table and figure of the results of `bench.convergence.run`."""
 
 from __future__ import annotations
 
