@@ -135,6 +135,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=41, help="default: 41")
     parser.add_argument("--limit", type=float, default=1.02, help="the ratio that is too slow; default: 1.02")
     arguments = parser.parse_args(argv)
+    if not (arguments.other / "triton_mgiou").is_dir():
+        parser.error(f"expected the root of a checkout, got {arguments.other}")
     sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes]
     with tempfile.TemporaryDirectory() as cache:
         this, other = (Tree(root, f"{cache}/{k}") for k, root in enumerate((ROOT, arguments.other)))

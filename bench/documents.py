@@ -30,7 +30,7 @@ OURS = "length, no axis_grad, boundary 0.25"  # the defaults, in bold
 
 @cache
 def results(name: str) -> Any:
-    """What a program of `bench` wrote."""
+    """The content of a file in bench/results."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -63,7 +63,7 @@ def speed_large() -> str:
 
 
 def speed_default() -> str:
-    """What the default loss costs over the paper's."""
+    """The default loss beside the paper's."""
     steps = {(row["batch"], row["vertices"], row["peer"]): row.get("graph_us") for row in _float32(speed()["rows"])}
     sizes = [(512, 4), (4096, 4), (4096, 8), (16384, 8), (65536, 16), (65536, 32), (2**20, 4), (2**20, 8)]
     peers = ("kernel", "kernel, defaults")
@@ -124,7 +124,7 @@ def startup_host() -> str:
 
 
 def tuning_gains() -> str:
-    """What tuning gained over the shipped configurations."""
+    """The gain of tuning over the shipped layouts."""
     rows = results("h200_tuning")["tuning"]["result"]["rows"]
     gains = {(row["vertices"], row["batch"], row["gradient"]): row["gain"] or 0.0 for row in rows}
     sizes = dict.fromkeys((vertices, batch) for vertices, batch, _ in gains)
@@ -178,7 +178,7 @@ def _losses() -> list[str]:
 
 
 def convergence_unrelated() -> str:
-    """What a loss that learns nothing stays at."""
+    """The loss between unrelated objects."""
     rows = (
         [f"{low:.0%} to {high:.0%}", f"{each['loss']:.2f}"]
         for each in results("convergence")["unrelated_objects"]
@@ -252,7 +252,7 @@ def documents() -> list[Path]:
 
 
 def rendered() -> dict[Path, str]:
-    """What each document has to say."""
+    """Each document as it should be, its blocks filled in."""
     texts = {path: path.read_text(encoding="utf-8") for path in documents()}
     filled = {
         path: MARKED.sub(lambda found: f"{found[1]}{BLOCKS[found[2]]()}\n{found[3]}", texts[path]) for path in texts

@@ -166,7 +166,7 @@ def kernel(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def kernel_defaults(pred: Tensor, target: Tensor) -> Tensor:
-    """The same with the defaults."""
+    """This package's kernel, with the default loss."""
     return mgiou_loss(pred, target, backend="triton")
 
 
@@ -176,12 +176,12 @@ def reference(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def compiled(pred: Tensor, target: Tensor) -> Tensor:
-    """The reference once more: the compiler keeps its graphs by function, and must not share these two."""
+    """The reference again: the compiler keeps its graphs by function, and must not share these two."""
     return mgiou_loss(pred, target, backend="eager", **PAPER)
 
 
 def compiled_dynamic(pred: Tensor, target: Tensor) -> Tensor:
-    """And once more."""
+    """The reference a third time, for the same reason."""
     return mgiou_loss(pred, target, backend="eager", **PAPER)
 
 
@@ -243,7 +243,7 @@ def exact_defaults(pred: Points, target: Points, held: Points | None = None) -> 
 
 
 def exact_two_axes(pred: Points, target: Points) -> float:
-    """The same over the two edges at vertex 0 of each box."""
+    """The paper's loss over the two edges at vertex 0 of each box."""
     boxes = pred.tolist(), target.tolist()
     edges = [(box[k][0] - box[0][0], box[k][1] - box[0][1]) for box in boxes for k in (1, 3)]
     axes = [oracle.Axis(y, -x, 1.0) for x, y in edges]

@@ -169,7 +169,7 @@ def _group(rows: Iterable[Row], name: str) -> tuple[dict[tuple[Any, ...], Row], 
 
 
 def _get(found: dict[tuple[Any, ...], Row], key: tuple[Any, ...], *path: str) -> Any:
-    """What stands there, or None if it was not measured."""
+    """The value at `path` of a row, or None if it was not measured."""
     value: Any = found.get(key)
     for name in path:
         value = None if value is None else value.get(name)
@@ -249,7 +249,7 @@ def roofline_table(rows: Iterable[Row], rates: dict[str, float]) -> str:
 
 
 def rates_text(rates: dict[str, float]) -> str:
-    """What the bounds are made of."""
+    """The rates and counts that the bounds come from."""
     arithmetic, selection = operations(8, 8, gradient=True)
     tera = {name: f"{rate / 1e12:.1f}" for name, rate in rates.items()}
     return (
@@ -292,7 +292,7 @@ def launches_text(launches: dict[str, Any]) -> str:
 
 
 def absent_text(result: dict[str, Any]) -> str:
-    """What is missing or was left out, and why."""
+    """Each peer that is missing or was left out, and why."""
     lines = [f"- {name}: {why}" for name, why in result["missing"].items()]
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in result["left_out"]:

@@ -119,7 +119,7 @@ def groups_of(device: torch.device) -> dict[str, Group]:
 
 
 def chosen_peers(peers: Sequence[Peer], group: Group, batch: int, vertices: int) -> list[Peer]:
-    """Those of the group, without what would compile once more for each size."""
+    """The peers of the group, without those that would compile again for each size."""
     named = [peer for peer in peers if (peer.name in group.peers if group.peers else not peer.compiled)]
     return [peer for peer in named if peer.name != "compiled" or (batch, vertices) in STATIC_SIZES]
 
@@ -181,7 +181,7 @@ def checked(
 
 
 def steps_of(peer: Peer, pred: torch.Tensor, target: torch.Tensor) -> dict[str, measure.Step]:
-    """What is timed of a peer: forward and backward of its mean loss, and forward alone."""
+    """The steps of a peer that are timed: forward and backward of its mean loss, and forward alone."""
     constant, goal = peer.prepare(pred), peer.prepare(target)
     leaf = constant.clone().requires_grad_()
     steps: dict[str, measure.Step] = {"step": lambda: torch.autograd.grad(peer.loss(leaf, goal), leaf)}
@@ -234,7 +234,7 @@ def count_launches(peers: Sequence[Peer], device: torch.device) -> dict[str, Any
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """The error in one line."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from bench import documents
-from triton_mgiou import MGIoULoss, mgiou_loss
+from bench.convergence import losses
+from triton_mgiou import PAPER, MGIoULoss, mgiou_loss
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in documents.documents()}
@@ -48,7 +49,7 @@ def test_code(code, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code", blocks("(?:ba)?sh"))
 def test_commands_exist(code):
-    """That every command parses, and that every program of ours which it runs is there."""
+    """Every command parses, and every program of ours that it runs is there."""
     subprocess.run(["bash", "-n", "-c", code], check=True)
     for module in re.findall(r"python3? -m ([\w.]+)", code):
         assert importlib.util.find_spec(module), module
@@ -57,6 +58,13 @@ def test_commands_exist(code):
 def test_numbers_are_those_of_the_results():
     stale = [str(path.relative_to(ROOT)) for path, text in documents.rendered().items() if path.read_text() != text]
     assert stale == [], "run: python -m bench.documents"
+
+
+def test_the_results_are_those_of_the_present_defaults():
+    defaults = {name: inspect.signature(mgiou_loss).parameters[name].default for name in PAPER}
+    demos = [documents.results("demo_cpu"), *documents.results("demo_distributed_cpu")["settings"]]
+    assert [each["loss_options"] for each in demos] == [defaults] * 3, "the defaults are others now: measure again"
+    assert PAPER | losses.LOSSES[documents.OURS].keywords == defaults, "another loss is to be in bold"
 
 
 def test_every_block_of_numbers_has_a_place():

@@ -156,8 +156,7 @@ def test_the_reported_loss_under_autocast(name, dtype, finite, bad):
     assert (~torch.isfinite(gradient)).flatten(1).any(1).sum() == 6 * bad
 
 
-def test_a_gradscaler_skips_every_step_of_the_reported_loss():
-    """And of this package's none, which then trains."""
+def test_a_gradscaler_skips_every_step_of_the_reported_loss_and_none_of_ours():
     stuck, ours = (amp.train(name, torch.float16, steps=8) for name in ("reported", amp.OURS))
     assert (stuck["skipped"], stuck["scale"], stuck["weights_changed"]) == (8, 2.0**8, False)
     assert stuck["loss"][1] == pytest.approx(stuck["loss"][0], abs=0.02)
