@@ -132,6 +132,13 @@ def tuning_gains() -> str:
     return report.table("B x N | value | value and gradient", cells)
 
 
+def startup_training() -> str:
+    """What steps of any size still compile."""
+    found = results("h200_tuning")["training"]["result"]
+    counts = [f"{found[name] or 'none'} {name}" for name in ("compiled", "tuned")]
+    return f"Of {found['steps']:,} steps of random B and N after a warm-up, {' and '.join(counts)} anything."
+
+
 def amp_rows() -> str:
     """The reported loss under mixed precision."""
     rows = results("convergence_amp")["rows"]
@@ -236,6 +243,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "speed default": speed_default,
     "startup first": startup_first,
     "startup host": startup_host,
+    "startup training": startup_training,
     "tuning gains": tuning_gains,
     "amp": amp_rows,
     "convergence digits": convergence_digits,

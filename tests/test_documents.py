@@ -142,6 +142,12 @@ def test_the_first_screen_has_two_commands():
     assert len(README.splitlines()) <= 140
 
 
+def test_the_oldest_versions_are_those_of_the_package():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    python, torch = (re.search(rf'{name}[ ="]*>=([\d.]+)', project)[1] for name in ("requires-python", "torch"))
+    assert re.search(r"Python (\S+) and torch (\S+) or later", README).groups() == (python, torch)
+
+
 def test_arguments():
     rows = {name.strip("`"): default.strip("`") for name, default, _ in table("README.md", "Arguments")}
     parameters = inspect.signature(mgiou_loss).parameters.values()

@@ -6,8 +6,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 Rows = list[dict[str, Any]]
 SHOWN = {
     "reported": "tab:red",
@@ -65,6 +63,8 @@ def table(rows: Rows) -> str:
 
 def draw(path: Path, rows: Rows) -> None:
     """Training loss above, test AP50 below, for each start; every seed is a line."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - slow, and not needed for the table
+
     panels = [("digits", "scattered"), ("digits", "circle"), ("vertices", "random"), ("vertices", "tiny")]
     figure = Figure(figsize=(4 * len(panels), 6.5), layout="constrained")
     axes = figure.subplots(2, len(panels), sharex=True, sharey="row")
