@@ -135,30 +135,20 @@ def test_the_results_are_written_and_shown(tmp_path):
     ("name", "dtype", "finite", "bad"),
     [
         ("reported", torch.float16, 1, 1),
-        ("reported, no clamp", torch.float16, 1, 1),
-        ("reported, soft mask", torch.float16, 1, 1),
         ("reported, no nan_to_num", torch.float16, 0, 1),
         ("reported, epsilon 1e-4", torch.float16, 1, 0),
         ("reported, in float32", torch.float16, 1, 0),
         ("reported", torch.bfloat16, 1, 0),
-        ("reported", torch.float32, 1, 0),
         (amp.OURS, torch.float16, 1, 0),
     ],
 )
-def test_the_reported_loss_under_autocast(name, dtype, finite, bad):
+def test_no_step_is_taken_where_gradients_are_bad(name, dtype, finite, bad):
     """In float16 a repeated vertex makes 0 / 0 of the guarded quotients; `nan_to_num` hides it from the value only."""
-    rng = generator(305)
-    pred, (target, lengths) = convex(6, 7, rng).float().requires_grad_(), padded(convex(6, 5, rng).float(), 9)
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        values = amp.TRIED[name](pred, target, lengths, 0.5)
-    (gradient,) = torch.autograd.grad(values.float().sum(), pred)
-    assert torch.isfinite(values).sum() == 6 * finite
-    assert (~torch.isfinite(gradient)).flatten(1).any(1).sum() == 6 * bad
-
-
-def test_a_gradscaler_skips_every_step_of_the_reported_loss_and_none_of_ours():
-    stuck, ours = (amp.train(name, torch.float16, steps=8) for name in ("reported", amp.OURS))
-    assert (stuck["skipped"], stuck["scale"], stuck["weights_changed"]) == (8, 2.0**8, False)
-    assert stuck["loss"][1] == pytest.approx(stuck["loss"][0], abs=0.02)
-    assert (ours["skipped"], ours["bad_gradients"], ours["weights_changed"]) == (0, 0, True)
-    assert ours["loss"][1] < 0.9 * ours["loss"][0]
+    row = amp.train(name, dtype, steps=6)
+    assert (row["finite_values"], row["bad_gradients"]) == (finite, bad)
+    assert row["weights_changed"] == (not bad)
+    if dtype == torch.float16:
+        assert row["skipped"] in ([6] if bad else [0, 1])  # the scale may start one step too high
+        assert row["scale"] == 2.0 ** (16 - row["skipped"])
+    if finite:
+        assert row["loss"][1] == pytest.approx(row["loss"][0], abs=0.02) if bad else row["loss"][1] < row["loss"][0]
