@@ -9,6 +9,7 @@ bench/results/h200.md is written as a whole. A test holds that this changes noth
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -146,7 +147,7 @@ def amp_rows() -> str:
     def cells(row: Row) -> list[str]:
         loss = ["NaN" if value is None else f"{value:.3f}" for value in row["loss"]]
         shares = [f"{row[name]:.0%}" for name in ("finite_values", "bad_gradients")]
-        scale = f"{row['scale']:.0e}" if row["dtype"] == "float16" else "-"
+        scale = f"2^{math.log2(row['scale']):.0f}" if row["dtype"] == "float16" else "-"
         return [_name(row["loss_name"]), row["dtype"], *shares, f"{row['skipped']} of {row['steps']}", scale, *loss]
 
     head = "loss | autocast | finite values | bad gradients | steps skipped | last scale | loss, start | loss, end"

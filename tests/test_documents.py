@@ -96,7 +96,7 @@ SOURCES = [
     *documents.documents(),
     *(p for top in ("triton_mgiou", "bench", "tests") for p in (ROOT / top).rglob("*.py")),
 ]
-FILE = re.compile(r"(?<![\w/.<{*~-])((?:[\w.]+/)+[\w.-]+\.(?:md|py|json|png)|(?<!\")[\w-]+\.md)\b")
+FILE = re.compile(r"(?<!--out )(?<![\w/.<{*~-])((?:[\w.]+/)+[\w.-]+\.(?:md|py|json|png)|(?<!\")[\w-]+\.md)\b")
 
 
 def test_every_file_that_is_named_exists():
