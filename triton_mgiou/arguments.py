@@ -49,27 +49,34 @@ def check_options(options: Options) -> None:
     check_choice("axis_weight", options.axis_weight, AXIS_WEIGHTS)
     if not isinstance(options.axis_grad, bool):
         raise TypeError(f"axis_grad must be a bool, got {type(options.axis_grad).__name__}")
-    check_term_weight("convexity_weight", options.convexity_weight)
-    check_term_weight("boundary_weight", options.boundary_weight)
-
-
-def check_term_weight(name: str, value: Any) -> None:
-    """Refuse a factor on a term of the loss that is not a number of 0 or above."""
-    check_number(name, value)
-    if value < 0:
-        raise ValueError(f"{name} must be 0 or above, got {value}")
+    for name, value in (
+        ("convexity_weight", options.convexity_weight),
+        ("boundary_weight", options.boundary_weight),
+    ):
+        if type(value) is float and 0.0 <= value < math.inf:  # the usual case, which should take no time
+            continue
+        check_number(name, value)
+        if value < 0:
+            raise ValueError(f"{name} must be 0 or above, got {value}")
 
 
 def check_polygons(pred: Tensor, target: Tensor) -> None:
     """Refuse what are no two batches of polygons of the same size, on the same device."""
-    for name, value, size in (("pred", pred, "N"), ("target", target, "M")):
-        check_tensor(name, value)
-        if value.dim() != 3 or value.shape[2] != 2 or value.shape[1] == 0:
-            raise ValueError(f"{name} must have shape (B, {size}, 2) with {size} >= 1, got {tuple(value.shape)}")
-        check_floating(name, value)
-    if target.shape[0] != pred.shape[0]:
-        raise ValueError(f"target must have pred's batch size {pred.shape[0]}, got {target.shape[0]}")
+    batch = _check_vertices("pred", pred, "N")
+    target_batch = _check_vertices("target", target, "M")
+    if target_batch != batch:
+        raise ValueError(f"target must have pred's batch size {batch}, got {target_batch}")
     check_device("target", target, "pred", pred)
+
+
+def _check_vertices(name: str, value: Tensor, size: str) -> int:
+    """The batch size."""
+    check_tensor(name, value)
+    shape = value.shape
+    if len(shape) != 3 or shape[2] != 2 or shape[1] == 0:
+        raise ValueError(f"{name} must have shape (B, {size}, 2) with {size} >= 1, got {tuple(shape)}")
+    check_floating(name, value)
+    return shape[0]
 
 
 def check_real(side: str, vertices: Tensor, lengths: Tensor | None, mask: Tensor | None) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+import triton_mgiou
 from triton_mgiou import debugging
 from triton_mgiou.arguments import (
     check_avg_factor,
@@ -16,11 +17,12 @@ from triton_mgiou.arguments import (
     check_real,
     check_weight,
 )
-from triton_mgiou.options import BACKENDS, PAPER, REDUCTIONS, Options
+from triton_mgiou.options import BACKENDS, PAPER, REDUCTIONS, Options, Reduction
 from triton_mgiou.reference import polygons as reference
 
 if TYPE_CHECKING:
-    from triton_mgiou.launch import PolygonCall
+    import triton_mgiou.launch
+    import triton_mgiou.ops
 
 __all__ = ["PAPER", "kernels_unavailable", "mgiou_loss"]
 
@@ -102,8 +104,10 @@ def mgiou_loss(
     Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
     """
     check_polygons(pred, target)
-    check_real("pred", pred, pred_lengths, pred_mask)
-    check_real("target", target, target_lengths, target_mask)
+    if pred_lengths is not None or pred_mask is not None:
+        check_real("pred", pred, pred_lengths, pred_mask)
+    if target_lengths is not None or target_mask is not None:
+        check_real("target", target, target_lengths, target_mask)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("backend", backend, BACKENDS)
     options = Options(axis_weight, axis_grad, convexity_weight, boundary_weight)
@@ -120,13 +124,12 @@ def mgiou_loss(
         target = loss_checks.check_input("target", target, target_lengths, target_mask)
         loss_checks.check_factors(weight=weight, avg_factor=avg_factor)
     if pred.shape[0] > 0 and _takes_kernel(backend, pred):
-        from triton_mgiou import ops  # noqa: PLC0415 - needs Triton
-
         pred_real = pred_lengths if pred_mask is None else pred_mask
         target_real = target_lengths if target_mask is None else target_mask
-        call, is_reduced = polygon_call(pred, target, pred_real, target_real, weight, reduction, avg_factor, options)
-        loss = ops.polygon_loss(pred, target, call)
-        if not is_reduced:
+        inside = kernel_reduction(pred, target, weight, reduction, avg_factor)
+        call = triton_mgiou.launch.PolygonCall(pred_real, target_real, inside or Reduction(None, True, None), options)
+        loss = triton_mgiou.ops.polygon_loss(pred, target, call)
+        if inside is None:
             loss = reduce(loss, weight, reduction, avg_factor)
     else:
         loss = reference.per_sample_loss(
@@ -147,30 +150,17 @@ def mgiou_loss(
     return loss
 
 
-def polygon_call(
-    pred: Tensor,
-    target: Tensor,
-    pred_real: Tensor | None,
-    target_real: Tensor | None,
-    weight: Tensor | None,
-    reduction: str,
-    avg_factor: float | Tensor | None,
-    options: Options,
-) -> tuple[PolygonCall, bool]:
-    """What the kernel is asked for, and whether that is the reduced loss. If not, it is the loss of each sample.
-
-    The kernel reduces unless the divisor is a tensor or the weight wants a gradient.
-    """
-    from triton_mgiou.launch import PolygonCall  # noqa: PLC0415 - needs Triton
-
+def kernel_reduction(
+    pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None
+) -> Reduction | None:
+    """The reduction as a kernel does it. None where it cannot: a tensor divides, or the weight wants a gradient."""
     if isinstance(avg_factor, Tensor) or (weight is not None and weight.requires_grad):
-        return PolygonCall(pred_real, target_real, None, True, None, options), False
+        return None
     if weight is not None:
         weight = _per_sample(weight, reference.compute_dtype(pred, target))
-    divisor = None
     if reduction == "mean":
-        divisor = pred.shape[0] if avg_factor is None else avg_factor
-    return PolygonCall(pred_real, target_real, weight, reduction == "none", divisor, options), True
+        return Reduction(weight, False, pred.shape[0] if avg_factor is None else avg_factor)
+    return Reduction(weight, reduction == "none", None)
 
 
 def _takes_kernel(backend: str, pred: Tensor) -> bool:
@@ -207,9 +197,9 @@ def _find_reason(device: torch.device) -> str | None:
         return "Triton is not installed"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 4):
         return f"the kernels need Triton 3.4, and {triton.__version__} is installed"
-    from triton_mgiou.launch import INTERPRETED  # noqa: PLC0415 - needs Triton
+    from triton_mgiou import launch, ops  # noqa: F401, PLC0415 - from here on the package has both
 
-    if INTERPRETED:
+    if launch.INTERPRETED:
         return None
     if device.type != "cuda":
         return f"the tensors are on {device.type}, and the kernels need an NVIDIA GPU"

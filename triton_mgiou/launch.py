@@ -24,7 +24,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from triton_mgiou.kernels import polygons as polygon_kernels
-from triton_mgiou.options import AXIS_WEIGHTS, Options
+from triton_mgiou.options import AXIS_WEIGHTS, Options, Reduction
 from triton_mgiou.tuning import layouts, store
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # decided when the kernels were imported
@@ -78,7 +78,8 @@ class Plan:
         """Launch on the current device. Only the first time Triton looks for the compiled code, or makes it."""
         programs = self.layout.programs(batch)
         run = self._launcher
-        if run is None or _is_profiled():
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        if run is None or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's hooks
             compiled = self.kernel[programs,](*arguments, *self.constants, **self.layout.options())
             if self.compiled is None and not INTERPRETED:
                 self.compiled = compiled
@@ -99,12 +100,6 @@ def private_launcher(compiled: Any) -> tuple[Any, tuple[Any, ...]]:
     except (AttributeError, TypeError, ValueError):  # no such attribute, not callable, no signature
         pass
     return None, ()
-
-
-def _is_profiled() -> bool:
-    """Whether someone wants to be called before or after each launch."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 _plans: dict[Any, Plan] = {}
@@ -178,9 +173,7 @@ class PolygonCall(NamedTuple):
 
     pred_real: Tensor | None  # lengths or a mask, or None where every vertex is real
     target_real: Tensor | None
-    weight: Tensor | None
-    per_sample: bool  # or the sum over the batch
-    divisor: float | None  # of the sum
+    reduction: Reduction
     options: Options
 
     def launch(self, pred: Tensor, target: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -228,12 +221,12 @@ def prepare_polygons(
 ) -> tuple[Plan, tuple[Any, ...], Tensor, Tensor | None]:
     """The variant to launch, its arguments, and its outputs: the loss, and the gradient to `pred` if asked for."""
     device = pred.get_device()
-    pred_real, target_real, weight, per_sample, divisor, options = call
+    pred_real, target_real, (weight, per_sample, divisor), options = call
     pred, pred_stride_b, pred_stride_n = _as_words(pred)
     target, target_stride_b, target_stride_n = _as_words(target)
     batch, pred_size, _ = pred.shape
     target_size = target.shape[1]
-    key = PolygonKey(
+    fields = (
         device,
         pred.dtype,
         target.dtype,
@@ -253,8 +246,9 @@ def prepare_polygons(
         (pred_stride_b | target_stride_b | pred_size) & 1 == 0,
         batch if INTERPRETED else layouts.is_large(batch, pred_size, target_size),
     )
-    plan = _plans.get(key)
+    plan = _plans.get(fields)  # finds a key, and is faster to make
     if plan is None:
+        key = PolygonKey(*fields)
         plan = _plans[key] = polygon_plan(key)
     if per_sample:
         loss, partial, counter = plan.scalar.new_empty(batch), None, None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from triton_mgiou.launch import PolygonCall, loss_and_gradients
-from triton_mgiou.options import Options
+from triton_mgiou.options import Options, Reduction
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # anything else, such as a fake tensor, needs PyTorch's dispatcher
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -26,6 +26,7 @@ def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
     if not _is_traced(pred, target):
         return _direct(pred, target, call)
     options = call.options
+    weight, per_sample, divisor = call.reduction
     # Numbers that may change from step to step go in as tensors, or stay outside: as constants of the graph, each
     # change would compile it again.
     factors = [
@@ -37,14 +38,14 @@ def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
         target,
         call.pred_real,
         call.target_real,
-        call.weight,
-        "none" if call.per_sample else "sum",
+        weight,
+        "none" if per_sample else "sum",
         options.axis_weight,
         options.axis_grad,
         *factors,
         *_wants_gradient(pred, target),
     )[0]
-    return loss if call.divisor is None else loss / call.divisor
+    return loss if divisor is None else loss / divisor
 
 
 def _is_traced(pred: Tensor, target: Tensor) -> bool:
@@ -56,7 +57,7 @@ def _wants_gradient(pred: Tensor, target: Tensor) -> tuple[bool, bool]:
 
 
 def _direct(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
-    if torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad):
+    if (pred.requires_grad or target.requires_grad) and torch.is_grad_enabled():
         loss: Tensor = _Loss.apply(pred, target, call)  # type: ignore[no-untyped-call]
         return loss
     return call.launch(pred, target, False)[0]
@@ -118,7 +119,7 @@ def _polygon_operator(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The launch: loss and gradients; a gradient that is not asked for is empty."""
     options = Options(axis_weight, axis_grad, convexity_weight.item(), boundary_weight.item())
-    call = PolygonCall(pred_real, target_real, weight, reduction == "none", None, options)
+    call = PolygonCall(pred_real, target_real, Reduction(weight, reduction == "none", None), options)
     loss, *grads = loss_and_gradients(pred, target, call, pred_grad, target_grad)
     pred_out, target_out = (loss.new_empty(0) if grad is None else grad for grad in grads)
     return loss, pred_out, target_out

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from triton_mgiou.functional import kernels_unavailable, mgiou_loss, polygon_call
-from triton_mgiou.options import Options
+from triton_mgiou.functional import kernel_reduction, kernels_unavailable, mgiou_loss
+from triton_mgiou.options import Options, Reduction
 from triton_mgiou.tuning import layouts, store
 from triton_mgiou.tuning.store import Entry
 
@@ -151,8 +151,8 @@ class _Variant(NamedTuple):
         pred, target, given = self.inputs()
         real = [given.pop(f"{side}_lengths", given.pop(f"{side}_mask", None)) for side in ("pred", "target")]
         weight, reduction, avg_factor = (given.pop(name, None) for name in ("weight", "reduction", "avg_factor"))
-        options = Options(**given)
-        call, _ = polygon_call(pred, target, real[0], real[1], weight, reduction or "mean", avg_factor, options)
+        inside = kernel_reduction(pred, target, weight, reduction or "mean", avg_factor)
+        call = launch.PolygonCall(real[0], real[1], inside or Reduction(None, True, None), Options(**given))
         plan, arguments, loss, grad = launch.prepare_polygons(pred, target, call, self.gradient, stream=0)
         return plan, arguments, [loss] if grad is None else [loss, grad]
 
