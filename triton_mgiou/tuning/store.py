@@ -90,9 +90,9 @@ def directory() -> Path:
 
 @cache
 def source_hash() -> str:
-    """The hash of the kernels and of what a layout means: entries are only for the same."""
+    """The hash of the kernels, their constants and what a layout means: entries are only for the same."""
     package = Path(__file__).parents[1]
-    sources = [package / "tuning" / "layouts.py", *sorted((package / "kernels").glob("*.py"))]
+    sources = [package / "options.py", package / "tuning" / "layouts.py", *sorted((package / "kernels").glob("*.py"))]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
