@@ -623,6 +623,12 @@ CASES = {
     "Lightning's, NaN": ("a.ckpt", saved(lightning(broken=True)), 1, "state_dict.1.running_var"),
     "Lightning, scale 1e-10": ("a.ckpt", saved(lightning(scale=1e-10)), 1, "MixedPrecision.scale"),
     "MMEngine, scale 1e-10": ("a.pth", saved(mmengine_checkpoint(scale=1e-10)), 1, "optimizer.loss_scaler.scale"),
+    "a whole GradScaler": (
+        "a.pt",
+        saved({"w": torch.ones(1), "scaler": torch.amp.GradScaler("cpu", init_scale=1e-10)}),
+        1,
+        "the scale of this GradScaler is 1e-10",
+    ),
     "a weight of -Inf": ("last.pt", saved(bad_weights(-INF)), 1, "model.w: 0 NaN and 1 Inf"),
     "numpy array with NaN": ("last.pt", saved({"w": torch.ones(2), "mean": np.array([1.0, NAN])}), 1, "mean: 1 NaN"),
     "safetensors, NaN": (

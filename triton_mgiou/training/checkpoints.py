@@ -250,8 +250,8 @@ def _free(name: str, taken: Mapping[str, Any]) -> str:
 
 
 def _scale(state: Mapping[Any, Any]) -> float | None:
-    """The scale in the `state_dict` of a GradScaler, or of Apex' scaler."""
-    for name, beside in (("scale", "growth_factor"), ("loss_scale", "unskipped")):
+    """The scale in the `state_dict` of a GradScaler, in a pickled one, or in the scaler of Apex."""
+    for name, beside in (("scale", "growth_factor"), ("_init_scale", "_growth_factor"), ("loss_scale", "unskipped")):
         value = state.get(name)
         if beside in state and isinstance(value, (int, float, Tensor)):
             return float(value)

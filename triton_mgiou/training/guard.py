@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -341,17 +341,21 @@ class TrainingGuard:
             **({"extra_modules": extras} if extras else {}),
         }
 
-    def _stop(self, now: Mapping[str, Place], extras: list[dict[str, Place]], found: list[str], hint: str) -> NoReturn:
-        """Write the state as it is, go back to the last good one, write that, and tell the story."""
-        failed = {
+    def _failed(self, now: Mapping[str, Place]) -> dict[str, Any]:
+        """The state as it is, with the gradients."""
+        extras = [extra.module.state_dict() for extra in self._extras]
+        return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": {} if self.scaler is None else self.scaler.state_dict(),
             "step": self.steps,
             "gradients": gradients_in(now),
-            **({"extra_modules": [extra.module.state_dict() for extra in self._extras]} if extras else {}),
+            **({"extra_modules": extras} if extras else {}),
         }
-        outcomes = [self._try_to_write(failed, FAILED)]
+
+    def _stop(self, now: Mapping[str, Place], extras: list[dict[str, Place]], found: list[str], hint: str) -> NoReturn:
+        """Write the state as it is, go back to the last good one, write that, and tell the story."""
+        outcomes = [self._try_to_write(lambda: self._failed(now), FAILED)]
         self._drop_gradients()
         self._model_snapshot.put_back(now, parameters=True)
         for extra, places_now in zip(self._extras, extras, strict=True):
@@ -359,7 +363,7 @@ class TrainingGuard:
         self._optimizer_snapshot.put_back(self.optimizer)
         if self.scaler is not None:
             self.scaler.load_state_dict(self._kept_scaler)
-        outcomes.append(self._try_to_write(self._checkpoint(), LAST_GOOD))
+        outcomes.append(self._try_to_write(self._checkpoint, LAST_GOOD))
         self._bad_in_a_row = self._overflows_in_a_row = 0  # for whoever catches the error and goes on
         if _is_distributed():  # a launcher may end all processes as soon as one of them has raised
             distributed.barrier(group=self._group)
@@ -376,11 +380,11 @@ class TrainingGuard:
         ]
         raise TrainingStoppedError("\n".join(lines))
 
-    def _try_to_write(self, state: dict[str, Any], name: str) -> str:
+    def _try_to_write(self, state: Callable[[], dict[str, Any]], name: str) -> str:
         path = self.checkpoint_dir / name
         try:
             if self._writes():
-                save_atomically(state, path)
+                save_atomically(state(), path)
         except Exception as error:  # a full disk, or what cannot be pickled: the story matters more
             return f"not written, {error}"
         return str(path)
