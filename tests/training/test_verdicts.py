@@ -411,6 +411,36 @@ CASES = {
         None,
     ),
     "decimal commas, no head": ("results.txt", table(yolov5_text(100).replace(".", ",")), 0, None),
+    "a comma behind each row": (
+        "log.csv",
+        table("epoch,loss\n" + "".join(f"{i},{v},\n" for i, v in enumerate(fall(40)))),
+        0,
+        None,
+    ),
+    "numpy.savetxt, mAP the same number": (
+        "log.txt",
+        table("# epoch loss mAP\n" + "".join(f"{i} {v} {0.5}\n" for i, v in enumerate(fall(40)))),
+        1,
+        "mAP: never learnt",
+    ),
+    "Keras and fastai": (
+        "history.csv",
+        table(
+            "epoch,train_loss,valid_loss,accuracy,time\n"
+            + "".join(
+                f"{i},{a},{b},{c},00:1{i % 10}\n"
+                for i, (a, b, c) in enumerate(zip(fall(30), fall(30), rise(30), strict=True))
+            )
+        ),
+        0,
+        None,
+    ),
+    "detectron2, killed and resumed": (
+        "metrics.json",
+        table(json_text(detectron2(10)) + '{"iteration": 999, "loss_b' + json_text(detectron2(10))),
+        0,
+        "left out",
+    ),
     # Broken tables
     "NaN": ("results.csv", table(csv_text(detect(30, **{"train/box_loss": [*fall(20), *[NAN] * 10]}))), 1, "10 NaN"),
     "NaN, old heads": (

@@ -273,13 +273,13 @@ class TrainingGuard:
         gradients_fine, largest = norm_fine, math.nan
         if not norm_fine:  # the squares may overflow where no gradient does
             (largest,), (gradients_fine,) = self._read(get_total_norm(gradients, math.inf))
-        outcome = "taken"
         overflow = self.scaler is not None and loss_fine and state_fine and not gradients_fine
         scale = math.nan if self.scaler is None or not overflow else self.scaler.get_scale()
         self._overflows_in_a_row = self._overflows_in_a_row + 1 if overflow else 0
-        if not (loss_fine and gradients_fine and state_fine):
-            is_search = overflow and scale > LOWEST_SCALE and self._overflows_in_a_row < SKIPS_IN_A_ROW
-            outcome = "skipped, to lower the scale" if is_search else "skipped"
+        is_search = overflow and scale > LOWEST_SCALE and self._overflows_in_a_row < SKIPS_IN_A_ROW
+        outcome = "skipped, to lower the scale" if is_search else "skipped"
+        if loss_fine and gradients_fine and state_fine:
+            outcome = "taken"
         self._history.append(_Step(self.steps, math.nan if loss is None else loss_value, self.grad_norm, outcome))
 
         for index, number in enumerate(further_numbers):
@@ -299,20 +299,20 @@ class TrainingGuard:
                 self.scaler.update()
             return True
         self.skipped += 1
-        if overflow and not self._was_taken and outcome != "skipped":
-            self.search_skips += 1
-        elif overflow:
-            self.scaler_skips += 1
-        self._bad_in_a_row += outcome == "skipped"
+        at_start = is_search and not self._was_taken
+        self.search_skips += at_start
+        self.scaler_skips += overflow and not at_start
+        self._bad_in_a_row += not is_search
         found_bad, hint = self._find(loss, now)
-        if overflow and outcome == "skipped":
+        speaks_up = overflow and not is_search
+        if speaks_up:
             hint = self._no_search(scale)
         self._bad_rows.clear()
         if self._bad_in_a_row == self.patience:
             self._stop(now, extras, found_bad, hint)
         self._model_snapshot.put_back(now, parameters=False)
         self._drop_gradients()
-        told = f"; {hint}" if overflow and outcome == "skipped" else ""
+        told = f"; {hint}" if speaks_up else ""
         warnings.warn(f"step {self.steps} {outcome}: {found_bad[0]}{told}", RuntimeWarning, stacklevel=2)
         return False
 

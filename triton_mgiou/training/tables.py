@@ -62,6 +62,7 @@ def read_table(path: Path) -> Table:
     if not lines:
         raise TableError("is empty")
     notes: list[str] = []
+    lines[0] = lines[0].lstrip("# ") or lines[0]  # numpy.savetxt
     is_json = lines[0].lstrip().startswith(("{", "["))
     rows = _json_rows(lines, notes) if is_json else _text_rows(lines, notes, _tag(path))
     return Table(list(_columns(rows)), len(rows), notes)
@@ -91,11 +92,9 @@ def _json_rows(lines: list[str], notes: list[str]) -> list[Row]:
     objects: Any = _json("\n".join(lines))
     if objects is None:
         objects = [_json(line) for line in lines]
-        if len(lines) > 1 and objects[-1] is None:
-            del objects[-1]
-            notes.append("left out: the last line, which is cut off")
-        if None in objects:
-            raise TableError(f"is damaged, or no JSON lines: line {objects.index(None) + 1}")
+        broken = [f"line {number} is no JSON, or cut off" for number, each in enumerate(objects, 1) if each is None]
+        _refuse_or_note(broken, len(lines), notes)
+        objects = [each for each in objects if each is not None]
     elif isinstance(objects, dict):
         objects = objects.get("log_history", [objects])
     rows = []
@@ -114,6 +113,13 @@ def _json_rows(lines: list[str], notes: list[str]) -> list[Row]:
     if not rows:
         raise TableError("has no column of numbers")
     return rows
+
+
+def _refuse_or_note(broken: list[str], count: int, notes: list[str]) -> None:
+    """Few rows that a kill has cut off are left out; more, or all, are damage."""
+    if len(broken) > max(1, BROKEN_SHARE * count) or len(broken) == count:
+        raise TableError(f"is damaged: {broken[0]}")
+    notes += [f"left out: {each}" for each in broken]
 
 
 def _json(text: str) -> Any:
@@ -148,16 +154,15 @@ def _text_rows(lines: list[str], notes: list[str], tag: str) -> list[Row]:
 
     rows: list[dict[str, str]] = []
     broken = []
-    for number, cells in enumerate(split, 1):
+    for number, row in enumerate(split, 1):
+        cells = row if any(row[len(head) :]) else row[: len(head)]  # some end each row in a comma
         if number > 1 and _is_head(cells, comma):  # after a resume
             head = _distinct(cells)
         elif len(cells) == len(head):
             rows.append(dict(zip(head, cells, strict=True)))
         else:
             broken.append(f"row {number} has {len(cells)} cells instead of {len(head)}")
-    if len(broken) > max(1, BROKEN_SHARE * len(split)) or (broken and not rows):
-        raise TableError(f"is damaged: {broken[0]}")
-    notes += [f"left out: {each}" for each in broken]
+    _refuse_or_note(broken, len(split), notes)
     return _numbers(rows, comma, notes)
 
 
