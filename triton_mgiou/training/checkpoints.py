@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from triton_mgiou.training.finite import as_tensor, describe
-from triton_mgiou.training.inert import Array, StandIn, Unpickler, pickle_module
+from triton_mgiou.training.inert import LEGACY, Array, StandIn, Unpickler, load_bytes, pickle_module
 
 READ = "checkpoints of torch.save, safetensors files and folders of torch.distributed.checkpoint"
 
 LARGE = 2**28  # bytes; from here on a progress bar shows
 TOLD = 3  # foreign classes in a note
 LOWEST_SCALE = 1.0  # as in `TrainingGuard`
-LEGACY = bytes.fromhex("6cfc9c46f9206aa85019")  # the number that files of torch.save before 1.6 begin with
 PICKLE = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 MASK = re.compile(r"mask", re.IGNORECASE)
 BOOKKEEPING = re.compile(r"(^|[._])(best|kth|min|max|score)[^.]*$")  # the best value so far, Inf to begin with
@@ -342,10 +341,7 @@ def _load_record(record: bytes) -> tuple[Any, list[str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if record.startswith(b"PK"):
-            stand_ins = pickle_module(foreign)
-            return torch.load(
-                io.BytesIO(record), map_location="cpu", weights_only=False, pickle_module=stand_ins
-            ), foreign
+            return load_bytes(record, foreign), foreign
         return Unpickler(io.BytesIO(record), foreign=foreign).load(), foreign
 
 

@@ -122,7 +122,7 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
         if kind == "metric":
             metrics.append(column)
             continue
-        if is_run and not kind and not any(map(math.isfinite, column.values)):
+        if is_run and not kind and "grad" not in column.name and not any(map(math.isfinite, column.values)):
             continue  # not defined for this data
         trouble = _not_finite(column, always=kind == "loss") or (_ends_early(column, table) if kind else "")
         if trouble:

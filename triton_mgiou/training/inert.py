@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+LEGACY = bytes.fromhex("6cfc9c46f9206aa85019")  # the number that files of torch.save before 1.6 begin with
 
 
 class StandIn:
@@ -81,8 +84,21 @@ class Unpickler(pickle.Unpickler):
         return type(name.rpartition(".")[2] or "unknown", (StandIn,), {})
 
     def _load_from_bytes(self, content: bytes) -> Any:
-        options = {"map_location": "cpu", "weights_only": False, "pickle_module": pickle_module(self._foreign)}
-        return torch.load(io.BytesIO(content), **options)
+        return load_bytes(content, self._foreign)
+
+
+def load_bytes(content: bytes, foreign: list[str]) -> Any:
+    """What torch.save wrote, with stand-ins; nothing else that torch.load reads, as TorchScript and tar files."""
+    file = io.BytesIO(content)
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            is_program = any(name.endswith("constants.pkl") for name in archive.namelist())
+    else:
+        is_program = LEGACY not in content[:64]
+    if is_program:
+        raise pickle.UnpicklingError("no tensors of torch.save in a record")
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=False, pickle_module=pickle_module(foreign))
 
 
 def pickle_module(foreign: list[str]) -> Any:
