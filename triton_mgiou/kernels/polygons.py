@@ -44,12 +44,14 @@ from triton_mgiou.kernels.types import (
     Variant,
 )
 from triton_mgiou.kernels.vertices import FULL, frame, load_vertices, pads, place, place_at_last, row_start, store
-from triton_mgiou.options import RESOLUTION, TINY
+from triton_mgiou.options import RESOLUTION, TIE, TINY
 
 TINY_32 = tl.constexpr(TINY[32])
 TINY_64 = tl.constexpr(TINY[64])
 RESOLUTION_32 = tl.constexpr(RESOLUTION[32])
 RESOLUTION_64 = tl.constexpr(RESOLUTION[64])
+TIE_32 = tl.constexpr(TIE[32])
+TIE_64 = tl.constexpr(TIE[64])
 
 
 @triton.jit(
@@ -124,9 +126,8 @@ def mgiou_kernel(
         and AXIS_WEIGHT != SOFT
         and not (CONVEXITY and BOUNDARY)
     )
-    VARIANT: tl.constexpr = Variant(
-        TINY, RESOLUTION, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, AXES, LANES, UNROLLED
-    )
+    TIE: tl.constexpr = TIE_64 if COMPUTE == tl.float64 else TIE_32
+    VARIANT: tl.constexpr = Variant(TINY, TIE, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, AXES, LANES, UNROLLED)
 
     axis = tl.arange(0, AXES)[None, :, None]
     lane = tl.arange(0, LANES)[None, None, :]

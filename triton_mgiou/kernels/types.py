@@ -17,7 +17,7 @@ class Variant(NamedTuple):
     """What is decided at compile time. Handed on as a `tl.constexpr`, since a tuple of its own makes tensors of it."""
 
     TINY: float
-    RESOLUTION: float
+    TIE: float
     GRAD: bool
     AXIS_WEIGHT: int
     AXIS_GRAD: bool
@@ -136,7 +136,7 @@ class Axis(NamedTuple):
     edge: Point
     length: tl.tensor  # 0 if it is no axis
     is_axis: tl.tensor
-    size: tl.tensor  # sum of absolute values: RESOLUTION times this is the rounding of a projection
+    size: tl.tensor  # sum of absolute values: TIE times this is the rounding of a projection
 
 
 class Weight(NamedTuple):

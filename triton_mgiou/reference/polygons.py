@@ -19,9 +19,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from triton_mgiou.options import MIN_AXIS_LENGTH, RESOLUTION, SOFT_AXIS_LENGTH, TINY
+from triton_mgiou.options import MIN_AXIS_LENGTH, RESOLUTION, SOFT_AXIS_LENGTH, TIE, TINY
 
 _TINY = {torch.float32: TINY[32], torch.float64: TINY[64]}
+_TIE = {torch.float32: TIE[32], torch.float64: TIE[64]}
 _RESOLUTION = {torch.float32: RESOLUTION[32], torch.float64: RESOLUTION[64]}
 
 # Same-sized integer, bits of the mantissa, largest value of the exponent field.
@@ -147,7 +148,7 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        (scale,) = ctx.saved_tensors
+        scale: Tensor = ctx.saved_tensors[0]
         return tangent * scale
 
 
@@ -224,7 +225,7 @@ def _interval(polygons: _Polygons, projections: Tensor, axes: Tensor) -> tuple[T
     The two ends of an edge have one projection on its normal, and so have those of a parallel one, but for the
     rounding of coordinates. What is closer than that to an extreme is tied with it.
     """
-    slack = _RESOLUTION[axes.dtype] * axes.detach().abs().sum(-1, keepdim=True)
+    slack = _TIE[axes.dtype] * axes.detach().abs().sum(-1, keepdim=True)
     values, distinct = projections.detach(), polygons.distinct.unsqueeze(1)
     low = values.masked_fill(~distinct, torch.inf).amin(-1, keepdim=True)
     high = values.masked_fill(~distinct, -torch.inf).amax(-1, keepdim=True)
