@@ -111,8 +111,8 @@ def test_one_pixel_boxes(backend, shift, axis_weight, axis_grad):
     leaf = pred.clone().requires_grad_()
     (expected,) = torch.autograd.grad(literal.per_sample_loss(leaf, target, **options).sum(), leaf)
     _, actual = backend.value_and_gradient(pred, target, reduction="sum", **options)
-    clear = ~nearly_tied(pred, target, 2.0**-20 * max(shift, 4))
-    assert clear.sum() > 0.8 * batch
+    clear = ~nearly_tied(pred, target, 5e-7 * max(shift, 4))
+    assert clear.sum() > batch / 2
     assert_gradient_close(actual.cpu()[clear], expected[clear], rtol=1e-4)
 
 
