@@ -81,9 +81,7 @@ class Placed(NamedTuple):
 
     xs: Slots
     ys: Slots
-    pads: (
-        Slots  # 0, or NaN where a vertex does not count: added to projections, which `min`, `max`, `<=` then pass over
-    )
+    pads: Slots  # 0, or NaN for a vertex that does not count: `min`, `max` and `<=` pass over its projections
     origin: Point
 
 
