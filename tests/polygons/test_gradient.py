@@ -8,16 +8,18 @@ import torch
 
 from tests import literal, oracle
 from tests.helpers import (
-    AXIS_WEIGHTS,
     POLYGONS,
     assert_close,
     assert_gradient_close,
     assert_same,
     assert_zero,
+    axis_grads,
+    axis_weights,
     box,
     convex,
     crossing,
     generator,
+    kinds,
     numpy64,
     numpy_options,
     random_boxes,
@@ -27,10 +29,6 @@ from tests.helpers import (
     uniform,
 )
 from triton_mgiou import PAPER, mgiou_loss
-
-axis_weights = pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
-axis_grads = pytest.mark.parametrize("axis_grad", [True, False])
-kinds = pytest.mark.parametrize("kind", POLYGONS)
 
 
 def differences(pred, target, **options):
