@@ -17,7 +17,7 @@ def _edges(polygon: Tensor) -> Tensor:
 
 
 def _weights(polygon: Tensor, axis_weight: str, extent: Tensor) -> Tensor:
-    lengths = _edges(polygon).norm(dim=1)
+    lengths: Tensor = _edges(polygon).norm(dim=1)
     if axis_weight == "uniform":
         return (lengths > 1e-6 * extent).to(lengths)
     if axis_weight == "length":
@@ -49,7 +49,8 @@ def _weighted_giou(
 def _convexity(polygon: Tensor, axis_weight: str, extent: Tensor) -> Tensor:
     edges = _edges(polygon)
     from_start = polygon.unsqueeze(0) - polygon.unsqueeze(1)  # (axes, vertices, 2)
-    distances = (edges[:, 1:] * from_start[..., 0] - edges[:, :1] * from_start[..., 1]) / edges.norm(dim=1).unsqueeze(1)
+    along = edges[:, 1:] * from_start[..., 0] - edges[:, :1] * from_start[..., 1]
+    distances: Tensor = along / edges.norm(dim=1).unsqueeze(1)
     smaller = torch.minimum(torch.relu(distances).sum(1), torch.relu(-distances).sum(1))
     terms = smaller / (len(polygon) * (distances.amax(1) - distances.amin(1)))
     return terms[_weights(polygon, axis_weight, extent) > 0].mean()

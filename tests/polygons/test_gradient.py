@@ -73,7 +73,7 @@ def test_central_differences_with_lengths_and_masks(backend, axis_weight, axis_g
 @kinds
 def test_autograd_of_the_formula(backend, kind, axis_weight, axis_grad, convexity_weight):
     rng = generator(23)
-    batch = backend.batch(32)
+    batch = 12
     options = {"axis_weight": axis_weight, "axis_grad": axis_grad, "convexity_weight": convexity_weight}
     for n, m in [(5, 8), (9, 4)]:
         pred, target = POLYGONS[kind](batch, n, rng), POLYGONS[kind](batch, m, rng)

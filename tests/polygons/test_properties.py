@@ -15,7 +15,6 @@ from tests.helpers import (
     assert_gradient_close,
     assert_same,
     assert_zero,
-    axis_grads,
     axis_weights,
     generator,
     uniform,
@@ -119,9 +118,8 @@ def test_scaling(backend, pair, factor, axis_weight):
     assert_close(backend.loss(*scaled, **options), value, atol=2e-6)
 
 
-@axis_grads
 @axis_weights
-@given(pair=pairs(least=1), exponent=st.integers(-100, 100), double=st.booleans())
+@given(axis_grad=st.booleans(), pair=pairs(least=1), exponent=st.integers(-100, 100), double=st.booleans())
 def test_powers_of_two_change_no_bit(backend, pair, exponent, double, *, axis_weight, axis_grad):
     dtype = torch.float64 if double else torch.float32
     exponent = exponent * 8 if double else exponent
@@ -134,10 +132,12 @@ def test_powers_of_two_change_no_bit(backend, pair, exponent, double, *, axis_we
         assert_same(scaled[1] * 2.0**exponent, gradient, "gradient")
 
 
-@axis_grads
 @axis_weights
 @given(
-    pair=pairs(least=1), shifts=st.tuples(st.integers(0, 7), st.integers(0, 7)), flips=st.tuples(*[st.booleans()] * 2)
+    axis_grad=st.booleans(),
+    pair=pairs(least=1),
+    shifts=st.tuples(st.integers(0, 7), st.integers(0, 7)),
+    flips=st.tuples(*[st.booleans()] * 2),
 )
 def test_first_vertex_and_direction_do_not_matter(backend, pair, shifts, flips, *, axis_weight, axis_grad):
     def reorder(vertices, side):
@@ -153,9 +153,8 @@ def test_first_vertex_and_direction_do_not_matter(backend, pair, shifts, flips, 
         assert_gradient_close(other[1], reorder(gradient, 0), rtol=rtol, atol=atol / 10)
 
 
-@axis_grads
 @axis_weights
-@given(pair=pairs(), counts=st.lists(st.integers(1, 3), min_size=16, max_size=16))
+@given(axis_grad=st.booleans(), pair=pairs(), counts=st.lists(st.integers(1, 3), min_size=16, max_size=16))
 def test_repeated_vertices(backend, pair, counts, *, axis_weight, axis_grad):
     """A repeated vertex changes no value, and its gradient is spread over the copies.
 
@@ -203,9 +202,8 @@ def fill(vertices, real, draw):
 
 
 @pytest.mark.parametrize("by", ["lengths", "mask"])
-@axis_grads
 @axis_weights
-@given(pair=pairs(), seed=seeds)
+@given(axis_grad=st.booleans(), pair=pairs(), seed=seeds)
 def test_padding_changes_no_bit_and_gets_no_gradient(backend, pair, seed, *, axis_weight, axis_grad, by):
     rng = generator(seed)
     options = {"axis_weight": axis_weight, "axis_grad": axis_grad, "convexity_weight": 0.5, "reduction": "none"}
@@ -232,9 +230,8 @@ def test_padding_changes_no_bit_and_gets_no_gradient(backend, pair, seed, *, axi
         assert_zero(gradient.cpu()[~real], "gradient of the padding")
 
 
-@axis_grads
 @axis_weights
-@given(pair=pairs(least=1), seed=seeds)
+@given(axis_grad=st.booleans(), pair=pairs(least=1), seed=seeds)
 def test_lengths_masks_and_slices_agree(backend, pair, seed, *, axis_weight, axis_grad):
     rng = generator(seed)
     pred, target = (vertices.float() for vertices in pair)
@@ -257,9 +254,8 @@ def test_lengths_masks_and_slices_agree(backend, pair, seed, *, axis_weight, axi
         assert_gradient_close(sliced[1], by_lengths[1][one, : pred_lengths[b]], rtol=1e-5, atol=1e-7, what="slice")
 
 
-@axis_grads
 @axis_weights
-@given(pair=pairs(least=2), seed=seeds)
+@given(axis_grad=st.booleans(), pair=pairs(least=2), seed=seeds)
 def test_masks_with_holes_agree_with_the_compacted_polygons(backend, pair, seed, *, axis_weight, axis_grad):
     rng = generator(seed)
     pred, target = (vertices.float() for vertices in pair)
