@@ -56,7 +56,7 @@ def polygons(*names: str) -> tuple[str, ...]:
 
 GROUPS = {
     "kernels": Group(("triton_mgiou/kernels/*.py",), polygons(*LOSS, "kernels"), interpreter=True),
-    "reference": Group(("triton_mgiou/reference/*.py",), polygons(*LOSS)),
+    "reference": Group(("triton_mgiou/reference/*.py",), polygons(*LOSS, "integration")),
     "arguments": Group(
         ("triton_mgiou/functional.py", "triton_mgiou/arguments.py"), polygons("arguments", *LOSS, "integration")
     ),
