@@ -35,19 +35,29 @@ Command = tuple[bool, list[str]]  # whether the kernels run in Triton's interpre
 
 
 class Group(NamedTuple):
-    """Sources that the same tests cover; those of boxes are covered by the tests of boxes."""
+    """Sources that the same tests cover, those that are the fastest to notice first.
+
+    What is about boxes or pairs by its name is covered by the folder of that name instead.
+    """
 
     sources: tuple[str, ...]
-    tests: tuple[str, ...]  # the fastest to notice first
-    interpreter: bool = False
+    tests: tuple[str, ...]
+    interpreted: tuple[str, ...] = ()  # with the kernels in the interpreter; these run before the others
 
     def commands(self, path: str) -> list[Command]:
         """What to run for a mutant of `path`."""
-        tests = ["tests/boxes"] if Path(path).stem == "boxes" else list(self.tests)
-        commands: list[Command] = [(False, tests)]
-        if self.interpreter:
-            commands.insert(0, (True, [*tests, "-k", "triton-cpu"]))
+        folders = tuple(f"tests/{shape}" for shape in ("boxes", "pairs") if Path(path).stem == shape)
+        commands: list[Command] = [(False, _existing(folders or self.tests))]
+        if self.interpreted:
+            commands.insert(0, (True, [*_existing(folders or self.interpreted), "-k", "triton-cpu"]))
         return commands
+
+
+def _existing(patterns: tuple[str, ...]) -> list[str]:
+    found = [str(file.relative_to(ROOT)) for pattern in patterns for file in sorted(ROOT.glob(pattern))]
+    if not found:
+        raise FileNotFoundError(f"no tests match {patterns}")
+    return found
 
 
 def polygons(*names: str) -> tuple[str, ...]:
@@ -55,19 +65,22 @@ def polygons(*names: str) -> tuple[str, ...]:
 
 
 GROUPS = {
-    "kernels": Group(("triton_mgiou/kernels/*.py",), polygons(*LOSS, "kernels"), interpreter=True),
+    "kernels": Group(("triton_mgiou/kernels/*.py",), polygons("kernels"), polygons(*LOSS)),
     "reference": Group(("triton_mgiou/reference/*.py",), polygons(*LOSS, "integration")),
     "arguments": Group(
         ("triton_mgiou/functional.py", "triton_mgiou/arguments.py"), polygons("arguments", *LOSS, "integration")
     ),
     "launch": Group(
         ("triton_mgiou/ops.py", "triton_mgiou/launch.py"),
-        (*polygons("operator", *LOSS, "integration", "arguments", "kernels"), "tests/tuning"),
-        interpreter=True,
+        ("tests/test_launch.py", "tests/tuning", *polygons("arguments", "integration", "kernels")),
+        ("tests/test_launch.py", "tests/tuning", *polygons("operator", *LOSS, "integration", "arguments")),
     ),
     "modules": Group(("triton_mgiou/modules.py",), polygons("module", "polygon_loss", "defaults")),
     "guard": Group(("triton_mgiou/training/guard.py",), ("tests/training/test_guard.py",)),
-    "diagnose": Group(("triton_mgiou/training/diagnose.py",), ("tests/training/test_diagnose.py",)),
+    "diagnose": Group(
+        ("triton_mgiou/training/diagnose.py",),
+        ("tests/training/test_diagnose.py", "tests/training/test_verdict*.py", "tests/training/test_symptoms.py"),
+    ),
 }
 EVERYTHING: list[Command] = [(False, ["-n", "2"]), (True, ["-n", "2", "-k", "triton-cpu"])]
 
