@@ -117,14 +117,16 @@ def check_avg_factor(avg_factor: float | Tensor, reduction: str, pred: Tensor) -
     if reduction == "sum":
         raise ValueError('avg_factor goes with reduction="mean" or "none", got reduction="sum"')
     if isinstance(avg_factor, Tensor):
+        if avg_factor.dtype.is_complex:
+            raise TypeError(f"avg_factor must be real, got {avg_factor.dtype}")
         if avg_factor.numel() != 1:
             raise ValueError(f"avg_factor must have one element, got shape {tuple(avg_factor.shape)}")
         if avg_factor.dim() > 0 or avg_factor.device.type != "cpu":
             check_device("avg_factor", avg_factor, "pred", pred)
     else:
         check_number("avg_factor", avg_factor)
-        if avg_factor <= 0 and pred.shape[0] > 0:
-            raise ValueError(f"avg_factor must be above 0, got {avg_factor}")
+        if avg_factor < 0 and pred.shape[0] > 0:
+            raise ValueError(f"avg_factor must be 0 or above, got {avg_factor}")
 
 
 def check_keypoints(pred: Tensor, target: Tensor, mask: Tensor, area: Tensor) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import triton_mgiou.launch
     import triton_mgiou.ops
 
+LEAST_DIVISOR = 1e-30  # over a smaller one a gradient could overflow, and times a weight of 0 give NaN
+
 __all__ = ["PAPER", "kernels_unavailable", "mgiou_loss"]
 
 
@@ -77,8 +79,10 @@ def mgiou_loss(
             edge goes to the next real vertex.
         target_mask: The same for `target`, shape (B, M).
         weight: Factor on each sample's loss, shape (B,), or (B, k) to be averaged over k.
-        avg_factor: With `reduction="mean"`, divide the sum by this instead of by B. Above 0, a number or a
-            tensor of one element. Not allowed with "sum", without effect with "none" (as in mmdetection).
+        avg_factor: With `reduction="mean"`, divide the sum by this instead of by B: a number or a tensor of one
+            element. Where it and the weighted sum are 0, as for an image without objects, the loss and its gradient
+            are 0; where only it is 0, the loss is Inf. Below 0 a number is an error, and a tensor, which is never
+            read on the host, gives NaN. Not allowed with "sum", without effect with "none" (as in mmdetection).
         reduction: "mean", "sum" or "none".
         axis_weight: Weight of an edge's normal in the mean. "length": the edge's share of its polygon's perimeter.
             "uniform": 1 if the edge is longer than 1e-6 of the sample's extent, else 0 (the paper's). "soft":
@@ -128,9 +132,7 @@ def mgiou_loss(
         target_real = target_lengths if target_mask is None else target_mask
         inside = kernel_reduction(pred, target, weight, reduction, avg_factor)
         call = triton_mgiou.launch.PolygonCall(pred_real, target_real, inside or Reduction(None, True, None), options)
-        loss = triton_mgiou.ops.polygon_loss(pred, target, call)
-        if inside is None:
-            loss = reduce(loss, weight, reduction, avg_factor)
+        loss = reduce_further(triton_mgiou.ops.polygon_loss(pred, target, call), inside, weight, reduction, avg_factor)
     else:
         loss = reference.per_sample_loss(
             pred,
@@ -153,14 +155,33 @@ def mgiou_loss(
 def kernel_reduction(
     pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None
 ) -> Reduction | None:
-    """The reduction as a kernel does it. None where it cannot: a tensor divides, or the weight wants a gradient."""
-    if isinstance(avg_factor, Tensor) or (weight is not None and weight.requires_grad):
-        return None
+    """What of the reduction a kernel does; nothing where the weight wants a gradient."""
     if weight is not None:
+        if weight.requires_grad:
+            return None
         weight = _per_sample(weight, reference.compute_dtype(pred, target))
-    if reduction == "mean":
-        return Reduction(weight, False, pred.shape[0] if avg_factor is None else avg_factor)
-    return Reduction(weight, reduction == "none", None)
+    if reduction != "mean":
+        return Reduction(weight, reduction == "none", None)
+    if avg_factor is None:
+        return Reduction(weight, False, pred.shape[0])
+    if isinstance(avg_factor, Tensor) or avg_factor < LEAST_DIVISOR:
+        return Reduction(weight, False, None)
+    return Reduction(weight, False, avg_factor)
+
+
+def reduce_further(
+    loss: Tensor,
+    inside: Reduction | None,
+    weight: Tensor | None,
+    reduction: str,
+    avg_factor: float | Tensor | None,
+) -> Tensor:
+    """Do the part of the reduction that the kernel did not."""
+    if inside is None:
+        return reduce(loss, weight, reduction, avg_factor)
+    if reduction == "mean" and inside.divisor is None and avg_factor is not None:
+        return _divide(loss, avg_factor)
+    return loss
 
 
 def _takes_kernel(backend: str, pred: Tensor) -> bool:
@@ -222,9 +243,23 @@ def reduce(loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: floa
     total = loss.sum()
     if reduction == "sum" or loss.shape[0] == 0:
         return total
-    if isinstance(avg_factor, Tensor):
-        avg_factor = avg_factor.reshape(())
-    return total / (loss.shape[0] if avg_factor is None else avg_factor)
+    return total / loss.shape[0] if avg_factor is None else _divide(total, avg_factor)
+
+
+def _divide(total: Tensor, avg_factor: float | Tensor) -> Tensor:
+    """`total / avg_factor`; where both are 0 it is 0, with a gradient of 0. A tensor below 0 gives NaN.
+
+    Nothing here reads a value on the host.
+    """
+    if not isinstance(avg_factor, Tensor):
+        if avg_factor >= LEAST_DIVISOR:
+            return total / avg_factor
+        avg_factor = torch.full((), avg_factor, dtype=total.dtype, device="cpu")
+    divisor = avg_factor.reshape(()).to(total.dtype)
+    divisor = torch.where(divisor >= 0, divisor, torch.nan)
+    # A sum of 0 is divided by Inf instead. Added, because a GPU takes a divisor on the CPU only as an operand.
+    more = torch.where(torch.logical_or(total, divisor >= LEAST_DIVISOR), 0.0, torch.inf)
+    return total / (divisor + more.to(total.dtype))
 
 
 def _per_sample(weight: Tensor, dtype: torch.dtype) -> Tensor:

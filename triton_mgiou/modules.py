@@ -67,7 +67,8 @@ class MGIoULoss(nn.Module):
             target: Target vertices, shape (B, M, 2), floating.
             weight: Shape (B,), or (B, k) to be averaged over k. If no entry is positive, a reduced loss is 0 and
                 connected to the graph.
-            avg_factor: Divides the sum instead of B when the reduction is "mean".
+            avg_factor: Divides the sum instead of B when the reduction is "mean", as in `mgiou_loss`: with a sum of 0,
+                it may be 0, and the loss is 0.
             reduction_override: Replaces the module's `reduction` for this call.
             **kwargs: Further arguments of `mgiou_loss` for this call: lengths, masks, or an option to override.
 
@@ -151,8 +152,8 @@ class PolygonLoss(nn.Module):
                 gradient. A sample without a visible vertex has loss 0.
             area: Area of each target's box in the unit of the vertices, squared, shape (B, 1) or (B,); a constant. What
                 is below 1e-6 counts as 1e-6. Not used in mode "mgiou".
-            avg_factor: Divides the sum of the samples' losses instead of B; see `mean_positives` for several
-                processes.
+            avg_factor: Divides the sum of the samples' losses instead of B, as in `mgiou_loss`; see `mean_positives`
+                for several processes.
 
         Returns:
             The loss, a scalar, and its parts before alpha, "l2" and "mgiou", those that the mode has. The parts are
