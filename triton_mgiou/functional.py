@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import triton_mgiou
 from triton_mgiou import debugging
@@ -71,8 +72,8 @@ def mgiou_loss(
         pred: Predicted vertices, shape (B, N, 2), in order along the outline; float16, bfloat16, float32 or
             float64. Computed in float64 if either input is float64, else in float32.
         target: Target vertices, shape (B, M, 2); M may differ from N. Gets a gradient if it asks for one.
-        pred_lengths: How many vertices are real, shape (B,), any integer type; the rest is padding and may hold
-            anything. Clamped to 0..N. Without lengths and mask, every vertex is real; repeating a vertex is
+        pred_lengths: How many vertices are real, shape (B,), int8 to int64 or uint8; the rest is padding and may
+            hold anything. Clamped to 0..N. Without lengths and mask, every vertex is real; repeating a vertex is
             then a padding that changes no MGIoU.
         target_lengths: The same for `target`.
         pred_mask: The other way to say it: shape (B, N), bool, True for a real vertex. Holes are allowed: an
@@ -103,7 +104,7 @@ def mgiou_loss(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value.
-        RuntimeError: `backend="triton"` where the kernels cannot run.
+        RuntimeError: `backend="triton"` where the kernels cannot run, or a call under `torch.jit.trace`.
 
     Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
     """
@@ -188,6 +189,8 @@ def _takes_kernel(backend: str, pred: Tensor) -> bool:
     if backend == "eager" or (backend == "auto" and not pred.is_cuda):
         return False
     reason = kernels_unavailable(pred.device)
+    if forward_ad._current_level >= 0:  # whether or not a tensor carries a tangent, which the kernels would drop
+        reason = "forward-mode differentiation is active, and the kernels know only the reverse mode"
     if torch._C._are_functorch_transforms_active():
         reason = "a torch.func transform is active, and the kernels know only autograd"
     if reason is not None and backend == "triton":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_mgiou.arguments import check_avg_factor, check_choice, check_keypoints
+from triton_mgiou.arguments import check_avg_factor, check_choice, check_keypoints, check_real_numbers
 from triton_mgiou.functional import mgiou_loss, reduce
 from triton_mgiou.options import PAPER, REDUCTIONS, Options
 from triton_mgiou.reference.polygons import compute_dtype
@@ -81,6 +81,7 @@ class MGIoULoss(nn.Module):
         """
         reduction = self.reduction if reduction_override is None else reduction_override
         if weight is not None and reduction != "none":
+            check_real_numbers("weight", weight)
             weight = torch.where((weight > 0).any(), weight, 0)
         return self.loss_weight * mgiou_loss(
             pred,

@@ -84,6 +84,13 @@ def _gradients(ctx: Any, upstream: Tensor | None, is_sole_owner: bool) -> list[T
             'the "triton" backend of mgiou_loss has no second derivative: expected create_graph=False, '
             'got create_graph=True; use backend="eager" for double backward'
         )
+    if upstream is not None and (
+        torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(upstream)
+    ):
+        raise RuntimeError(
+            'backend="triton" cannot run: a batch of gradients is asked for at once, and the kernels know only '
+            'autograd; expected vectorize=False and is_grads_batched=False, or backend "eager"'
+        )
     return [
         None if grad is None or upstream is None else _scaled(grad, dtype, upstream, is_sole_owner)
         for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
