@@ -176,6 +176,8 @@ class PolygonLoss(nn.Module):
             parts["mgiou"] = self.mgiou(pred, target, avg_factor=avg_factor, pred_mask=visible, target_mask=visible)
         if self.mode == "hybrid":
             alpha: Any = self.alpha() if isinstance(self.alpha, nn.Module) else self.alpha
+            if isinstance(alpha, Tensor):
+                alpha = alpha.to(dtype)  # or a float64 scalar would make the loss float64
             total = alpha * parts["l2"] + (1 - alpha) * parts["mgiou"]
         else:
             total = parts[self.mode]

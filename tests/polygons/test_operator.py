@@ -4,11 +4,15 @@ import importlib
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import assert_close, assert_gradient_close, assert_same, convex, generator, star
 from triton_mgiou import PAPER, mgiou_loss
+from triton_mgiou.options import Options
+
+DEFAULTS = Options()._asdict()
 
 
 @pytest.fixture
@@ -83,6 +87,49 @@ def test_double_backward_is_refused(kernels):
     loss = mgiou_loss(pred.requires_grad_(), target, backend="triton")
     with pytest.raises(RuntimeError, match=r"no second derivative.*create_graph=True.*backend=\"eager\""):
         torch.autograd.grad(loss, pred, create_graph=True)
+
+
+FORWARD = r'backend="triton" cannot run: forward-mode .*expected .*"eager"'
+BATCHED = r'backend="triton" cannot run: a batch of gradients .*expected .*"eager"'
+
+
+@pytest.mark.parametrize("name", ["pred", "target", "weight", "avg_factor"])
+def test_a_tangent_is_refused_and_not_dropped(kernels, name):
+    pred, target = polygons(kernels)
+    given = {"weight": torch.ones(6, device=kernels.device), "avg_factor": torch.tensor(6.0, device=kernels.device)}
+    given |= {"pred": pred, "target": target}
+    with forward_ad.dual_level():
+        given[name] = forward_ad.make_dual(given[name], torch.ones_like(given[name]))
+        with pytest.raises(RuntimeError, match=FORWARD):
+            mgiou_loss(**given, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"vectorize": True, "strategy": "forward-mode"}, FORWARD),
+        ({"vectorize": True}, BATCHED),
+        ({"create_graph": True}, "second derivative"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_jacobian(kernels, keywords, message):
+    """Of the losses of single samples: the gradient of each, or a refusal."""
+    pred, target = polygons(kernels)
+
+    def each(vertices):
+        return mgiou_loss(vertices, target, reduction="none", backend="triton")
+
+    if message is not None:
+        with pytest.raises(RuntimeError, match=message):
+            torch.autograd.functional.jacobian(each, pred, **keywords)
+        return
+    jacobian = torch.autograd.functional.jacobian(each, pred)
+    gradient = kernels.value_and_gradient(pred, target, reduction="sum", **DEFAULTS)[1]
+    for row in range(len(pred)):
+        assert_close(jacobian[row, row], gradient[row], atol=0.0)
+        assert not jacobian[row, torch.arange(len(pred)) != row].any()
 
 
 def test_no_gradient_is_computed_where_none_is_asked_for(kernels, monkeypatch):
