@@ -27,12 +27,8 @@ def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
         return _direct(pred, target, call)
     options = call.options
     weight, per_sample, divisor = call.reduction
-    # Numbers that may change from step to step go in as tensors, or stay outside: as constants of the graph, each
-    # change would compile it again.
-    factors = [
-        torch.full((), factor, dtype=torch.float64, device="cpu")
-        for factor in (options.convexity_weight, options.boundary_weight)
-    ]
+    convexity_weight, changing_convexity_weight = _constant_or_tensor(options.convexity_weight)
+    boundary_weight, changing_boundary_weight = _constant_or_tensor(options.boundary_weight)
     loss: Tensor = _polygon_operator(
         pred,
         target,
@@ -42,10 +38,25 @@ def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
         "none" if per_sample else "sum",
         options.axis_weight,
         options.axis_grad,
-        *factors,
+        convexity_weight,
+        boundary_weight,
+        changing_convexity_weight,
+        changing_boundary_weight,
         *_wants_gradient(pred, target),
     )[0]
     return loss if divisor is None else loss / divisor
+
+
+def _constant_or_tensor(weight: float) -> tuple[float, Tensor | None]:
+    """The weight of a term as an operator takes it: a usual one as a constant of the graph, another as a tensor.
+
+    Another may change from step to step, and as a constant each change would compile the graph again. But a tensor has
+    to be made, and as it is on the CPU, the compiler lays no CUDA graph around the operator.
+    """
+    for usual in (0.0, Options().boundary_weight):
+        if weight == usual:
+            return usual, None
+    return 0.0, torch.full((), weight, dtype=torch.float64, device="cpu")
 
 
 def _is_traced(pred: Tensor, target: Tensor) -> bool:
@@ -119,13 +130,19 @@ def _polygon_operator(
     reduction: str,
     axis_weight: str,
     axis_grad: bool,
-    convexity_weight: Tensor,
-    boundary_weight: Tensor,
+    convexity_weight: float,
+    boundary_weight: float,
+    changing_convexity_weight: Tensor | None,
+    changing_boundary_weight: Tensor | None,
     pred_grad: bool,
     target_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The launch: loss and gradients; a gradient that is not asked for is empty."""
-    options = Options(axis_weight, axis_grad, convexity_weight.item(), boundary_weight.item())
+    if changing_convexity_weight is not None:
+        convexity_weight = changing_convexity_weight.item()
+    if changing_boundary_weight is not None:
+        boundary_weight = changing_boundary_weight.item()
+    options = Options(axis_weight, axis_grad, convexity_weight, boundary_weight)
     call = PolygonCall(pred_real, target_real, Reduction(weight, reduction == "none", None), options)
     loss, *grads = loss_and_gradients(pred, target, call, pred_grad, target_grad)
     pred_out, target_out = (loss.new_empty(0) if grad is None else grad for grad in grads)

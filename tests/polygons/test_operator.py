@@ -37,18 +37,21 @@ def test_opcheck(kernels, rule, dtypes):
     weight = torch.rand(6, device=kernels.device)
     for side in (pred, target):
         side.requires_grad_()
-    factors = torch.tensor([0.5, 0.25], dtype=torch.float64).unbind()
-    arguments = (pred, target, lengths, mask, weight, rule, "length", True, *factors, True, True)
+    changing = torch.tensor(0.5, dtype=torch.float64)
+    arguments = (pred, target, lengths, mask, weight, rule, "length", True, 0.0, 0.25, changing, None, True, True)
     torch.library.opcheck(torch.ops.triton_mgiou.loss.default, arguments)
 
 
-def test_the_operator_is_the_direct_path(kernels):
+@pytest.mark.parametrize("changing", [False, True])
+def test_the_operator_is_the_direct_path(kernels, changing):
     pred, target = (t.requires_grad_() for t in polygons(kernels))
     weights = {"convexity_weight": 0.5, "boundary_weight": 0.25}
     direct = mgiou_loss(pred, target, reduction="sum", backend="triton", **PAPER | weights)
-    factors = (torch.tensor(weight, dtype=torch.float64) for weight in weights.values())
-    options = (None, None, None, "sum", "uniform", True, *factors, True, True)
-    operator = torch.ops.triton_mgiou.loss(pred, target, *options)[0]
+    numbers = tuple(weights.values())
+    tensors = tuple(torch.tensor(number, dtype=torch.float64) for number in numbers)
+    numbers = (0.0, 0.0, *tensors) if changing else (*numbers, None, None)
+    options = (None, None, None, "sum", "uniform", True, *numbers)
+    operator = torch.ops.triton_mgiou.loss(pred, target, *options, True, True)[0]
     assert_same(direct.detach(), operator.detach())
     for got, want in zip(
         torch.autograd.grad(operator, (pred, target)), torch.autograd.grad(direct, (pred, target)), strict=True
