@@ -12,8 +12,8 @@ from torch import Tensor
 from triton_mgiou.options import AXIS_WEIGHTS, Options
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_PLAIN = (Tensor, torch.nn.Parameter)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -51,10 +51,9 @@ def check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be floating (float16, bfloat16, float32 or float64), got {value.dtype}")
 
 
-def check_real_numbers(name: str, value: object) -> None:
-    """Refuse what is no tensor of real numbers: complex ones, and float8, with which PyTorch hardly computes."""
+def check_real_numbers(name: str, value: Tensor) -> None:
+    """Refuse what is no tensor of real numbers; float8 too, with which PyTorch hardly computes."""
     check_tensor(name, value)
-    assert isinstance(value, Tensor)
     if value.dtype.is_complex or (value.dtype.is_floating_point and value.dtype not in FLOATING):
         raise TypeError(f"{name} must hold real numbers of 16 bits or more, or integers, got {value.dtype}")
 

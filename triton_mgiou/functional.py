@@ -133,7 +133,9 @@ def mgiou_loss(
         target_real = target_lengths if target_mask is None else target_mask
         inside = kernel_reduction(pred, target, weight, reduction, avg_factor)
         call = triton_mgiou.launch.PolygonCall(pred_real, target_real, inside or Reduction(None, True, None), options)
-        loss = reduce_further(triton_mgiou.ops.polygon_loss(pred, target, call), inside, weight, reduction, avg_factor)
+        loss = triton_mgiou.ops.polygon_loss(pred, target, call)
+        if inside is None:
+            loss = reduce(loss, weight, reduction, avg_factor)
     else:
         loss = reference.per_sample_loss(
             pred,
@@ -156,33 +158,19 @@ def mgiou_loss(
 def kernel_reduction(
     pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None
 ) -> Reduction | None:
-    """What of the reduction a kernel does; nothing where the weight wants a gradient."""
+    """The reduction as a kernel does it; None where `reduce` has to, since a kernel divides by a number above 0 only.
+
+    Nor does a kernel have a gradient to the weight.
+    """
+    if isinstance(avg_factor, Tensor) or (avg_factor is not None and avg_factor < LEAST_DIVISOR):
+        return None
     if weight is not None:
         if weight.requires_grad:
             return None
         weight = _per_sample(weight, reference.compute_dtype(pred, target))
-    if reduction != "mean":
-        return Reduction(weight, reduction == "none", None)
-    if avg_factor is None:
-        return Reduction(weight, False, pred.shape[0])
-    if isinstance(avg_factor, Tensor) or avg_factor < LEAST_DIVISOR:
-        return Reduction(weight, False, None)
-    return Reduction(weight, False, avg_factor)
-
-
-def reduce_further(
-    loss: Tensor,
-    inside: Reduction | None,
-    weight: Tensor | None,
-    reduction: str,
-    avg_factor: float | Tensor | None,
-) -> Tensor:
-    """Do the part of the reduction that the kernel did not."""
-    if inside is None:
-        return reduce(loss, weight, reduction, avg_factor)
-    if reduction == "mean" and inside.divisor is None and avg_factor is not None:
-        return _divide(loss, avg_factor)
-    return loss
+    if reduction == "mean":
+        return Reduction(weight, False, pred.shape[0] if avg_factor is None else avg_factor)
+    return Reduction(weight, reduction == "none", None)
 
 
 def _takes_kernel(backend: str, pred: Tensor) -> bool:
