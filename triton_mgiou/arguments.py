@@ -77,15 +77,16 @@ def check_options(options: Options) -> None:
     check_choice("axis_weight", options.axis_weight, AXIS_WEIGHTS)
     if not isinstance(options.axis_grad, bool):
         raise TypeError(f"axis_grad must be a bool, got {type(options.axis_grad).__name__}")
-    for name, value in (
-        ("convexity_weight", options.convexity_weight),
-        ("boundary_weight", options.boundary_weight),
-    ):
-        if type(value) is float and 0.0 <= value < math.inf:  # the usual case, which should take no time
-            continue
-        check_number(name, value)
-        if value < 0:
-            raise ValueError(f"{name} must be 0 or above, got {value}")
+    _check_term_weight("convexity_weight", options.convexity_weight)
+    _check_term_weight("boundary_weight", options.boundary_weight)
+
+
+def _check_term_weight(name: str, value: Any) -> None:
+    if type(value) is float and 0.0 <= value < math.inf:  # the usual case, which should take no time
+        return
+    check_number(name, value)
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or above, got {value}")
 
 
 def check_polygons(pred: Tensor, target: Tensor) -> None:

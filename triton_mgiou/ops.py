@@ -18,6 +18,8 @@ from triton_mgiou.launch import PolygonCall, loss_and_gradients
 from triton_mgiou.options import Options, Reduction
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # anything else, such as a fake tensor, needs PyTorch's dispatcher
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_is_in_transform = torch._C._are_functorch_transforms_active
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
@@ -86,26 +88,25 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, upstream, is_sole_owner=not _keeps_graph()), None)
+        return (*_gradients(ctx, upstream, not _keeps_graph()), None)
 
 
-def _gradients(ctx: Any, upstream: Tensor | None, is_sole_owner: bool) -> list[Tensor | None]:
+def _gradients(ctx: Any, upstream: Tensor, is_sole_owner: bool) -> tuple[Tensor | None, Tensor | None]:
     if torch.is_grad_enabled():
         raise RuntimeError(
             'the "triton" backend of mgiou_loss has no second derivative: expected create_graph=False, '
             'got create_graph=True; use backend="eager" for double backward'
         )
-    if upstream is not None and (
-        torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(upstream)
-    ):
+    if _is_batched(upstream) or _is_in_transform():
         raise RuntimeError(
             'backend="triton" cannot run: a batch of gradients is asked for at once, and the kernels know only '
             'autograd; expected vectorize=False and is_grads_batched=False, or backend "eager"'
         )
-    return [
-        None if grad is None or upstream is None else _scaled(grad, dtype, upstream, is_sole_owner)
-        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    ]
+    (pred_grad, target_grad), (pred_dtype, target_dtype) = ctx.saved_tensors, ctx.dtypes
+    return (
+        None if pred_grad is None else _scaled(pred_grad, pred_dtype, upstream, is_sole_owner),
+        None if target_grad is None else _scaled(target_grad, target_dtype, upstream, is_sole_owner),
+    )
 
 
 def _scaled(grad: Tensor, dtype: torch.dtype, upstream: Tensor, is_sole_owner: bool) -> Tensor:
@@ -176,7 +177,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*_gradients(ctx, upstream, is_sole_owner=False), *[None] * (ctx.arguments - 2))
+    gradients = (None, None) if upstream is None else _gradients(ctx, upstream, False)
+    return (*gradients, *[None] * (ctx.arguments - 2))
 
 
 _register(_polygon_operator, reduction=5)
