@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -20,7 +22,8 @@ from tests.helpers import (
     star,
     uniform,
 )
-from triton_mgiou import MGIoULoss, mgiou_loss
+from triton_mgiou import PAPER, MGIoULoss, PolygonLoss, mgiou_loss
+from triton_mgiou.training import AlphaSchedule, debug
 
 
 def sample(batch, device, seed=101):
@@ -171,6 +174,53 @@ def test_no_value_of_a_tensor_is_looked_at(backend, reduction, axis_weight):
             assert fake[side].grad.shape == given[side].shape
         module = MGIoULoss(reduction, backend=backend.name, axis_weight=axis_weight)
         module(fake["pred"], fake["target"], fake["weight"], target_mask=fake["target_mask"]).sum().backward()
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "default",
+    [
+        lambda: default_dtype(torch.float64),
+        lambda: default_dtype(torch.float16),
+        lambda: torch.device("meta"),  # as torch.set_default_device
+    ],
+    ids=["float64", "float16", "meta"],
+)
+def test_defaults_of_pytorch_change_nothing(backend, default):
+    """The loss's type and device are those of its input, whatever new tensors have."""
+    given = sample(6, backend.device)
+    pred, target = given["pred"], given["target"]
+    keypoints = (pred, pred.flip(0), given["weight"][:, :1].expand(6, 6) > 0.3, given["weight"][:, 0])
+    losses = [PolygonLoss(mode, alpha=AlphaSchedule(4), backend=backend.name) for mode in ("l2", "hybrid")]
+    factors = [2, 0, torch.tensor(3, device=backend.device), torch.tensor(2.0, dtype=torch.float64)]
+    modules = [loss.to(backend.device) for loss in losses]
+
+    def results():
+        leaf = pred.clone().requires_grad_()
+        yield from (backend.loss(**given | {"pred": leaf}, reduction=each) for each in ("none", "sum", "mean"))
+        yield from (backend.loss(leaf, target, avg_factor=each, **PAPER) for each in factors)
+        yield from (module(leaf, *keypoints[1:], avg_factor=factors[2])[0] for module in modules)
+        yield backend.loss(leaf[:0], target[:0])
+        with debug():
+            loss = backend.loss(**given | {"pred": leaf}, boundary_weight=0.5)
+        yield loss
+        yield torch.autograd.grad(loss, leaf)[0]
+
+    expected = [each.detach() for each in results()]
+    with default():
+        actual = [each.detach() for each in results()]
+    for got, want in zip(actual, expected, strict=True):
+        assert got.device == want.device
+        assert_same(got, want)
 
 
 @pytest.mark.gpu

@@ -439,7 +439,7 @@ WRONG = {
     "area of another shape": ({"area": torch.ones(1, 4)}, ValueError, "area", ["(4, 1)", "(4,)", "(1, 4)"]),
     "mask elsewhere": ({"kpt_mask": MASK.to("meta")}, ValueError, "kpt_mask", ["device", "meta"]),
     "area elsewhere": ({"area": AREA.to("meta")}, ValueError, "area", ["device", "meta"]),
-    "avg_factor zero": ({"avg_factor": 0}, ValueError, "avg_factor", ["above 0"]),
+    "avg_factor negative": ({"avg_factor": -1}, ValueError, "avg_factor", ["0 or above"]),
     "avg_factor of two": ({"avg_factor": torch.ones(2)}, ValueError, "avg_factor", ["one element", "(2,)"]),
     "avg_factor a string": ({"avg_factor": "4"}, TypeError, "avg_factor", ["number", "str"]),
 }
