@@ -91,7 +91,10 @@ def target_axis(sums, edge, sample, VARIANT: tl.constexpr):
         gradient = add_gradient(
             gradient, axis, shares(compared.on_pred, compared.pred, to_pred, axis.size * sample.tie)
         )
-    return AxisSums(mean, gradient)
+    reach = sums.reach
+    if VARIANT.BOUNDARY:
+        reach += tl.where(sample.target_direction > 0, compared.target.high, minus(compared.target.low))
+    return AxisSums(mean, gradient, reach)
 
 
 @triton.jit

@@ -147,7 +147,9 @@ def frame(pred, target):
     extent = tl.maximum(high_x * scale - low.x, high_y * scale - low.y)
     pred_is_point = (pred_x.low == pred_x.high) & (pred_y.low == pred_y.high)
     target_is_point = (target_x.low == target_x.high) & (target_y.low == target_y.high)
-    return Frame(scale, low, extent, pred_is_point, target_is_point, poison)
+    width = target_x.high * scale - target_x.low * scale
+    height = target_y.high * scale - target_y.low * scale
+    return Frame(scale, low, extent, pred_is_point, target_is_point, 2.0 * (width + height), poison)
 
 
 @triton.jit
