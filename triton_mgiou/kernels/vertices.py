@@ -145,8 +145,9 @@ def frame(pred, target):
     scale = inverse_power_of_two(tl.maximum(largest_x, largest_y)) + poison
     low = Point(low_x * scale, low_y * scale)
     extent = tl.maximum(high_x * scale - low.x, high_y * scale - low.y)
-    pred_is_point = (pred_x.low == pred_x.high) & (pred_y.low == pred_y.high)
-    target_is_point = (target_x.low == target_x.high) & (target_y.low == target_y.high)
+    # Not by `&`: the compiler makes vectors of bits of it, which need local memory.
+    pred_is_point = tl.maximum(pred_x.high - pred_x.low, pred_y.high - pred_y.low) == 0
+    target_is_point = tl.maximum(target_x.high - target_x.low, target_y.high - target_y.low) == 0
     width = target_x.high * scale - target_x.low * scale
     height = target_y.high * scale - target_y.low * scale
     return Frame(scale, low, extent, pred_is_point, target_is_point, 2.0 * (width + height), poison)
