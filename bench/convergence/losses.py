@@ -31,13 +31,14 @@ def reported(
     clamp: bool = True,
     sort: bool = True,
     factor: float = 1.0,
+    epsilon: float = EPSILON,
 ) -> Tensor:
     """The polygon loss of the two reports, written from their description.
 
     Vertices are sorted by angle, padding is repeated vertices that a threshold on the edge's length has to find, and
     every quotient is guarded. `mask` is "hard" (mean over the edges above the threshold), "conditional" (mean over all
     edges if more than half are above it, else "hard") or "soft" (a sigmoid of the length). The other arguments turn
-    off one suspect each; `factor` undoes a division by the batch size.
+    off one suspect each; `factor` undoes a division by the batch size, `epsilon` guards the quotients.
     """
     padding = torch.arange(target.shape[1]) >= lengths.unsqueeze(1)
     target = torch.where(padding.unsqueeze(-1), target[:, :1], target)
@@ -46,11 +47,11 @@ def reported(
     tidy = torch.nan_to_num if nan_to_num else lambda values: values
     edges = torch.cat([polygon.roll(-1, 1) - polygon for polygon in (pred, target)], dim=1)
     length = edges.norm(dim=2)
-    axes = tidy(torch.stack((edges[..., 1], -edges[..., 0]), dim=2) / (length + EPSILON).unsqueeze(2))
+    axes = tidy(torch.stack((edges[..., 1], -edges[..., 0]), dim=2) / (length + epsilon).unsqueeze(2))
     p, g = (tidy(axes @ polygon.transpose(1, 2)) for polygon in (pred, target))
     inter = tidy((torch.minimum(p.amax(2), g.amax(2)) - torch.maximum(p.amin(2), g.amin(2))).clamp(min=0))
-    hull = tidy(torch.maximum(p.amax(2), g.amax(2)) - torch.minimum(p.amin(2), g.amin(2))).clamp(min=EPSILON)
-    union = ((p.amax(2) - p.amin(2)) + (g.amax(2) - g.amin(2)) - inter).clamp(min=EPSILON)
+    hull = tidy(torch.maximum(p.amax(2), g.amax(2)) - torch.minimum(p.amin(2), g.amin(2))).clamp(min=epsilon)
+    union = ((p.amax(2) - p.amin(2)) + (g.amax(2) - g.amin(2)) - inter).clamp(min=epsilon)
     giou = tidy(inter / union) - tidy((hull - union) / hull)
     if clamp:
         giou = giou.clamp(-1, 1)
