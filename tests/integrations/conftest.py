@@ -1,4 +1,4 @@
-"""Ultralytics without a network, and two tiny data sets on disk: quadrangles with corners as keypoints, turned boxes."""
+"""Ultralytics without a network, and two tiny data sets on disk: quadrangles as keypoints, and turned boxes."""
 
 from __future__ import annotations
 

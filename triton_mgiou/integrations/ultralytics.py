@@ -194,9 +194,7 @@ class _MGIoUTrainer:
     new ones. They belong to no model's class and are not saved, which keeps checkpoints plain.
     """
 
-    def __init__(
-        self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: Any = None
-    ) -> None:
+    def __init__(self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: Any = None) -> None:
         check_version()
         super().__init__(cfg, overrides, _callbacks)  # type: ignore[call-arg]
         trainer: Any = self
