@@ -39,6 +39,22 @@ class Reported(nn.Module):
             return reported(pred, target, lengths, 0.0, **self.options).mean()
 
 
+class FewVisible(nn.Module):
+    """One loss for the samples with three visible vertices or more, another for the rest."""
+
+    def __init__(self, loss: nn.Module, for_few: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+        self.for_few = for_few
+
+    def forward(self, pred_kpts: Tensor, gt_kpts: Tensor, kpt_mask: Tensor, area: Tensor) -> Tensor:
+        """Return the mean over all samples: a sample without a visible vertex has loss 0 in either."""
+        few = (kpt_mask != 0).sum(1, keepdim=True) < 3
+        value: Tensor = self.loss(pred_kpts, gt_kpts, kpt_mask & ~few, area)
+        rest: Tensor = self.for_few(pred_kpts, gt_kpts, kpt_mask & few, area)
+        return value + rest
+
+
 class Watched(nn.Module):
     """A keypoint loss, and the share of the samples whose gradient is not finite, one number for each backward."""
 

@@ -81,7 +81,7 @@ def make(task, head, trainer_class=None, objects=(2, 1, 0)):
     trainer_class = trainer_class or TRAINERS[task]
     trainer = trainer_class.__new__(trainer_class)
     trainer.model, trainer.ema, trainer.epochs, trainer.epoch = model, None, 10, 3
-    adapter._set_losses(trainer)
+    adapter.set_losses(trainer)
     count = sum(objects)
     turn = torch.rand(count, generator=torch.Generator().manual_seed(1)) - 0.5
     boxes = torch.rand(count, 4, generator=torch.Generator().manual_seed(2)) * 0.2 + 0.3
@@ -260,7 +260,7 @@ def test_train(data, tmp_path, head, task):
         if task == "pose":
             assert part.keypoint_loss is trainer.polygon_loss
         else:
-            assert isinstance(part.bbox_loss, adapter._BoxLoss)
+            assert isinstance(part.bbox_loss, adapter.MGIoUBoxLoss)
     assert trainer.best.exists()
     assert YOLO(trainer.best)(np.zeros((64, 64, 3), dtype=np.uint8), verbose=False)
 
@@ -359,7 +359,7 @@ def test_a_trainer_of_another_process_has_the_callback_once(data, tmp_path):
     first = MGIoUPoseTrainer(overrides=dict(overrides))
     other = MGIoUPoseTrainer(overrides=dict(overrides), _callbacks=first.callbacks)
     for trainer in (first, other):
-        assert trainer.callbacks["on_train_epoch_start"].count(adapter._set_losses) == 1
+        assert trainer.callbacks["on_train_epoch_start"].count(adapter.set_losses) == 1
 
 
 @pytest.mark.gpu

@@ -92,7 +92,7 @@ def check_version() -> None:
 # ---- losses
 
 
-class _BoxLoss(RotatedBboxLoss):
+class MGIoUBoxLoss(RotatedBboxLoss):
     """Ultralytics' loss of oriented boxes with MGIoU in the place of ProbIoU; the distribution's part is theirs."""
 
     def __init__(self, reg_max: int, options: Mapping[str, Any]) -> None:
@@ -129,25 +129,23 @@ class _BoxLoss(RotatedBboxLoss):
             *(target_scores_sum, fg_mask, imgsz, stride),
         )
         positive = fg_mask.nonzero(as_tuple=True)
-        boxes = _box_loss(
-            pred_bboxes[positive],
-            target_bboxes[positive],
-            weight=target_scores[positive].sum(-1),
-            avg_factor=target_scores_sum,
-            **self.options,
-        )
-        return boxes, distribution
+        weight = target_scores[positive].sum(-1)
+        return self.boxes(pred_bboxes[positive], target_bboxes[positive], weight, target_scores_sum), distribution
+
+    def boxes(self, pred: Tensor, target: Tensor, weight: Tensor, total: Tensor | int) -> Tensor:
+        """Return the weighted sum of the losses of paired boxes (P, 5) over `total`."""
+        return box_loss(pred, target, weight=weight, avg_factor=total, **self.options)
 
 
-def _box_loss(pred: Tensor, target: Tensor, **options: Any) -> Tensor:
-    """The loss of boxes (P, 5): centre, size, angle in radians."""
+def box_loss(pred: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """The loss of paired boxes (P, 5): centre, size, angle in radians; options of `mgiou_loss`."""
     pred, target = (ops.xywhr2xyxyxyxy(boxes.float()) for boxes in (pred, target))
     return mgiou_loss(pred, target, **options)
 
 
 def _box_overlap(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
     """MGIoU of paired boxes (P, 5), without terms and at least 0, for the assigner."""
-    return _overlap(_box_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER))
+    return _overlap(box_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER))
 
 
 def _polygon_overlap(
@@ -198,8 +196,8 @@ class _MGIoUTrainer:
         check_version()
         super().__init__(cfg, overrides, _callbacks)  # type: ignore[call-arg]
         trainer: Any = self
-        if _set_losses not in trainer.callbacks["on_train_epoch_start"]:  # other processes get those of the first
-            trainer.add_callback("on_train_epoch_start", _set_losses)
+        if set_losses not in trainer.callbacks["on_train_epoch_start"]:  # other processes get those of the first
+            trainer.add_callback("on_train_epoch_start", set_losses)
 
     def set_loss(self, criterion: Any) -> None:
         """Put the loss into an Ultralytics criterion; called before each epoch for each criterion.
@@ -210,7 +208,8 @@ class _MGIoUTrainer:
         raise NotImplementedError
 
 
-def _set_losses(trainer: Any) -> None:
+def set_losses(trainer: Any) -> None:
+    """Put the loss of one of our trainers into the criteria of its model and of the model's average."""
     models = [unwrap_model(trainer.model)] + ([trainer.ema.ema] if trainer.ema else [])
     for model in models:
         if getattr(model, "criterion", None) is None:
@@ -293,10 +292,14 @@ class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
 
     options: ClassVar[Mapping[str, Any]] = BOX_OPTIONS
 
+    def make_loss(self, reg_max: int) -> MGIoUBoxLoss:
+        """Make the loss of a criterion whose distributions have `reg_max` bins."""
+        return MGIoUBoxLoss(reg_max, self.options)
+
     def set_loss(self, criterion: Any) -> None:
         """Put the loss into a `v8OBBLoss`."""
-        if not isinstance(criterion.bbox_loss, _BoxLoss):
-            criterion.bbox_loss = _BoxLoss(criterion.reg_max, self.options).to(criterion.device)
+        if not isinstance(criterion.bbox_loss, MGIoUBoxLoss):
+            criterion.bbox_loss = self.make_loss(criterion.reg_max).to(criterion.device)
             criterion.assigner.iou_calculation = _box_overlap
 
     def get_validator(self) -> PolygonOBBValidator:

@@ -1,0 +1,111 @@
+"""How long a step of training takes with each loss: a fixed batch on the device, no loader, no other training."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from ultralytics.utils.torch_utils import autocast
+
+from bench.detectors.plan import Job, Size
+from bench.detectors.scenes import Scenes
+from bench.detectors.training import make_trainer
+from triton_mgiou.integrations import ultralytics as adapter
+
+LOSSES = {
+    "corners": ("OKS", "mgiou", "hybrid"),
+    "hulls": ("OKS", "mgiou"),
+    "boxes": ("ProbIoU + angle", "mgiou + angle"),
+}
+
+
+def measure(
+    scenes: dict[str, tuple[Scenes, Scenes]],
+    size: Size,
+    device: str,
+    batch_sizes: tuple[int, ...],
+    *,
+    rounds: int,
+    steps: int,
+) -> list[dict[str, Any]]:
+    """Time whole steps: forward, loss, backward, optimizer, average.
+
+    The losses of a task take turns, so that a machine that changes its pace does so for all.
+
+    Args:
+        scenes: By task.
+        size: Of the images.
+        device: As `training.train` takes it.
+        batch_sizes: To time.
+        rounds: For each loss.
+        steps: Of a round.
+
+    Returns:
+        For each task, batch size and loss the median and the fastest round in milliseconds a step.
+    """
+    rows = []
+    for task, losses in LOSSES.items():
+        for batch_size in batch_sizes:
+            with tempfile.TemporaryDirectory() as folder:
+                steps = {
+                    loss: _step(
+                        Job("speed", task, loss, 0, 10),
+                        size._replace(batch_size=batch_size),
+                        scenes[task],
+                        device,
+                        folder,
+                    )
+                    for loss in losses
+                }
+                times: dict[str, list[float]] = {loss: [] for loss in losses}
+                for turn in range(rounds + 1):
+                    for loss, step in todo.items():
+                        seconds = _time(step, steps)
+                        if turn:  # the first one warms up
+                            times[loss].append(1000 * seconds)
+            rows += [
+                {
+                    "task": task,
+                    "batch": batch_size,
+                    "loss": loss,
+                    "ms": round(statistics.median(found), 3),
+                    "fastest": round(min(found), 3),
+                    "to_own": round(statistics.median(found) / statistics.median(times[losses[0]]), 4),
+                }
+                for loss, found in times.items()
+            ]
+    return rows
+
+
+def _step(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: str, folder: str) -> Callable[[], None]:
+    trainer = make_trainer(job, size, scenes, device, Path(folder))
+    trainer._setup_train()
+    trainer.epoch = 0
+    trainer._model_train()
+    if isinstance(trainer, adapter.MGIoUPoseTrainer | adapter.MGIoUOBBTrainer):
+        adapter.set_losses(trainer)
+    batch = trainer.preprocess_batch(next(iter(trainer.train_loader)))
+
+    def step() -> None:
+        with autocast(trainer.amp, device=trainer.device.type):
+            loss, _ = trainer.model(dict(batch))
+        trainer.scaler.scale(loss.sum()).backward()
+        trainer.optimizer_step()
+
+    return step
+
+
+def _time(step: Callable[[], None], count: int) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / count
