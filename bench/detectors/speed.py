@@ -52,16 +52,7 @@ def measure(
     for task, losses in LOSSES.items():
         for batch_size in batch_sizes:
             with tempfile.TemporaryDirectory() as folder:
-                steps = {
-                    loss: _step(
-                        Job("speed", task, loss, 0, 10),
-                        size._replace(batch_size=batch_size),
-                        scenes[task],
-                        device,
-                        folder,
-                    )
-                    for loss in losses
-                }
+                todo = {job.loss: _step(job, sized, scenes[task], device, folder) for job in jobs}
                 times: dict[str, list[float]] = {loss: [] for loss in losses}
                 for turn in range(rounds + 1):
                     for loss, step in todo.items():
