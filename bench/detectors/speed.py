@@ -52,6 +52,8 @@ def measure(
     for task, losses in LOSSES.items():
         for batch_size in batch_sizes:
             with tempfile.TemporaryDirectory() as folder:
+                sized = size._replace(batch_size=batch_size)
+                jobs = [Job("speed", task, loss, 0, 10) for loss in losses]
                 todo = {job.loss: _step(job, sized, scenes[task], device, folder) for job in jobs}
                 times: dict[str, list[float]] = {loss: [] for loss in losses}
                 for turn in range(rounds + 1):
