@@ -81,6 +81,7 @@ KEYPOINT_LOSSES: dict[str, Mapping[str, Any] | None] = {
     "mgiou, L2 below 3 visible": {"mode": "mgiou", "few": True},
     "hybrid, alpha .9 to 0": {"mode": "hybrid", "schedule": {"end": 0.0}},
     "hybrid, alpha .5": {"mode": "hybrid", "alpha": 0.5},
+    "hybrid, sigma .35": {"mode": "hybrid", "sigmas": 0.35},
     "mgiou, boundary .5": {"mode": "mgiou", "options": {"boundary_weight": 0.5}},
 }
 
@@ -133,6 +134,7 @@ def jobs(size: Size) -> list[Job]:
         ("hulls", "hybrid"),
         ("hulls", "paper"),
         ("corners", "paper"),
+        ("corners", "hybrid, sigma .35"),
         ("corners", "hybrid, alpha .9 to 0"),
         ("corners", "hybrid, alpha .5"),
         ("corners", "mgiou, L2 below 3 visible"),

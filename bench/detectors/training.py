@@ -170,7 +170,7 @@ def _keypoints(job: Job) -> type:
             self.watched = Watched(loss)
             return self.watched.to(sigmas.device)
 
-    for attribute in ("mode", "alpha", "schedule", "options"):
+    for attribute in ("mode", "alpha", "schedule", "sigmas", "options"):
         if attribute in options:
             setattr(Trainer, attribute, options[attribute])
     return Trainer

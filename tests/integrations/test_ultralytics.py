@@ -116,10 +116,9 @@ def corners_of(boxes):
 @pytest.mark.parametrize("head", HEADS)
 def test_pose_criterion(head):
     """The pose part is the gain times the loss of what Ultralytics hands over, and every sample has a gradient."""
-    model, _, parts, batch = make("pose", head, AllIn)
+    model, trainer, parts, batch = make("pose", head, AllIn)
     seen = []
-    for part in parts:
-        part.keypoint_loss.register_forward_hook(lambda _, given, value: seen.append((given, value)))
+    trainer.polygon_loss.register_forward_hook(lambda _, given, value: seen.append((given, value)))
     loss, items = model.loss(batch)
     loss.sum().backward()
     assert loss.sum().isfinite()
@@ -149,7 +148,7 @@ def test_l2_is_ultralytics_own_loss():
     pred, area = target + torch.randn(20, 4, 3, generator=rng), torch.full((20, 1), 30.0)
     mask = torch.rand(20, 4, generator=rng) < 0.7
     own = KeypointLoss(torch.full((4,), 0.25))(pred, target, mask, area)
-    torch.testing.assert_close(PolygonLoss("l2")(pred, target, mask, area)[0], own)
+    torch.testing.assert_close(PolygonLoss("l2", return_parts=False)(pred, target, mask, area), own)
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -168,18 +168,20 @@ def _overlap(losses: Tensor) -> Tensor:
     return (1 - 2 * losses).clamp(min=0)
 
 
-class _KeypointLoss(nn.Module):
-    """A `PolygonLoss` that returns the loss alone and takes what a head predicts beside the vertices."""
+class KeypointPolygonLoss(PolygonLoss):
+    """`PolygonLoss` as a YOLO26 head calls it too, which predicts a deviation of each vertex beside its place."""
 
-    def __init__(self, loss: nn.Module, sigmas: Tensor) -> None:
-        super().__init__()
-        self.loss = loss
-        self.sigmas = sigmas
-
-    def forward(self, pred_kpts: Tensor, gt_kpts: Tensor, kpt_mask: Tensor, area: Tensor) -> Tensor:
-        """Return the mean loss of the positives."""
-        value: Tensor = self.loss(pred_kpts[..., :2], gt_kpts, kpt_mask, area)[0]
-        return value
+    def forward(
+        self,
+        pred_kpts: Tensor,
+        gt_kpts: Tensor,
+        kpt_mask: Tensor,
+        area: Tensor,
+        avg_factor: float | Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Return what `PolygonLoss` does; of pred_kpts, shape (B, N, 2 or more), only the places count."""
+        return super().forward(pred_kpts[..., :2], gt_kpts, kpt_mask, area, avg_factor, weight)
 
 
 # ---- trainers
@@ -230,12 +232,15 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
             assigner takes MGIoU instead, and its RLE loss should be turned off (`rle=0`).
         alpha: The weight of L2 in "hybrid"; None for an `AlphaSchedule` over the epochs.
         schedule: Options of that `AlphaSchedule`: `kind`, `start`, `end`.
+        sigmas: Tolerances of the vertices in L2; None for Ultralytics' own (`kpt_oks_sigmas` of the data set, or one
+            over the number of vertices).
         options: Options of the MGIoU part, those of `MGIoULoss`.
     """
 
     mode: ClassVar[str] = "hybrid"
     alpha: ClassVar[float | None] = None
     schedule: ClassVar[Mapping[str, Any]] = {}
+    sigmas: ClassVar[float | Sequence[float] | None] = None
     options: ClassVar[Mapping[str, Any]] = {}
     polygon_loss: nn.Module | None = None
 
@@ -252,7 +257,9 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
         alpha: float | nn.Module | None = self.alpha
         if self.mode == "hybrid" and alpha is None:
             alpha = AlphaSchedule(trainer.epochs, **self.schedule)
-        return _KeypointLoss(PolygonLoss(self.mode, alpha=alpha, **self.options), sigmas).to(sigmas.device)
+        tolerances = sigmas if self.sigmas is None else self.sigmas
+        loss = KeypointPolygonLoss(self.mode, alpha=alpha, sigmas=tolerances, return_parts=False, **self.options)
+        return loss.to(sigmas.device)
 
     def set_loss(self, criterion: Any) -> None:
         """Put the loss into a `v8PoseLoss` or `PoseLoss26`."""
@@ -264,7 +271,7 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
         for schedule in self.polygon_loss.modules():
             if isinstance(schedule, AlphaSchedule):
                 schedule.total_steps = trainer.epochs  # which a training by time estimates after each epoch
-                schedule.step_count.fill_(trainer.epoch)
+                schedule.set(trainer.epoch)
         criterion.keypoint_loss = self.polygon_loss
         if self.mode == "mgiou" and PoseAssigner is not None and isinstance(criterion.assigner, PoseAssigner):
             criterion.assigner.pair_overlaps = partial(_polygon_overlap, criterion.assigner)

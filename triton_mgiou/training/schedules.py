@@ -59,6 +59,23 @@ class AlphaSchedule(nn.Module):
         """Go one step on: once an epoch or once an iteration, whichever `total_steps` counts."""
         self.step_count += 1
 
+    def set(self, step: int) -> AlphaSchedule:
+        """Go to where `step` calls of `step` lead from the start, as a resumed training has to.
+
+        Returns:
+            The schedule itself.
+
+        Raises:
+            TypeError: `step` is not an integer.
+            ValueError: `step` is negative.
+        """
+        if not isinstance(step, int) or isinstance(step, bool):
+            raise TypeError(f"step must be an integer, got {type(step).__name__}")
+        if step < 0:
+            raise ValueError(f"step must be 0 or above, got {step}")
+        self.step_count.fill_(step)
+        return self
+
     def forward(self) -> Tensor:
         """Return the present value, a float32 scalar."""
         done = (self.step_count / self.total_steps).clamp(max=1)
