@@ -61,8 +61,9 @@ def settings(data, task, folder, head="yolo11n", **more):
     }
 
 
-@pytest.fixture
-def one_thread():
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A second thread gains nothing on images this small, and stalls where its core is busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -244,7 +245,6 @@ def test_a_changed_signature_names_both_versions(monkeypatch, owner, name):
 # ---- trainings
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("head", "task"), list(itertools.product(HEADS, TRAINERS)))
 def test_train(data, tmp_path, head, task):
     """An epoch with validation: finite losses, those of the average by our loss, metrics by polygons choose best.pt."""
@@ -264,7 +264,6 @@ def test_train(data, tmp_path, head, task):
     assert YOLO(trainer.best)(np.zeros((64, 64, 3), dtype=np.uint8), verbose=False)
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("task", TRAINERS)
 def test_train_with_one_class_several_sizes_and_plots(data, tmp_path, task):
     more = {"single_cls": True, "multi_scale": 0.5, "plots": True, "epochs": 2, "close_mosaic": 1}
@@ -280,7 +279,6 @@ class InterruptedTrainingError(Exception):
     pass
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("head", ["yolo11n", "yolo26n"])
 def test_resume(data, tmp_path, head):
     """An interrupted training goes on with our loss, and its schedule where it was."""
@@ -331,7 +329,6 @@ ELSEWHERE = """
 """
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_checkpoints_load_predict_and_export_where_this_package_is_not_installed(data, tmp_path):
     paths = []
     for task, head in (("pose", "yolo26n"), ("obb", "yolo11n")):
@@ -492,7 +489,6 @@ def test_plots_show_the_polygons(monkeypatch, tmp_path):
     assert "keypoints" not in drawn["labels"]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_validate_by_yolo(data, tmp_path):
     """`YOLO.val(validator=...)` with a model that was made without us."""
     metrics = YOLO("yolo11n-pose.yaml").val(
