@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,8 @@ def vertices(pred: Tensor, target: Tensor, lengths: Tensor, progress: float, *, 
     shifts = torch.arange(pred.shape[1])
     order = (shifts.unsqueeze(1) + shifts) % pred.shape[1]
     candidates = torch.cat((points[:, order], points.flip(1)[:, order]), dim=1)  # (B, 2N, N, 2)
-    return (pred.unsqueeze(1) - candidates).abs().pow(power).mean((2, 3)).amin(1)
+    distances: Tensor = (pred.unsqueeze(1) - candidates).abs().pow(power).mean((2, 3))
+    return distances.amin(1)
 
 
 def _resample(target: Tensor, lengths: Tensor, count: int) -> Tensor:
@@ -88,22 +90,23 @@ def _resample(target: Tensor, lengths: Tensor, count: int) -> Tensor:
     edge = torch.searchsorted(reached, position, right=True).clamp(max=target.shape[1] - 1)
     along = (position - (reached - length).gather(1, edge)) / length.gather(1, edge).clamp(min=EPSILON)
     index = edge.unsqueeze(2).expand(-1, -1, 2)
-    return start.gather(1, index) + along.unsqueeze(2) * edges.gather(1, index)
+    points: Tensor = start.gather(1, index) + along.unsqueeze(2) * edges.gather(1, index)
+    return points
 
 
-def package(pred: Tensor, target: Tensor, lengths: Tensor, progress: float, **options: object) -> Tensor:  # noqa: ARG001
+def package(pred: Tensor, target: Tensor, lengths: Tensor, progress: float, **options: Any) -> Tensor:  # noqa: ARG001
     """The paper's loss with options."""
     given = PAPER | options
     return mgiou_loss(pred, target, target_lengths=lengths, reduction="none", backend="eager", **given)
 
 
-def from_l1(pred: Tensor, target: Tensor, lengths: Tensor, progress: float, **options: object) -> Tensor:
+def from_l1(pred: Tensor, target: Tensor, lengths: Tensor, progress: float, **options: Any) -> Tensor:
     """L1 at the start, MGIoU at the end, in proportion between."""
     l1 = vertices(pred, target, lengths, progress, power=1)
     return (1 - progress) * l1 + progress * package(pred, target, lengths, progress, **options)
 
 
-HULL = {"axis_weight": "length", "axis_grad": False}
+HULL: dict[str, Any] = {"axis_weight": "length", "axis_grad": False}
 
 LOSSES: dict[str, Loss] = {
     "reported": reported,
