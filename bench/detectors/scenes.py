@@ -29,6 +29,8 @@ KEYPOINTS = {"corners": 4, "hulls": 8, "outlines": 16}
 BOXES = ("boxes", "squares", "long")
 OBJECTS = 8  # at most, in an image
 SIDES = (0.125, 0.34)  # of an object, as a share of the image's side
+RADIUS = 0.72  # of a circle around it, as a share of its longer side: half the diagonal of a square, and a little more
+MARGIN = 2  # pixels around a digit, for the interpolation
 PHOTOGRAPHS = (
     *("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field"),
     *("immunohistochemistry", "moon", "retina", "rocket"),
@@ -109,8 +111,8 @@ def free_places(count: int, side: int, rng: np.random.Generator) -> list[tuple[f
     places: list[tuple[float, float, float]] = []
     for _ in range(20 * count):
         size = rng.uniform(*SIDES) * side
-        x, y = rng.uniform(0.6 * size, side - 0.6 * size, 2)
-        if all(math.hypot(x - u, y - v) > 0.6 * (size + other) for u, v, other in places):
+        x, y = rng.uniform(RADIUS * size, side - RADIUS * size, 2)
+        if all(math.hypot(x - u, y - v) > RADIUS * (size + other) for u, v, other in places):
             places.append((x, y, size))
         if len(places) == count:
             break
@@ -152,8 +154,8 @@ def paste(
     matrix = np.array([[cos, -sin], [sin, cos]])
     placed = inner @ matrix.T + centre
 
-    low = np.maximum(np.floor(np.array(centre) - 0.75 * size), 0).astype(int)
-    high = np.minimum(np.ceil(np.array(centre) + 0.75 * size), canvas.shape[0]).astype(int)
+    low = np.maximum(np.floor(np.array(centre) - RADIUS * size), 0).astype(int)
+    high = np.minimum(np.ceil(np.array(centre) + RADIUS * size), canvas.shape[0]).astype(int)
     part = canvas[low[1] : high[1], low[0] : high[0]]
     dark = part.mean() > 127
     ink, paper = rng.uniform(0, 50, 3), rng.uniform(205, 255, 3)
@@ -163,10 +165,10 @@ def paste(
         part += (tile / 255)[..., None] * (paper - part)
     elif not dark:
         ink = paper
-    middle = (shape.max(0) + shape.min(0)) / 2 - 0.5  # of pixel centres
+    middle = (shape.max(0) + shape.min(0)) / 2 - 0.5 + MARGIN  # of pixel centres
     shift = np.array(centre) - 0.5 - low - matrix @ middle
     alpha = cv2.warpAffine(
-        digit / demo.FULL_INK,
+        np.pad(digit / demo.FULL_INK, MARGIN),
         np.concatenate((matrix, shift[:, None]), axis=1),
         (part.shape[1], part.shape[0]),
         flags=cv2.INTER_CUBIC,
@@ -184,7 +186,7 @@ def rectangle(digit: Floats) -> Floats:
 
 def hull(digit: Floats) -> Floats:
     """The hull of the strokes in eight vertices: those that matter least are left out, or the first is repeated."""
-    vertices = demo.stroke_hull(digit) * demo.SIDE
+    vertices = demo.stroke_hull(digit)[::-1] * demo.SIDE  # clockwise on a screen, as the others
     while len(vertices) > KEYPOINTS["hulls"]:
         before, after = np.roll(vertices, 1, 0) - vertices, np.roll(vertices, -1, 0) - vertices
         vertices = np.delete(vertices, np.abs(before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]).argmin(), 0)
