@@ -24,7 +24,7 @@ class Size(NamedTuple):
     all_losses: bool = True  # else one of each kind
 
 
-FULL = Size(1500, 300, 320, 64, 30, 24, SEEDS)
+FULL = Size(1500, 300, 320, 64, 36, 24, SEEDS)
 TOY = Size(24, 8, 96, 8, 1, 1, SEEDS[:1], all_losses=False)
 KINDS = {  # what the toy size trains, beside the table
     ("reports", "reported"),

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from bench.detectors import plan
 
-SPEED_TASKS = ("corners", "hulls", "boxes")
+SPEED_TASKS = ("corners", "boxes")
 COLUMNS = ("AP50", "AP75", "AP90", "AP50-95", "hull AP50", "IoU", "crossing", "angle error")
 CURVES = {"reported": "tab:red", "OKS": "tab:blue", "mgiou": "tab:green", "hybrid": "tab:purple"}
 
@@ -48,16 +48,28 @@ def line(row: dict[str, Any]) -> str:
     return f"{name:<58} {numbers}  {row['seconds']:.0f} s"
 
 
+def sections(folder: Path) -> dict[str, str]:
+    """The tables by name; empty where there is no result."""
+    rows, speed = read(folder), folder / "speed.json"
+    times = json.loads(speed.read_text(encoding="utf-8"))["rows"] if speed.exists() else []
+    return {"reports": reports(rows), "tables": tables(rows), "targets": targets(rows), "speed": speeds(times)}
+
+
 def write(folder: Path) -> None:
     """Write `tables.md` and `curves.png` into the folder."""
-    rows = read(folder)
-    speed = folder / "speed.json"
-    parts = [reports(rows), tables(rows), targets(rows)]
-    if speed.exists():
-        parts.append(speeds(json.loads(speed.read_text(encoding="utf-8"))["rows"]))
-    text = "\n\n".join(part for part in parts if part)
+    text = "\n\n".join(table for table in sections(folder).values() if table)
     (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
-    draw(folder / "curves.png", rows)
+    draw(folder / "curves.png", read(folder))
+
+
+def fill(page: Path, folder: Path) -> None:
+    """Put the tables between their marks in a page."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in sections(folder).items():
+        begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}{table or 'Not run.'}\n{end}{rest.split(end)[1]}"
+    page.write_text(text, encoding="utf-8")
 
 
 def reports(rows: Rows) -> str:
@@ -86,7 +98,7 @@ def reports(rows: Rows) -> str:
                 bad,
             )
         )
-    return markdown("## The two reports, two epochs each under AMP (float16)", head, lines)
+    return markdown("### Two epochs each, under AMP (float16) where nothing else is said", head, lines)
 
 
 def tables(rows: Rows) -> str:
@@ -103,7 +115,7 @@ def tables(rows: Rows) -> str:
             after = max(row["skipped_after_20"] for row in group)
             lines.append((loss, len(group), *numbers, after))
         head = ("loss", "seeds", *own, *shown, "skipped after 20 steps")
-        texts.append(markdown(f"## {task}", head, lines))
+        texts.append(markdown(f"### {task}", head, lines))
     return "\n\n".join(texts)
 
 
@@ -132,14 +144,14 @@ def targets(rows: Rows) -> str:
             (f"{task}: {ours} to {other}", metric, f"{mean:+.4f}", told[0], len(seeds), f"{least:+.2f}", told[1])
         )
     head = ("what", "metric", "difference", "standard error", "seeds", "at least", "reached")
-    return markdown("## What was to be reached", head, lines)
+    return markdown("### What was to be reached", head, lines)
 
 
 def speeds(rows: Rows) -> str:
     """Step times."""
     head = ("task", "batch", "loss", "ms a step", "to Ultralytics' own")
     lines = [(row["task"], row["batch"], row["loss"], f"{row['ms']:.2f}", f"{row['to_own']:.3f}") for row in rows]
-    return markdown("## Time of a step", head, lines)
+    return markdown("### Milliseconds", head, lines)
 
 
 def mean_of(rows: Rows, key: str) -> str:

@@ -10,6 +10,7 @@ plan.py), so that the bench can be stopped at any time.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -52,6 +53,7 @@ def main() -> int:
     begin = time.perf_counter()
     out = args.out or OWN
     out.mkdir(parents=True, exist_ok=True)
+    importlib.import_module("ultralytics")  # makes its folder of settings, once and not in all processes together
     size = plan.TOY if args.toy else plan.FULL
     jobs = [job for job in plan.jobs(size) if args.only in job.name]
     left = [job for job in jobs if not (out / f"{job.name}.json").exists()]
@@ -74,6 +76,8 @@ def main() -> int:
                 write(out / "speed.json", {**facts(args.toy), "rows": rows})
             failed = train_all(pool, left, size, Path(folder), out, processes, begin + args.seconds, facts(args.toy))
     report.write(out)
+    if out == OWN:
+        report.fill(Path(__file__).with_name("README.md"), out)
     say(f"written: {out}")
     return 1 if failed else 0
 
@@ -122,7 +126,7 @@ def measure_speed(size: plan.Size, folder: Path, toy: bool) -> list[dict[str, An
 
     scenes = {task: load(task, folder) for task in report.SPEED_TASKS}
     device = "0" if torch.cuda.is_available() else "cpu"
-    return measure(scenes, size, device, (4,) if toy else (64, 512), rounds=1 if toy else 5, steps=1 if toy else 10)
+    return measure(scenes, size, device, (4,) if toy else (64, 256), rounds=1 if toy else 4, steps=1 if toy else 5)
 
 
 def train_all(

@@ -6,12 +6,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from ultralytics.utils.torch_utils import autocast
 
+from bench.detectors.loader import Loader
 from bench.detectors.plan import Job, Size
 from bench.detectors.scenes import Scenes
 from bench.detectors.training import make_trainer
@@ -19,7 +21,6 @@ from triton_mgiou.integrations import ultralytics as adapter
 
 LOSSES = {
     "corners": ("OKS", "mgiou", "hybrid"),
-    "hulls": ("OKS", "mgiou"),
     "boxes": ("ProbIoU + angle", "mgiou + angle"),
 }
 
@@ -50,47 +51,47 @@ def measure(
     """
     rows = []
     for task, losses in LOSSES.items():
-        for batch_size in batch_sizes:
-            with tempfile.TemporaryDirectory() as folder:
-                sized = size._replace(batch_size=batch_size)
-                jobs = [Job("speed", task, loss, 0, 10) for loss in losses]
-                todo = {job.loss: _step(job, sized, scenes[task], device, folder) for job in jobs}
+        with tempfile.TemporaryDirectory() as folder:
+            trainers = {loss: _trainer(loss, task, size, scenes[task], device, Path(folder)) for loss in losses}
+            for batch_size in batch_sizes:
+                first = trainers[losses[0]]
+                loader = Loader(scenes[task][0], task, batch_size, first.device, training=True, seed=0)
+                batch = first.preprocess_batch(next(iter(loader)))
                 times: dict[str, list[float]] = {loss: [] for loss in losses}
                 for turn in range(rounds + 1):
-                    for loss, step in todo.items():
-                        seconds = _time(step, steps)
+                    for loss, trainer in trainers.items():
+                        seconds = _time(partial(_step, trainer, batch), steps)
                         if turn:  # the first one warms up
                             times[loss].append(1000 * seconds)
-            rows += [
-                {
-                    "task": task,
-                    "batch": batch_size,
-                    "loss": loss,
-                    "ms": round(statistics.median(found), 3),
-                    "fastest": round(min(found), 3),
-                    "to_own": round(statistics.median(found) / statistics.median(times[losses[0]]), 4),
-                }
-                for loss, found in times.items()
-            ]
+                rows += [
+                    {
+                        "task": task,
+                        "batch": batch_size,
+                        "loss": loss,
+                        "ms": round(statistics.median(found), 3),
+                        "fastest": round(min(found), 3),
+                        "to_own": round(statistics.median(found) / statistics.median(times[losses[0]]), 4),
+                    }
+                    for loss, found in times.items()
+                ]
     return rows
 
 
-def _step(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: str, folder: str) -> Callable[[], None]:
-    trainer = make_trainer(job, size, scenes, device, Path(folder))
+def _trainer(loss: str, task: str, size: Size, scenes: tuple[Scenes, Scenes], device: str, folder: Path) -> Any:
+    trainer = make_trainer(Job("speed", task, loss, 0, 10), size, scenes, device, folder)
     trainer._setup_train()
     trainer.epoch = 0
     trainer._model_train()
     if isinstance(trainer, adapter.MGIoUPoseTrainer | adapter.MGIoUOBBTrainer):
         adapter.set_losses(trainer)
-    batch = trainer.preprocess_batch(next(iter(trainer.train_loader)))
+    return trainer
 
-    def step() -> None:
-        with autocast(trainer.amp, device=trainer.device.type):
-            loss, _ = trainer.model(dict(batch))
-        trainer.scaler.scale(loss.sum()).backward()
-        trainer.optimizer_step()
 
-    return step
+def _step(trainer: Any, batch: dict[str, Any]) -> None:
+    with autocast(trainer.amp, device=trainer.device.type):
+        loss, _ = trainer.model(dict(batch))
+    trainer.scaler.scale(loss.sum()).backward()
+    trainer.optimizer_step()
 
 
 def _time(step: Callable[[], None], count: int) -> float:

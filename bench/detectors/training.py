@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from ultralytics.engine import trainer as ultralytics_trainer
 from ultralytics.models.yolo.obb import OBBTrainer, OBBValidator
 from ultralytics.models.yolo.pose import PoseTrainer, PoseValidator
 from ultralytics.utils import LOGGER, ops
@@ -31,9 +32,12 @@ from triton_mgiou.integrations import ultralytics as adapter
 from triton_mgiou.metrics import COCO_THRESHOLDS, average_precision, polygon_iou_matrix
 
 CONFIDENCE = 0.01  # predictions below have no part in any metric
+MOST = 50  # predictions in an image, which has 8 objects at most
 SURE = 0.25  # those above are what a user would see
 FIRST_STEPS = 20  # the scaler searches its scale
 
+# Ultralytics compares a network under AMP that it would download; where it cannot, it turns AMP on as well.
+ultralytics_trainer.check_amp = lambda model: next(model.parameters()).device.type == "cuda"
 provide_nms()
 LOGGER.setLevel("ERROR")
 
@@ -131,6 +135,7 @@ def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: st
             "amp": precision.split()[0],
             "angle": 1.0 if "+ angle" in job.loss else 0.0,
             "conf": CONFIDENCE,
+            "max_det": MOST,
             "seed": job.seed,
             "workers": 0,
             "deterministic": False,

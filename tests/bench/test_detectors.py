@@ -318,3 +318,21 @@ def test_the_reports_table(tmp_path):
     report.write(tmp_path)
     text = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert "| reported, no clamp | 2 to 1 | 4 to 3 | 512 | 10 | 7 | 25 % |" in text
+
+
+def test_the_page_gets_the_tables_between_its_marks(tmp_path):
+    page = tmp_path / "page.md"
+    marks = "".join(
+        f"{name}: <!-- begin: {name} -->\nold\n<!-- end: {name} -->.\n" for name in report.sections(tmp_path)
+    )
+    page.write_text(marks, encoding="utf-8")
+    rows = [{"task": "boxes", "batch": 64, "loss": "mgiou", "ms": 12.345, "fastest": 12.0, "to_own": 0.9}]
+    (tmp_path / "speed.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    report.fill(page, tmp_path)
+    text = page.read_text(encoding="utf-8")
+    assert "old" not in text
+    assert text.count("\nNot run.\n") == 3
+    assert "speed: <!-- begin: speed -->\n### Milliseconds" in text
+    assert "| boxes | 64 | mgiou | 12.35 | 0.900 |\n<!-- end: speed -->.\n" in text
+    report.fill(page, tmp_path)
+    assert page.read_text(encoding="utf-8") == text

@@ -89,4 +89,4 @@ def test_toy_size_and_going_on(tmp_path):
     assert f"{len(names)} trainings, {len(names) - 1} done before" in second.stdout
     again = {path.stem: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     assert {name for name in names if again[name] != files[name]} == {gone}
-    assert "## boxes" in (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert "### boxes" in (tmp_path / "tables.md").read_text(encoding="utf-8")
