@@ -44,7 +44,7 @@ def polygon_iou(pred: ArrayLike, target: ArrayLike) -> float:
     return float(areas[in_p & in_g].sum() / union) if union > 0 else 0.0
 
 
-def polygon_iou_matrix(pred: Sequence[ArrayLike], target: Sequence[ArrayLike]) -> Floats:
+def polygon_iou_matrix(pred: Sequence[ArrayLike] | NDArray[Any], target: Sequence[ArrayLike] | NDArray[Any]) -> Floats:
     """`polygon_iou` of every polygon of one set with every one of another, for the many pairs of a validation.
 
     Args:

@@ -74,7 +74,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if not self.training:
-            for chosen in torch.arange(len(self.dataset), device=self.device).split(self.batch_size):
+            for chosen in torch.split(torch.arange(len(self.dataset), device=self.device), self.batch_size):
                 size = len(chosen)
                 zero, one = torch.zeros(size, 1, 2, device=self.device), torch.ones(size, 1, device=self.device)
                 whole = torch.tensor([[0.0, 0.0], [self.side, self.side]], device=self.device).expand(size, -1, -1)
@@ -82,7 +82,7 @@ class Loader:
             return
         order = torch.randperm(len(self.dataset), generator=self.random, device=self.device)
         missing = len(self) * self.batch_size - len(order)
-        for chosen in torch.cat((order, order[:missing])).split(self.batch_size):
+        for chosen in torch.split(torch.cat((order, order[:missing])), self.batch_size):
             yield self.augmented(chosen)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -118,7 +118,8 @@ class Loader:
             on_canvas = (at >= canvas[:, 0, :, None]) & (at < canvas[:, 1, :, None])
             inside = (source >= 0) & (source < 1) & on_canvas
             x, y = (2 * source - 1).unbind(1)
-            grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1)  # (B, S, S, 2)
+            shape = (len(chosen), self.side, self.side)
+            grid = torch.stack((x[:, None, :].expand(shape), y[:, :, None].expand(shape)), -1)  # (B, S, S, 2)
             piece = grid_sample(self.images[chosen[:, part]].float(), grid, padding_mode="border", align_corners=False)
             result = torch.where((inside[:, 0, None, :] & inside[:, 1, :, None])[:, None], piece, result)
         result = result * self.uniform(len(chosen), 3, 1, 1, low=1 - COLOUR, high=1 + COLOUR)

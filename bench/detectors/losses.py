@@ -66,7 +66,7 @@ class Watched(nn.Module):
     def forward(self, pred_kpts: Tensor, gt_kpts: Tensor, kpt_mask: Tensor, area: Tensor) -> Tensor:
         """Return the loss."""
         if pred_kpts.requires_grad:
-            pred_kpts.register_hook(self._count)
+            pred_kpts.register_hook(self._count)  # type: ignore[no-untyped-call]
         value: Tensor = self.loss(pred_kpts, gt_kpts, kpt_mask, area)
         return value
 

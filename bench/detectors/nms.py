@@ -22,8 +22,8 @@ def provide_nms() -> None:
     try:
         importlib.import_module("torchvision")
     except RuntimeError:
-        _library.append(torch.library.Library("torchvision", "FRAGMENT"))
+        _library.append(torch.library.Library("torchvision", "FRAGMENT"))  # type: ignore[no-untyped-call]
         for schema in MISSING:
-            _library[0].define(schema)
+            _library[0].define(schema)  # type: ignore[no-untyped-call]
         torchvision = importlib.import_module("torchvision")
         torchvision.ops.nms = importlib.import_module("ultralytics.utils.nms").TorchNMS.nms

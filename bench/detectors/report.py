@@ -180,7 +180,7 @@ def draw(path: Path, rows: Rows) -> None:
         "loss of the keypoints / its first epoch's": lambda row: relative(row["curves"]["loss"]),
         "box loss": lambda row: over_epochs(row["curves"]["box_loss"]),
         "loss scale of AMP": lambda row: over_epochs(row["curves"]["scale"]),
-        "AP50 by the polygons": lambda row: tuple([each[key] for each in row["judged"]] for key in ("epoch", "AP50")),
+        "AP50 by the polygons": lambda row: column(row["judged"], "epoch", "AP50"),
     }
     for axes, (title, points) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for loss, colour in CURVES.items():
@@ -203,3 +203,8 @@ def over_epochs(values: list[float]) -> tuple[list[float], list[float]]:
 def relative(values: list[float]) -> tuple[list[float], list[float]]:
     """Epochs from 1 on, and the values over the first one."""
     return over_epochs([value / values[0] for value in values])
+
+
+def column(rows: Rows, first: str, second: str) -> tuple[list[float], list[float]]:
+    """Two numbers of each row."""
+    return [row[first] for row in rows], [row[second] for row in rows]

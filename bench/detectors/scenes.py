@@ -152,7 +152,7 @@ def paste(
     scale = size / np.ptp(inner, axis=0).max()
     cos, sin = scale * math.cos(turn), scale * math.sin(turn)
     matrix = np.array([[cos, -sin], [sin, cos]])
-    placed = inner @ matrix.T + centre
+    placed: Floats = inner @ matrix.T + centre
 
     low = np.maximum(np.floor(np.array(centre) - RADIUS * size), 0).astype(int)
     high = np.minimum(np.ceil(np.array(centre) + RADIUS * size), canvas.shape[0]).astype(int)

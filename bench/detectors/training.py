@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import tempfile
@@ -22,12 +23,13 @@ from ultralytics.engine import trainer as ultralytics_trainer
 from ultralytics.models.yolo.obb import OBBTrainer, OBBValidator
 from ultralytics.models.yolo.pose import PoseTrainer, PoseValidator
 from ultralytics.utils import LOGGER, ops
+from ultralytics.utils.loss import KeypointLoss
 
 from bench.detectors.loader import Loader
 from bench.detectors.losses import FewVisible, Reported, Watched
 from bench.detectors.nms import provide_nms
-from bench.detectors.plan import BOX_LOSSES, BOXES, KEYPOINT_LOSSES, PRECISIONS, REPORTED, Job, Size
-from bench.detectors.scenes import KEYPOINTS, Scenes
+from bench.detectors.plan import BOX_LOSSES, KEYPOINT_LOSSES, PRECISIONS, REPORTED, Job, Size
+from bench.detectors.scenes import BOXES, KEYPOINTS, Scenes
 from triton_mgiou.integrations import ultralytics as adapter
 from triton_mgiou.metrics import COCO_THRESHOLDS, average_precision, polygon_iou_matrix
 
@@ -86,7 +88,7 @@ def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: st
     precision = PRECISIONS.get(job.loss, "fp16")
     base: Any = _boxes(job) if is_boxes else _keypoints(job)
 
-    class BenchTrainer(base):
+    class BenchTrainer(base):  # type: ignore[misc]
         watched: Watched | None = None
 
         def get_dataset(self) -> dict[str, Any]:
@@ -160,18 +162,19 @@ def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: st
     return trainer
 
 
-def _keypoints(job: Job) -> type:
+def _keypoints(job: Job) -> Any:
     name = job.loss
     is_reported = name in REPORTED or name in PRECISIONS
-    options = {} if is_reported else KEYPOINT_LOSSES[name]
-    if options is None:
+    given = {} if is_reported else KEYPOINT_LOSSES[name]
+    if given is None:
         return PoseTrainer
+    options: Mapping[str, Any] = given
 
     class Trainer(adapter.MGIoUPoseTrainer):
         def make_loss(self, sigmas: Tensor) -> nn.Module:
             loss = Reported(**REPORTED.get(name, {})) if is_reported else super().make_loss(sigmas)
             if options.get("few"):
-                loss = FewVisible(loss, adapter.KeypointLoss(sigmas))
+                loss = FewVisible(loss, KeypointLoss(sigmas))
             self.watched = Watched(loss)
             return self.watched.to(sigmas.device)
 
@@ -181,10 +184,11 @@ def _keypoints(job: Job) -> type:
     return Trainer
 
 
-def _boxes(job: Job) -> type:
-    options = BOX_LOSSES[job.loss]
-    if options is None:
+def _boxes(job: Job) -> Any:
+    given = BOX_LOSSES[job.loss]
+    if given is None:
         return OBBTrainer
+    options: Mapping[str, Any] = given
 
     class Trainer(adapter.MGIoUOBBTrainer):
         def make_loss(self, reg_max: int) -> adapter.MGIoUBoxLoss:
@@ -252,24 +256,25 @@ class _Judge:
         return {name: round(float(value), 5) for name, value in numbers.items() if math.isfinite(value)}
 
 
-class JudgeKeypoints(_Judge, PoseValidator):
+class JudgeKeypoints(_Judge, PoseValidator):  # type: ignore[misc]
     """Ultralytics' own metrics of keypoints, and ours."""
 
     def _polygons(self, objects: Mapping[str, Tensor]) -> NDArray[Any]:
-        return objects["keypoints"][..., :2].double().cpu().numpy()
+        polygons: NDArray[Any] = objects["keypoints"][..., :2].double().cpu().numpy()
+        return polygons
 
 
-class JudgeBoxes(_Judge, OBBValidator):
+class JudgeBoxes(_Judge, OBBValidator):  # type: ignore[misc]
     """Ultralytics' own metrics of oriented boxes, and ours."""
 
     def _polygons(self, objects: Mapping[str, Tensor]) -> NDArray[Any]:
-        return ops.xywhr2xyxyxyxy(objects["bboxes"].double()).cpu().numpy()
+        polygons: NDArray[Any] = ops.xywhr2xyxyxyxy(objects["bboxes"].double()).cpu().numpy()
+        return polygons
 
 
 def hull(polygons: NDArray[Any]) -> list[NDArray[Any]]:
     """The convex hull of each polygon; the polygon itself where its hull has no area."""
-    import shapely  # noqa: PLC0415 - as in triton_mgiou.metrics
-
+    shapely = importlib.import_module("shapely")
     hulls = shapely.convex_hull(shapely.multipoints(list(polygons))) if len(polygons) else []
     return [
         shapely.get_coordinates(each)[:-1] if each.geom_type == "Polygon" else polygon
@@ -279,8 +284,7 @@ def hull(polygons: NDArray[Any]) -> list[NDArray[Any]]:
 
 def crosses(polygons: NDArray[Any]) -> NDArray[np.bool_]:
     """Whether the outline of each polygon touches itself."""
-    import shapely  # noqa: PLC0415
-
+    shapely = importlib.import_module("shapely")
     result: NDArray[np.bool_] = (
         ~shapely.is_simple(shapely.linearrings(polygons)) if len(polygons) else np.zeros(0, bool)
     )
@@ -295,4 +299,5 @@ def angle_errors(pred: NDArray[Any], target: NDArray[Any], ious: NDArray[Any]) -
     edges = [polygons[:, 1] - polygons[:, 0] for polygons in (pred[right], target[ious.argmax(1)[right]])]
     turns = [np.degrees(np.arctan2(edge[:, 1], edge[:, 0])) for edge in edges]
     off = (turns[0] - turns[1]) % 90
-    return np.minimum(off, 90 - off)
+    errors: NDArray[Any] = np.minimum(off, 90 - off)
+    return errors
