@@ -314,12 +314,14 @@ ELSEWHERE = """
     sys.modules["triton_mgiou"] = None  # an import of it raises
     from bench.detectors.nms import provide_nms
     provide_nms()
+    from importlib.util import find_spec
     import numpy as np
     from ultralytics import YOLO
+    has_onnx = all(map(find_spec, ("onnx", "onnxruntime", "onnxslim")))
     for path in sys.argv[1:]:
         model = YOLO(path)
         (result,) = model(np.zeros((64, 64, 3), dtype=np.uint8), verbose=False, conf=0.0001, imgsz=64)
-        exported = YOLO(model.export(format="torchscript", imgsz=64), task=model.task)
+        exported = YOLO(model.export(format="onnx" if has_onnx else "torchscript", imgsz=64), task=model.task)
         (again,) = exported(np.zeros((64, 64, 3), dtype=np.uint8), verbose=False, conf=0.0001, imgsz=64)
         found = (result.obb if result.obb is not None else result.boxes).data
         assert len(found) and len(again)
