@@ -448,20 +448,6 @@ def test_state_dict():
     assert list(loss.parameters()) == []
 
 
-@pytest.mark.parametrize("kind", CURVES)
-def test_set_is_that_many_steps(kind):
-    stepped, schedule = AlphaSchedule(10, kind), AlphaSchedule(10, kind)
-    for step in range(12):
-        schedule.set(step)
-        assert_same(schedule(), stepped())
-        stepped.step()
-    schedule.set(3)
-    assert_same(schedule(), AlphaSchedule(10, kind).set(3)())
-    for wrong in (-1, 2.0, True):
-        with pytest.raises((TypeError, ValueError), match=r"^step must be "):
-            schedule.set(wrong)
-
-
 def test_half_precision_of_the_module_leaves_the_schedule_alone():
     schedule = AlphaSchedule(10).half()
     for _ in range(3):

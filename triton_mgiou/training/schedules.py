@@ -59,22 +59,21 @@ class AlphaSchedule(nn.Module):
         """Go one step on: once an epoch or once an iteration, whichever `total_steps` counts."""
         self.step_count += 1
 
-    def set(self, step: int) -> AlphaSchedule:
-        """Go to where `step` calls of `step` lead from the start, as a resumed training has to.
+    def set(self, step: int) -> None:
+        """Go to a step, as where a run is resumed whose loss is not in the checkpoint.
 
-        Returns:
-            The schedule itself.
+        Args:
+            step: How many steps are done, 0 or above; `total_steps` and more is the end.
 
         Raises:
             TypeError: `step` is not an integer.
-            ValueError: `step` is negative.
+            ValueError: `step` is below 0.
         """
         if not isinstance(step, int) or isinstance(step, bool):
             raise TypeError(f"step must be an integer, got {type(step).__name__}")
         if step < 0:
             raise ValueError(f"step must be 0 or above, got {step}")
-        self.step_count.fill_(step)
-        return self
+        self.step_count.fill_(min(step, self.total_steps))
 
     def forward(self) -> Tensor:
         """Return the present value, a float32 scalar."""
