@@ -253,6 +253,18 @@ def test_vertices_out_of_the_image_are_not_visible():
     torch.testing.assert_close(boxes[whole], torch.cat(((low + high) / 2, high - low), 1), atol=1e-5, rtol=0)
 
 
+def test_mosaics_hide_vertices():
+    """As many as Ultralytics' own: half of the quadrangles lose one, one in seven keeps at most one."""
+    loader = Loader(
+        scenes.make("corners", range(60), 160, 0), "corners", 20, torch.device("cpu"), training=True, seed=0
+    )
+    left = torch.cat([(found["keypoints"][..., 2] > 0).sum(1) for _ in range(3) for found in loader])
+    assert len(left) > 1000
+    assert (left < 4).float().mean() == pytest.approx(0.47, abs=0.06)
+    assert (left == 2).float().mean() == pytest.approx(0.2, abs=0.04)
+    assert (left <= 1).float().mean() == pytest.approx(0.14, abs=0.04)
+
+
 def test_every_image_is_seen_once_and_judged_as_it_is():
     data = blocks()
     loader = Loader(data, "corners", 3, torch.device("cpu"), training=False, seed=0)
