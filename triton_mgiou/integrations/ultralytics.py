@@ -168,20 +168,17 @@ def _overlap(losses: Tensor) -> Tensor:
     return (1 - 2 * losses).clamp(min=0)
 
 
-class KeypointPolygonLoss(PolygonLoss):
-    """`PolygonLoss` as a YOLO26 head calls it too, which predicts a deviation of each vertex beside its place."""
+class _Places(nn.Module):
+    """Hands a loss the places of the vertices alone: a YOLO26 head predicts a deviation of each beside them."""
 
-    def forward(
-        self,
-        pred_kpts: Tensor,
-        gt_kpts: Tensor,
-        kpt_mask: Tensor,
-        area: Tensor,
-        avg_factor: float | Tensor | None = None,
-        weight: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Return what `PolygonLoss` does; of pred_kpts, shape (B, N, 2 or more), only the places count."""
-        return super().forward(pred_kpts[..., :2], gt_kpts, kpt_mask, area, avg_factor, weight)
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, pred_kpts: Tensor, *rest: Tensor) -> Tensor:
+        """Return the loss of pred_kpts, shape (P, K, 2 or more), and what Ultralytics hands over besides."""
+        value: Tensor = self.loss(pred_kpts[..., :2], *rest)
+        return value
 
 
 # ---- trainers
@@ -258,8 +255,8 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
         if self.mode == "hybrid" and alpha is None:
             alpha = AlphaSchedule(trainer.epochs, **self.schedule)
         tolerances = sigmas if self.sigmas is None else self.sigmas
-        loss = KeypointPolygonLoss(self.mode, alpha=alpha, sigmas=tolerances, return_parts=False, **self.options)
-        return loss.to(sigmas.device)
+        loss = PolygonLoss(self.mode, alpha=alpha, sigmas=tolerances, return_parts=False, **self.options)
+        return _Places(loss).to(sigmas.device)
 
     def set_loss(self, criterion: Any) -> None:
         """Put the loss into a `v8PoseLoss` or `PoseLoss26`."""
