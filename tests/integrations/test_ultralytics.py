@@ -242,16 +242,26 @@ def test_a_changed_signature_names_both_versions(monkeypatch, owner, name):
         adapter.CALLS[function] = known
 
 
+def test_a_renamed_part_of_a_criterion_names_both_versions():
+    """It must not be set beside what Ultralytics calls, and nothing said."""
+    model, trainer, (part,), _ = make("pose", "yolo11n")
+    part.kpt_loss = part.__dict__.pop("keypoint_loss")
+    with pytest.raises(RuntimeError, match=r"ultralytics 8\.4\.\d+ has a v8PoseLoss without keypoint_loss.*8\.4\.190"):
+        adapter.set_losses(trainer)
+    assert not hasattr(model.criterion, "keypoint_loss")
+
+
 # ---- trainings
 
 
 @pytest.mark.parametrize(("head", "task"), list(itertools.product(HEADS, TRAINERS)))
 def test_train(data, tmp_path, head, task):
     """An epoch with validation: finite losses, those of the average by our loss, metrics by polygons choose best.pt."""
-    trainer = TRAINERS[task](overrides=settings(data, task, tmp_path, head))
-    seen = []
-    trainer.add_callback("on_train_epoch_end", lambda t: seen.append((t.model.criterion, t.ema.ema.criterion)))
-    trainer.train()
+    chosen = settings(data, task, tmp_path, head)
+    model, seen = YOLO(chosen.pop("model")), []
+    model.add_callback("on_train_epoch_end", lambda t: seen.append((t.model.criterion, t.ema.ema.criterion)))
+    model.train(trainer=TRAINERS[task], **chosen)
+    trainer = model.trainer
     assert all(np.isfinite(value) for value in trainer.metrics.values())
     assert {"metrics/mAP50(G)", "metrics/mAP50-95(G)", "metrics/mAP50-95(B)"} <= set(trainer.metrics)
     for criterion in seen[0]:
@@ -261,7 +271,7 @@ def test_train(data, tmp_path, head, task):
         else:
             assert isinstance(part.bbox_loss, adapter.MGIoUBoxLoss)
     assert trainer.best.exists()
-    assert YOLO(trainer.best)(np.zeros((64, 64, 3), dtype=np.uint8), verbose=False)
+    assert model(np.zeros((64, 64, 3), dtype=np.uint8), verbose=False)
 
 
 @pytest.mark.parametrize("task", TRAINERS)

@@ -39,9 +39,25 @@ from triton_mgiou.metrics import polygon_iou_matrix
 from triton_mgiou.modules import PolygonLoss
 from triton_mgiou.training.schedules import AlphaSchedule
 
+TESTED = "8.4.190"
+
 try:
     import cv2
     import ultralytics
+except ModuleNotFoundError as error:
+    raise ImportError(
+        'this adapter needs ultralytics; install it with: pip install "triton-mgiou[ultralytics]"'
+    ) from error
+
+
+def _other_version(found: str, known: str) -> str:
+    return (
+        f"ultralytics {ultralytics.__version__} {found}, but triton-mgiou {triton_mgiou.__version__} was made for "
+        f"ultralytics {TESTED}, which {known}"
+    )
+
+
+try:
     from ultralytics.models.yolo.obb import OBBTrainer, OBBValidator
     from ultralytics.models.yolo.pose import PoseTrainer, PoseValidator
     from ultralytics.utils import DEFAULT_CFG, LOGGER, ops, tal
@@ -49,14 +65,9 @@ try:
     from ultralytics.utils.metrics import Metric, OBBMetrics, PoseMetrics, ap_per_class
     from ultralytics.utils.plotting import plot_images
     from ultralytics.utils.torch_utils import unwrap_model
-except ModuleNotFoundError as error:
-    if error.name not in {"ultralytics", "cv2"}:
-        raise
-    raise ImportError(
-        'this adapter needs ultralytics; install it with: pip install "triton-mgiou[ultralytics]"'
-    ) from error
+except ImportError as error:
+    raise ImportError(_other_version(f"lacks something ({error})", "has it")) from error
 
-TESTED = "8.4.190"
 BOX_OPTIONS: Mapping[str, Any] = {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25}
 SHOWN_IMAGES = 16  # of a batch, in a plot
 SHOWN_CONFIDENCE = 0.25
@@ -82,11 +93,8 @@ def check_version() -> None:
         assert function is not None
         found = tuple(inspect.signature(function).parameters)
         if found != known:
-            raise RuntimeError(
-                f"ultralytics {ultralytics.__version__} has {function.__qualname__}({', '.join(found)}), but "
-                f"triton-mgiou {triton_mgiou.__version__} was made for ultralytics {TESTED}, which has "
-                f"{function.__qualname__}({', '.join(known)})"
-            )
+            name = function.__qualname__
+            raise RuntimeError(_other_version(f"has {name}({', '.join(found)})", f"has {name}({', '.join(known)})"))
 
 
 # ---- losses
@@ -215,6 +223,10 @@ def set_losses(trainer: Any) -> None:
             model.criterion = model.init_criterion()
         both = (getattr(model.criterion, "one2many", None), getattr(model.criterion, "one2one", None))
         for criterion in both if all(both) else (model.criterion,):
+            for part in trainer.PARTS:
+                if not hasattr(criterion, part):
+                    kind = type(criterion).__name__
+                    raise RuntimeError(_other_version(f"has a {kind} without {part}", f"has {kind}.{part}"))
             trainer.set_loss(criterion)
 
 
@@ -234,6 +246,7 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
         options: Options of the MGIoU part, those of `MGIoULoss`.
     """
 
+    PARTS = ("keypoint_loss", "assigner")
     mode: ClassVar[str] = "hybrid"
     alpha: ClassVar[float | None] = None
     schedule: ClassVar[Mapping[str, Any]] = {}
@@ -294,6 +307,7 @@ class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
         options: Options of the loss: `axis_weight`, `axis_grad`, `boundary_weight`.
     """
 
+    PARTS = ("bbox_loss", "assigner", "reg_max")
     options: ClassVar[Mapping[str, Any]] = BOX_OPTIONS
 
     def make_loss(self, reg_max: int) -> MGIoUBoxLoss:
