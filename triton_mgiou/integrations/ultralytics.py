@@ -74,7 +74,7 @@ SHOWN_CONFIDENCE = 0.25
 VISIBLE = 0.5  # a predicted vertex is there from this confidence on
 
 # What is called here, or called by Ultralytics with these arguments.
-PoseAssigner = getattr(tal, "PoseTaskAlignedAssigner", None)  # since 8.4.150 or so
+PoseAssigner = getattr(tal, "PoseTaskAlignedAssigner", None)  # not in 8.4.120 yet
 CALLS: dict[Callable[..., Any] | None, tuple[str, ...]] = {
     KeypointLoss.forward: ("self", "pred_kpts", "gt_kpts", "kpt_mask", "area"),
     RotatedBboxLoss.forward: (
