@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from bench.detectors import plan
 
 SPEED_TASKS = ("corners", "boxes")
+FIGURE = "curves.png"
 COLUMNS = ("AP50", "AP75", "AP90", "AP50-95", "hull AP50", "IoU", "crossing", "angle error")
 CURVES = {"reported": "tab:red", "OKS": "tab:blue", "mgiou": "tab:green", "hybrid": "tab:purple"}
 
@@ -49,17 +50,25 @@ def line(row: dict[str, Any]) -> str:
 
 
 def sections(folder: Path) -> dict[str, str]:
-    """The tables by name; empty where there is no result."""
+    """The parts of the page by name; empty where there is no result."""
     rows, speed = read(folder), folder / "speed.json"
     times = json.loads(speed.read_text(encoding="utf-8"))["rows"] if speed.exists() else []
-    return {"reports": reports(rows), "tables": tables(rows), "targets": targets(rows), "speed": speeds(times)}
+    place = "/".join(("..", "results", "detectors", FIGURE))
+    figure = f"![Loss, box loss, loss scale and AP over the epochs]({place})"
+    return {
+        "reports": reports(rows),
+        "figure": figure if watched(rows) else "",
+        "tables": tables(rows),
+        "targets": targets(rows),
+        "speed": speeds(times),
+    }
 
 
 def write(folder: Path) -> None:
-    """Write `tables.md` and `curves.png` into the folder."""
-    text = "\n\n".join(table for table in sections(folder).values() if table)
+    """Write the tables, as Markdown, and the figure into the folder."""
+    text = "\n\n".join(part for name, part in sections(folder).items() if part and name != "figure")
     (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
-    draw(folder / "curves.png", read(folder))
+    draw(folder / FIGURE, read(folder))
 
 
 def fill(page: Path, folder: Path) -> None:
@@ -168,13 +177,14 @@ def markdown(title: str, head: tuple[str, ...], lines: list[tuple[Any, ...]]) ->
     return "\n".join([title, "", *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 
 
+def watched(rows: Rows) -> dict[str, dict[str, Any]]:
+    """The trainings that were judged on the way, by their loss."""
+    return {row["job"]["loss"]: row for row in rows if row["job"]["watch"] and row["job"]["loss"] in CURVES}
+
+
 def draw(path: Path, rows: Rows) -> None:
     """Loss, box loss, loss scale and AP over the epochs, of the reported loss and of others on the same task."""
-    shown = {
-        row["job"]["loss"]: row
-        for row in rows
-        if row["job"]["watch"] and row["job"]["loss"] in CURVES and row["job"]["seed"] == 0
-    }
+    shown = watched(rows)
     figure = Figure(figsize=(14, 3.6), layout="constrained")
     panels: dict[str, Callable[[dict[str, Any]], tuple[list[float], list[float]]]] = {
         "loss of the keypoints / its first epoch's": lambda row: relative(row["curves"]["loss"]),

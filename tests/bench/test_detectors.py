@@ -343,7 +343,7 @@ def test_the_page_gets_the_tables_between_its_marks(tmp_path):
     report.fill(page, tmp_path)
     text = page.read_text(encoding="utf-8")
     assert "old" not in text
-    assert text.count("\nNot run.\n") == 3
+    assert text.count("\nNot run.\n") == 4
     assert "speed: <!-- begin: speed -->\n### Milliseconds" in text
     assert "| boxes | 64 | mgiou | 12.35 | 0.900 |\n<!-- end: speed -->.\n" in text
     report.fill(page, tmp_path)

@@ -75,7 +75,7 @@ VISIBLE = 0.5  # a predicted vertex is there from this confidence on
 
 # What is called here, or called by Ultralytics with these arguments.
 PoseAssigner = getattr(tal, "PoseTaskAlignedAssigner", None)  # not in 8.4.120 yet
-CALLS: dict[Callable[..., Any] | None, tuple[str, ...]] = {
+CALLS: dict[Callable[..., Any], tuple[str, ...]] = {
     KeypointLoss.forward: ("self", "pred_kpts", "gt_kpts", "kpt_mask", "area"),
     RotatedBboxLoss.forward: (
         *("self", "pred_dist", "pred_bboxes", "anchor_points", "target_bboxes", "target_scores"),
@@ -90,7 +90,6 @@ if PoseAssigner is not None:
 def check_version() -> None:
     """Raise a RuntimeError that names both versions if this Ultralytics calls its losses in another way."""
     for function, known in CALLS.items():
-        assert function is not None
         found = tuple(inspect.signature(function).parameters)
         if found != known:
             name = function.__qualname__
