@@ -24,8 +24,9 @@ TINY = {32: 2.0**-96, 64: 2.0**-800}
 RESOLUTION = {32: 2.0**-20, 64: 2.0**-48}
 
 # By the same bits: projections on an axis that differ by less than this times |a_x| + |a_y| are equal but for the
-# rounding of coordinates near 1, four units in their last place (section 4).
+# rounding of coordinates near 1, four units in their last place; and at most this part of the extent (section 4).
 TIE = {32: 2.0**-21, 64: 2.0**-50}
+WIDEST_TIE = 2.0**-15
 
 
 class Options(NamedTuple):

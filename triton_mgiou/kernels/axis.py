@@ -109,10 +109,10 @@ def own_interval(axis, edge, origin):
 
 
 @triton.jit
-def shares(projections, ends, derivatives, size, TIE: tl.constexpr):
+def shares(projections, ends, derivatives, rounding):
     """Derivative of each slot's projection: that of the ends of the interval, in equal shares at a tie (section 4)."""
-    low = tl.fma(size, TIE, ends.low)
-    high = tl.fma(size, -TIE, ends.high)
+    low = ends.low + rounding
+    high = ends.high - rounding
     at_low = ()
     at_high = ()
     for slot in tl.static_range(len(projections)):

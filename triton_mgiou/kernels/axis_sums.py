@@ -42,9 +42,9 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
         )
         convexity += term.value
         if VARIANT.GRAD:
-            bent = convexity_gradient(term, axis.size, VARIANT.TIE)
+            bent = convexity_gradient(term, axis.size * sample.tie)
     if VARIANT.BOUNDARY:
-        reached = reach(axis, sample.direction, sample.target_shape, VARIANT.TIE)
+        reached = reach(axis, sample.direction, sample.target_shape, axis.size * sample.tie)
         mixed += reached.length
         if VARIANT.GRAD:
             to_start = Point(reached.at.y, minus(reached.at.x))
@@ -53,10 +53,10 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
             by_area = hand_over(by_area, edge, ends, Point(axis.x, axis.y), Point(axis.x, axis.y), VARIANT.AXES)
     if VARIANT.GRAD:
         to_pred, to_target = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)
-        derivatives = shares(compared.on_pred, compared.pred, to_pred, axis.size, VARIANT.TIE)
+        derivatives = shares(compared.on_pred, compared.pred, to_pred, axis.size * sample.tie)
         along = Point(tl.zeros_like(axis.length), tl.zeros_like(axis.length))  # derivative to the edge
         if VARIANT.AXIS_GRAD:
-            on_target = shares(compared.on_target, compared.target, to_target, axis.size, VARIANT.TIE)
+            on_target = shares(compared.on_target, compared.target, to_target, axis.size * sample.tie)
             x = minus(dot(on_target + derivatives, sample.target.ys + sample.pred.ys))
             along = Point(x, dot(on_target + derivatives, sample.target.xs + sample.pred.xs))
         if VARIANT.CONVEXITY:
@@ -89,7 +89,7 @@ def target_axis(sums, edge, sample, VARIANT: tl.constexpr):
     if VARIANT.GRAD:
         to_pred, _ = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)
         gradient = add_gradient(
-            gradient, axis, shares(compared.on_pred, compared.pred, to_pred, axis.size, VARIANT.TIE)
+            gradient, axis, shares(compared.on_pred, compared.pred, to_pred, axis.size * sample.tie)
         )
     return AxisSums(mean, gradient)
 

@@ -26,11 +26,11 @@ def area(measured):
 
 
 @triton.jit
-def reach(axis, direction, shape, TIE: tl.constexpr):
+def reach(axis, direction, shape, rounding):
     """How far a polygon reaches along an edge's outward normal, times the edge's length."""
     projections = project(direction * axis.x, direction * axis.y, shape)
     furthest = highest(projections)
-    threshold = tl.fma(axis.size, -TIE, furthest)
+    threshold = furthest - rounding
     at = ()
     for slot in tl.static_range(len(projections)):
         at = at + ((projections[slot] >= threshold).to(furthest.dtype),)

@@ -44,11 +44,11 @@ def convexity_of(axis, edge, shape, places, factor, TINY: tl.constexpr, GRAD: tl
 
 
 @triton.jit
-def convexity_gradient(convexity, size, TIE: tl.constexpr):
+def convexity_gradient(convexity, rounding):
     """Its derivatives, those to P's interval included."""
     to_start = total(convexity.sides)
     width_slopes = Interval(convexity.width_slope, minus(convexity.width_slope))
-    by_width = shares(convexity.projections, convexity.ends, width_slopes, size, TIE)
+    by_width = shares(convexity.projections, convexity.ends, width_slopes, rounding)
     return ConvexityGradient(add(convexity.sides, by_width), to_start)
 
 

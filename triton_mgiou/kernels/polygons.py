@@ -44,7 +44,7 @@ from triton_mgiou.kernels.types import (
     Variant,
 )
 from triton_mgiou.kernels.vertices import FULL, frame, load_vertices, pads, place, place_at_last, row_start, store
-from triton_mgiou.options import RESOLUTION, TIE, TINY
+from triton_mgiou.options import RESOLUTION, TIE, TINY, WIDEST_TIE
 
 TINY_32 = tl.constexpr(TINY[32])
 TINY_64 = tl.constexpr(TINY[64])
@@ -52,6 +52,7 @@ RESOLUTION_32 = tl.constexpr(RESOLUTION[32])
 RESOLUTION_64 = tl.constexpr(RESOLUTION[64])
 TIE_32 = tl.constexpr(TIE[32])
 TIE_64 = tl.constexpr(TIE[64])
+WIDEST = tl.constexpr(WIDEST_TIE)
 
 
 @triton.jit(
@@ -127,7 +128,7 @@ def mgiou_kernel(
         and not (CONVEXITY and BOUNDARY)
     )
     TIE: tl.constexpr = TIE_64 if COMPUTE == tl.float64 else TIE_32
-    VARIANT: tl.constexpr = Variant(TINY, TIE, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, AXES, LANES, UNROLLED)
+    VARIANT: tl.constexpr = Variant(TINY, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, AXES, LANES, UNROLLED)
 
     axis = tl.arange(0, AXES)[None, :, None]
     lane = tl.arange(0, LANES)[None, None, :]
@@ -208,11 +209,12 @@ def mgiou_kernel(
             target_area = area(target_measured)
             direction = pred_area.direction
 
+        tie = tl.minimum(joint.extent * WIDEST, tl.full((1, 1, 1), TIE, COMPUTE))
         pred_places = pred.count
         if CONVEXITY:
             pred_places = number_of_zeros(pred_pads)
         sample = Sample(
-            pred_placed, target_placed, pred_shape, target_shape, pred_rule, target_rule, pred_places, lane,
+            pred_placed, target_placed, pred_shape, target_shape, pred_rule, target_rule, pred_places, lane, tie,
             convexity_factor, direction,
         )  # fmt: skip
         no_slots = zeros(pred_placed.xs)

@@ -17,7 +17,6 @@ class Variant(NamedTuple):
     """What is decided at compile time. Handed on as a `tl.constexpr`, since a tuple of its own makes tensors of it."""
 
     TINY: float
-    TIE: float
     GRAD: bool
     AXIS_WEIGHT: int
     AXIS_GRAD: bool
@@ -134,7 +133,7 @@ class Axis(NamedTuple):
     edge: Point
     length: tl.tensor  # 0 if it is no axis
     is_axis: tl.tensor
-    size: tl.tensor  # sum of absolute values: TIE times this is the rounding of a projection
+    size: tl.tensor  # sum of absolute values: the sample's `tie` times this is the rounding of a projection
 
 
 class Weight(NamedTuple):
@@ -235,6 +234,7 @@ class Sample(NamedTuple):
     target_rule: AxisRule
     pred_places: tl.tensor  # how many vertices count
     lane: tl.tensor
+    tie: tl.tensor  # how far apart projections on an axis of size 1 may be that are equal but for rounding
     convexity_factor: tl.tensor
     direction: tl.tensor  # the sign of P's area
 

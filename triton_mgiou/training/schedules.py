@@ -77,7 +77,7 @@ class AlphaSchedule(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the present value, a float32 scalar."""
-        done = (self.step_count / self.total_steps).clamp(max=1)
+        done = (self.step_count.to(torch.float32) / self.total_steps).clamp(max=1)
         if self.kind == "cosine":
             left = (1 + torch.cos(math.pi * done)) / 2
         elif self.kind == "linear":
