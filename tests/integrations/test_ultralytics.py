@@ -374,7 +374,8 @@ def test_a_trainer_of_another_process_has_the_callback_once(data, tmp_path):
 @pytest.mark.parametrize(("head", "task"), list(itertools.product(HEADS, TRAINERS)))
 def test_train_on_a_gpu_with_amp(data, tmp_path, head, task):
     """The scaler finds its scale, and after that skips no step."""
-    trainer = TRAINERS[task](overrides=settings(data, task, tmp_path, head, device="0", epochs=15, amp="fp16"))
+    more = {"device": "0", "epochs": 20, "amp": "fp16", "nbs": 3, "val": False}  # nbs: a step of the optimizer a batch
+    trainer = TRAINERS[task](overrides=settings(data, task, tmp_path, head, **more))
     scales = []
     trainer.add_callback("on_train_batch_end", lambda t: scales.append(t.scaler.get_scale()))
     trainer.train()
