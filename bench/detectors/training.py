@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from copy import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def train(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: str) -> d
         trainer.train()
     log = trainer.log
     steps = len(log["scale"])
-    skipped = [step for step in range(1, steps) if log["scale"][step] < log["scale"][step - 1]]
+    skipped = skipped_steps([trainer.first_scale, *log["scale"]])
     if trainer.watched:
         log["bad_gradients"] = [share.item() for share in trainer.watched.bad]
     return {
@@ -75,6 +76,11 @@ def train(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: str) -> d
         "curves": {name: by_epoch(values, job.epochs) for name, values in log.items()},
         "judged": trainer.judged,
     }
+
+
+def skipped_steps(scales: list[float]) -> list[int]:
+    """The steps after which the loss scale was smaller, or as small as it gets, from the scales before and after."""
+    return [step for step, (before, after) in enumerate(pairwise(scales)) if after < before or after == 0]
 
 
 def by_epoch(values: list[float], epochs: int) -> list[float]:
@@ -145,7 +151,7 @@ def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: st
             "val": job.watch,
         }
     )
-    trainer.judged, trainer.log = [], {"loss": [], "box_loss": [], "scale": []}
+    trainer.first_scale, trainer.judged, trainer.log = 0.0, [], {"loss": [], "box_loss": [], "scale": []}
 
     def note(trainer: Any) -> None:
         items = trainer.loss_items
@@ -153,12 +159,13 @@ def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: st
         trainer.log["box_loss"].append(items["box_loss"].item())
         trainer.log["scale"].append(trainer.scaler.get_scale())
 
-    def no_scaler(trainer: Any) -> None:
-        trainer.scaler = torch.amp.GradScaler("cuda", enabled=False)
+    def begin(trainer: Any) -> None:
+        if precision.endswith("without scaler"):
+            trainer.scaler = torch.amp.GradScaler("cuda", enabled=False)
+        trainer.first_scale = trainer.scaler.get_scale()
 
+    trainer.add_callback("on_train_start", begin)
     trainer.add_callback("on_train_batch_end", note)
-    if precision.endswith("without scaler"):
-        trainer.add_callback("on_train_start", no_scaler)
     return trainer
 
 

@@ -48,6 +48,12 @@ def test_the_error_of_an_angle_does_not_care_for_quarter_turns(turn, error):
     assert found == pytest.approx([error], abs=1e-6)
 
 
+def test_skipped_steps():
+    assert training.skipped_steps([65536.0, 32768.0, 32768.0, 16384.0, 32768.0]) == [0, 2]
+    assert training.skipped_steps([1e-45, 0.0, 0.0]) == [0, 1]
+    assert training.skipped_steps([1.0, 1.0]) == []
+
+
 def test_the_smooth_box_loss():
     """Quadratic below .1 and parallel to the loss above, times the gain."""
     pred = torch.tensor([[0.0, 0, 10, 10, 0], [8, 0, 10, 10, 0]])
