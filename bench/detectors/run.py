@@ -47,39 +47,44 @@ def main() -> int:
     parser.add_argument("--processes", type=int, help="trainings at a time (default: one for each core, at most 14)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no training that would end later")
     parser.add_argument("--only", default="", help="only trainings whose file's name has this in it")
+    parser.add_argument("--report", action="store_true", help="train nothing, write tables and figure of what is there")
     args = parser.parse_args()
     if args.toy and not args.out:
         parser.error("--toy needs --out, so that its results do not lie among the real ones")
-    begin = time.perf_counter()
     out = args.out or OWN
     out.mkdir(parents=True, exist_ok=True)
+    failed = 0 if args.report else train_missing(out, args)
+    report.write(out)
+    if out == OWN:
+        report.fill(Path(__file__).with_name("README.md"), out)
+    say(f"written: {out}")
+    return 1 if failed else 0
+
+
+def train_missing(out: Path, args: argparse.Namespace) -> int:
+    """Time the steps and do the trainings that are not in the folder yet; return how many failed."""
+    end = time.perf_counter() + args.seconds
     importlib.import_module("ultralytics")  # makes its folder of settings, once and not in all processes together
     size = plan.TOY if args.toy else plan.FULL
     jobs = [job for job in plan.jobs(size) if args.only in job.name]
     left = [job for job in jobs if not (out / f"{job.name}.json").exists()]
+    speed_left = not args.only and not (out / "speed.json").exists()
     processes = args.processes or min(os.cpu_count() or 1, 14)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     guess = sum(START + SECONDS[device] * job.epochs for job in left) / processes / (10 if args.toy else 1)
     say(f"{len(jobs)} trainings, {len(jobs) - len(left)} done before, {processes} at a time on {hardware()}:")
     say(f"about {guess / 60:.0f} min, told anew after each training")
-
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("spawn")
         gpus = context.Queue()
         for k in range(processes):
             gpus.put(k % max(1, torch.cuda.device_count()))
         with ProcessPoolExecutor(processes, context, start, (gpus,)) as pool:
-            speed_left = not args.only and not (out / "speed.json").exists()
             draw(pool, {job.task for job in left} | set(report.SPEED_TASKS if speed_left else ()), size, Path(folder))
             if speed_left:
                 rows = pool.submit(measure_speed, size, Path(folder), args.toy).result()
                 write(out / "speed.json", {**facts(args.toy), "rows": rows})
-            failed = train_all(pool, left, size, Path(folder), out, processes, begin + args.seconds, facts(args.toy))
-    report.write(out)
-    if out == OWN:
-        report.fill(Path(__file__).with_name("README.md"), out)
-    say(f"written: {out}")
-    return 1 if failed else 0
+            return train_all(pool, left, size, Path(folder), out, processes, end, facts(args.toy))
 
 
 def draw(pool: ProcessPoolExecutor, tasks: Iterable[str], size: plan.Size, folder: Path) -> None:

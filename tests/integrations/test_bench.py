@@ -90,6 +90,9 @@ def test_toy_size_and_going_on(tmp_path):
         assert all(np.isfinite(values).all() for values in row["curves"].values())
         assert {"AP50", "AP75", "AP90", "mAP50(B)"} <= set(row["judged"][-1])
     gone = sorted(names)[0]
+    (tmp_path / "tables.md").unlink()
+    subprocess.run([*command, "--report"], cwd=ROOT, check=True)
+    assert (tmp_path / "tables.md").exists()
     (tmp_path / f"{gone}.json").unlink()
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert f"{len(names)} trainings, {len(names) - 1} done before" in second.stdout
