@@ -45,7 +45,8 @@ def _fold(values, COMBINE: tl.constexpr):
 def lowest(values):
     """The lowest value of all slots and lanes, (POLYGONS, AXES, 1)."""
     folded = _fold(values, _smaller)
-    if folded.shape[2] == 1:
+    LANES: tl.constexpr = folded.shape[2] if len(folded.shape) == 3 else 1
+    if LANES == 1:
         return folded
     return tl.min(folded, axis=2, keep_dims=True)
 
@@ -54,7 +55,8 @@ def lowest(values):
 def highest(values):
     """The highest value of all slots and lanes, (POLYGONS, AXES, 1)."""
     folded = _fold(values, _larger)
-    if folded.shape[2] == 1:
+    LANES: tl.constexpr = folded.shape[2] if len(folded.shape) == 3 else 1
+    if LANES == 1:
         return folded
     return tl.max(folded, axis=2, keep_dims=True)
 
@@ -63,7 +65,8 @@ def highest(values):
 def total(values):
     """The sum over all slots and lanes, (POLYGONS, AXES, 1)."""
     folded = _fold(values, _plus)
-    if folded.shape[2] == 1:
+    LANES: tl.constexpr = folded.shape[2] if len(folded.shape) == 3 else 1
+    if LANES == 1:
         return folded
     return tl.sum(folded, axis=2, keep_dims=True)
 
