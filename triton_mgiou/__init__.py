@@ -1,8 +1,9 @@
 """MGIoU: an IoU-like loss for convex shapes, as cheap as L1."""
 
 from triton_mgiou.distributed import mean_positives
-from triton_mgiou.functional import PAPER, mgiou_loss
+from triton_mgiou.functional import mgiou_loss
 from triton_mgiou.modules import MGIoULoss, PolygonLoss
+from triton_mgiou.options import PAPER
 from triton_mgiou.tuning.warmup import warmup
 
 __version__ = "0.1.0"

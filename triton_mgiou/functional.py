@@ -1,29 +1,30 @@
-"""`mgiou_loss`: checks its arguments, picks the backend and reduces."""
+"""`mgiou_loss`: checks its arguments, chooses the backend and reduces."""
 
 from __future__ import annotations
 
-import math
-from functools import cache
-from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+import triton_mgiou
+from triton_mgiou import debugging
+from triton_mgiou.arguments import (
+    check_avg_factor,
+    check_choice,
+    check_options,
+    check_polygons,
+    check_real,
+    check_weight,
+)
+from triton_mgiou.options import BACKENDS, PAPER, REDUCTIONS, Options, Reduction
 from triton_mgiou.reference import polygons as reference
-from triton_mgiou.training import finite
 
-REDUCTIONS = ("none", "mean", "sum")
-AXIS_WEIGHTS = ("uniform", "length", "soft")
-BACKENDS = ("auto", "eager", "triton")
+if TYPE_CHECKING:
+    import triton_mgiou.launch
+    import triton_mgiou.ops
 
-PAPER: dict[str, Any] = {
-    "axis_weight": "uniform",
-    "axis_grad": True,
-    "convexity_weight": 0.0,
-    "boundary_weight": 0.0,
-}
-"""The options that make the loss the paper's: `mgiou_loss(pred, target, **PAPER)`."""
+__all__ = ["PAPER", "kernels_unavailable", "mgiou_loss"]
 
 
 def mgiou_loss(
@@ -102,55 +103,67 @@ def mgiou_loss(
 
     Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
     """
-    if finite.switch.on and not finite.thread.inside:
-        return finite.switch.check(mgiou_loss, locals())
-    _check_vertices("pred", pred)
-    _check_vertices("target", target)
-    if target.shape[0] != pred.shape[0]:
-        raise ValueError(f"target must have pred's batch size {pred.shape[0]}, got {target.shape[0]}")
-    _check_device("target", target, pred)
-    _check_real("pred", pred, pred_lengths, pred_mask)
-    _check_real("target", target, target_lengths, target_mask)
-    _check_choice("reduction", reduction, REDUCTIONS)
-    _check_choice("axis_weight", axis_weight, AXIS_WEIGHTS)
-    _check_choice("backend", backend, BACKENDS)
-    if not isinstance(axis_grad, bool):
-        raise TypeError(f"axis_grad must be a bool, got {type(axis_grad).__name__}")
-    for name, value in (("convexity_weight", convexity_weight), ("boundary_weight", boundary_weight)):
-        _check_number(name, value)
-        if value < 0:
-            raise ValueError(f"{name} must be 0 or above, got {value}")
-    _check_weight(weight, pred)
-    _check_avg_factor(avg_factor, reduction, pred)
-    if pred.shape[0] > 0 and _picks_triton(backend, pred):
-        from triton_mgiou import ops  # noqa: PLC0415 - needs Triton
+    check_polygons(pred, target)
+    if pred_lengths is not None or pred_mask is not None:
+        check_real("pred", pred, pred_lengths, pred_mask)
+    if target_lengths is not None or target_mask is not None:
+        check_real("target", target, target_lengths, target_mask)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("backend", backend, BACKENDS)
+    options = Options(axis_weight, axis_grad, convexity_weight, boundary_weight)
+    check_options(options)
+    if weight is not None:
+        check_weight(weight, pred)
+    if avg_factor is not None:
+        check_avg_factor(avg_factor, reduction, pred)
+    checking = debugging.on and not torch._C._are_functorch_transforms_active()
+    if checking:
+        from triton_mgiou.training import loss_checks  # noqa: PLC0415 - slow, and above this module
 
+        pred = loss_checks.check_input("pred", pred, pred_lengths, pred_mask)
+        target = loss_checks.check_input("target", target, target_lengths, target_mask)
+        loss_checks.check_factors(weight=weight, avg_factor=avg_factor)
+    if pred.shape[0] > 0 and _takes_kernel(backend, pred):
         pred_real = pred_lengths if pred_mask is None else pred_mask
         target_real = target_lengths if target_mask is None else target_mask
-        options = (axis_weight, axis_grad, convexity_weight, boundary_weight)
-        if isinstance(avg_factor, Tensor) or (weight is not None and weight.requires_grad):
-            loss = ops.fused_loss(pred, target, pred_real, target_real, None, "none", None, *options)
-            return _reduce(loss, weight, reduction, avg_factor)
-        if weight is not None:
-            weight = _per_sample(weight, reference.compute_dtype(pred, target))
-        return ops.fused_loss(pred, target, pred_real, target_real, weight, reduction, avg_factor, *options)
+        inside = kernel_reduction(pred, target, weight, reduction, avg_factor)
+        call = triton_mgiou.launch.PolygonCall(pred_real, target_real, inside or Reduction(None, True, None), options)
+        loss = triton_mgiou.ops.polygon_loss(pred, target, call)
+        if inside is None:
+            loss = reduce(loss, weight, reduction, avg_factor)
+    else:
+        loss = reference.per_sample_loss(
+            pred,
+            target,
+            pred_lengths=pred_lengths,
+            target_lengths=target_lengths,
+            pred_mask=pred_mask,
+            target_mask=target_mask,
+            axis_weight=axis_weight,
+            axis_grad=axis_grad,
+            convexity_weight=convexity_weight,
+            boundary_weight=boundary_weight,
+        )
+        loss = reduce(loss, weight, reduction, avg_factor)
+    if checking:
+        loss_checks.check_output(loss, pred, target)
+    return loss
 
-    loss = reference.per_sample_loss(
-        pred,
-        target,
-        pred_lengths=pred_lengths,
-        target_lengths=target_lengths,
-        pred_mask=pred_mask,
-        target_mask=target_mask,
-        axis_weight=axis_weight,
-        axis_grad=axis_grad,
-        convexity_weight=convexity_weight,
-        boundary_weight=boundary_weight,
-    )
-    return _reduce(loss, weight, reduction, avg_factor)
+
+def kernel_reduction(
+    pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None
+) -> Reduction | None:
+    """The reduction as a kernel does it. None where it cannot: a tensor divides, or the weight wants a gradient."""
+    if isinstance(avg_factor, Tensor) or (weight is not None and weight.requires_grad):
+        return None
+    if weight is not None:
+        weight = _per_sample(weight, reference.compute_dtype(pred, target))
+    if reduction == "mean":
+        return Reduction(weight, False, pred.shape[0] if avg_factor is None else avg_factor)
+    return Reduction(weight, reduction == "none", None)
 
 
-def _picks_triton(backend: str, pred: Tensor) -> bool:
+def _takes_kernel(backend: str, pred: Tensor) -> bool:
     if backend == "eager" or (backend == "auto" and not pred.is_cuda):
         return False
     reason = kernels_unavailable(pred.device)
@@ -163,29 +176,45 @@ def _picks_triton(backend: str, pred: Tensor) -> bool:
     return reason is None
 
 
+_reasons: dict[torch.device, str | None] = {}
+
+
 def kernels_unavailable(device: torch.device) -> str | None:
     """Why the kernels cannot run on tensors of this device, or None if they can."""
-    return _kernels_unavailable(device)
+    if device not in _reasons:
+        _reasons[device] = _find_reason(device)
+    return _reasons[device]
 
 
 # What torch.compiler.assume_constant_result does, without its import of the compiler, which takes a second.
 kernels_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@cache
-def _kernels_unavailable(device: torch.device) -> str | None:
+def _find_reason(device: torch.device) -> str | None:
     try:
         import triton  # noqa: PLC0415 - not everywhere, and slow
     except ImportError:
         return "Triton is not installed"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 4):
         return f"the kernels need Triton 3.4, and {triton.__version__} is installed"
-    from triton_mgiou import ops  # noqa: PLC0415 - needs Triton
+    from triton_mgiou import launch, ops  # noqa: F401, PLC0415 - from here on the package has both
 
-    return ops.unavailable(device)
+    if launch.INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, and the kernels need an NVIDIA GPU"
+    if torch.version.hip is not None:
+        return "this PyTorch is built for ROCm, and the kernels need an NVIDIA GPU"
+    if (device.index or 0) >= torch.cuda.device_count():
+        return f"PyTorch finds {torch.cuda.device_count()} NVIDIA GPUs, and the device is {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"{device} has compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
+    return None
 
 
-def _reduce(loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None) -> Tensor:
+def reduce(loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None) -> Tensor:
+    """Weigh the samples' losses, (B,), and reduce them."""
     if weight is not None:
         loss = loss * _per_sample(weight, loss.dtype)
     if reduction == "none":
@@ -202,83 +231,3 @@ def _per_sample(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """One weight for each sample, (B,)."""
     weight = weight.to(dtype)
     return weight if weight.dim() == 1 else weight.mean(1)
-
-
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-
-
-def _check_device(name: str, value: Tensor, pred: Tensor) -> None:
-    if value.device != pred.device:
-        raise ValueError(f"{name} must be on pred's device {pred.device}, got {value.device}")
-
-
-def _check_vertices(name: str, value: Tensor) -> None:
-    _check_tensor(name, value)
-    size = "N" if name == "pred" else "M"
-    if value.dim() != 3 or value.shape[2] != 2 or value.shape[1] == 0:
-        raise ValueError(f"{name} must have shape (B, {size}, 2) with {size} >= 1, got {tuple(value.shape)}")
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{name} must be floating, got {value.dtype}")
-
-
-def _check_real(side: str, vertices: Tensor, lengths: Tensor | None, mask: Tensor | None) -> None:
-    if lengths is not None and mask is not None:
-        raise ValueError(f"{side}_lengths and {side}_mask say the same: expected at most one, got both")
-    if lengths is not None:
-        name = f"{side}_lengths"
-        _check_tensor(name, lengths)
-        _check_device(name, lengths, vertices)
-        if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
-            raise TypeError(f"{name} must be integers, got {lengths.dtype}")
-        if lengths.shape != vertices.shape[:1]:
-            raise ValueError(f"{name} must have shape {tuple(vertices.shape[:1])}, got {tuple(lengths.shape)}")
-    if mask is not None:
-        name = f"{side}_mask"
-        _check_tensor(name, mask)
-        _check_device(name, mask, vertices)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{name} must be torch.bool, got {mask.dtype}")
-        if mask.shape != vertices.shape[:2]:
-            raise ValueError(f"{name} must have shape {tuple(vertices.shape[:2])}, got {tuple(mask.shape)}")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _check_number(name: str, value: Any) -> None:
-    if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not abs(float(value)) < math.inf:
-        raise ValueError(f"{name} must be finite, got {value}")
-
-
-def _check_weight(weight: Tensor | None, pred: Tensor) -> None:
-    if weight is None:
-        return
-    _check_tensor("weight", weight)
-    _check_device("weight", weight, pred)
-    if weight.dtype.is_complex:
-        raise TypeError(f"weight must be real, got {weight.dtype}")
-    batch = pred.shape[0]
-    if weight.dim() not in (1, 2) or weight.shape[0] != batch or (weight.dim() == 2 and weight.shape[1] == 0):
-        raise ValueError(f"weight must have shape ({batch},) or ({batch}, k), got {tuple(weight.shape)}")
-
-
-def _check_avg_factor(avg_factor: float | Tensor | None, reduction: str, pred: Tensor) -> None:
-    if avg_factor is None:
-        return
-    if reduction == "sum":
-        raise ValueError('avg_factor goes with reduction="mean" or "none", got reduction="sum"')
-    if isinstance(avg_factor, Tensor):
-        if avg_factor.numel() != 1:
-            raise ValueError(f"avg_factor must have one element, got shape {tuple(avg_factor.shape)}")
-        if avg_factor.dim() > 0 or avg_factor.device.type != "cpu":
-            _check_device("avg_factor", avg_factor, pred)
-    else:
-        _check_number("avg_factor", avg_factor)
-        if avg_factor <= 0 and pred.shape[0] > 0:
-            raise ValueError(f"avg_factor must be above 0, got {avg_factor}")
