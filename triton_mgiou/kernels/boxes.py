@@ -211,7 +211,7 @@ def _store(ptr, first, numbers, batch, whole, V: tl.constexpr):
         odd = tl.join(numbers[4 * vector + 1], numbers[4 * vector + 3])
         four = tl.reshape(tl.join(even, odd), (first.shape[0], 4))
         places = first[:, None] + 4 * vector + tl.arange(0, 4)[None, :]
-        if whole:
+        if V.NUMBERS % 4 != 0 and whole:
             tl.store(ptr + places, four)
         else:
             tl.store(ptr + places, four, mask=places < end)
@@ -742,8 +742,9 @@ def box_kernel(
     for block in range(tl.program_id(0), tl.cdiv(batch, LANES * ROWS), tl.num_programs(0)):
         lanes = block.to(tl.int64) * LANES + tl.arange(0, LANES)
         first = lanes * (ROWS * NUMBERS)
-        whole = (V.VECTORS > 0) & ((block + 1) * (LANES * ROWS) <= batch)
-        if PACKED and whole:
+        # Where a box fills vectors, the end of the batch is also that of a vector, which the compiler sees.
+        whole = (block + 1) * (LANES * ROWS) <= batch
+        if PACKED and V.VECTORS > 0 and NUMBERS % 4 != 0 and whole:
             pred = _load_whole(pred_source, first, V, COMPUTE)
             target = _load_whole(target_source, first, V, COMPUTE)
         else:
