@@ -174,7 +174,7 @@ def _offsets(places, source, V: tl.constexpr):
 def _load(source, first, batch, V: tl.constexpr, COMPUTE: tl.constexpr):
     """The numbers of a lane's boxes, one box after the other; 0 behind the batch."""
     numbers = ()
-    end = batch.to(tl.int64) * V.NUMBERS
+    end = tl.full((1,), V.NUMBERS, tl.int64) * batch
     for vector in tl.static_range(V.VECTORS):
         places = first[:, None] + 4 * vector + tl.arange(0, 4)[None, :]
         four = tl.load(source.ptr + _offsets(places, source, V), mask=places < end, other=0.0).to(COMPUTE)
@@ -205,7 +205,7 @@ def _load_whole(source, first, V: tl.constexpr, COMPUTE: tl.constexpr):
 @triton.jit
 def _store(ptr, first, numbers, batch, whole, V: tl.constexpr):
     """The reverse, packed."""
-    end = batch.to(tl.int64) * V.NUMBERS
+    end = tl.full((1,), V.NUMBERS, tl.int64) * batch
     for vector in tl.static_range(V.VECTORS):
         even = tl.join(numbers[4 * vector], numbers[4 * vector + 2])
         odd = tl.join(numbers[4 * vector + 1], numbers[4 * vector + 3])
@@ -740,7 +740,7 @@ def box_kernel(
     divide_by = tl.full((LANES,), divisor, COMPUTE)
     reduced = tl.zeros((LANES,), COMPUTE)
     for block in range(tl.program_id(0), tl.cdiv(batch, LANES * ROWS), tl.num_programs(0)):
-        lanes = block.to(tl.int64) * LANES + tl.arange(0, LANES)
+        lanes = (block * LANES + tl.arange(0, LANES)).to(tl.int64)
         first = lanes * (ROWS * NUMBERS)
         # Where a box fills vectors, the end of the batch is also that of a vector, which the compiler sees.
         whole = (block + 1) * (LANES * ROWS) <= batch
@@ -755,7 +755,10 @@ def box_kernel(
         if HAS_ANGLE:
             angles = ()
             for row in tl.static_range(ROWS):
-                angles = angles + (pred[(row + 1) * NUMBERS - 1], target[(row + 1) * NUMBERS - 1])
+                own_angle, other_angle = pred[(row + 1) * NUMBERS - 1], target[(row + 1) * NUMBERS - 1]
+                if not CLOCKWISE:
+                    own_angle, other_angle = minus(own_angle), minus(other_angle)
+                angles = angles + (own_angle, other_angle)
             is_odd, rest = _directions(angles, DEGREES)
         gradient = ()
         for row in tl.static_range(ROWS):
