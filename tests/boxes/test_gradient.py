@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from tests.boxes import oracle
-from tests.boxes.helpers import ANGLED, SPACE, closed_formats, formats, in_degrees, options_of, oracle_options, random_boxes
+from tests.boxes.helpers import (
+    ANGLED,
+    SPACE,
+    closed_formats,
+    formats,
+    in_degrees,
+    options_of,
+    oracle_options,
+    random_boxes,
+)
 from tests.helpers import (
     AXIS_WEIGHTS,
     assert_close,
