@@ -28,6 +28,7 @@ from triton.runtime import driver
 from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS
 from triton_mgiou.kernels import boxes as box_kernels
 from triton_mgiou.kernels import polygons as polygon_kernels
+from triton_mgiou.kernels import vertices
 from triton_mgiou.options import AXIS_WEIGHTS, Options, Reduction
 from triton_mgiou.tuning import layouts, store
 
@@ -313,7 +314,7 @@ def polygon_plan(key: PolygonKey) -> Plan:
 def _real_code(dtype: torch.dtype | None, full: bool) -> int:
     """The kernel's code for what says which vertices are real."""
     name = "FULL" if full else "ALL" if dtype is None else "MASK" if dtype == torch.bool else "LENGTHS"
-    code: int = getattr(polygon_kernels, name).value
+    code: int = getattr(vertices, name).value
     return code
 
 
@@ -328,14 +329,14 @@ def _as_bytes(real: Tensor | None) -> tuple[Tensor | None, int, int]:
     return real.view(torch.uint8), real.stride(0), real.stride(1)
 
 
-def _as_words(vertices: Tensor) -> tuple[Tensor, int, int]:
-    """`vertices`, or a copy where they cannot be loaded as aligned words of two; their strides, in vertices."""
-    stride_b, stride_n, stride_c = vertices.stride()
-    aligned = stride_b % 2 == 0 and stride_n % 2 == 0 and vertices.data_ptr() % 16 == 0
-    if stride_c == 1 and aligned and stride_n * vertices.shape[1] < 2**31:
-        return vertices, stride_b // 2, stride_n // 2
-    copy = torch.empty_like(vertices, memory_format=torch.contiguous_format).copy_(vertices)
-    return copy, vertices.shape[1], 1
+def _as_words(polygons: Tensor) -> tuple[Tensor, int, int]:
+    """The same, or a copy where they cannot be loaded as aligned words of two; their strides, in vertices."""
+    stride_b, stride_n, stride_c = polygons.stride()
+    aligned = stride_b % 2 == 0 and stride_n % 2 == 0 and polygons.data_ptr() % 16 == 0
+    if stride_c == 1 and aligned and stride_n * polygons.shape[1] < 2**31:
+        return polygons, stride_b // 2, stride_n // 2
+    copy = torch.empty_like(polygons, memory_format=torch.contiguous_format).copy_(polygons)
+    return copy, polygons.shape[1], 1
 
 
 # Boxes
