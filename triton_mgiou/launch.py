@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ class Plan:
         kernel: Any,
         flags: tuple[Any, ...],
         case: str,
-        candidates: list[layouts.AnyLayout],
+        candidates: Sequence[layouts.AnyLayout],
         dtype: torch.dtype,
         device: int,
     ) -> None:

@@ -78,6 +78,7 @@ class BoxVariant(NamedTuple):
     RESOLUTION: float
     GRAD: bool
     FORMAT: int
+    HAS_ANGLE: bool
     NUMBERS: int  # of a box
     ROWS: int  # boxes of a lane
     VECTORS: int  # of four, that their numbers fill
@@ -430,14 +431,13 @@ def _add(sums, apart, weight):
 def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V: tl.constexpr):
     """One pair of boxes. P's directions are p1 and p2, G's are g1 and g2, and z is the same for both."""
     IN_SPACE: tl.constexpr = V.FORMAT == CXCYCZLWHR
-    HAS_ANGLE: tl.constexpr = V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR
     LINEAR: tl.constexpr = 6 if IN_SPACE else 4
     largest = tl.abs(pred[0])
     for place in tl.static_range(LINEAR):
         largest = tl.maximum(largest, tl.abs(pred[place]), propagate_nan=tl.PropagateNan.ALL)
         largest = tl.maximum(largest, tl.abs(target[place]), propagate_nan=tl.PropagateNan.ALL)
     poison = largest * 0.0
-    if HAS_ANGLE:
+    if V.HAS_ANGLE:
         poison = tl.fma(pred[LINEAR], 0.0, tl.fma(target[LINEAR], 0.0, poison))
     scale = inverse_power_of_two(largest) + poison
     x, y = _side(pred, target, scale, 0, V.FORMAT), _side(pred, target, scale, 1, V.FORMAT)
@@ -451,7 +451,7 @@ def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V:
     pred_x, pred_y, target_x, target_y = x.pred, y.pred, x.target, y.target
     turn = Turn(g1, g2)
     target_turn = turn
-    if HAS_ANGLE:
+    if V.HAS_ANGLE:
         between = _quarters(pred_direction.rest - target_direction.rest, V.DEGREES)
         is_odd = between.is_odd ^ pred_direction.is_odd ^ target_direction.is_odd
         turn = _turn(Direction(is_odd, between.rest), V.DEGREES)
@@ -465,7 +465,7 @@ def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V:
 
     extent = g1
     if V.AXIS_WEIGHT != LENGTH:
-        if HAS_ANGLE:
+        if V.HAS_ANGLE:
             pred_turn = Turn(
                 tl.fma(target_turn.cos, turn.cos, minus(target_turn.sin) * turn.sin),
                 tl.fma(target_turn.sin, turn.cos, target_turn.cos * turn.sin),
@@ -486,7 +486,7 @@ def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V:
     none = tl.zeros_like(scale)
     on_p = Sums(none, none)
     on_g = Sums(none, none)
-    if HAS_ANGLE:
+    if V.HAS_ANGLE:
         apart_1, slopes_1 = _distance(p1, x.pred, g_on_p1, w_p.x, V)
         apart_2, slopes_2 = _distance(p2, y.pred, g_on_p2, w_p.y, V)
         apart_3, slopes_3 = _distance(g1, p_on_g1, x.target, w_g.x, V)
@@ -521,7 +521,7 @@ def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V:
     # To the half-sizes of P, and to the offset, by its components along the coordinates or along the directions of G.
     to_x, to_y, along_1, along_2 = slopes_1.pred, slopes_2.pred, slopes_1.offset, slopes_2.offset
     by_turn, turn_1, turn_2 = none, none, none
-    if HAS_ANGLE:
+    if V.HAS_ANGLE:
         along_1 = tl.fma(turn.cos, slopes_1.offset, tl.fma(minus(turn.sin), slopes_2.offset, slopes_3.offset))
         along_2 = tl.fma(turn.sin, slopes_1.offset, tl.fma(turn.cos, slopes_2.offset, slopes_4.offset))
         cos, sin = tl.abs(turn.cos), tl.abs(turn.sin)
@@ -535,19 +535,17 @@ def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V:
         if V.AXIS_GRAD:
             by_turn = tl.fma(slopes_1.target, turn_1, tl.fma(slopes_2.target, turn_2, by_turn))
     if V.AXIS_GRAD and V.AXIS_WEIGHT != UNIFORM:
-        if V.AXIS_WEIGHT == LENGTH:
-            mean = on_p.distance  # the weights of P's axes add up to one
-        else:
-            mean = total * factor
+        # Of the axes that the weights are shares of: with LENGTH those of P, whose weights add up to one.
+        mean = on_p.distance if V.AXIS_WEIGHT == LENGTH else total * factor
         to_y = tl.fma(2.0 * w_p.slope_x, apart_1 - mean, to_y)
         to_x = tl.fma(2.0 * w_p.slope_y, apart_2 - mean, to_x)
     if V.BOUNDARY:
         to_x = tl.fma(mixed_slope, g_on_p2, tl.fma(area_slope, y.pred, to_x))
         to_y = tl.fma(mixed_slope, g_on_p1, tl.fma(area_slope, x.pred, to_y))
-        if HAS_ANGLE:
+        if V.HAS_ANGLE:
             by_turn = tl.fma(mixed_slope, tl.fma(x.pred, turn_2, y.pred * turn_1), by_turn)
     grad_x, grad_y, grad_angle = along_1, along_2, none
-    if HAS_ANGLE:
+    if V.HAS_ANGLE:
         grad_x = tl.fma(target_turn.cos, along_1, minus(target_turn.sin) * along_2)
         grad_y = tl.fma(target_turn.sin, along_1, target_turn.cos * along_2)
         grad_angle = by_turn * sign(turn.cos * turn.sin)
@@ -725,6 +723,7 @@ def box_kernel(
         RESOLUTION=2.0**-48 if COMPUTE == tl.float64 else 2.0**-20,
         GRAD=GRAD,
         FORMAT=FORMAT,
+        HAS_ANGLE=(True, False, False, True, False)[FORMAT],
         NUMBERS=NUMBERS,
         ROWS=ROWS,
         VECTORS=0 if ROWS * NUMBERS % 4 else ROWS * NUMBERS // 4,
@@ -735,7 +734,6 @@ def box_kernel(
         AXIS_GRAD=AXIS_GRAD,
         BOUNDARY=BOUNDARY,
     )
-    HAS_ANGLE: tl.constexpr = FORMAT == CXCYWHR or FORMAT == CXCYCZLWHR
     pred_source = Source(pred_ptr, pred_stride_b, pred_stride_n, pred_stride_c)
     target_source = Source(target_ptr, target_stride_b, target_stride_n, target_stride_c)
     divide_by = tl.full((LANES,), divisor, COMPUTE)
@@ -753,7 +751,7 @@ def box_kernel(
             target = _load(target_source, first, batch, V, COMPUTE)
         is_odd = ()
         rest = ()
-        if HAS_ANGLE:
+        if V.HAS_ANGLE:
             angles = ()
             for row in tl.static_range(ROWS):
                 own_angle, other_angle = pred[(row + 1) * NUMBERS - 1], target[(row + 1) * NUMBERS - 1]
@@ -766,7 +764,7 @@ def box_kernel(
             own, other = _one_row(pred, row, V), _one_row(target, row, V)
             if FORMAT == CORNERS3D:
                 pair = _corners_row(own, other, V)
-            elif HAS_ANGLE:
+            elif V.HAS_ANGLE:
                 own_direction = Direction(is_odd[2 * row], rest[2 * row])
                 other_direction = Direction(is_odd[2 * row + 1], rest[2 * row + 1])
                 pair = _box_row(own, other, own_direction, other_direction, boundary_weight, V)
@@ -787,7 +785,7 @@ def box_kernel(
             if GRAD:
                 for number in tl.static_range(NUMBERS):
                     derivative = pair.gradient[number] * factor
-                    if not (HAS_ANGLE and number == NUMBERS - 1):
+                    if not (V.HAS_ANGLE and number == NUMBERS - 1):
                         derivative *= pair.scale
                     gradient = gradient + (saturate(derivative),)
         if GRAD:

@@ -145,7 +145,7 @@ LARGE_BOXES = 2**17  # from here on a lane of the kernel of boxes takes several
 
 
 class BoxLayout(NamedTuple):
-    """How the kernel of boxes works on a batch: lanes of a program, boxes of a lane, warps, and registers of a thread."""
+    """How the kernel of boxes works on a batch: a program's lanes, a lane's boxes, warps, registers of a thread."""
 
     lanes: int
     rows: int
