@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from triton_mgiou.box_formats import KERNEL_FORMATS
-from triton_mgiou.kernels.arithmetic import inverse, inverse_power_of_two, minus, saturate, sign
+from triton_mgiou.kernels.arithmetic import inverse, inverse_power_of_two, minus, saturate
 from triton_mgiou.kernels.axis import LENGTH, SHORTEST, SOFT, SOFT_UNIT, UNIFORM, axis_weight, shares
 from triton_mgiou.kernels.axis import distance as interval_distance
 from triton_mgiou.kernels.axis import slopes as interval_slopes
@@ -404,6 +404,18 @@ def _with_sign(values, signs):
 
 
 @triton.jit
+def _times_sign(values, signs):
+    """Values times 1, -1, or 0 where `signs` is 0: a sign bit is fewer instructions than a factor."""
+    if values.dtype == tl.float64:
+        bits = values.to(tl.int64, bitcast=True) ^ (signs.to(tl.int64, bitcast=True) & (-(2**63)))
+        product = bits.to(tl.float64, bitcast=True)
+    else:
+        bits = values.to(tl.int32, bitcast=True) ^ (signs.to(tl.int32, bitcast=True) & (-(2**31)))
+        product = bits.to(tl.float32, bitcast=True)
+    return tl.where(signs == 0, 0.0, product)
+
+
+@triton.jit
 def _distance(offset, pred, target, weight, V: tl.constexpr):
     """D of an axis and the derivatives of w D."""
     difference = pred - target
@@ -503,7 +515,8 @@ def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V:
     weight = on_p.weight + on_g.weight
     weight = tl.where(weight > 0, weight, 1.0)
     total = on_p.distance + on_g.distance
-    loss = total / weight + poison
+    factor = inverse(weight) + poison
+    loss = total * factor
     if V.BOUNDARY:
         one_more = weight * tl.full(weight.shape, boundary_weight, weight.dtype)
         p_area = Area(2.0 * x.pred * y.pred, none, none)
@@ -514,7 +527,6 @@ def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V:
         loss = tl.fma(term.value, tl.full(weight.shape, boundary_weight, weight.dtype), loss)
         mixed_slope = term.mixed_slope * one_more
         area_slope = 2.0 * term.area_slope * one_more
-    factor = 1.0 / weight + poison
     if not V.GRAD:
         return Row(loss, factor, scale, ())
 
@@ -548,15 +560,15 @@ def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V:
     if V.HAS_ANGLE:
         grad_x = tl.fma(target_turn.cos, along_1, minus(target_turn.sin) * along_2)
         grad_y = tl.fma(target_turn.sin, along_1, target_turn.cos * along_2)
-        grad_angle = by_turn * sign(turn.cos * turn.sin)
+        grad_angle = _times_sign(by_turn, turn.cos * turn.sin)
         if V.AXIS_GRAD:
             grad_angle += tl.fma(slopes_1.offset, p2, minus(slopes_2.offset) * p1)
         if V.DEGREES:
             grad_angle *= tl.full(grad_angle.shape, math.pi / 180, grad_angle.dtype)
         if not V.CLOCKWISE:
             grad_angle = minus(grad_angle)
-    to_x = 0.5 * to_x * sign(x.pred_size)
-    to_y = 0.5 * to_y * sign(y.pred_size)
+    to_x = 0.5 * _times_sign(to_x, x.pred_size)
+    to_y = 0.5 * _times_sign(to_y, y.pred_size)
     if V.FORMAT == XYXY:
         grad_x, grad_y = 0.5 * grad_x, 0.5 * grad_y
         gradient = (grad_x - to_x, grad_y - to_y, grad_x + to_x, grad_y + to_y)
@@ -565,7 +577,7 @@ def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V:
     elif V.FORMAT == CXCYWHR:
         gradient = (grad_x, grad_y, to_x, to_y, grad_angle)
     else:
-        to_z = 0.5 * slopes_z.pred * sign(z.pred_size)
+        to_z = 0.5 * _times_sign(slopes_z.pred, z.pred_size)
         gradient = (grad_x, grad_y, slopes_z.offset, to_x, to_y, to_z, grad_angle)
     return Row(loss, factor, scale, gradient)
 
@@ -669,7 +681,8 @@ def _corners_row(pred, target, V: tl.constexpr):
     if V.GRAD:
         for corner in tl.static_range(8):
             derivatives = derivatives + (gradient[0][corner], gradient[1][corner], gradient[2][corner])
-    return Row(0.5 * total / weights + poison, 0.5 / weights + poison, scale, derivatives)
+    factor = 0.5 * inverse(weights) + poison
+    return Row(total * factor, factor, scale, derivatives)
 
 
 @triton.jit(
@@ -736,7 +749,7 @@ def box_kernel(
     )
     pred_source = Source(pred_ptr, pred_stride_b, pred_stride_n, pred_stride_c)
     target_source = Source(target_ptr, target_stride_b, target_stride_n, target_stride_c)
-    divide_by = tl.full((LANES,), divisor, COMPUTE)
+    per_divisor = 1.0 / tl.full((LANES,), divisor, COMPUTE)
     reduced = tl.zeros((LANES,), COMPUTE)
     for block in range(tl.program_id(0), tl.cdiv(batch, LANES * ROWS), tl.num_programs(0)):
         lanes = (block * LANES + tl.arange(0, LANES)).to(tl.int64)
@@ -773,7 +786,7 @@ def box_kernel(
             rows = lanes * ROWS + row
             inside = rows < batch
             loss = pair.loss
-            factor = pair.factor / divide_by
+            factor = pair.factor * per_divisor
             if weight_ptr is not None:
                 sample_weight = tl.load(weight_ptr + rows * weight_stride, mask=inside, other=0).to(COMPUTE)
                 loss *= sample_weight
