@@ -453,6 +453,5 @@ def box_plan(key: BoxKey) -> Plan:
     if INTERPRETED:
         candidates = [layouts.box_interpreter_layout(numbers, key.batch)]
     flags = (f"{key.pred_dtype} {key.target_dtype}", *(f"{name}={value}" for name, value in constants.items()))
-    batches = f"{'>=' if key.batch else '<'} {layouts.LARGE_BOXES}"
-    case = f"boxes {key.fmt}, batch {batches}, {' '.join(flags)}"
+    case = f"boxes {key.fmt}, batch {layouts.box_batches(bool(key.batch))}, {' '.join(flags)}"
     return Plan(box_kernels.box_kernel, tuple(constants.values()), case, candidates, dtype, key.device)

@@ -168,6 +168,11 @@ class BoxLayout(NamedTuple):
 AnyLayout = Layout | BoxLayout
 
 
+def box_batches(large_batch: bool) -> str:
+    """The batch sizes that a layout is for, in words."""
+    return f"{'>=' if large_batch else '<'} {LARGE_BOXES}"
+
+
 def box_candidates(numbers: int, large_batch: bool) -> list[AnyLayout]:
     """The layouts to measure for boxes of so many numbers, the one to use without measurement first.
 
