@@ -180,7 +180,7 @@ def box_candidates(numbers: int, large_batch: bool) -> list[AnyLayout]:
     depend on the layout, so that the sum over a batch has the same bits whatever strides its boxes have.
     """
     rows = 4 if large_batch and numbers % 4 else 1
-    registers = 255 if numbers == 24 else 168
+    registers = 255 if numbers > 5 else 168
     return [BoxLayout(32 * warps, rows, warps, registers) for warps in (4, 1, 2)]
 
 
