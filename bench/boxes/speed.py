@@ -43,7 +43,7 @@ BLOCK = 32  # pairs, repeated to any batch
 SIZES = {"cuda": (512, 4096, 16384, 65536), "cpu": (512, 2048)}
 MILLION = {"cuda": 2**20, "cpu": 2**12}
 LAUNCHED = ("cxcywhr", "cxcywh", "xyxy", "cxcyczlwhr", "corners3d")
-VALUE_ERROR, GRADIENT_ERROR = 1e-6, 1e-4
+VALUE_ERROR, GRADIENT_ERROR = 1e-5, 1e-4  # ProbIoU has guards of 1e-7 in its quotients and roots
 ROUNDS = 21
 FIRST_CALL = """
 import time, torch
