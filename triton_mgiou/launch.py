@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -123,6 +123,20 @@ def loss_and_gradients(
     return loss, gradient, call.swapped().launch(target, pred, True)[1] if target_grad else None
 
 
+def _launch(
+    prepare: Callable[..., Any], pred: Tensor, target: Tensor, call: PolygonCall | BoxCall, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and its gradient to `pred` if asked for: one launch, on the device of `pred`."""
+    device = pred.get_device()  # -1 for the CPU
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _launch(prepare, pred, target, call, gradient)
+    stream = 0 if device < 0 else driver.active.get_current_stream(device)
+    plan, arguments, loss, grad = prepare(pred, target, call, gradient, stream)
+    plan.launch(pred.shape[0], stream, arguments)
+    return loss, grad
+
+
 def device_of(index: int) -> torch.device:
     """The device that `Tensor.get_device` calls so."""
     return torch.device("cpu") if index < 0 else torch.device("cuda", index)
@@ -183,14 +197,7 @@ class PolygonCall(NamedTuple):
 
     def launch(self, pred: Tensor, target: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
         """The loss, and its gradient to `pred` in the loss's type if asked for: one launch."""
-        device = pred.get_device()  # -1 for the CPU
-        if device >= 0 and device != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self.launch(pred, target, gradient)
-        stream = 0 if device < 0 else driver.active.get_current_stream(device)
-        plan, arguments, loss, grad = prepare_polygons(pred, target, self, gradient, stream)
-        plan.launch(pred.shape[0], stream, arguments)
-        return loss, grad
+        return _launch(prepare_polygons, pred, target, self, gradient)
 
     def swapped(self) -> PolygonCall:
         """The call for the gradient to `target`: MGIoU is symmetric, and `target` is a constant of the other terms."""
@@ -353,14 +360,7 @@ class BoxCall(NamedTuple):
 
     def launch(self, pred: Tensor, target: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
         """The loss, and its gradient to `pred` in the loss's type if asked for: one launch."""
-        device = pred.get_device()  # -1 for the CPU
-        if device >= 0 and device != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self.launch(pred, target, gradient)
-        stream = 0 if device < 0 else driver.active.get_current_stream(device)
-        plan, arguments, loss, grad = prepare_boxes(pred, target, self, gradient, stream)
-        plan.launch(pred.shape[0], stream, arguments)
-        return loss, grad
+        return _launch(prepare_boxes, pred, target, self, gradient)
 
     def swapped(self) -> BoxCall:
         """The call for the gradient to `target`: MGIoU is symmetric, and `target` is a constant of the other term."""
