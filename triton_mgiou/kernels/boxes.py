@@ -305,13 +305,13 @@ def _directions(angles, DEGREES: tl.constexpr):
         HUGE: tl.constexpr = 2.0**50 if IS_64 else 2.0**22
     is_odd = ()
     rest = ()
-    largest = tl.abs(angles[0])
+    any_huge = tl.abs(angles[0]) >= HUGE  # False for NaN, which a maximum would have to pass over
     for each in tl.static_range(len(angles)):
         direction = _quarters(angles[each], DEGREES)
         is_odd = is_odd + (direction.is_odd,)
         rest = rest + (direction.rest,)
-        largest = tl.maximum(largest, tl.abs(angles[each]))
-    if tl.max(largest) >= HUGE:
+        any_huge = any_huge | (tl.abs(angles[each]) >= HUGE)
+    if tl.max(any_huge.to(tl.int32)) > 0:
         far_odd = ()
         far_rest = ()
         for each in tl.static_range(len(angles)):
@@ -755,7 +755,7 @@ def box_kernel(
         lanes = (block * LANES + tl.arange(0, LANES)).to(tl.int64)
         first = lanes * (ROWS * NUMBERS)
         # Where a box fills vectors, the end of the batch is also that of a vector, which the compiler sees.
-        whole = (block + 1) * (LANES * ROWS) <= batch
+        whole = block < batch // (LANES * ROWS)
         if PACKED and V.VECTORS > 0 and NUMBERS % 4 != 0 and whole:
             pred = _load_whole(pred_source, first, V, COMPUTE)
             target = _load_whole(target_source, first, V, COMPUTE)
