@@ -295,6 +295,8 @@ def test_strides_change_no_bit(boxes, fmt):
 @formats
 def test_a_box_has_the_same_bits_in_any_batch(boxes, fmt):
     """The kernel gives a lane one box, or several where there are many; the last lanes have fewer."""
+    if boxes.name != "triton":
+        pytest.skip("PyTorch's sine on a CPU has other bits at the end of a row than in its vectors")
     rng = generator(28)
     pred, target = random_boxes(fmt, 37, rng).float(), random_boxes(fmt, 37, rng).float()
     want = boxes.value_and_gradient(pred, target, fmt=fmt, reduction="none")
