@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_mgiou.box_formats import AMBIGUOUS, FORMATS
 from triton_mgiou.options import AXIS_WEIGHTS, Options
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -109,6 +110,58 @@ def _check_vertices(name: str, value: Tensor, size: str) -> int:
         raise ValueError(f"{name} must have shape (B, {size}, 2) with {size} >= 1, got {tuple(shape)}")
     check_floating(name, value)
     return shape[0]
+
+
+def check_box_format(fmt: object, angle: object, clockwise: object) -> None:
+    """Refuse a format that there isn't, and a convention of angles that the format doesn't have."""
+    if isinstance(fmt, str) and fmt in AMBIGUOUS:
+        raise ValueError(f"fmt must say which of two it is, got {fmt!r}: {AMBIGUOUS[fmt]}")
+    check_choice("fmt", fmt, tuple(FORMATS))
+    check_choice("angle", angle, ("radians", "degrees"))
+    if not isinstance(clockwise, bool):
+        raise TypeError(f"clockwise must be a bool, got {type(clockwise).__name__}")
+    kind = FORMATS[str(fmt)]
+    if not kind.has_angle and (angle != "radians" or not clockwise):
+        raise ValueError(f'angle and clockwise must be left at "radians" and True: fmt={fmt!r} has no angle')
+    if kind.in_space and not clockwise:
+        raise ValueError(f"clockwise must be True for fmt={fmt!r}: yaw turns x towards y; got False")
+
+
+def check_box_options(fmt: str, options: Options) -> None:
+    """Refuse options that no loss has, and those that this format doesn't have."""
+    check_options(options)
+    kind = FORMATS[fmt]
+    if options.axis_weight not in kind.axis_weights:
+        raise ValueError(
+            f"axis_weight must be {' or '.join(map(repr, kind.axis_weights))} for fmt={fmt!r}, "
+            f"got {options.axis_weight!r}"
+        )
+    for name in ("convexity_weight", "boundary_weight"):
+        if getattr(options, name) > 0 and name not in kind.terms:
+            raise ValueError(f"{name} must be 0: fmt={fmt!r} has no such term; got {getattr(options, name)}")
+
+
+def check_boxes(pred: Tensor, target: Tensor, fmt: str) -> None:
+    """Refuse what are no two batches of boxes of this format and of the same size, on the same device."""
+    kind = FORMATS[fmt]
+    for name, value in (("pred", pred), ("target", target)):
+        check_tensor(name, value)
+        if value.dim() != 1 + len(kind.shape) or value.shape[1:] != kind.shape:
+            raise ValueError(_wrong_box_shape(name, tuple(value.shape), fmt))
+        check_floating(name, value)
+    if target.shape[0] != pred.shape[0]:
+        raise ValueError(f"target must have pred's batch size {pred.shape[0]}, got {target.shape[0]}")
+    check_device("target", target, "pred", pred)
+
+
+def _wrong_box_shape(name: str, shape: tuple[int, ...], fmt: str) -> str:
+    kind = FORMATS[fmt]
+    expected = ", ".join(("B", *map(str, kind.shape)))
+    others = [repr(other) for other, each in FORMATS.items() if each.shape == shape[1:]]
+    hint = f", which {' and '.join(others)} have" if others else ""
+    if shape[1:] == kind.shape[::-1] and len(shape) == 3:
+        hint = ": transpose the last two"
+    return f"{name} must have shape ({expected}) for fmt={fmt!r} ({kind.numbers}), got {shape}{hint}"
 
 
 def check_real(side: str, vertices: Tensor, lengths: Tensor | None, mask: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""`mgiou_loss`: checks its arguments, chooses the backend and reduces."""
+"""`mgiou_loss` and `box_mgiou_loss`: check their arguments, choose the backend and reduce."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ import triton_mgiou
 from triton_mgiou import debugging
 from triton_mgiou.arguments import (
     check_avg_factor,
+    check_box_format,
+    check_box_options,
+    check_boxes,
     check_choice,
     check_options,
     check_polygons,
     check_real,
     check_weight,
 )
+from triton_mgiou.bounding_boxes import is_bounding_boxes, plain_boxes
+from triton_mgiou.box_formats import FORMATS
 from triton_mgiou.options import BACKENDS, PAPER, REDUCTIONS, Options, Reduction
+from triton_mgiou.reference import boxes as box_reference
 from triton_mgiou.reference import polygons as reference
 
 if TYPE_CHECKING:
@@ -27,7 +33,7 @@ if TYPE_CHECKING:
 
 LEAST_DIVISOR = 1e-30  # over a smaller one a gradient could overflow, and times a weight of 0 give NaN
 
-__all__ = ["PAPER", "kernels_unavailable", "mgiou_loss"]
+__all__ = ["PAPER", "box_mgiou_loss", "kernels_unavailable", "mgiou_loss"]
 
 
 def mgiou_loss(
@@ -152,6 +158,158 @@ def mgiou_loss(
         loss = reduce(loss, weight, reduction, avg_factor)
     if checking:
         loss_checks.check_output(loss, pred, target)
+    return loss
+
+
+def box_mgiou_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    fmt: str = "cxcywhr",
+    angle: str = "radians",
+    clockwise: bool = True,
+    weight: Tensor | None = None,
+    avg_factor: float | Tensor | None = None,
+    reduction: str = "mean",
+    axis_weight: str | None = None,
+    axis_grad: bool | None = None,
+    boundary_weight: float | None = None,
+    convexity_weight: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Marginalized GIoU loss between two batches of boxes: rotated, upright or in space.
+
+    It is `mgiou_loss` of the boxes' corners, in closed form, with the gradient to the boxes' numbers. Each sample's
+    loss is (1 - MGIoU) / 2, in [0, 1], plus, in the plane, `boundary_weight` times a term in [0, 1]. It is exactly 0
+    where the numbers of `pred` are those of `target`, in degrees also where they are after a turn by 180 or after a
+    turn by 90 with w and h swapped; in radians these have a loss of rounding, up to 1e-6 times the aspect ratio. It
+    does not change when both boxes are moved, scaled or turned together ("soft" weights: turned by right angles).
+
+    Which numbers a box has is said by `fmt`, `angle` and `clockwise`:
+
+    ============================================== ============ ========= =========== ==============
+    library                                        `fmt`        `angle`   `clockwise` centre
+    ============================================== ============ ========= =========== ==============
+    torchvision, plain "cxcywhr": not our default  "cxcywhr"    "degrees" False       of the box
+    detectron2 `RotatedBoxes`                      "cxcywhr"    "degrees" False       of the box
+    mmcv, mmrotate `RotatedBoxes`                  "cxcywhr"    "radians" True        of the box
+    Ultralytics "xywhr"                            "cxcywhr"    "radians" True        of the box
+    OpenCV `minAreaRect`, of any version           "cxcywhr"    "degrees" True        of the box
+    torchvision and mmdetection "xyxy"             "xyxy"       -         -           -
+    torchvision "cxcywh", DETR, Ultralytics "xywh" "cxcywh"     -         -           of the box
+    torchvision "xyxyxyxy", DOTA, mmrotate "qbox"  "xyxyxyxy"   -         -           -
+    OpenPCDet                                      "cxcyczlwhr" "radians" True        of gravity
+    mmdet3d LiDAR and depth boxes                  "cxcyczlwhr" "radians" True        of the bottom!
+    pytorch3d, OpenPCDet, mmdet3d `corners`        "corners3d"  -         -           -
+    nuScenes `Box.corners().T`                     "corners3d"  -         -           -
+    ============================================== ============ ========= =========== ==============
+
+    The first row is the trap: torchvision's plain "cxcywhr" has our default's name, but degrees and the other
+    direction. mmdet3d's `.tensor` has the centre of the bottom: put `.gravity_center` in the place of its first three
+    numbers. nuScenes' `corners()` is (3, 8), and its sizes are width, length, height. KITTI's camera boxes, whose angle
+    turns about another axis, are not covered.
+
+    A `tv_tensors.BoundingBoxes` knows its own format, angle and direction: it is converted to what the arguments say,
+    each side by itself. The arguments speak of plain tensors.
+
+    A size below 0 counts as its absolute value. A box whose sizes are 0 is a point: against another box only that one
+    has axes, and two points have loss and gradient 0. Any finite input gives a finite value and gradient; angles may be
+    as large as they like. NaN or Inf makes that sample's value and gradient NaN and leaves the others' alone. For
+    a square turned by exactly 45 degrees to its target the gradient to the angle is 0, by symmetry.
+
+    Args:
+        pred: Predicted boxes; float16, bfloat16, float32 or float64. Computed in float64 if either input is float64,
+            else in float32.
+        target: Target boxes, as many. Gets a gradient if it asks for one: that of MGIoU, since the term takes it for a
+            constant.
+        fmt: What the numbers of a box are.
+            "cxcywhr", (B, 5): centre x and y, width, height, angle. "cxcywh", (B, 4): the same without an angle.
+            "xyxy", (B, 4): two opposite corners.
+            "xyxyxyxy", (B, 8): four free corners in order along the outline, which need not make a rectangle:
+            `mgiou_loss` of (B, 4, 2), with its defaults.
+            "cxcyczlwhr", (B, 7): gravity centre x, y and z, length along x, width along y, height along z, yaw about z.
+            "corners3d", (B, 8, 3): eight corners, of which 0-1, 0-3 and 0-4 are edges. `pred` need not be a box: its
+            axes are these three edges, as in the paper; vertex 0 is the one to be most careful with. Of a box any
+            labels with these edges give the same loss.
+        angle: "radians" or "degrees".
+        clockwise: Whether (x, y) = centre + (u cos r - v sin r, u sin r + v cos r), so that angles turn x towards y.
+            That is clockwise on a screen, where y points down, and counter-clockwise from above in a right-handed
+            space, where only True is allowed.
+        weight: Factor on each sample's loss, shape (B,), or (B, k) to be averaged over k.
+        avg_factor: With `reduction="mean"`, divide the sum by this instead of by B. Above 0, a number or a
+            tensor of one element. Not allowed with "sum", without effect with "none" (as in mmdetection).
+        reduction: "mean", "sum" or "none".
+        axis_weight: As in `mgiou_loss`. None: "uniform"; in space there is no other.
+        axis_grad: As in `mgiou_loss`. None: True; for "corners3d", where free corners get nearer without it, False.
+        boundary_weight: As in `mgiou_loss`. None: 0.25; in space, where there is no such term, 0.
+        convexity_weight: As in `mgiou_loss`, for "xyxyxyxy" only. None: 0.
+        backend: "eager" (PyTorch), "triton" (fused kernels; an error where they cannot run) or "auto".
+
+    Returns:
+        The loss: a scalar, or shape (B,) for "none"; float64 if either input is float64, else float32. For B = 0
+        it is 0 and connected to the graph.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value, or the format does not have the option.
+        RuntimeError: `backend="triton"` where the kernels cannot run.
+
+    Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
+    """
+    check_box_format(fmt, angle, clockwise)
+    if is_bounding_boxes(pred):
+        pred = plain_boxes("pred", pred, fmt, angle, clockwise)
+    if is_bounding_boxes(target):
+        target = plain_boxes("target", target, fmt, angle, clockwise)
+    check_boxes(pred, target, fmt)
+    default = FORMATS[fmt].defaults
+    options = Options(
+        default.axis_weight if axis_weight is None else axis_weight,
+        default.axis_grad if axis_grad is None else axis_grad,
+        default.convexity_weight if convexity_weight is None else convexity_weight,
+        default.boundary_weight if boundary_weight is None else boundary_weight,
+    )
+    check_box_options(fmt, options)
+    if fmt == "xyxyxyxy":
+        vertices = [side.reshape(side.shape[0], 4, 2) for side in (pred, target)]
+        return mgiou_loss(
+            *vertices, weight=weight, avg_factor=avg_factor, reduction=reduction, backend=backend, **options._asdict()
+        )
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("backend", backend, BACKENDS)
+    if weight is not None:
+        check_weight(weight, pred)
+    if avg_factor is not None:
+        check_avg_factor(avg_factor, reduction, pred)
+    checking = debugging.on and not torch._C._are_functorch_transforms_active()
+    if checking:
+        from triton_mgiou.training import loss_checks  # noqa: PLC0415 - slow, and above this module
+
+        pred = loss_checks.check_input("pred", pred, function="box_mgiou_loss")
+        target = loss_checks.check_input("target", target, function="box_mgiou_loss")
+        loss_checks.check_factors(weight=weight, avg_factor=avg_factor, function="box_mgiou_loss")
+        if FORMATS[fmt].has_angle and angle == "radians":
+            loss_checks.check_radians(pred, target)
+    if pred.shape[0] > 0 and _takes_kernel(backend, pred):
+        inside = kernel_reduction(pred, target, weight, reduction, avg_factor)
+        call = triton_mgiou.launch.BoxCall(fmt, angle, clockwise, inside or Reduction(None, True, None), options)
+        loss = triton_mgiou.ops.box_loss(pred, target, call)
+        if inside is None:
+            loss = reduce(loss, weight, reduction, avg_factor)
+    else:
+        loss = box_reference.per_sample_loss(
+            pred,
+            target,
+            fmt=fmt,
+            angle=angle,
+            clockwise=clockwise,
+            axis_weight=options.axis_weight,
+            axis_grad=options.axis_grad,
+            boundary_weight=options.boundary_weight,
+        )
+        loss = reduce(loss, weight, reduction, avg_factor)
+    if checking:
+        loss_checks.check_output(loss, pred, target, function="box_mgiou_loss")
     return loss
 
 

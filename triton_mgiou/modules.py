@@ -1,17 +1,24 @@
-"""The loss as a module: `MGIoULoss` as mmdetection's heads call it, `PolygonLoss` for heads that predict keypoints."""
+"""The losses as modules: `MGIoULoss` and `BoxMGIoULoss` as mmdetection's heads call them, and `PolygonLoss`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from triton_mgiou.arguments import check_avg_factor, check_choice, check_keypoints, check_real_numbers, check_weight
-from triton_mgiou.functional import mgiou_loss, reduce
+from triton_mgiou.arguments import (
+    check_avg_factor,
+    check_box_format,
+    check_choice,
+    check_keypoints,
+    check_real_numbers,
+    check_weight,
+)
+from triton_mgiou.functional import box_mgiou_loss, mgiou_loss, reduce
 from triton_mgiou.options import PAPER, REDUCTIONS, Options
 from triton_mgiou.reference.polygons import compute_dtype
 
@@ -33,7 +40,8 @@ class MGIoULoss(nn.Module):
         ValueError: An unknown `reduction`. Other options are checked by the first call.
     """
 
-    OPTIONS = (*Options._fields, "backend")
+    OPTIONS: ClassVar[tuple[str, ...]] = (*Options._fields, "backend")
+    FUNCTION: ClassVar[Callable[..., Tensor]] = staticmethod(mgiou_loss)
 
     def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, **options: Any) -> None:
         super().__init__()
@@ -85,7 +93,7 @@ class MGIoULoss(nn.Module):
         if weight is not None and reduction != "none":
             check_real_numbers("weight", weight)
             weight = torch.where((weight > 0).any(), weight, 0)
-        return self.loss_weight * mgiou_loss(
+        return self.loss_weight * self.FUNCTION(
             pred,
             target,
             weight=weight,
@@ -98,6 +106,32 @@ class MGIoULoss(nn.Module):
         """Show the options that were given."""
         shown = {"reduction": self.reduction, "loss_weight": self.loss_weight, **self.options}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+class BoxMGIoULoss(MGIoULoss):
+    """`box_mgiou_loss` as a module that a detector built on mmdetection, mmrotate or mmdet3d takes as it is.
+
+    It is called as `MGIoULoss` is, with boxes.
+
+    Args:
+        reduction: "mean", "sum" or "none".
+        loss_weight: Factor on the result.
+        fmt: What the numbers of a box are, see `box_mgiou_loss`, whose docstring has a table of libraries.
+        **options: `angle`, `clockwise`, `axis_weight`, `axis_grad`, `convexity_weight`, `boundary_weight` and `backend`
+            of `box_mgiou_loss`, with its defaults, which are not the paper's: see `paper`.
+
+    Raises:
+        TypeError: An option that `box_mgiou_loss` does not have.
+        ValueError: An unknown `reduction`, or an unknown `fmt`, `angle` or `clockwise`, or an angle's that the format
+            does not have. Other options are checked by the first call.
+    """
+
+    OPTIONS = ("fmt", "angle", "clockwise", *MGIoULoss.OPTIONS)
+    FUNCTION = staticmethod(box_mgiou_loss)
+
+    def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, fmt: str = "cxcywhr", **options: Any) -> None:
+        super().__init__(reduction, loss_weight, fmt=fmt, **options)
+        check_box_format(fmt, options.get("angle", "radians"), options.get("clockwise", True))
 
 
 class PolygonLoss(nn.Module):

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import triton_mgiou
-from triton_mgiou.functional import PAPER, mgiou_loss
+from triton_mgiou.functional import PAPER, box_mgiou_loss, mgiou_loss
 from triton_mgiou.metrics import polygon_iou_matrix
 from triton_mgiou.modules import PolygonLoss
 from triton_mgiou.training.schedules import AlphaSchedule
@@ -145,9 +145,8 @@ class MGIoUBoxLoss(RotatedBboxLoss):
 
 
 def box_loss(pred: Tensor, target: Tensor, **options: Any) -> Tensor:
-    """The loss of paired boxes (P, 5): centre, size, angle in radians; options of `mgiou_loss`."""
-    pred, target = (ops.xywhr2xyxyxyxy(boxes.float()) for boxes in (pred, target))
-    return mgiou_loss(pred, target, **options)
+    """The loss of paired boxes (P, 5): centre, size, angle in radians; options of `box_mgiou_loss`."""
+    return box_mgiou_loss(pred, target, **options)
 
 
 def _box_overlap(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:

@@ -146,6 +146,10 @@ class _Scale(torch.autograd.Function):
         scaled = grad * scale
         return torch.where(grad.isinf(), scaled, scaled.clamp(-largest, largest)), None
 
+
+class _ScaleBothModes(_Scale):
+    """The same with forward-mode derivatives, which `torch.compile` refuses to trace."""
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         scale: Tensor = ctx.saved_tensors[0]
@@ -153,7 +157,8 @@ class _Scale(torch.autograd.Function):
 
 
 def _scale(values: Tensor, scale: Tensor) -> Tensor:
-    return cast("Tensor", _Scale.apply(values, scale))  # type: ignore[no-untyped-call]
+    function: type[_Scale] = _Scale if torch.compiler.is_compiling() else _ScaleBothModes
+    return cast("Tensor", function.apply(values, scale))  # type: ignore[no-untyped-call]
 
 
 def _polygons(vertices: Tensor, real: Tensor, low: Tensor) -> _Polygons:

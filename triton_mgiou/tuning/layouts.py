@@ -137,3 +137,55 @@ def _layout(
 
 def _slots(pred_bucket: int, target_bucket: int, lanes: int) -> tuple[int, int]:
     return max(1, pred_bucket // lanes), max(1, target_bucket // lanes)
+
+
+# Boxes
+
+LARGE_BOXES = 2**17  # from here on a lane of the kernel of boxes takes several
+
+
+class BoxLayout(NamedTuple):
+    """How the kernel of boxes works on a batch: a program's lanes, a lane's boxes, warps, registers of a thread."""
+
+    lanes: int
+    rows: int
+    num_warps: int
+    registers: int
+
+    def programs(self, batch: int) -> int:
+        """How many programs a launch has."""
+        return min(-(-batch // (self.lanes * self.rows)), MAX_PROGRAMS)
+
+    def sizes(self) -> dict[str, int]:
+        """The kernel's last compile-time arguments."""
+        return {"LANES": self.lanes, "ROWS": self.rows}
+
+    def options(self) -> dict[str, Any]:
+        """Compiler options, as those of `Layout`."""
+        return {"num_warps": self.num_warps, "maxnreg": self.registers, "enable_fp_fusion": False}
+
+
+AnyLayout = Layout | BoxLayout
+
+
+def box_batches(large_batch: bool) -> str:
+    """The batch sizes that a layout is for, in words."""
+    return f"{'>=' if large_batch else '<'} {LARGE_BOXES}"
+
+
+def box_candidates(numbers: int, large_batch: bool) -> list[AnyLayout]:
+    """The layouts to measure for boxes of so many numbers, the one to use without measurement first.
+
+    The numbers of a lane's boxes fill vectors of four where the batch is large. How many boxes that takes does not
+    depend on the layout, so that the sum over a batch has the same bits whatever strides its boxes have.
+    """
+    rows = 4 if large_batch and numbers % 4 else 1
+    registers = 255 if numbers > 5 else 168
+    return [BoxLayout(32 * warps, rows, warps, registers) for warps in (4, 1, 2)]
+
+
+def box_interpreter_layout(numbers: int, batch: int) -> BoxLayout:
+    """A layout for Triton's interpreter: one program, unless there are many boxes."""
+    rows = 4 if batch >= 128 and numbers % 4 else 1
+    lanes = min(128, 1 << (-(-batch // rows) - 1).bit_length())
+    return BoxLayout(lanes, rows, 1, 255)
