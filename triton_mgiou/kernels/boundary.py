@@ -5,7 +5,8 @@ With doubled areas p of P, a of G and v, their mixed area:
     boundary = 1 - f,   f = 2 p a^2 / (v (v^2 + a^2))
     d f / d p = f / p,  d f / d v = -f (3 v^2 + a^2) / (v (v^2 + a^2))
 
-v is the sum over the edges of P of the edge's length times how far G reaches along the edge's outward normal.
+v is the sum over the edges of P of the edge's length times how far G reaches along the edge's outward normal, and a is
+the area with the vertices of G sorted by their angle about their mean.
 """
 
 import triton
@@ -13,8 +14,17 @@ import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import inverse, minus, sign
 from triton_mgiou.kernels.axis import SHORTEST, project
-from triton_mgiou.kernels.slots import dot, highest, total
+from triton_mgiou.kernels.slots import dot, highest, lowest, over_axes, total
 from triton_mgiou.kernels.types import Area, BoundaryTerm, Point, Reach
+from triton_mgiou.kernels.vertices import (
+    addresses_of,
+    flags_of,
+    is_real,
+    load_scaled,
+    load_vertices,
+    pads,
+    place_at_last,
+)
 
 
 @triton.jit
@@ -23,6 +33,83 @@ def area(measured):
     above = tl.where(measured.starts > 0, measured.highs, 0.0)
     below = tl.where(measured.starts < 0, minus(measured.lows), 0.0)
     return Area(tl.maximum(above, below), sign(measured.starts), measured.squares)
+
+
+@triton.jit
+def put_in_order(
+    area, reach, sizes, frame, source, lanes, SLOTS: tl.constexpr, REAL: tl.constexpr, RESOLUTION: tl.constexpr,
+    VARIANT: tl.constexpr,
+):  # fmt: skip
+    """The area of G in whatever order its vertices are.
+
+    A polygon that is convex in its order reaches along each edge's outward normal no further than the edge, and goes
+    around its bounding box once. Only where a sample of the program is another one are the vertices sorted.
+    """
+    rounding = tl.full((1, 1, 1), RESOLUTION, frame.extent.dtype) * frame.extent * sizes
+    doubled = area.doubled + tl.zeros_like(rounding)
+    other = (reach - doubled > rounding) | (sizes > 1.5 * frame.target_around)
+    if tl.max(other.to(tl.int32)) > 0:
+        ordered = _area_in_order(source, lanes, frame.scale, SLOTS, REAL, VARIANT)
+        doubled = tl.where(other & (tl.abs(ordered - doubled) > rounding), ordered, doubled)
+    return Area(doubled, area.direction, area.squares)
+
+
+@triton.jit
+def _area_in_order(source, lanes, scale, SLOTS: tl.constexpr, REAL: tl.constexpr, VARIANT: tl.constexpr):
+    """Twice the area with the vertices sorted by their angle about their mean.
+
+    Vertices are loaded again: no register is kept for this over the loops.
+    """
+    vertices = load_vertices(source, lanes, SLOTS, VARIANT.LANES, REAL, scale.dtype)
+    shape = place_at_last(source, vertices, pads(vertices.real, scale.dtype), scale)
+    ones = ()
+    for slot in tl.static_range(SLOTS):
+        ones = ones + (tl.where(vertices.real[slot], 1.0, 0.0).to(scale.dtype),)
+    share = 1.0 / tl.maximum(vertices.count.to(scale.dtype), 1.0)
+    middle = Point(dot(ones, shape.xs) * share, dot(ones, shape.ys) * share)
+    xs = ()
+    ys = ()
+    turns = ()
+    for slot in tl.static_range(SLOTS):
+        x, y = shape.xs[slot] - middle.x, shape.ys[slot] - middle.y
+        xs = xs + (x,)
+        ys = ys + (y,)
+        turns = turns + (_turn(x, y) + shape.pads[slot],)
+    first = lowest(turns)
+    doubled = tl.zeros_like(scale)
+    for k in range(0, source.size, VARIANT.AXES):
+        index = k + lanes.axis
+        real = is_real(source, flags_of(source, index, REAL), index, vertices.count, lanes.inside, REAL)
+        vertex = load_scaled(source, addresses_of(source, index), real, scale)
+        turn = _turn(vertex.x - shape.origin.x - middle.x, vertex.y - shape.origin.y - middle.y)
+        behind = ()
+        for slot in tl.static_range(SLOTS):
+            behind = behind + (tl.where(turns[slot] > turn, turns[slot], float("inf")),)
+        following = lowest(behind)
+        following = tl.where(following < float("inf"), following, first)
+        here, copies = _mean_at(turn, turns, xs, ys)
+        there, _ = _mean_at(following, turns, xs, ys)
+        cross = tl.fma(here.x, there.y, minus(here.y * there.x)) / copies
+        doubled += tl.where(real, cross, 0.0)
+    return over_axes(doubled)
+
+
+@triton.jit
+def _turn(x, y):
+    """A number that grows with the angle of (x, y), from -2 to 2."""
+    size = tl.abs(x) + tl.abs(y)
+    ratio = 1.0 - x / tl.where(size > 0, size, 1.0)
+    return tl.where(y < 0, minus(ratio), ratio)
+
+
+@triton.jit
+def _mean_at(turn, turns, xs, ys):
+    """The mean of the vertices at an angle, and their number."""
+    at = ()
+    for slot in tl.static_range(len(turns)):
+        at = at + ((turns[slot] == turn).to(turn.dtype),)
+    number = tl.maximum(total(at), 1.0)
+    return Point(dot(at, xs) / number, dot(at, ys) / number), number
 
 
 @triton.jit
