@@ -16,15 +16,7 @@ from triton_mgiou.kernels.arithmetic import inverse, minus, sign
 from triton_mgiou.kernels.axis import SHORTEST, project
 from triton_mgiou.kernels.slots import dot, highest, lowest, over_axes, total
 from triton_mgiou.kernels.types import Area, BoundaryTerm, Point, Reach
-from triton_mgiou.kernels.vertices import (
-    addresses_of,
-    flags_of,
-    is_real,
-    load_scaled,
-    load_vertices,
-    pads,
-    place_at_last,
-)
+from triton_mgiou.kernels.vertices import addresses_of, flags_of, is_real, load_scaled
 
 
 @triton.jit
@@ -37,7 +29,7 @@ def area(measured):
 
 @triton.jit
 def put_in_order(
-    area, reach, sizes, frame, source, lanes, SLOTS: tl.constexpr, REAL: tl.constexpr, RESOLUTION: tl.constexpr,
+    area, reach, sizes, frame, source, vertices, lanes, REAL: tl.constexpr, RESOLUTION: tl.constexpr,
     VARIANT: tl.constexpr,
 ):  # fmt: skip
     """The area of G in whatever order its vertices are.
@@ -49,67 +41,63 @@ def put_in_order(
     doubled = area.doubled + tl.zeros_like(rounding)
     other = (reach - doubled > rounding) | (sizes > 1.5 * frame.target_around)
     if tl.max(other.to(tl.int32)) > 0:
-        ordered = _area_in_order(source, lanes, frame.scale, SLOTS, REAL, VARIANT)
+        ordered = _area_in_order(source, vertices, lanes, frame.scale, REAL, VARIANT)
         doubled = tl.where(other & (tl.abs(ordered - doubled) > rounding), ordered, doubled)
     return Area(doubled, area.direction, area.squares)
 
 
 @triton.jit
-def _area_in_order(source, lanes, scale, SLOTS: tl.constexpr, REAL: tl.constexpr, VARIANT: tl.constexpr):
+def _area_in_order(source, vertices, lanes, scale, REAL: tl.constexpr, VARIANT: tl.constexpr):
     """Twice the area with the vertices sorted by their angle about their mean.
 
-    Vertices are loaded again: no register is kept for this over the loops.
+    Vertices are loaded again each time: the few that need this pay for it, and no register is kept for it.
     """
-    vertices = load_vertices(source, lanes, SLOTS, VARIANT.LANES, REAL, scale.dtype)
-    shape = place_at_last(source, vertices, pads(vertices.real, scale.dtype), scale)
-    ones = ()
-    for slot in tl.static_range(SLOTS):
-        ones = ones + (tl.where(vertices.real[slot], 1.0, 0.0).to(scale.dtype),)
-    share = 1.0 / tl.maximum(vertices.count.to(scale.dtype), 1.0)
-    middle = Point(dot(ones, shape.xs) * share, dot(ones, shape.ys) * share)
-    xs = ()
-    ys = ()
-    turns = ()
-    for slot in tl.static_range(SLOTS):
-        x, y = shape.xs[slot] - middle.x, shape.ys[slot] - middle.y
-        xs = xs + (x,)
-        ys = ys + (y,)
-        turns = turns + (_turn(x, y) + shape.pads[slot],)
-    first = lowest(turns)
+    origin = load_scaled(source, addresses_of(source, vertices.last), vertices.count > 0, scale)
+    x = scale * tl.zeros(lanes.lane.shape, scale.dtype)
+    y = x
+    for first in range(0, source.size, VARIANT.LANES):
+        vertex, _ = _vertex(source, vertices, first + lanes.lane, lanes, origin, scale, REAL)
+        x += vertex.x
+        y += vertex.y
+    number = tl.maximum(vertices.count.to(scale.dtype), 1.0)
+    origin = Point(origin.x + total((x,)) / number, origin.y + total((y,)) / number)
     doubled = tl.zeros_like(scale)
     for k in range(0, source.size, VARIANT.AXES):
-        index = k + lanes.axis
-        real = is_real(source, flags_of(source, index, REAL), index, vertices.count, lanes.inside, REAL)
-        vertex = load_scaled(source, addresses_of(source, index), real, scale)
-        turn = _turn(vertex.x - shape.origin.x - middle.x, vertex.y - shape.origin.y - middle.y)
-        behind = ()
-        for slot in tl.static_range(SLOTS):
-            behind = behind + (tl.where(turns[slot] > turn, turns[slot], float("inf")),)
-        following = lowest(behind)
-        following = tl.where(following < float("inf"), following, first)
-        here, copies = _mean_at(turn, turns, xs, ys)
-        there, _ = _mean_at(following, turns, xs, ys)
-        cross = tl.fma(here.x, there.y, minus(here.y * there.x)) / copies
-        doubled += tl.where(real, cross, 0.0)
+        here, real = _vertex(source, vertices, k + lanes.axis, lanes, origin, scale, REAL)
+        turn = _turn(here)
+        nearest = scale * 0.0 + tl.full(lanes.lane.shape, float("inf"), scale.dtype)
+        x = tl.zeros_like(nearest)
+        y = x
+        copies = x
+        for first in range(0, source.size, VARIANT.LANES):
+            other, counts = _vertex(source, vertices, first + lanes.lane, lanes, origin, scale, REAL)
+            to_other = _turn(other)
+            copies += tl.where(counts & (to_other == turn), 1.0, 0.0)
+            to_other = tl.where(to_other > turn, to_other, to_other + 4.0)
+            nearer = counts & (to_other < nearest)
+            nearest = tl.where(nearer, to_other, nearest)
+            x = tl.where(nearer, other.x, x)
+            y = tl.where(nearer, other.y, y)
+        following = (nearest == lowest((nearest,))).to(scale.dtype)
+        cross = tl.fma(here.x, dot((following,), (y,)), minus(here.y * dot((following,), (x,))))
+        doubled += tl.where(real, cross / (total((following,)) * tl.maximum(total((copies,)), 1.0)), 0.0)
     return over_axes(doubled)
 
 
 @triton.jit
-def _turn(x, y):
-    """A number that grows with the angle of (x, y), from -2 to 2."""
-    size = tl.abs(x) + tl.abs(y)
-    ratio = 1.0 - x / tl.where(size > 0, size, 1.0)
-    return tl.where(y < 0, minus(ratio), ratio)
+def _vertex(source, vertices, index, lanes, origin, scale, REAL: tl.constexpr):
+    """Vertices number `index` relative to a point, 0 where they are not real, and whether they are."""
+    real = is_real(source, flags_of(source, index, REAL), index, vertices.count, lanes.inside, REAL)
+    vertex = load_scaled(source, addresses_of(source, index), real, scale)
+    return Point(tl.where(real, vertex.x - origin.x, 0.0), tl.where(real, vertex.y - origin.y, 0.0)), real
 
 
 @triton.jit
-def _mean_at(turn, turns, xs, ys):
-    """The mean of the vertices at an angle, and their number."""
-    at = ()
-    for slot in tl.static_range(len(turns)):
-        at = at + ((turns[slot] == turn).to(turn.dtype),)
-    number = tl.maximum(total(at), 1.0)
-    return Point(dot(at, xs) / number, dot(at, ys) / number), number
+def _turn(vector):
+    """A number that grows with the angle of a vector, from -2 to 2."""
+    size = tl.abs(vector.x) + tl.abs(vector.y)
+    turn = 1.0 - vector.x * inverse(tl.where(size > 0, size, 1.0))
+    return tl.where(vector.y < 0, minus(turn), turn)
 
 
 @triton.jit

@@ -238,7 +238,7 @@ def mgiou_kernel(
         by_area = none
         if BOUNDARY:
             target_area = put_in_order(
-                target_area, over_axes(axes.reach), target_measured.sizes, joint, target_source, lanes, TARGET_SLOTS,
+                target_area, over_axes(axes.reach), target_measured.sizes, joint, target_source, target, lanes,
                 TARGET_REAL, RESOLUTION, VARIANT,
             )  # fmt: skip
             boundary = boundary_term(mixed, pred_area, target_area, TINY, RESOLUTION)
