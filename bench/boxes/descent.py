@@ -202,7 +202,8 @@ def iou(pred: Tensor, target: Tensor) -> Tensor:
 def corner_errors(pred: Tensor, target: Tensor) -> Tensor:
     """Mean distance from each corner of the target to the nearest predicted one, in half diagonals, (B,)."""
     half = torch.linalg.vector_norm(target[:, 6] - target[:, 0], dim=1) / 2
-    return torch.cdist(target, pred).amin(2).mean(1) / half
+    errors: Tensor = torch.cdist(target, pred).amin(2).mean(1) / half
+    return errors
 
 
 def descend(loss: Loss, first: Tensor, goal: Tensor, dimensions: int, decay: bool) -> Tensor:
