@@ -282,3 +282,36 @@ def _check_avg_factor(avg_factor: float | Tensor | None, reduction: str, pred: T
         _check_number("avg_factor", avg_factor)
         if avg_factor <= 0 and pred.shape[0] > 0:
             raise ValueError(f"avg_factor must be above 0, got {avg_factor}")
+
+
+def box_mgiou(
+    boxes1: Tensor,
+    boxes2: Tensor,
+    *,
+    fmt: str = "cxcywhr",
+    angle: str = "radians",
+    clockwise: bool = True,
+    mask1: Tensor | None = None,
+    mask2: Tensor | None = None,
+    over: str = "mean",
+    axis_weight: str = "uniform",
+    backend: str = "auto",
+) -> Tensor:
+    """Matrix."""
+    from triton_mgiou.reference import pairs  # noqa: PLC0415
+
+    if fmt == "xyxyxyxy":
+        return polygon_mgiou(boxes1.unflatten(-1, (4, 2)), boxes2.unflatten(-1, (4, 2)), mask1=mask1, mask2=mask2, over=over, axis_weight=axis_weight, backend=backend)
+    batched = boxes1.dim() == (4 if fmt == "corners3d" else 3)
+    up = lambda t: t if t is None or batched else t.unsqueeze(0)
+    m = pairs.box_matrix(up(boxes1), up(boxes2), up(mask1), up(mask2), fmt=fmt, angle=angle, clockwise=clockwise, over=over, axis_weight=axis_weight)
+    return m if batched else m.squeeze(0)
+
+
+def polygon_mgiou(polygons1, polygons2, *, lengths1=None, lengths2=None, mask1=None, mask2=None, over="mean", axis_weight="uniform", backend="auto"):
+    from triton_mgiou.reference import pairs  # noqa: PLC0415
+
+    batched = polygons1.dim() == 4
+    up = lambda t: t if t is None or batched else t.unsqueeze(0)
+    m = pairs.polygon_matrix(up(polygons1), up(polygons2), up(lengths1), up(lengths2), up(mask1), up(mask2), over=over, axis_weight=axis_weight)
+    return m if batched else m.squeeze(0)
