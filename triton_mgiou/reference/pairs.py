@@ -121,19 +121,51 @@ def _shapes(numbers: Tensor, is_there: Tensor, is_real: Tensor) -> _Shapes:
 def _matrix(values: _Values, first: _Shapes, second: _Shapes, pair_bytes: int) -> Tensor:
     """All pairs, (B, P, T): at once if that fits into `MEMORY` or must be seen through by a transform, or in blocks."""
 
+    sizes = (*first.is_there.shape, second.is_there.shape[1])
+
     def block(first: _Shapes, second: _Shapes) -> Tensor:
         shape = (*first.is_there.shape, second.is_there.shape[1])
-        p = _Shapes(*(each.unsqueeze(2).expand(*shape, *each.shape[2:]).flatten(0, 2) for each in first))
-        g = _Shapes(*(each.unsqueeze(1).expand(*shape, *each.shape[2:]).flatten(0, 2) for each in second))
+        p = _Shapes(*(_repeat(each, 2, shape[2], sizes[2]).flatten(0, 2) for each in first))
+        g = _Shapes(*(_repeat(each, 1, shape[1], sizes[1]).flatten(0, 2) for each in second))
         found = torch.where(p.is_finite & g.is_finite, values(p, g), torch.nan)
         return torch.where(p.is_there & g.is_there, found, ABSENT).reshape(shape)
 
-    sizes = (*first.is_there.shape, second.is_there.shape[1])
     pairs = max(1, MEMORY // pair_bytes)
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if sizes[0] * sizes[1] * sizes[2] <= pairs or transformed or forward_ad._current_level >= 0:
         return block(first, second)
     return cast("Tensor", _InBlocks.apply(block, pairs, *first, *second))  # type: ignore[no-untyped-call]
+
+
+class _Repeat(torch.autograd.Function):
+    """`values` repeated along a new dimension. Gradients saturate such that their sum cannot overflow (section 5)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, dim: int, count: int, total: int) -> Tensor:  # noqa: ARG004
+        return values.unsqueeze(dim).expand(*values.shape[:dim], count, *values.shape[dim:]).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int, int], output: Tensor) -> None:  # noqa: ARG004
+        _, ctx.dim, ctx.count, total = inputs
+        ctx.terms = 1 << (total - 1).bit_length()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        largest = torch.finfo(grad.dtype).max / ctx.terms
+        return torch.where(grad.isinf(), grad, grad.clamp(-largest, largest)).sum(ctx.dim), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_rest: None) -> Tensor:
+        return tangent.unsqueeze(ctx.dim).expand(
+            *tangent.shape[: ctx.dim], ctx.count, *tangent.shape[ctx.dim :]
+        ).clone()
+
+
+def _repeat(values: Tensor, dim: int, count: int, total: int) -> Tensor:
+    """For each of `count` shapes of the other set, of which there are `total`."""
+    return cast("Tensor", _Repeat.apply(values, dim, count, total))  # type: ignore[no-untyped-call]
 
 
 class _InBlocks(torch.autograd.Function):
