@@ -48,6 +48,9 @@ FORMATS = {
 }
 
 
+KERNEL_FORMATS = ("cxcywhr", "cxcywh", "xyxy", "cxcyczlwhr", "corners3d")  # a kernel's code is the place in this tuple
+
+
 def defaults(fmt: str) -> dict[str, Any]:
     """The options that `box_mgiou_loss` takes for this format where none is given."""
     return FORMATS[fmt].defaults._asdict()

@@ -62,7 +62,7 @@ def bhattacharyya(pred: Tensor, target: Tensor) -> Tensor:
 
 def probiou(pred: Tensor, target: Tensor) -> Tensor:
     """Llerena, Zeni, Kristen, Jung, "Gaussian Bounding Boxes and Probabilistic IoU", arXiv 2106.06072: L1."""
-    return (1 - (-bhattacharyya(pred, target).clamp(1e-3, 100.0)).exp() + 1e-3).sqrt()
+    return (1 - (-bhattacharyya(pred, target).clamp(1e-7, 100.0)).exp() + 1e-7).sqrt()
 
 
 def kullback_leibler(pred: Tensor, target: Tensor) -> Tensor:

@@ -19,15 +19,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-MIN_AXIS_LENGTH = 1e-6  # of the extent: a shorter edge is no axis under "uniform" weights
-SOFT_AXIS_LENGTH = 0.01  # of the extent: the edge whose "soft" weight is 1 - 1/e
+from triton_mgiou.options import MIN_AXIS_LENGTH, RESOLUTION, SOFT_AXIS_LENGTH, TINY
 
-# Coordinates are scaled to about 1, so squared lengths below these are far under their resolution: they count
-# as 0. No quotient below can then overflow.
-_TINY = {torch.float32: 2.0**-96, torch.float64: 2.0**-800}
-
-# A boundary term below these is rounding, and counts as 0: at the target itself value and gradient are exactly 0.
-_RESOLUTION = {torch.float32: 2.0**-20, torch.float64: 2.0**-48}
+_TINY = {torch.float32: TINY[32], torch.float64: TINY[64]}
+_RESOLUTION = {torch.float32: RESOLUTION[32], torch.float64: RESOLUTION[64]}
 
 # Same-sized integer, bits of the mantissa, largest value of the exponent field.
 _FLOAT_BITS = {torch.float32: (torch.int32, 23, 0xFF), torch.float64: (torch.int64, 52, 0x7FF)}

@@ -1,0 +1,146 @@
+"""One axis: the edge that it belongs to, its weight, the distance of two polygons on it, and derivatives."""
+
+import math
+
+import triton
+import triton.language as tl
+
+from triton_mgiou.kernels.arithmetic import inverse, minus, rough_inverse, sign
+from triton_mgiou.kernels.slots import add_scaled, highest, lowest, total
+from triton_mgiou.kernels.types import Axis, AxisRule, Comparison, Gradient, Interval, Mean, Point, Weight
+from triton_mgiou.options import AXIS_WEIGHTS, MIN_AXIS_LENGTH, SOFT_AXIS_LENGTH
+
+UNIFORM = tl.constexpr(AXIS_WEIGHTS.index("uniform"))
+LENGTH = tl.constexpr(AXIS_WEIGHTS.index("length"))
+SOFT = tl.constexpr(AXIS_WEIGHTS.index("soft"))
+
+SHORTEST = tl.constexpr(MIN_AXIS_LENGTH)
+SOFT_UNIT = tl.constexpr(SOFT_AXIS_LENGTH)
+
+EXPM1 = tl.constexpr(tuple(1 / math.factorial(power) for power in range(1, 15)))  # its series
+
+
+@triton.jit
+def axis_rule(extent, TINY: tl.constexpr, AXIS_WEIGHT: tl.constexpr):
+    """Which edges are axes; for LENGTH without the unit, which is the perimeter (section 3)."""
+    floor = tl.full(extent.shape, TINY, extent.dtype)
+    per_unit = floor
+    if AXIS_WEIGHT == UNIFORM:
+        shortest = extent * tl.full((1, 1, 1), SHORTEST, extent.dtype)
+        floor = tl.maximum(floor, shortest * shortest)
+    if AXIS_WEIGHT == SOFT:
+        per_unit = 1.0 / (tl.maximum(extent, floor) * tl.full((1, 1, 1), SOFT_UNIT, extent.dtype))
+    return AxisRule(floor, per_unit)
+
+
+@triton.jit
+def edge_axis(edge, floor):
+    """The axis of an edge; 0, and none, if the edge is too short or not real."""
+    x = tl.where(edge.real, edge.end.x - edge.start.x, 0.0)
+    y = tl.where(edge.real, edge.end.y - edge.start.y, 0.0)
+    squared = tl.fma(x, x, y * y)
+    is_axis = squared > floor
+    length = tl.where(is_axis, tl.sqrt(squared), 0.0)
+    return Axis(y, minus(x), Point(x, y), length, is_axis)
+
+
+@triton.jit
+def axis_weight(length, is_axis, per_unit, AXIS_WEIGHT: tl.constexpr):
+    """The weight of an axis by the length of its edge (section 3)."""
+    if AXIS_WEIGHT == UNIFORM:
+        return Weight(is_axis.to(length.dtype), length * 0.0)
+    ratio = length * per_unit
+    if AXIS_WEIGHT == LENGTH:
+        return Weight(ratio, per_unit)
+    else:
+        TERMS: tl.constexpr = 14 if length.dtype == tl.float64 else 8  # below 1/2 the rest is under rounding
+        series = tl.full(ratio.shape, EXPM1[TERMS - 1], ratio.dtype)
+        for step in tl.static_range(TERMS - 1):
+            series = tl.fma(minus(ratio), series, tl.full(ratio.shape, EXPM1[TERMS - 2 - step], ratio.dtype))
+        weight = tl.where(ratio < 0.5, ratio * series, 1.0 - tl.exp(minus(ratio)))
+        return Weight(weight, (1.0 - weight) * per_unit)
+
+
+@triton.jit
+def distance(pred, target, TINY: tl.constexpr):
+    """1 - GIoU1D of two intervals, and 1 / h; both 0 where h is 0 (sections 2 and 5)."""
+    hull = tl.maximum(pred.high, target.high) - tl.minimum(pred.low, target.low)
+    per_hull = tl.where(hull > TINY, inverse(hull), 0.0)
+    return (tl.abs(pred.high - target.high) + tl.abs(pred.low - target.low)) * per_hull, per_hull
+
+
+@triton.jit
+def slopes(pred, target, apart, scale):
+    """`scale` h times the derivative of `apart`, 1 - GIoU1D, to the ends of both; half of it at a tie (section 4)."""
+    half = 0.5 * apart * scale
+    top = sign(pred.high - target.high)
+    bottom = sign(pred.low - target.low)
+    rest = scale - half
+    to_pred = Interval(tl.fma(bottom, rest, half), tl.fma(top, rest, minus(half)))
+    return to_pred, Interval(tl.fma(minus(bottom), rest, half), tl.fma(minus(top), rest, minus(half)))
+
+
+@triton.jit
+def project(x, y, placed):
+    """Projections of all slots on the axis (x, y)."""
+    projections = ()
+    for slot in tl.static_range(len(placed.xs)):
+        projections = projections + (tl.fma(x, placed.xs[slot], tl.fma(y, placed.ys[slot], placed.pads[slot])),)
+    return projections
+
+
+@triton.jit
+def compare(axis, pred, target, TINY: tl.constexpr):
+    """Both polygons on an axis, and how far they are apart there."""
+    on_pred = project(axis.x, axis.y, pred)
+    on_target = project(axis.x, axis.y, target)
+    pred_ends = Interval(lowest(on_pred), highest(on_pred))
+    target_ends = Interval(lowest(on_target), highest(on_target))
+    apart, per_hull = distance(pred_ends, target_ends, TINY)
+    return Comparison(on_pred, on_target, pred_ends, target_ends, apart, per_hull)
+
+
+@triton.jit
+def own_interval(axis, edge, origin):
+    """Projections of an edge's start, and of both ends, on its axis: equal but for rounding. Bits as from `project`."""
+    start = tl.fma(axis.x, edge.start.x - origin.x, axis.y * (edge.start.y - origin.y))
+    end = tl.fma(axis.x, edge.end.x - origin.x, axis.y * (edge.end.y - origin.y))
+    return start, Interval(tl.minimum(start, end), tl.maximum(start, end))
+
+
+@triton.jit
+def tie(ends, edge_ends):
+    """Thresholds for `shares` by which both ends of the edge are at an extreme if one is."""
+    low = tl.where(edge_ends.low == ends.low, edge_ends.high, ends.low)
+    return Interval(low, tl.where(edge_ends.high == ends.high, edge_ends.low, ends.high))
+
+
+@triton.jit
+def shares(projections, ends, derivatives):
+    """Derivative of each slot's projection: that of the ends of the interval, in equal shares at a tie (section 4)."""
+    at_low = ()
+    at_high = ()
+    for slot in tl.static_range(len(projections)):
+        at_low = at_low + ((projections[slot] <= ends.low).to(ends.low.dtype),)
+        at_high = at_high + ((projections[slot] >= ends.high).to(ends.low.dtype),)
+    to_low = derivatives.low * rough_inverse(total(at_low))
+    to_high = derivatives.high * rough_inverse(total(at_high))
+    new = ()
+    for slot in tl.static_range(len(projections)):
+        new = new + (tl.fma(at_low[slot], to_low, at_high[slot] * to_high),)
+    return new
+
+
+@triton.jit
+def add_distance(mean, distance, weight):
+    """`mean` with one more axis."""
+    return Mean(tl.fma(weight, distance, mean.distance), mean.weight + weight)
+
+
+@triton.jit
+def add_gradient(gradient, axis, derivatives):
+    """`gradient` with the derivatives of the projections on one more axis."""
+    return Gradient(
+        add_scaled(gradient.xs, axis.x, derivatives),
+        add_scaled(gradient.ys, axis.y, derivatives),
+    )

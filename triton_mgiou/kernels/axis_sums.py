@@ -1,0 +1,119 @@
+"""Sums over the axes of a pair of polygons: what each axis adds to the value, and to the gradient to P."""
+
+import triton
+import triton.language as tl
+
+from triton_mgiou.kernels.arithmetic import minus
+from triton_mgiou.kernels.axis import (
+    UNIFORM,
+    add_distance,
+    add_gradient,
+    axis_weight,
+    compare,
+    edge_axis,
+    own_interval,
+    shares,
+    slopes,
+    tie,
+)
+from triton_mgiou.kernels.boundary import reach
+from triton_mgiou.kernels.convexity import convexity_along, convexity_gradient, convexity_of
+from triton_mgiou.kernels.edges import ends_in_slots, hand_over, handed_to
+from triton_mgiou.kernels.slots import add, dot, over_axes
+from triton_mgiou.kernels.types import AxisSums, Point, PredSums
+
+
+@triton.jit
+def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
+    """Add the axes of edges of P."""
+    axis = edge_axis(edge, sample.pred_rule.floor)
+    weight = axis_weight(axis.length, axis.is_axis, sample.pred_rule.per_unit, VARIANT.AXIS_WEIGHT)
+    compared = compare(axis, sample.pred, sample.target, VARIANT.TINY)
+    mean = add_distance(sums.mean, compared.distance, weight.value)
+    convexity = sums.convexity
+    mixed = sums.mixed
+    gradient = sums.gradient
+    by_edge = sums.by_edge
+    by_weight = sums.by_weight
+    by_mixed = sums.by_mixed
+    by_area = sums.by_area
+    ends = ends_in_slots(edge, sample.lane, len(gradient.xs), VARIANT.LANES)
+    if VARIANT.CONVEXITY:
+        term = convexity_of(
+            axis, edge, sample.pred_shape, sample.pred_count, sample.convexity_factor, VARIANT.TINY, VARIANT.GRAD
+        )
+        convexity += term.value
+        if VARIANT.GRAD:
+            bent = convexity_gradient(term)
+    if VARIANT.BOUNDARY:
+        reached = reach(axis, sample.direction, sample.target_shape)
+        mixed += reached.length
+        if VARIANT.GRAD:
+            to_start = Point(reached.at.y, minus(reached.at.x))
+            to_end = Point(minus(reached.at.y), reached.at.x)
+            by_mixed = hand_over(by_mixed, edge, ends, to_start, to_end, VARIANT.AXES)
+            by_area = hand_over(by_area, edge, ends, Point(axis.x, axis.y), Point(axis.x, axis.y), VARIANT.AXES)
+    if VARIANT.GRAD:
+        to_pred, to_target = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)
+        pred_ends = compared.pred
+        if not VARIANT.AXIS_GRAD:  # with the path through the axis any split of a tie gives the same gradient
+            _, edge_ends = own_interval(axis, edge, sample.pred.origin)
+            pred_ends = tie(pred_ends, edge_ends)
+        derivatives = shares(compared.on_pred, pred_ends, to_pred)
+        along = Point(tl.zeros_like(axis.length), tl.zeros_like(axis.length))  # derivative to the edge
+        if VARIANT.AXIS_GRAD:
+            on_target = shares(compared.on_target, compared.target, to_target)
+            x = minus(dot(on_target + derivatives, sample.target.ys + sample.pred.ys))
+            along = Point(x, dot(on_target + derivatives, sample.target.xs + sample.pred.xs))
+        if VARIANT.CONVEXITY:
+            along = convexity_along(along, bent, edge, sample.pred_shape)
+            derivatives = add(derivatives, bent.shares)
+        gradient = add_gradient(gradient, axis, derivatives)
+        if VARIANT.AXIS_WEIGHT != UNIFORM and VARIANT.AXIS_GRAD:
+            slope = tl.where(axis.is_axis, weight.slope / tl.where(axis.is_axis, axis.length, 1.0), 0.0)
+            to_end = Point(slope * axis.edge.x, slope * axis.edge.y)
+            along = Point(tl.fma(compared.distance, to_end.x, along.x), tl.fma(compared.distance, to_end.y, along.y))
+            to_start = Point(minus(to_end.x), minus(to_end.y))
+            by_weight = hand_over(by_weight, edge, ends, to_start, to_end, VARIANT.AXES)
+        if VARIANT.AXIS_GRAD or VARIANT.CONVEXITY:
+            to_start = Point(minus(along.x), minus(along.y))
+            if VARIANT.CONVEXITY:
+                x = tl.fma(minus(bent.to_start), axis.x, to_start.x)
+                to_start = Point(x, tl.fma(minus(bent.to_start), axis.y, to_start.y))
+            by_edge = hand_over(by_edge, edge, ends, to_start, along, VARIANT.AXES)
+    return PredSums(mean, convexity, mixed, gradient, by_edge, by_weight, by_mixed, by_area)
+
+
+@triton.jit
+def target_axis(sums, edge, sample, VARIANT: tl.constexpr):
+    """Add the axes of edges of G."""
+    axis = edge_axis(edge, sample.target_rule.floor)
+    weight = axis_weight(axis.length, axis.is_axis, sample.target_rule.per_unit, VARIANT.AXIS_WEIGHT)
+    compared = compare(axis, sample.pred, sample.target, VARIANT.TINY)
+    mean = add_distance(sums.mean, compared.distance, weight.value)
+    gradient = sums.gradient
+    if VARIANT.GRAD:
+        to_pred, _ = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)
+        gradient = add_gradient(gradient, axis, shares(compared.on_pred, compared.pred, to_pred))
+    return AxisSums(mean, gradient)
+
+
+@triton.jit
+def gradient_of(slot: tl.constexpr, is_last, gradient, sums, factors, VARIANT: tl.constexpr):
+    """The gradient of a slot's vertices, in the units of `gradient`, the part through projections."""
+    x = gradient.xs[slot]
+    y = gradient.ys[slot]
+    if VARIANT.AXIS_GRAD or VARIANT.CONVEXITY:
+        handed = handed_to(sums.by_edge, slot, is_last, VARIANT.AXES)
+        x += handed.x
+        y += handed.y
+    if VARIANT.BOUNDARY:
+        mixed = handed_to(sums.by_mixed, slot, is_last, VARIANT.AXES)
+        area = handed_to(sums.by_area, slot, is_last, VARIANT.AXES)
+        x = tl.fma(factors.by_mixed, mixed.x, tl.fma(factors.by_area, area.x, x))
+        y = tl.fma(factors.by_mixed, mixed.y, tl.fma(factors.by_area, area.y, y))
+    if VARIANT.AXIS_GRAD and VARIANT.AXIS_WEIGHT != UNIFORM:
+        handed = handed_to(sums.by_weight, slot, is_last, VARIANT.AXES)
+        x = tl.fma(minus(factors.mean), handed.x, x)
+        y = tl.fma(minus(factors.mean), handed.y, y)
+    return Point(over_axes(x), over_axes(y))

@@ -1,0 +1,148 @@
+"""From edge to edge of a polygon, and sums over its edges.
+
+Edges come from vertices that are loaded again, so that the code's size depends neither on the vertex counts nor on the
+batch; with UNROLLED they come from the slots.
+"""
+
+import triton
+import triton.language as tl
+
+from triton_mgiou.kernels.axis import axis_weight, edge_axis, own_interval
+from triton_mgiou.kernels.slots import add, highest, over_axes, put, zeros
+from triton_mgiou.kernels.types import Edge, EdgeSums, Ends, Handed, Measuring, Point, Step
+from triton_mgiou.kernels.vertices import MASK, addresses_of, flags_of, is_real, load_scaled, next_addresses
+
+
+@triton.jit
+def over_edges(
+    ADD: tl.constexpr, sums, source, vertices, lanes, scale, context, REAL: tl.constexpr, VARIANT: tl.constexpr
+):
+    """`sums` after ADD(sums, edge, context, VARIANT) of every edge, VARIANT.AXES of them at a time."""
+    if VARIANT.UNROLLED:
+        for k in tl.static_range(len(vertices.xs)):
+            sums = ADD(sums, _edge_of_slots(vertices, k, lanes.inside, scale), context, VARIANT)
+    else:
+        step = _start(source, vertices, lanes.axis, scale, REAL)
+        for first in range(0, source.size, VARIANT.AXES):
+            edge, step = _next_edge(step, source, vertices, first + lanes.axis, lanes.inside, scale, REAL, VARIANT.AXES)
+            sums = ADD(sums, edge, context, VARIANT)
+    return sums
+
+
+@triton.jit
+def _start(source, vertices, first, scale, REAL: tl.constexpr):
+    """The first step.
+
+    Addresses that a loop carries save Triton's compiler a walk through the whole kernel for each of them.
+    """
+    last = load_scaled(source, addresses_of(source, vertices.last), vertices.count > 0, scale)
+    return Step(last, vertices.last, addresses_of(source, first), flags_of(source, first, REAL))
+
+
+@triton.jit
+def _next_edge(step, source, vertices, k, inside, scale, REAL: tl.constexpr, AXES: tl.constexpr):
+    """The edges that end at vertices number k, and the next step."""
+    real = is_real(source, step.flags, k, vertices.count, inside, REAL)
+    end = load_scaled(source, step.addresses, real, scale)
+    last = step.last
+    last_index = step.last_index
+    if AXES == 1:
+        start, start_index = last, last_index
+        last = Point(tl.where(real, end.x, last.x), tl.where(real, end.y, last.y))
+        last_index = tl.where(real, k, last_index)
+    else:
+        start_index = tl.where(k == 0, vertices.last, k - 1)
+        if REAL == MASK:
+            before = ()
+            for slot in tl.static_range(len(vertices.places)):
+                before = before + (tl.where(vertices.places[slot] < k, vertices.places[slot], -1),)
+            nearest = highest(before)
+            start_index = tl.where(nearest < 0, vertices.last, nearest)
+        start = load_scaled(source, addresses_of(source, start_index), real, scale)
+    addresses = next_addresses(source, step.addresses, AXES)
+    flags = step.flags
+    if REAL == MASK:
+        flags += AXES * source.real_stride
+    return Edge(end, k, start, start_index, real), Step(last, last_index, addresses, flags)
+
+
+@triton.jit
+def _edge_of_slots(vertices, k: tl.constexpr, inside, scale):
+    """The edge that ends at vertex k, where a lane has them all."""
+    before: tl.constexpr = (k + len(vertices.xs) - 1) % len(vertices.xs)
+    end = Point(vertices.xs[k] * scale, vertices.ys[k] * scale)
+    start = Point(vertices.xs[before] * scale, vertices.ys[before] * scale)
+    return Edge(end, k, start, before, inside | True)
+
+
+@triton.jit
+def measure(source, vertices, lanes, scale, origin, rule, REAL: tl.constexpr, VARIANT: tl.constexpr):
+    """`EdgeSums` of one side; projections are relative to `origin`."""
+    none = tl.zeros_like(rule.floor)
+    sums = EdgeSums(none, none, none, none, none, none, none)
+    sums = over_edges(_measure_edge, sums, source, vertices, lanes, scale, Measuring(origin, rule), REAL, VARIANT)
+    return EdgeSums(
+        over_axes(sums.length),
+        over_axes(sums.axes),
+        over_axes(sums.weight),
+        over_axes(sums.squares),
+        over_axes(sums.starts),
+        over_axes(sums.lows),
+        over_axes(sums.highs),
+    )
+
+
+@triton.jit
+def _measure_edge(sums, edge, measuring, VARIANT: tl.constexpr):
+    axis = edge_axis(edge, measuring.rule.floor)
+    start, ends = own_interval(axis, edge, measuring.origin)
+    return EdgeSums(
+        sums.length + axis.length,
+        sums.axes + axis.is_axis.to(axis.length.dtype),
+        sums.weight + axis_weight(axis.length, axis.is_axis, measuring.rule.per_unit, VARIANT.AXIS_WEIGHT).value,
+        tl.fma(axis.edge.x, axis.edge.x, tl.fma(axis.edge.y, axis.edge.y, sums.squares)),
+        sums.starts + start,
+        sums.lows + ends.low,
+        sums.highs + ends.high,
+    )
+
+
+@triton.jit
+def ends_in_slots(edge, lane, SLOTS: tl.constexpr, LANES: tl.constexpr):
+    """Which slots hold the ends of an edge."""
+    at_start = ()
+    at_end = ()
+    for slot in tl.static_range(SLOTS):
+        index = slot * LANES + lane
+        at_end = at_end + ((index == edge.end_index) & edge.real,)
+        at_start = at_start + ((index == edge.start_index) & edge.real,)
+    return Ends(at_start, at_end)
+
+
+@triton.jit
+def hand_over(handed, edge, ends, to_start, to_end, AXES: tl.constexpr):
+    """Add edges' derivatives to their ends.
+
+    One by one, each vertex is stored once: what is for an edge's end waits for the next edge's start.
+    """
+    if AXES == 1:
+        xs = put(handed.xs, handed.pending.x + to_start.x, ends.start)
+        ys = put(handed.ys, handed.pending.y + to_start.y, ends.start)
+        x = tl.where(edge.real, to_end.x, handed.pending.x)
+        y = tl.where(edge.real, to_end.y, handed.pending.y)
+        return Handed(xs, ys, Point(x, y))
+    else:
+        xs = add(handed.xs, put(put(zeros(handed.xs), to_start.x, ends.start), to_end.x, ends.end))
+        ys = add(handed.ys, put(put(zeros(handed.ys), to_start.y, ends.start), to_end.y, ends.end))
+        return Handed(xs, ys, handed.pending)
+
+
+@triton.jit
+def handed_to(handed, slot: tl.constexpr, is_last, AXES: tl.constexpr):
+    """What was handed to the vertices of a slot; nothing starts at the end of the last edge any more."""
+    if AXES == 1:
+        x = handed.xs[slot] + tl.where(is_last, handed.pending.x, 0.0)
+        y = handed.ys[slot] + tl.where(is_last, handed.pending.y, 0.0)
+        return Point(x, y)
+    else:
+        return Point(handed.xs[slot], handed.ys[slot])
