@@ -1,0 +1,537 @@
+"""The matrix of all pairs of two sets of boxes, and its gradient to one of them (section 11).
+
+On an axis with the offset s of the two middles and the half-lengths a and b, as in `boxes`:
+
+    m = max(|s|, |a - b|),   D = (1 - GIoU1D) / 2 = m / (a + b + m),   apart = |s| / (a + b)
+    value = 1 - 2 sum_k w_k D_k / sum_k w_k,  or  1 - 2 max_k D_k,  or  1 - max_k apart_k
+
+A program takes a tile of ROWS boxes of one set and COLUMNS of the other. What a box has by itself is computed once for
+its row or column, (ROWS, 1) or (1, COLUMNS). A box that is turned by more than an eighth of a turn is first named by
+its other side: then two directions differ by up to a quarter turn, and sine and cosine of the difference are two short
+series. It is a difference of angles, so that it is exactly 0 for equal boxes.
+
+Most tiles are plain: all their boxes are finite, and none so small beside another that an edge is no axis or a number
+leaves its range. These take half the instructions. Scaling by powers of two is exact, so both ways give the same bits.
+Sums run over the axes of each box by itself: swapping the sets changes no bit.
+
+The gradient has one launch for each set. A program takes ROWS of its boxes along all boxes of the other set, and adds
+in a fixed order.
+"""
+
+import os
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from triton_mgiou.box_formats import KERNEL_FORMATS
+from triton_mgiou.kernels.arithmetic import inverse_power_of_two, minus, sign
+from triton_mgiou.kernels.axis import LENGTH, UNIFORM
+from triton_mgiou.kernels.boxes import (
+    CXCYCZLWHR,
+    CXCYWHR,
+    QUARTER_32,
+    QUARTER_64,
+    QUARTER_REST_32,
+    QUARTER_REST_64,
+    XYXY,
+    _directions,
+    _reach,
+    _weights,
+    _with_sign,
+)
+from triton_mgiou.options import ABSENT, MIN_AXIS_LENGTH, OVERS
+
+# OVER
+MEAN = tl.constexpr(OVERS.index("mean"))
+MIN = tl.constexpr(OVERS.index("min"))
+DEPTH = tl.constexpr(OVERS.index("depth"))
+
+SHORTEST = tl.constexpr(MIN_AXIS_LENGTH)
+NOT_THERE = tl.constexpr(ABSENT)
+NUMBERS = tl.constexpr(tuple({"cxcywhr": 5, "cxcyczlwhr": 7}.get(fmt, 4) for fmt in KERNEL_FORMATS))
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+# sin x = x + x^3 (...) for x up to a quarter turn: relative error 6e-9, and exactly 1 there.
+SINE = tl.constexpr((2.605780491878705e-06, -0.0001980960284001521, 0.008333066245301491, -0.1666665955040033))
+
+# A tile is plain if its sizes are above these, the first of its largest number, and its numbers below LARGEST.
+PLAIN_RATIO = tl.constexpr(1e-5)
+PLAIN_SIZE = tl.constexpr(2.0**-40)
+PLAIN_NUMBER = tl.constexpr(2.0**40)
+
+
+class PairVariant(NamedTuple):
+    """What is decided at compile time."""
+
+    TINY: float
+    FORMAT: int
+    DEGREES: bool
+    CLOCKWISE: bool
+    OVER: int
+    AXIS_WEIGHT: int
+
+
+class Boxes(NamedTuple):
+    """A row or column of boxes."""
+
+    x: tl.tensor  # the centre, or the left upper corner
+    y: tl.tensor
+    z: tl.tensor
+    right: tl.tensor  # of XYXY alone
+    bottom: tl.tensor
+    a: tl.tensor  # half-sizes along the direction, across it, and upwards
+    b: tl.tensor
+    c: tl.tensor
+    angle: tl.tensor  # of the direction, up to an eighth of a turn, in the caller's unit
+    cos: tl.tensor
+    sin: tl.tensor
+
+
+class Scale(NamedTuple):
+    """The power of two that brings a box near 1, and its inverse."""
+
+    down: tl.tensor
+    up: tl.tensor
+
+
+class Axis(NamedTuple):
+    """Two intervals on an axis."""
+
+    offset: tl.tensor
+    halves: tl.tensor  # the sum of the half-lengths
+    difference: tl.tensor
+    larger: tl.tensor  # of |offset| and |difference|
+    hull: tl.tensor
+
+
+class Pair(NamedTuple):
+    """Two boxes on their axes: those of P (p1, p2), of G (g1, g2), and upwards."""
+
+    p1: Axis
+    p2: Axis
+    g1: Axis
+    g2: Axis
+    z: Axis
+    p: Boxes
+    g: Boxes
+    x: tl.tensor  # offset of the centres
+    y: tl.tensor
+    cos: tl.tensor  # of the difference of the angles, both at least 0
+    sin: tl.tensor
+    turn: tl.tensor  # the difference
+
+
+class Rule(NamedTuple):
+    """Weights of the axes, their slopes by the edges' lengths, and what is no longer than a point."""
+
+    p1: tl.tensor
+    p2: tl.tensor
+    g1: tl.tensor
+    g2: tl.tensor
+    pz: tl.tensor
+    gz: tl.tensor
+    slope_1: tl.tensor  # of P's weights, by the edges that its axes belong to
+    slope_2: tl.tensor
+    limit: tl.tensor
+
+
+class Slopes(NamedTuple):
+    """Derivatives of the value by what an axis measures."""
+
+    offset: tl.tensor
+    first: tl.tensor  # by the half-length of P
+    second: tl.tensor
+
+
+@triton.jit
+def _reciprocal(values):
+    """1 / values. A power of two times `values` gives the same bits."""
+    if values.dtype == tl.float64 or INTERPRETED:
+        return 1.0 / values
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [values], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _sine(angle):
+    """Of angles from 0 to a quarter turn, in radians."""
+    if angle.dtype == tl.float64:
+        return tl.sin(angle)
+    else:
+        square = angle * angle
+        series = tl.full(angle.shape, SINE[0], angle.dtype)
+        for step in tl.static_range(3):
+            series = tl.fma(series, square, tl.full(angle.shape, SINE[step + 1], angle.dtype))
+        return tl.fma(square * angle, series, angle)
+
+
+@triton.jit
+def _cos_sin(turn, DEGREES: tl.constexpr):
+    """Cosine and |sine| of up to a quarter turn; exact at 0 and at a quarter."""
+    IS_64: tl.constexpr = turn.dtype == tl.float64
+    turn = tl.abs(turn)
+    if DEGREES:
+        RADIAN: tl.constexpr = 0.017453292519943295
+        rest = (90.0 - turn) * tl.full(turn.shape, RADIAN, turn.dtype)
+        turn = turn * tl.full(turn.shape, RADIAN, turn.dtype)
+    else:
+        QUARTER: tl.constexpr = QUARTER_64 if IS_64 else QUARTER_32
+        QUARTER_REST: tl.constexpr = QUARTER_REST_64 if IS_64 else QUARTER_REST_32
+        rest = tl.full(turn.shape, QUARTER, turn.dtype) - turn + tl.full(turn.shape, QUARTER_REST, turn.dtype)
+    return _sine(rest), _sine(turn)
+
+
+@triton.jit
+def _load(ptr, rows, stride, NUMBERS: tl.constexpr, COMPUTE: tl.constexpr):
+    numbers = ()
+    for number in tl.static_range(NUMBERS):
+        numbers = numbers + (tl.load(ptr + rows + number * stride).to(COMPUTE),)
+    return numbers
+
+
+@triton.jit
+def _poison(numbers):
+    """0, or NaN where a number is NaN or Inf."""
+    zero = numbers[0] * 0.0
+    for number in tl.static_range(len(numbers)):
+        zero = tl.fma(numbers[number], 0.0, zero)
+    return zero
+
+
+@triton.jit
+def _largest(numbers, V: tl.constexpr):
+    LINEAR: tl.constexpr = 6 if V.FORMAT == CXCYCZLWHR else 4
+    largest = tl.abs(numbers[0])
+    for number in tl.static_range(LINEAR):
+        largest = tl.maximum(largest, tl.abs(numbers[number]))
+    return largest
+
+
+@triton.jit
+def _scale(numbers, V: tl.constexpr):
+    down = inverse_power_of_two(_largest(numbers, V))
+    return Scale(down, 1.0 / down)
+
+
+@triton.jit
+def _scaled(numbers, scale, V: tl.constexpr):
+    LINEAR: tl.constexpr = 6 if V.FORMAT == CXCYCZLWHR else 4
+    new = ()
+    for number in tl.static_range(len(numbers)):
+        new = new + (numbers[number] * scale if number < LINEAR else numbers[number],)
+    return new
+
+
+@triton.jit
+def _sizes(numbers, V: tl.constexpr):
+    """With their signs; the third is the first again in the plane."""
+    if V.FORMAT == XYXY:
+        return numbers[2] - numbers[0], numbers[3] - numbers[1], numbers[2] - numbers[0]
+    elif V.FORMAT == CXCYCZLWHR:
+        return numbers[3], numbers[4], numbers[5]
+    else:
+        return numbers[2], numbers[3], numbers[2]
+
+
+@triton.jit
+def _boxes(numbers, is_odd, angle, V: tl.constexpr):
+    """Boxes by their numbers, and by their directions if they have an angle."""
+    width, height, depth = _sizes(numbers, V)
+    a, b, c = 0.5 * tl.abs(width), 0.5 * tl.abs(height), 0.5 * tl.abs(depth)
+    cos, sin = a, a
+    if V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR:
+        a, b = tl.where(is_odd, b, a), tl.where(is_odd, a, b)
+        cos, sin = _cos_sin(angle, V.DEGREES)
+        sin = _with_sign(sin, angle)
+    return Boxes(numbers[0], numbers[1], numbers[2], numbers[2], numbers[3], a, b, c, angle, cos, sin)
+
+
+@triton.jit
+def _angles(numbers, V: tl.constexpr):
+    """Whether a box is named by its other side, and the angle of its direction."""
+    if V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR:
+        angle = numbers[len(numbers) - 1]
+        is_odd, rest = _directions((angle if V.CLOCKWISE else minus(angle),), V.DEGREES)
+        return is_odd[0], rest[0]
+    else:
+        return numbers[0] > 0, numbers[0]
+
+
+@triton.jit
+def _rescaled(boxes, scale):
+    return Boxes(
+        boxes.x * scale, boxes.y * scale, boxes.z * scale, boxes.right * scale, boxes.bottom * scale,
+        boxes.a * scale, boxes.b * scale, boxes.c * scale, boxes.angle, boxes.cos, boxes.sin,
+    )  # fmt: skip
+
+
+@triton.jit
+def _axis(offset, a, b):
+    difference = a - b
+    halves = a + b
+    larger = tl.maximum(tl.abs(offset), tl.abs(difference))
+    return Axis(offset, halves, difference, larger, halves + larger)
+
+
+@triton.jit
+def _pair(p, g, V: tl.constexpr):
+    """The intervals of each pair on all axes."""
+    x, y, z = p.x - g.x, p.y - g.y, p.z - g.z
+    if V.FORMAT == XYXY:
+        x, y = 0.5 * (x + (p.right - g.right)), 0.5 * (y + (p.bottom - g.bottom))
+    on_x, on_y = _axis(x, p.a, g.a), _axis(y, p.b, g.b)
+    on_z = on_x
+    if V.FORMAT == CXCYCZLWHR:
+        on_z = _axis(z, p.c, g.c)
+    if V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR:
+        turn = p.angle - g.angle
+        cos, sin = _cos_sin(turn, V.DEGREES)
+        p1, p2 = tl.fma(p.cos, x, p.sin * y), tl.fma(p.cos, y, minus(p.sin) * x)
+        g1, g2 = tl.fma(g.cos, x, g.sin * y), tl.fma(g.cos, y, minus(g.sin) * x)
+        return Pair(
+            _axis(p1, p.a, tl.fma(g.a, cos, g.b * sin)),
+            _axis(p2, p.b, tl.fma(g.a, sin, g.b * cos)),
+            _axis(g1, tl.fma(p.a, cos, p.b * sin), g.a),
+            _axis(g2, tl.fma(p.a, sin, p.b * cos), g.b),
+            on_z, p, g, x, y, cos, sin, turn,
+        )  # fmt: skip
+    else:  # both boxes have the same axes
+        return Pair(on_x, on_y, on_x, on_y, on_z, p, g, x, y, x, x, x)
+
+
+@triton.jit
+def _bounds(boxes):
+    """Half of the bounding rectangle of a box."""
+    sin = tl.abs(boxes.sin)
+    return tl.fma(boxes.a, boxes.cos, boxes.b * sin), tl.fma(boxes.a, sin, boxes.b * boxes.cos)
+
+
+@triton.jit
+def _seen(axis, limit):
+    return (axis.hull > limit).to(limit.dtype)
+
+
+@triton.jit
+def _rule(pair, V: tl.constexpr):
+    """Weights of the axes: those of the loss, but where these see only a line, or nothing (section 11)."""
+    p, g = pair.p, pair.g
+    if V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR:
+        p_x, p_y = _bounds(p)
+        g_x, g_y = _bounds(g)
+        extent = tl.maximum(_reach(pair.x, p_x, g_x), _reach(pair.y, p_y, g_y))
+    else:
+        extent = tl.maximum(pair.p1.hull, pair.p2.hull)
+    if V.FORMAT == CXCYCZLWHR:
+        extent = tl.maximum(extent, pair.z.hull)
+    limit = tl.maximum(extent * tl.full(extent.shape, SHORTEST, extent.dtype), V.TINY)
+    none = tl.zeros_like(limit)
+    if V.FORMAT == CXCYCZLWHR:  # an axis is an edge: without one it counts where both are points on it, and apart
+        w_p, w_g = _weights(p.a + none, p.b + none, p.c + none, extent, V), _weights(g.a + none, g.b + none, g.c + none, extent, V)
+        return Rule(
+            tl.where(pair.p1.halves <= limit, _seen(pair.p1, limit), w_p.x),
+            tl.where(pair.p2.halves <= limit, _seen(pair.p2, limit), w_p.y),
+            tl.where(pair.g1.halves <= limit, _seen(pair.g1, limit), w_g.x),
+            tl.where(pair.g2.halves <= limit, _seen(pair.g2, limit), w_g.y),
+            tl.where(pair.z.halves <= limit, _seen(pair.z, limit), w_p.z),
+            tl.where(pair.z.halves <= limit, _seen(pair.z, limit), w_g.z),
+            none, none, limit,
+        )  # fmt: skip
+    else:
+        w_p, w_g = _weights(p.b + none, p.a + none, p.a + none, extent, V), _weights(g.b + none, g.a + none, g.a + none, extent, V)
+        thinnest = tl.minimum(tl.minimum(pair.p1.hull, pair.p2.hull), tl.minimum(pair.g1.hull, pair.g2.hull))
+        heaviest = tl.maximum(tl.maximum(w_p.x, w_p.y), tl.maximum(w_g.x, w_g.y))
+        other = (thinnest <= limit) | (heaviest == 0)
+        return Rule(
+            tl.where(other, _seen(pair.p1, limit), w_p.x),
+            tl.where(other, _seen(pair.p2, limit), w_p.y),
+            tl.where(other, _seen(pair.g1, limit), w_g.x),
+            tl.where(other, _seen(pair.g2, limit), w_g.y),
+            none, none,
+            tl.where(other, 0.0, w_p.slope_x),
+            tl.where(other, 0.0, w_p.slope_y),
+            limit,
+        )  # fmt: skip
+
+
+@triton.jit
+def _per_hull(axis, PLAIN: tl.constexpr, V: tl.constexpr):
+    if PLAIN:
+        return _reciprocal(axis.hull)
+    else:
+        return tl.where(axis.hull > V.TINY, _reciprocal(axis.hull), 0.0)
+
+
+@triton.jit
+def _weighted(axis, weight, PLAIN: tl.constexpr):
+    return axis.larger if PLAIN else axis.larger * weight
+
+
+@triton.jit
+def _distance(axis, weight, limit, PLAIN: tl.constexpr, V: tl.constexpr):
+    """D of an axis, or `apart`; 0 if it does not count."""
+    if V.OVER == DEPTH:
+        halves = axis.halves if PLAIN else tl.maximum(axis.halves, limit)
+        distance = tl.abs(axis.offset) * _reciprocal(halves)
+    else:
+        distance = axis.larger * _per_hull(axis, PLAIN, V)
+    return distance if PLAIN else tl.where(weight > 0, distance, 0.0)
+
+
+@triton.jit
+def _sums(pair, rule, PLAIN: tl.constexpr, V: tl.constexpr):
+    """Weighted sums of D over the axes of P and over those of G."""
+    p = _weighted(pair.p1, rule.p1, PLAIN) * _per_hull(pair.p1, PLAIN, V)
+    p = tl.fma(_weighted(pair.p2, rule.p2, PLAIN), _per_hull(pair.p2, PLAIN, V), p)
+    g = _weighted(pair.g1, rule.g1, PLAIN) * _per_hull(pair.g1, PLAIN, V)
+    g = tl.fma(_weighted(pair.g2, rule.g2, PLAIN), _per_hull(pair.g2, PLAIN, V), g)
+    if V.FORMAT == CXCYCZLWHR:
+        per_hull = _per_hull(pair.z, PLAIN, V)
+        p = tl.fma(_weighted(pair.z, rule.pz, PLAIN), per_hull, p)
+        g = tl.fma(_weighted(pair.z, rule.gz, PLAIN), per_hull, g)
+    return p, g
+
+
+@triton.jit
+def _total_weight(rule, V: tl.constexpr):
+    weight = (rule.p1 + rule.p2 + rule.pz) + (rule.g1 + rule.g2 + rule.gz)
+    return tl.where(weight > 0, weight, 1.0)
+
+
+@triton.jit
+def _largest_distance(pair, rule, PLAIN: tl.constexpr, V: tl.constexpr):
+    p = tl.maximum(
+        _distance(pair.p1, rule.p1, rule.limit, PLAIN, V), _distance(pair.p2, rule.p2, rule.limit, PLAIN, V)
+    )
+    g = tl.maximum(
+        _distance(pair.g1, rule.g1, rule.limit, PLAIN, V), _distance(pair.g2, rule.g2, rule.limit, PLAIN, V)
+    )
+    largest = tl.maximum(p, g)
+    if V.FORMAT == CXCYCZLWHR:
+        largest = tl.maximum(largest, _distance(pair.z, rule.pz + rule.gz, rule.limit, PLAIN, V))
+    return largest
+
+
+@triton.jit
+def _value(pair, rule, PLAIN: tl.constexpr, V: tl.constexpr):
+    AXES: tl.constexpr = 6 if V.FORMAT == CXCYCZLWHR else 4
+    if V.OVER == MEAN:
+        p, g = _sums(pair, rule, PLAIN, V)
+        each = tl.full((p + g).shape, 1.0 / AXES, p.dtype)
+        if not PLAIN:
+            weight = _total_weight(rule, V)
+            each = tl.where(weight == AXES, each, _reciprocal(weight))
+        return tl.fma((p + g) * each, -2.0, 1.0)
+    else:
+        return tl.fma(_largest_distance(pair, rule, PLAIN, V), -1.0 if V.OVER == DEPTH else -2.0, 1.0)
+
+
+@triton.jit
+def _plain_rule(pair):
+    """What stands in the place of a rule where every axis counts alike."""
+    any = pair.p1.hull  # noqa: A001
+    return Rule(any, any, any, any, any, any, any, any, any)
+
+
+@triton.jit
+def _plain_bounds(numbers, there, V: tl.constexpr):
+    """The least size of a row of boxes and their largest number; below 0 and 0 where one is not finite or too large."""
+    width, height, depth = _sizes(numbers, V)
+    least = tl.minimum(tl.minimum(tl.abs(width), tl.abs(height)), tl.abs(depth))
+    largest = _largest(numbers, V) + _poison(numbers)
+    is_plain = largest < PLAIN_NUMBER
+    least = tl.where(is_plain, least, -1.0)
+    return tl.min(tl.where(there, least, PLAIN_NUMBER)), tl.max(tl.where(there & is_plain, largest, 0.0))
+
+
+@triton.jit
+def _is_there(mask_ptr, offset, rows, stride):
+    return tl.load(mask_ptr + offset + rows * stride) != 0
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride1_b", "stride1_n", "stride1_c", "stride2_b", "stride2_n", "stride2_c",
+        "mask1_stride_b", "mask1_stride_n", "mask2_stride_b", "mask2_stride_n", "rows", "columns",
+    ],
+    do_not_specialize_on_alignment=["boxes1_ptr", "boxes2_ptr", "mask1_ptr", "mask2_ptr"],
+)  # fmt: skip
+def box_pairs_kernel(
+    boxes1_ptr,
+    boxes2_ptr,
+    mask1_ptr,  # (B, P), uint8
+    mask2_ptr,  # (B, T)
+    matrix_ptr,  # (B, P, T), contiguous, in COMPUTE
+    stride1_b: "i64",
+    stride1_n: "i64",
+    stride1_c: "i64",
+    stride2_b: "i64",
+    stride2_n: "i64",
+    stride2_c: "i64",
+    mask1_stride_b: "i64",
+    mask1_stride_n: "i64",
+    mask2_stride_b: "i64",
+    mask2_stride_n: "i64",
+    rows: "i32",  # P
+    columns: "i32",  # T
+    COMPUTE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DEGREES: tl.constexpr,
+    CLOCKWISE: tl.constexpr,
+    OVER: tl.constexpr,
+    AXIS_WEIGHT: tl.constexpr,
+    VECTORS: tl.constexpr,  # T is a multiple of 4
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The matrix of the values of all pairs."""
+    V: tl.constexpr = PairVariant(
+        TINY=2.0**-800 if COMPUTE == tl.float64 else 2.0**-96,
+        FORMAT=FORMAT,
+        DEGREES=DEGREES,
+        CLOCKWISE=CLOCKWISE,
+        OVER=OVER,
+        AXIS_WEIGHT=AXIS_WEIGHT,
+    )
+    COUNT: tl.constexpr = NUMBERS[FORMAT]
+    tile = tl.program_id(0)
+    column_tiles = tl.cdiv(columns, COLUMNS)
+    first_column = (tile % column_tiles) * COLUMNS
+    tile = tile // column_tiles
+    row_tiles = tl.cdiv(rows, ROWS)
+    first_row = (tile % row_tiles) * ROWS
+    batch = (tile // row_tiles).to(tl.int64)
+
+    row = first_row + tl.arange(0, ROWS)[:, None]
+    column = first_column + tl.arange(0, COLUMNS)[None, :]
+    last_row = tl.minimum(row, rows - 1).to(tl.int64)  # the last box once more, instead of none
+    last_column = tl.minimum(column, columns - 1).to(tl.int64)
+    p_numbers = _load(boxes1_ptr + batch * stride1_b, last_row * stride1_n, stride1_c, COUNT, COMPUTE)
+    g_numbers = _load(boxes2_ptr + batch * stride2_b, last_column * stride2_n, stride2_c, COUNT, COMPUTE)
+    p_there, g_there = row >= 0, column >= 0
+    if mask1_ptr is not None:
+        p_there = _is_there(mask1_ptr, batch * mask1_stride_b, last_row, mask1_stride_n)
+    if mask2_ptr is not None:
+        g_there = _is_there(mask2_ptr, batch * mask2_stride_b, last_column, mask2_stride_n)
+    p_odd, p_angle = _angles(p_numbers, V)
+    g_odd, g_angle = _angles(g_numbers, V)
+
+    p_least, p_largest = _plain_bounds(p_numbers, p_there, V)
+    g_least, g_largest = _plain_bounds(g_numbers, g_there, V)
+    least, largest = tl.minimum(p_least, g_least), tl.maximum(p_largest, g_largest)
+    if AXIS_WEIGHT == UNIFORM and (least > PLAIN_RATIO * largest) and (least > PLAIN_SIZE):
+        pair = _pair(_boxes(p_numbers, p_odd, p_angle, V), _boxes(g_numbers, g_odd, g_angle, V), V)
+        values = _value(pair, _plain_rule(pair), True, V)
+    else:
+        p_scale, g_scale = _scale(p_numbers, V), _scale(g_numbers, V)
+        p = _boxes(_scaled(p_numbers, p_scale.down, V), p_odd, p_angle, V)
+        g = _boxes(_scaled(g_numbers, g_scale.down, V), g_odd, g_angle, V)
+        down = tl.minimum(p_scale.down, g_scale.down)
+        pair = _pair(_rescaled(p, down * p_scale.up), _rescaled(g, down * g_scale.up), V)
+        values = _value(pair, _rule(pair, V), False, V) + (_poison(p_numbers) + _poison(g_numbers))
+    if mask1_ptr is not None or mask2_ptr is not None:
+        values = tl.where(p_there & g_there, values, NOT_THERE)
+    row_start = (batch * rows + row) * (columns // 4 * 4 if VECTORS else columns)
+    tl.store(matrix_ptr + row_start + column, values, mask=(row < rows) & (column < columns))
