@@ -35,7 +35,9 @@ from triton_mgiou.kernels.boxes import (
     QUARTER_REST_32,
     QUARTER_REST_64,
     XYXY,
+    Direction,
     _directions,
+    _quarters,
     _reach,
     _weights,
     _with_sign,
@@ -55,10 +57,11 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # sin x = x + x^3 (...) for x up to a quarter turn: relative error 6e-9, and exactly 1 there.
 SINE = tl.constexpr((2.605780491878705e-06, -0.0001980960284001521, 0.008333066245301491, -0.1666665955040033))
 
-# A tile is plain if its sizes are above these, the first of its largest number, and its numbers below LARGEST.
+# A tile is plain if its sizes are above the first two, the first of its largest number, and its numbers below the others.
 PLAIN_RATIO = tl.constexpr(1e-5)
 PLAIN_SIZE = tl.constexpr(2.0**-40)
 PLAIN_NUMBER = tl.constexpr(2.0**40)
+PLAIN_ANGLE = tl.constexpr(2.0**22)
 
 
 class PairVariant(NamedTuple):
@@ -185,10 +188,17 @@ def _cos_sin(turn, DEGREES: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, rows, stride, NUMBERS: tl.constexpr, COMPUTE: tl.constexpr):
+def _load(
+    ptr, index, stride_n, stride_c, NUMBERS: tl.constexpr, PACKED: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """The numbers of boxes number `index`; PACKED if they follow each other and 32 bits count them."""
     numbers = ()
     for number in tl.static_range(NUMBERS):
-        numbers = numbers + (tl.load(ptr + rows + number * stride).to(COMPUTE),)
+        if PACKED:
+            addresses = ptr + index * NUMBERS + number
+        else:
+            addresses = ptr + index.to(tl.int64) * stride_n + number * stride_c
+        numbers = numbers + (tl.load(addresses).to(COMPUTE),)
     return numbers
 
 
@@ -237,27 +247,41 @@ def _sizes(numbers, V: tl.constexpr):
 
 
 @triton.jit
-def _boxes(numbers, is_odd, angle, V: tl.constexpr):
+def _boxes(numbers, direction, V: tl.constexpr):
     """Boxes by their numbers, and by their directions if they have an angle."""
     width, height, depth = _sizes(numbers, V)
     a, b, c = 0.5 * tl.abs(width), 0.5 * tl.abs(height), 0.5 * tl.abs(depth)
     cos, sin = a, a
     if V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR:
-        a, b = tl.where(is_odd, b, a), tl.where(is_odd, a, b)
-        cos, sin = _cos_sin(angle, V.DEGREES)
-        sin = _with_sign(sin, angle)
-    return Boxes(numbers[0], numbers[1], numbers[2], numbers[2], numbers[3], a, b, c, angle, cos, sin)
+        a, b = tl.where(direction.is_odd, b, a), tl.where(direction.is_odd, a, b)
+        cos, sin = _cos_sin(direction.rest, V.DEGREES)
+        sin = _with_sign(sin, direction.rest)
+    return Boxes(numbers[0], numbers[1], numbers[2], numbers[2], numbers[3], a, b, c, direction.rest, cos, sin)
 
 
 @triton.jit
-def _angles(numbers, V: tl.constexpr):
-    """Whether a box is named by its other side, and the angle of its direction."""
+def _plain_direction(numbers, V: tl.constexpr):
+    """Whether a box is named by its other side, and the angle of its direction; unless that is huge."""
     if V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR:
-        angle = numbers[len(numbers) - 1]
-        is_odd, rest = _directions((angle if V.CLOCKWISE else minus(angle),), V.DEGREES)
-        return is_odd[0], rest[0]
+        return _quarters(_clockwise(numbers, V), V.DEGREES)
     else:
-        return numbers[0] > 0, numbers[0]
+        return Direction(numbers[0] > 0, numbers[0])
+
+
+@triton.jit
+def _direction(numbers, V: tl.constexpr):
+    """The same for any angle."""
+    if V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR:
+        is_odd, rest = _directions((_clockwise(numbers, V),), V.DEGREES)
+        return Direction(is_odd[0], rest[0])
+    else:
+        return Direction(numbers[0] > 0, numbers[0])
+
+
+@triton.jit
+def _clockwise(numbers, V: tl.constexpr):
+    angle = numbers[len(numbers) - 1]
+    return angle if V.CLOCKWISE else minus(angle)
 
 
 @triton.jit
@@ -436,19 +460,43 @@ def _plain_rule(pair):
 
 
 @triton.jit
-def _plain_bounds(numbers, there, V: tl.constexpr):
-    """The least size of a row of boxes and their largest number; below 0 and 0 where one is not finite or too large."""
+def _plain_values(p, g_numbers, V: tl.constexpr):
+    pair = _pair(p, _boxes(g_numbers, _plain_direction(g_numbers, V), V), V)
+    return _value(pair, _plain_rule(pair), True, V)
+
+
+@triton.jit
+def _scaled_pair(p_numbers, g_numbers, V: tl.constexpr):
+    """Each pair scaled by its own power of two, which comes second (section 6)."""
+    p_scale, g_scale = _scale(p_numbers, V), _scale(g_numbers, V)
+    p = _boxes(_scaled(p_numbers, p_scale.down, V), _direction(p_numbers, V), V)
+    g = _boxes(_scaled(g_numbers, g_scale.down, V), _direction(g_numbers, V), V)
+    down = tl.minimum(p_scale.down, g_scale.down)
+    return _pair(_rescaled(p, down * p_scale.up), _rescaled(g, down * g_scale.up), V), down
+
+
+@triton.jit
+def _any_values(p_numbers, g_numbers, V: tl.constexpr):
+    pair, _ = _scaled_pair(p_numbers, g_numbers, V)
+    return _value(pair, _rule(pair, V), False, V) + (_poison(p_numbers) + _poison(g_numbers))
+
+
+@triton.jit
+def _range(numbers, there, V: tl.constexpr):
+    """The least size and the largest number of those that are there; -1 and 0 where one is not finite or too large."""
     width, height, depth = _sizes(numbers, V)
     least = tl.minimum(tl.minimum(tl.abs(width), tl.abs(height)), tl.abs(depth))
-    largest = _largest(numbers, V) + _poison(numbers)
-    is_plain = largest < PLAIN_NUMBER
+    largest = _largest(numbers, V)
+    is_plain = largest + _poison(numbers) < PLAIN_NUMBER
+    if V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR:
+        is_plain = is_plain & (tl.abs(numbers[len(numbers) - 1]) < PLAIN_ANGLE)
     least = tl.where(is_plain, least, -1.0)
     return tl.min(tl.where(there, least, PLAIN_NUMBER)), tl.max(tl.where(there & is_plain, largest, 0.0))
 
 
 @triton.jit
-def _is_there(mask_ptr, offset, rows, stride):
-    return tl.load(mask_ptr + offset + rows * stride) != 0
+def _is_there(mask_ptr, index, stride):
+    return tl.load(mask_ptr + index.to(tl.int64) * stride) != 0
 
 
 @triton.jit(
@@ -482,11 +530,13 @@ def box_pairs_kernel(
     CLOCKWISE: tl.constexpr,
     OVER: tl.constexpr,
     AXIS_WEIGHT: tl.constexpr,
+    PACKED1: tl.constexpr,
+    PACKED2: tl.constexpr,
     VECTORS: tl.constexpr,  # T is a multiple of 4
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The matrix of the values of all pairs."""
+    """The matrix of the values of all pairs. Programs: (rows of tiles, some tiles of each, batch)."""
     V: tl.constexpr = PairVariant(
         TINY=2.0**-800 if COMPUTE == tl.float64 else 2.0**-96,
         FORMAT=FORMAT,
@@ -496,42 +546,280 @@ def box_pairs_kernel(
         AXIS_WEIGHT=AXIS_WEIGHT,
     )
     COUNT: tl.constexpr = NUMBERS[FORMAT]
-    tile = tl.program_id(0)
-    column_tiles = tl.cdiv(columns, COLUMNS)
-    first_column = (tile % column_tiles) * COLUMNS
-    tile = tile // column_tiles
-    row_tiles = tl.cdiv(rows, ROWS)
-    first_row = (tile % row_tiles) * ROWS
-    batch = (tile // row_tiles).to(tl.int64)
-
-    row = first_row + tl.arange(0, ROWS)[:, None]
-    column = first_column + tl.arange(0, COLUMNS)[None, :]
-    last_row = tl.minimum(row, rows - 1).to(tl.int64)  # the last box once more, instead of none
-    last_column = tl.minimum(column, columns - 1).to(tl.int64)
-    p_numbers = _load(boxes1_ptr + batch * stride1_b, last_row * stride1_n, stride1_c, COUNT, COMPUTE)
-    g_numbers = _load(boxes2_ptr + batch * stride2_b, last_column * stride2_n, stride2_c, COUNT, COMPUTE)
-    p_there, g_there = row >= 0, column >= 0
+    batch = tl.program_id(2).to(tl.int64)
+    boxes1_ptr += batch * stride1_b
+    boxes2_ptr += batch * stride2_b
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    p_index = tl.minimum(row, rows - 1)  # the last box once more, instead of none
+    p_numbers = _load(boxes1_ptr, p_index, stride1_n, stride1_c, COUNT, PACKED1, COMPUTE)
+    p_there = row >= 0
     if mask1_ptr is not None:
-        p_there = _is_there(mask1_ptr, batch * mask1_stride_b, last_row, mask1_stride_n)
-    if mask2_ptr is not None:
-        g_there = _is_there(mask2_ptr, batch * mask2_stride_b, last_column, mask2_stride_n)
-    p_odd, p_angle = _angles(p_numbers, V)
-    g_odd, g_angle = _angles(g_numbers, V)
+        p_there = _is_there(mask1_ptr + batch * mask1_stride_b, p_index, mask1_stride_n)
+    p_least, p_largest = _range(p_numbers, p_there, V)
+    p = _boxes(p_numbers, _plain_direction(p_numbers, V), V)
+    matrix_rows = matrix_ptr + (batch * rows + row) * (columns // 4 * 4 if VECTORS else columns)
 
-    p_least, p_largest = _plain_bounds(p_numbers, p_there, V)
-    g_least, g_largest = _plain_bounds(g_numbers, g_there, V)
-    least, largest = tl.minimum(p_least, g_least), tl.maximum(p_largest, g_largest)
-    if AXIS_WEIGHT == UNIFORM and (least > PLAIN_RATIO * largest) and (least > PLAIN_SIZE):
-        pair = _pair(_boxes(p_numbers, p_odd, p_angle, V), _boxes(g_numbers, g_odd, g_angle, V), V)
-        values = _value(pair, _plain_rule(pair), True, V)
+    for tile in range(tl.program_id(1), tl.cdiv(columns, COLUMNS), tl.num_programs(1)):
+        column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        g_index = tl.minimum(column, columns - 1)
+        g_numbers = _load(boxes2_ptr, g_index, stride2_n, stride2_c, COUNT, PACKED2, COMPUTE)
+        g_there = column >= 0
+        if mask2_ptr is not None:
+            g_there = _is_there(mask2_ptr + batch * mask2_stride_b, g_index, mask2_stride_n)
+        g_least, g_largest = _range(g_numbers, g_there, V)
+        least, largest = tl.minimum(p_least, g_least), tl.maximum(p_largest, g_largest)
+        if AXIS_WEIGHT == UNIFORM and (least > PLAIN_RATIO * largest) and (least > PLAIN_SIZE):
+            values = _plain_values(p, g_numbers, V)
+        else:
+            # Loaded once more: what every tile would have to keep in registers makes the plain ones slow.
+            p_again = _load(boxes1_ptr, p_index, stride1_n, stride1_c, COUNT, PACKED1, COMPUTE)
+            values = _any_values(p_again, g_numbers, V)
+        if mask1_ptr is not None or mask2_ptr is not None:
+            values = tl.where(p_there & g_there, values, NOT_THERE)
+        tl.store(matrix_rows + column, values, mask=(row < rows) & (column < columns))
+
+
+@triton.jit
+def _no_slopes(pair):
+    none = tl.zeros_like(pair.p1.hull)
+    return Slopes(none, none, none)
+
+
+@triton.jit
+def _slopes(axis, factor, V: tl.constexpr):
+    """`factor` times the derivatives of D, or of `apart` if `V.OVER` is DEPTH, by what an axis measures; as in `boxes`.
+
+    At a tie of |offset| and |difference| both have half.
+    """
+    per_hull = _per_hull(axis, False, V)
+    by_offset, by_size = tl.abs(axis.offset), tl.abs(axis.difference)
+    shrink = factor * per_hull
+    grow = tl.where(axis.larger > 0, shrink * (1.0 - axis.larger * per_hull), 0.0)
+    to_offset = tl.where(by_offset > by_size, grow, tl.where(by_offset == by_size, 0.5 * grow, 0.0))
+    to_size = (grow - to_offset) * sign(axis.difference)
+    shrink = shrink * (axis.larger * per_hull)
+    return Slopes(to_offset * sign(axis.offset), to_size - shrink, minus(to_size) - shrink)
+
+
+@triton.jit
+def _depth_slopes(axis, factor, limit):
+    per_half = _reciprocal(tl.maximum(axis.halves, limit))
+    to_offset = factor * per_half
+    to_halves = tl.where(axis.halves > limit, minus(tl.abs(axis.offset) * per_half) * to_offset, 0.0)
+    return Slopes(to_offset * sign(axis.offset), to_halves, to_halves)
+
+
+@triton.jit
+def _share(axis, weight, limit, largest, V: tl.constexpr):
+    """1 where an axis that counts has the largest distance."""
+    return ((weight > 0) & (_distance(axis, weight, limit, False, V) == largest)).to(largest.dtype)
+
+
+@triton.jit
+def _slopes_over_axes(pair, rule, V: tl.constexpr):
+    """Derivatives of the value by the intervals on all axes, and by the edges of P that its weights come from."""
+    none = tl.zeros_like(pair.p1.hull)
+    f1, f2, f3, f4, f5 = rule.p1, rule.p2, rule.g1, rule.g2, rule.pz + rule.gz
+    to_edge_1, to_edge_2 = none, none
+    if V.OVER == MEAN:
+        p, g = _sums(pair, rule, False, V)
+        each = -2.0 * _reciprocal(_total_weight(rule, V))
+        f1, f2, f3, f4, f5 = f1 * each, f2 * each, f3 * each, f4 * each, f5 * each
+        if V.AXIS_WEIGHT != UNIFORM:
+            mean = p if V.AXIS_WEIGHT == LENGTH else (p + g) * _reciprocal(_total_weight(rule, V))
+            to_edge_1 = rule.slope_1 * each * (pair.p1.larger * _per_hull(pair.p1, False, V) - mean)
+            to_edge_2 = rule.slope_2 * each * (pair.p2.larger * _per_hull(pair.p2, False, V) - mean)
     else:
-        p_scale, g_scale = _scale(p_numbers, V), _scale(g_numbers, V)
-        p = _boxes(_scaled(p_numbers, p_scale.down, V), p_odd, p_angle, V)
-        g = _boxes(_scaled(g_numbers, g_scale.down, V), g_odd, g_angle, V)
-        down = tl.minimum(p_scale.down, g_scale.down)
-        pair = _pair(_rescaled(p, down * p_scale.up), _rescaled(g, down * g_scale.up), V)
-        values = _value(pair, _rule(pair, V), False, V) + (_poison(p_numbers) + _poison(g_numbers))
-    if mask1_ptr is not None or mask2_ptr is not None:
-        values = tl.where(p_there & g_there, values, NOT_THERE)
-    row_start = (batch * rows + row) * (columns // 4 * 4 if VECTORS else columns)
-    tl.store(matrix_ptr + row_start + column, values, mask=(row < rows) & (column < columns))
+        largest = _largest_distance(pair, rule, False, V)
+        f1, f2 = _share(pair.p1, f1, rule.limit, largest, V), _share(pair.p2, f2, rule.limit, largest, V)
+        f3, f4 = _share(pair.g1, f3, rule.limit, largest, V), _share(pair.g2, f4, rule.limit, largest, V)
+        count = (f1 + f2) + (f3 + f4)
+        if V.FORMAT == CXCYCZLWHR:  # upwards there is an axis of each
+            shares = _share(pair.z, f5, rule.limit, largest, V)
+            f5 = shares * ((rule.pz > 0).to(none.dtype) + (rule.gz > 0).to(none.dtype))
+            count += f5
+        each = tl.where(count > 0, (-1.0 if V.OVER == DEPTH else -2.0) * _reciprocal(tl.maximum(count, 1.0)), 0.0)
+        f1, f2, f3, f4, f5 = f1 * each, f2 * each, f3 * each, f4 * each, f5 * each
+    on_z = _no_slopes(pair)
+    if V.OVER == DEPTH:
+        limit = rule.limit
+        p1, p2 = _depth_slopes(pair.p1, f1, limit), _depth_slopes(pair.p2, f2, limit)
+        g1, g2 = _depth_slopes(pair.g1, f3, limit), _depth_slopes(pair.g2, f4, limit)
+        if V.FORMAT == CXCYCZLWHR:
+            on_z = _depth_slopes(pair.z, f5, limit)
+    else:
+        p1, p2 = _slopes(pair.p1, f1, V), _slopes(pair.p2, f2, V)
+        g1, g2 = _slopes(pair.g1, f3, V), _slopes(pair.g2, f4, V)
+        if V.FORMAT == CXCYCZLWHR:
+            on_z = _slopes(pair.z, f5, V)
+    return p1, p2, g1, g2, on_z, to_edge_1, to_edge_2
+
+
+@triton.jit
+def _to_boxes(pair, slopes, V: tl.constexpr):
+    """Derivatives of the value by P: along its own directions, along x, y, z, by half-sizes, and by its angle."""
+    p1, p2, g1, g2, on_z, to_edge_1, to_edge_2 = slopes
+    none = tl.zeros_like(to_edge_1)
+    if V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR:
+        p, g, cos, sin = pair.p, pair.g, pair.cos, pair.sin
+        x = tl.fma(g.cos, g1.offset, minus(g.sin) * g2.offset)
+        y = tl.fma(g.sin, g1.offset, g.cos * g2.offset)
+        a = tl.fma(cos, g1.first, tl.fma(sin, g2.first, p1.first))
+        b = tl.fma(sin, g1.first, tl.fma(cos, g2.first, p2.first))
+        # The cosine falls and the sine grows with the difference of the angles.
+        turn = p1.second * tl.fma(g.b, cos, minus(g.a) * sin)
+        turn = tl.fma(p2.second, tl.fma(g.a, cos, minus(g.b) * sin), turn)
+        turn = tl.fma(g1.first, tl.fma(p.b, cos, minus(p.a) * sin), turn)
+        turn = tl.fma(g2.first, tl.fma(p.a, cos, minus(p.b) * sin), turn)
+        turn = turn * sign(pair.turn)
+        turn = tl.fma(p1.offset, pair.p2.offset, tl.fma(minus(p2.offset), pair.p1.offset, turn))
+        along, across = p1.offset, p2.offset
+    else:
+        x, y = p1.offset + g1.offset, p2.offset + g2.offset
+        a, b = p1.first + g1.first, p2.first + g2.first
+        turn, along, across = none, none, none
+    if V.AXIS_WEIGHT != UNIFORM:  # an axis in the plane is the normal of the edge across it, which is two halves long
+        b = tl.fma(2.0, to_edge_1, b)
+        a = tl.fma(2.0, to_edge_2, a)
+    return along, across, x, y, on_z.offset, a, b, on_z.first, turn
+
+
+@triton.jit
+def _clean(numbers, is_clean):
+    new = ()
+    for number in tl.static_range(len(numbers)):
+        new = new + (tl.where(is_clean, numbers[number], 0.0),)
+    return new
+
+
+@triton.jit
+def _finite_and_there(numbers, there):
+    is_finite = _poison(numbers) == 0
+    return is_finite, is_finite & there
+
+
+@triton.jit
+def _added(sums, derivatives, scale, upstream, largest, V: tl.constexpr):
+    """`sums` with one more tile. A derivative saturates such that their sum cannot overflow (section 5)."""
+    new = ()
+    for number in tl.static_range(9):
+        derivative = derivatives[number]
+        if number < 8:  # not of the angle
+            derivative = tl.minimum(tl.maximum(derivative * scale, minus(largest)), largest)
+        new = new + (tl.fma(derivative, upstream, sums[number]),)
+    return new
+
+
+@triton.jit(
+    do_not_specialize=[
+        "own_stride_b", "own_stride_n", "own_stride_c", "other_stride_b", "other_stride_n", "other_stride_c",
+        "own_mask_stride_b", "own_mask_stride_n", "other_mask_stride_b", "other_mask_stride_n",
+        "upstream_stride_b", "upstream_stride_own", "upstream_stride_other", "rows", "columns",
+    ],
+    do_not_specialize_on_alignment=["own_ptr", "other_ptr", "own_mask_ptr", "other_mask_ptr", "upstream_ptr"],
+)  # fmt: skip
+def box_pairs_gradient_kernel(
+    own_ptr,
+    other_ptr,
+    own_mask_ptr,  # (B, P), uint8
+    other_mask_ptr,  # (B, T)
+    upstream_ptr,  # (B, P, T) with any strides, in COMPUTE
+    grad_ptr,  # as own, contiguous, in its type
+    own_stride_b: "i64",
+    own_stride_n: "i64",
+    own_stride_c: "i64",
+    other_stride_b: "i64",
+    other_stride_n: "i64",
+    other_stride_c: "i64",
+    own_mask_stride_b: "i64",
+    own_mask_stride_n: "i64",
+    other_mask_stride_b: "i64",
+    other_mask_stride_n: "i64",
+    upstream_stride_b: "i64",
+    upstream_stride_own: "i64",
+    upstream_stride_other: "i64",
+    rows: "i32",  # P
+    columns: "i32",  # T
+    saturation: "fp64",  # the largest number over T
+    COMPUTE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DEGREES: tl.constexpr,
+    CLOCKWISE: tl.constexpr,
+    OVER: tl.constexpr,
+    AXIS_WEIGHT: tl.constexpr,
+    OWN_PACKED: tl.constexpr,
+    OTHER_PACKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The gradient to one set. Programs: (rows of boxes, batch)."""
+    V: tl.constexpr = PairVariant(
+        TINY=2.0**-800 if COMPUTE == tl.float64 else 2.0**-96,
+        FORMAT=FORMAT,
+        DEGREES=DEGREES,
+        CLOCKWISE=CLOCKWISE,
+        OVER=OVER,
+        AXIS_WEIGHT=AXIS_WEIGHT,
+    )
+    COUNT: tl.constexpr = NUMBERS[FORMAT]
+    HAS_ANGLE: tl.constexpr = FORMAT == CXCYWHR or FORMAT == CXCYCZLWHR
+    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    p_index = tl.minimum(row, rows - 1)
+    numbers = _load(own_ptr + batch * own_stride_b, p_index, own_stride_n, own_stride_c, COUNT, OWN_PACKED, COMPUTE)
+    p_there = row >= 0
+    if own_mask_ptr is not None:
+        p_there = _is_there(own_mask_ptr + batch * own_mask_stride_b, p_index, own_mask_stride_n)
+    p_finite, p_kept = _finite_and_there(numbers, p_there)
+    p_numbers = _clean(numbers, p_kept)
+    upstream_rows = upstream_ptr + batch * upstream_stride_b + p_index.to(tl.int64) * upstream_stride_own
+    other_ptr += batch * other_stride_b
+    largest = tl.full((ROWS, COLUMNS), saturation, COMPUTE)
+    none = tl.zeros((ROWS, COLUMNS), COMPUTE)
+    sums = (none, none, none, none, none, none, none, none, none)
+    for first in range(0, columns, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)[None, :]
+        g_index = tl.minimum(column, columns - 1)
+        g_numbers = _load(other_ptr, g_index, other_stride_n, other_stride_c, COUNT, OTHER_PACKED, COMPUTE)
+        g_there = column < columns
+        if other_mask_ptr is not None:
+            g_there &= _is_there(other_mask_ptr + batch * other_mask_stride_b, g_index, other_mask_stride_n)
+        _, g_kept = _finite_and_there(g_numbers, g_there)
+        upstream = tl.load(upstream_rows + g_index.to(tl.int64) * upstream_stride_other).to(COMPUTE)
+        upstream = tl.where(p_kept & g_kept, upstream, 0.0)
+        pair, scale = _scaled_pair(p_numbers, _clean(g_numbers, g_kept), V)
+        derivatives = _to_boxes(pair, _slopes_over_axes(pair, _rule(pair, V), V), V)
+        sums = _added(sums, derivatives, scale, upstream, largest, V)
+
+    along, across, x, y = _row_sum(sums[0]), _row_sum(sums[1]), _row_sum(sums[2]), _row_sum(sums[3])
+    z, a, b, c, turn = _row_sum(sums[4]), _row_sum(sums[5]), _row_sum(sums[6]), _row_sum(sums[7]), _row_sum(sums[8])
+    if HAS_ANGLE:
+        direction = _direction(p_numbers, V)
+        cos, sin = _cos_sin(direction.rest, DEGREES)
+        sin = _with_sign(sin, direction.rest)
+        x = tl.fma(cos, along, tl.fma(minus(sin), across, x))
+        y = tl.fma(sin, along, tl.fma(cos, across, y))
+        a, b = tl.where(direction.is_odd, b, a), tl.where(direction.is_odd, a, b)
+        if DEGREES:
+            turn = turn * tl.full(turn.shape, 0.017453292519943295, COMPUTE)
+        if not CLOCKWISE:
+            turn = minus(turn)
+    width, height, depth = _sizes(p_numbers, V)
+    to_width, to_height = 0.5 * a * sign(width), 0.5 * b * sign(height)
+    if FORMAT == XYXY:
+        gradient = (0.5 * x - to_width, 0.5 * y - to_height, 0.5 * x + to_width, 0.5 * y + to_height)
+    elif FORMAT == CXCYWHR:
+        gradient = (x, y, to_width, to_height, turn)
+    elif FORMAT == CXCYCZLWHR:
+        gradient = (x, y, z, to_width, to_height, 0.5 * c * sign(depth), turn)
+    else:
+        gradient = (x, y, to_width, to_height)
+    addresses = grad_ptr + (batch * rows + row) * COUNT
+    for number in tl.static_range(COUNT):
+        value = tl.where(p_there, tl.where(p_finite, gradient[number], float("nan")), 0.0)
+        tl.store(addresses + number, value, mask=row < rows)
+
+
+@triton.jit
+def _row_sum(values):
+    return tl.sum(values, axis=1, keep_dims=True)
