@@ -1,1 +1,1 @@
-"""Benchmarks of the loss against its peers; `python -m bench.speed --help` and `pytest bench/ --benchmark-only`."""
+"""Benchmarks of the loss against its peers: `python -m bench.speed`, `python -m pytest bench --benchmark-only`."""

@@ -72,7 +72,7 @@ def graph_row_us(step: Step) -> float:
 
 
 def _captured(step: Step, count: int) -> Step:
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -93,12 +93,12 @@ def _median_us(once: Callable[[], float]) -> float:
 
 
 def _event_us(step: Step) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     step()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) * 1e3
+    return float(start.elapsed_time(end) * 1e3)
 
 
 def peak_bytes(step: Step) -> int:
@@ -120,7 +120,7 @@ def launches(step: Step) -> int:
     with torch.profiler.profile(activities=activities) as profile:
         step()
         torch.cuda.synchronize()
-    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [event for event in profile.events() if event.device_type.name == "CUDA"]
     if not events:
         raise RuntimeError("the profiler saw no kernel")
     return len(events)

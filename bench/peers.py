@@ -166,7 +166,7 @@ def kernel(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def kernel_defaults(pred: Tensor, target: Tensor) -> Tensor:
-    """The same with the defaults."""
+    """This package's kernel, with the default loss."""
     return mgiou_loss(pred, target, backend="triton")
 
 
@@ -176,12 +176,12 @@ def reference(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def compiled(pred: Tensor, target: Tensor) -> Tensor:
-    """The reference once more: the compiler keeps its graphs by function, and must not share these two."""
+    """The reference again: the compiler keeps its graphs by function, and must not share these two."""
     return mgiou_loss(pred, target, backend="eager", **PAPER)
 
 
 def compiled_dynamic(pred: Tensor, target: Tensor) -> Tensor:
-    """And once more."""
+    """The reference a third time, for the same reason."""
     return mgiou_loss(pred, target, backend="eager", **PAPER)
 
 
@@ -207,7 +207,8 @@ def angle_sorted_loss(pred: Tensor, target: Tensor) -> Tensor:
     hull = torch.maximum(p_high, g_high) - torch.minimum(p_low, g_low)
     giou = torch.nan_to_num(inter / union - (hull - union) / hull).clamp(-1, 1)
     mgiou = (giou * is_axis).sum(1) / is_axis.sum(1).clamp(min=1)
-    return ((1 - mgiou) / 2).mean()
+    losses: Tensor = (1 - mgiou) / 2
+    return losses.mean()
 
 
 def _sorted_edges(vertices: Tensor) -> Tensor:
@@ -242,7 +243,7 @@ def exact_defaults(pred: Points, target: Points, held: Points | None = None) -> 
 
 
 def exact_two_axes(pred: Points, target: Points) -> float:
-    """The same over the two edges at vertex 0 of each box."""
+    """The paper's loss over the two edges at vertex 0 of each box."""
     boxes = pred.tolist(), target.tolist()
     edges = [(box[k][0] - box[0][0], box[k][1] - box[0][1]) for box in boxes for k in (1, 3)]
     axes = [oracle.Axis(y, -x, 1.0) for x, y in edges]

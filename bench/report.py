@@ -24,7 +24,7 @@ Row = dict[str, Any]
 SAME = ("device", "python", "versions")  # of all files of a report
 GROWTH_VERTICES = 8  # the N of the figures and exponents over B, and the least N of the exponents over N
 BUSY = 64  # exponents over B start at the largest B over this: below it, a GPU does not notice the batch
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "kernel": {"color": "black", "linestyle": "-", "marker": "o", "linewidth": 2.4},
     "kernel, defaults": {"color": "black", "linestyle": "-", "marker": "*"},
     "reference": {"color": "0.35", "linestyle": "-", "marker": "s"},
@@ -169,7 +169,7 @@ def _group(rows: Iterable[Row], name: str) -> tuple[dict[tuple[Any, ...], Row], 
 
 
 def _get(found: dict[tuple[Any, ...], Row], key: tuple[Any, ...], *path: str) -> Any:
-    """What stands there, or None if it was not measured."""
+    """The value at `path` of a row, or None if it was not measured."""
     value: Any = found.get(key)
     for name in path:
         value = None if value is None else value.get(name)
@@ -249,7 +249,7 @@ def roofline_table(rows: Iterable[Row], rates: dict[str, float]) -> str:
 
 
 def rates_text(rates: dict[str, float]) -> str:
-    """What the bounds are made of."""
+    """The rates and counts that the bounds come from."""
     arithmetic, selection = operations(8, 8, gradient=True)
     tera = {name: f"{rate / 1e12:.1f}" for name, rate in rates.items()}
     return (
@@ -292,7 +292,7 @@ def launches_text(launches: dict[str, Any]) -> str:
 
 
 def absent_text(result: dict[str, Any]) -> str:
-    """What is missing or was left out, and why."""
+    """Each peer that is missing or was left out, and why."""
     lines = [f"- {name}: {why}" for name, why in result["missing"].items()]
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in result["left_out"]:
@@ -347,7 +347,7 @@ def over_vertices(rows: Sequence[Row], peer: str) -> list[Row]:
 
 def time_of(row: Row) -> float:
     """Microseconds of a step: on the GPU if measured, else in the loop."""
-    return row.get("gpu_us", {}).get("step") or row["wall_us"]["step"]
+    return float(row.get("gpu_us", {}).get("step") or row["wall_us"]["step"])
 
 
 def figures(result: dict[str, Any], stem: Path) -> list[Path]:
@@ -419,11 +419,12 @@ def draw_roofline(rows: Sequence[Row], save: Callable[[Any, str], None]) -> None
     axes = figure.add_subplot()
     chosen = [row for row in rows if row["dtype"] == "float32" and row["batch"] * row["vertices"] >= 2**18]
     sizes = sorted({(row["vertices"], row["batch"]) for row in chosen})
-    for shift, gradient, look in ((-0.2, False, {"color": "0.75"}), (0.2, True, {"color": "0.35", "hatch": "//"})):
+    for shift, gradient, color, hatch in ((-0.2, False, "0.75", ""), (0.2, True, "0.35", "//")):
         bars = [row for row in chosen if row["gradient"] == gradient]
         places = [sizes.index((row["vertices"], row["batch"])) + shift for row in bars]
-        label = "value and gradient" if gradient else "value"
-        drawn = axes.bar(places, [100 * row["fraction"] for row in bars], 0.38, edgecolor="black", label=label, **look)
+        look: dict[str, Any] = {"color": color, "hatch": hatch, "edgecolor": "black"}
+        look["label"] = "value and gradient" if gradient else "value"
+        drawn = axes.bar(places, [100 * row["fraction"] for row in bars], 0.38, **look)
         axes.bar_label(drawn, [row["limit"].split(",")[0] for row in bars], rotation=90, padding=3, fontsize=6)
     axes.set_xticks(range(len(sizes)), [f"{short(batch)} x {n}" for n, batch in sizes], rotation=45, fontsize=8)
     axes.set(ylim=(0, 110), xlabel="B x N", ylabel="% of the bound reached, by what bounds it")

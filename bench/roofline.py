@@ -33,7 +33,7 @@ class Operations(NamedTuple):
 
 
 def operations(n: int, m: int, gradient: bool) -> Operations:
-    """What the table above adds up to."""
+    """The sums of the table above."""
     v = n + m
     arithmetic = 2 * v + 4 * v + 2 * v * v + 8 * v
     selection = 4 * (v - 1) + 2 * v + 2 * v * (v - 2) + 2 * v

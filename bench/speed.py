@@ -5,7 +5,7 @@
     python -m bench.speed --out h200_others.json --only large batch vertices bfloat16 compiled      # 4 minutes
 
 Each implementation is first held against its definition in float64 on the same input; one that disagrees, and one
-that cannot run here, is named in the file instead of timed. The file is written anew after each size, the most
+that cannot run here, is named in the file instead of timed. The file is written after each size, the most
 important first, so a run that is cut off leaves what it has. Without a CUDA device the sizes are small, and wall times
 are all there is. `python -m bench.report` makes a table and figures of it.
 """
@@ -14,21 +14,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from bench import measure
+from bench.machine import machine
 from bench.peers import TOLERANCE, Peer, errors, find_peers, polygons
 
 
@@ -75,8 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=groups, default=list(groups), help="groups of sizes; all of them")
     arguments = parser.parse_args(argv)
     peers, missing = find_peers(device)
-    options = sys.argv[1:] if argv is None else argv
-    result: dict[str, Any] = {**machine(device, options), "missing": missing, "rates": {}, "left_out": [], "rows": []}
+    command = ["python -m bench.speed", *(sys.argv[1:] if argv is None else argv)]
+    result: dict[str, Any] = {**machine(command, device), "missing": missing, "rates": {}, "left_out": [], "rows": []}
 
     def write() -> None:
         partly = arguments.out.with_suffix(".part")
@@ -122,7 +119,7 @@ def groups_of(device: torch.device) -> dict[str, Group]:
 
 
 def chosen_peers(peers: Sequence[Peer], group: Group, batch: int, vertices: int) -> list[Peer]:
-    """Those of the group, without what would compile once more for each size."""
+    """The peers of the group, without those that would compile again for each size."""
     named = [peer for peer in peers if (peer.name in group.peers if group.peers else not peer.compiled)]
     return [peer for peer in named if peer.name != "compiled" or (batch, vertices) in STATIC_SIZES]
 
@@ -184,7 +181,7 @@ def checked(
 
 
 def steps_of(peer: Peer, pred: torch.Tensor, target: torch.Tensor) -> dict[str, measure.Step]:
-    """What is timed of a peer: forward and backward of its mean loss, and forward alone."""
+    """The steps of a peer that are timed: forward and backward of its mean loss, and forward alone."""
     constant, goal = peer.prepare(pred), peer.prepare(target)
     leaf = constant.clone().requires_grad_()
     steps: dict[str, measure.Step] = {"step": lambda: torch.autograd.grad(peer.loss(leaf, goal), leaf)}
@@ -237,37 +234,8 @@ def count_launches(peers: Sequence[Peer], device: torch.device) -> dict[str, Any
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """The error in one line."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-
-
-def machine(device: torch.device, options: Sequence[str]) -> dict[str, Any]:
-    """Where, with what and how the numbers came about."""
-    packages = ("torch", "triton", "mgiou", "torchvision", "mmcv")
-    versions = {name: metadata.version(name) for name in packages if metadata.packages_distributions().get(name)}
-    options = [Path(each).name if each.startswith("/") else each for each in options]
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "command": " ".join(["python -m bench.speed", *options]),
-        "commit": commit or None,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [each.partition(":")[2].strip() for each in lines if each.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def line(row: dict[str, Any]) -> str:

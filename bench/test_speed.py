@@ -1,6 +1,6 @@
 """The same peers and sizes as `bench.speed` under pytest-benchmark, which compares two commits.
 
-pytest bench/ --benchmark-only
+python -m pytest bench --benchmark-only
 """
 
 from __future__ import annotations

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +16,10 @@ import torch
 
 import triton_mgiou
 from triton_mgiou import demo
+from triton_mgiou.functional import kernels_unavailable
 from triton_mgiou.training import diagnose
-from triton_mgiou.tuning import warmup as first_use
+from triton_mgiou.tuning import store
+from triton_mgiou.tuning.warmup import WarmupResult
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "diagnose":
         return _diagnose(args.path)
     if args.command == "info":
-        sys.stdout.write(f"{first_use.info()}\n")
+        sys.stdout.write(f"{info()}\n")
         return 0
     if args.command == "warmup":
         return _warmup(args)
@@ -51,7 +56,7 @@ def _warmup(args: argparse.Namespace) -> int:
         results = triton_mgiou.warmup(
             args.vertices, args.batch, args.dtype, args.device, args.options, tune=not args.no_tune
         )
-        sys.stdout.write(f"{first_use.table(results)}\n")
+        sys.stdout.write(f"{table(results)}\n")
         if args.json is not None:
             text = json.dumps([result._asdict() for result in results], indent=1)
             args.json.write_text(f"{text}\n", encoding="utf-8")
@@ -59,6 +64,59 @@ def _warmup(args: argparse.Namespace) -> int:
         sys.stderr.write(f"triton-mgiou warmup: {error}\n")
         return 1
     return 0
+
+
+def table(results: list[WarmupResult]) -> str:
+    """The results for people, a line each."""
+    head = (
+        "vertices",
+        "batch",
+        "dtype",
+        "gradient",
+        "polygons x axes x lanes x slots, warps, registers",
+        "us",
+        "gain",
+        "from",
+    )
+    rows = [head]
+    for r in results:
+        c = r.configuration
+        slots = "/".join(dict.fromkeys(str(c[side]) for side in ("pred_slots", "target_slots")))
+        rows.append(
+            (
+                "/".join(dict.fromkeys((str(r.pred_vertices), str(r.target_vertices)))),
+                r.batch,
+                r.dtype,
+                "yes" if r.gradient else "no",
+                f"{c['polygons']} x {c['axes']} x {c['lanes']} x {slots}, {c['num_warps']}, {c['registers']}",
+                "-" if r.us is None else f"{r.us:.1f}",
+                "-" if r.gain is None else f"{r.gain:.1%}",
+                r.source,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def info() -> str:
+    """Versions, devices with the backend that "auto" takes there and why, and the tuning cache, a line each."""
+    lines = [
+        f"triton-mgiou: {triton_mgiou.__version__}",
+        f"python: {platform.python_version()}, {platform.platform()}",
+        f"torch: {torch.__version__}, CUDA: {torch.version.cuda or 'none in this PyTorch'}",
+        f"triton: {importlib.metadata.version('triton') if importlib.util.find_spec('triton') else 'not installed'}",
+    ]
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in (torch.device("cpu"), *gpus):
+        reason = kernels_unavailable(device)
+        name = ""
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            memory = f"{properties.total_memory / 2**30:.0f} GiB"
+            name = f" ({properties.name}, compute capability {properties.major}.{properties.minor}, {memory})"
+        takes = "triton: the kernels can run there" if reason is None else f"eager: {reason}"
+        lines.append(f'{device}{name}: backend "auto" takes {takes}')
+    return "\n".join(lines + store.describe())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--no-tune", action="store_true", help="compile only")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
 
-    commands.add_parser("info", help="versions, devices, backend and tuning cache", description=first_use.info.__doc__)
+    commands.add_parser("info", help="versions, devices, backend and tuning cache", description=info.__doc__)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Train a small network with `MGIoULoss` on real images and show how well it does.
+"""Train a small network with `MGIoULoss` on real images and show the result.
 
 The task: given one of scikit-learn's digit images (8 x 8 pixels, scans of handwriting), predict the 12 vertices of
 the convex hull of its strokes. The hulls have 4 to 12 vertices, so the targets are a padded batch with lengths.
@@ -61,7 +61,7 @@ class Digits(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What `evaluate` found on the test images."""
+    """The predictions on the test images and their IoU with the targets."""
 
     polygons: NDArray[np.float32]  # (S, 12, 2), the predictions
     ious: Points  # (S,), polygon IoU of each
@@ -70,11 +70,11 @@ class Scores(NamedTuple):
 def run(*, epochs: int, seed: int, device: str, batch_size: int, out: Path) -> dict[str, Any]:
     """Load the data, train, evaluate, print a table and write `demo.png` and `result.json`.
 
-    Of several processes, the first one alone prints and writes.
+    Where several processes train together, only the first one prints and writes.
 
     Args:
         epochs: Passes over the training images, 1 or above.
-        seed: Of the first weights and of the order of the images; the split does not depend on it.
+        seed: Seed of the first weights and of the order of the images; the split does not depend on it.
         device: A torch device, or "auto" for "cuda" where there is one, else "cpu".
         batch_size: Images a step, 1 or above.
         out: Folder for the files; made if it does not exist.
@@ -137,7 +137,7 @@ def run(*, epochs: int, seed: int, device: str, batch_size: int, out: Path) -> d
 
 
 def load_data() -> tuple[Digits, Digits]:
-    """The training and the test images. Every fifth image is a test image: 1437 and 360."""
+    """Load the training and the test images: every fifth image is a test image, which gives 1437 and 360."""
     images = _extra("sklearn.datasets").load_digits().images
     hulls = [stroke_hull(image) for image in images]
     lengths = torch.tensor([len(hull) for hull in hulls])
@@ -361,7 +361,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_backend(device: torch.device) -> str:
-    """What the loss's "auto" comes to on this device: "triton" on a GPU where the kernels run, else "eager"."""
+    """The backend that "auto" takes on this device: "triton" on a GPU where the kernels run, else "eager"."""
     return "triton" if device.type == "cuda" and kernels_unavailable(device) is None else "eager"
 
 

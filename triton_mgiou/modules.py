@@ -1,14 +1,17 @@
-"""The loss as a module: `MGIoULoss` as mmdetection's heads call it, `PolygonLoss` for heads that predict keypoints."""
+"""The losses as modules: `MGIoULoss` and `BoxMGIoULoss` as mmdetection's heads call them, `PolygonLoss` for keypoints."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from triton_mgiou.functional import PAPER, REDUCTIONS, _check_avg_factor, _reduce, mgiou_loss
+from triton_mgiou.arguments import check_avg_factor, check_box_format, check_choice, check_keypoints
+from triton_mgiou.functional import box_mgiou_loss, mgiou_loss, reduce
+from triton_mgiou.options import PAPER, REDUCTIONS, Options
 from triton_mgiou.reference.polygons import compute_dtype
 
 MODES = ("mgiou", "l2", "hybrid")
@@ -29,14 +32,14 @@ class MGIoULoss(nn.Module):
         ValueError: An unknown `reduction`. Other options are checked by the first call.
     """
 
-    OPTIONS = ("axis_weight", "axis_grad", "convexity_weight", "boundary_weight", "backend")
+    OPTIONS: ClassVar[tuple[str, ...]] = (*Options._fields, "backend")
+    FUNCTION: ClassVar[Callable[..., Tensor]] = staticmethod(mgiou_loss)
 
     def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, **options: Any) -> None:
         super().__init__()
         if unknown := sorted(set(options) - set(self.OPTIONS)):
             raise TypeError(f"options must be among {', '.join(self.OPTIONS)}, got {', '.join(unknown)}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+        check_choice("reduction", reduction, REDUCTIONS)
         self.reduction = reduction
         self.loss_weight = loss_weight
         self.options = options
@@ -80,7 +83,7 @@ class MGIoULoss(nn.Module):
         reduction = self.reduction if reduction_override is None else reduction_override
         if weight is not None and reduction != "none":
             weight = torch.where((weight > 0).any(), weight, 0)
-        return self.loss_weight * mgiou_loss(
+        return self.loss_weight * self.FUNCTION(
             pred,
             target,
             weight=weight,
@@ -93,6 +96,32 @@ class MGIoULoss(nn.Module):
         """Show the options that were given."""
         shown = {"reduction": self.reduction, "loss_weight": self.loss_weight, **self.options}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+class BoxMGIoULoss(MGIoULoss):
+    """`box_mgiou_loss` as a module that a detector built on mmdetection, mmrotate or mmdet3d takes as it is.
+
+    It is called as `MGIoULoss` is, with boxes.
+
+    Args:
+        reduction: "mean", "sum" or "none".
+        loss_weight: Factor on the result.
+        fmt: What the numbers of a box are, see `box_mgiou_loss`, whose docstring has a table of libraries.
+        **options: `angle`, `clockwise`, `axis_weight`, `axis_grad`, `convexity_weight`, `boundary_weight` and `backend`
+            of `box_mgiou_loss`, with its defaults, which are not the paper's: see `paper`.
+
+    Raises:
+        TypeError: An option that `box_mgiou_loss` does not have.
+        ValueError: An unknown `reduction`, or an unknown `fmt`, `angle` or `clockwise`, or an angle's that the format
+            does not have. Other options are checked by the first call.
+    """
+
+    OPTIONS = ("fmt", "angle", "clockwise", *MGIoULoss.OPTIONS)
+    FUNCTION = staticmethod(box_mgiou_loss)
+
+    def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, fmt: str = "cxcywhr", **options: Any) -> None:
+        super().__init__(reduction, loss_weight, fmt=fmt, **options)
+        check_box_format(fmt, options.get("angle", "radians"), options.get("clockwise", True))
 
 
 class PolygonLoss(nn.Module):
@@ -121,8 +150,7 @@ class PolygonLoss(nn.Module):
 
     def __init__(self, mode: str = "mgiou", *, alpha: float | nn.Module | None = None, **options: Any) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+        check_choice("mode", mode, MODES)
         if isinstance(alpha, Real) and not isinstance(alpha, bool):
             if not 0 <= alpha <= 1:
                 raise ValueError(f"alpha must be in 0..1, got {alpha}")
@@ -162,13 +190,14 @@ class PolygonLoss(nn.Module):
             TypeError: An argument has the wrong type or dtype.
             ValueError: An argument has the wrong shape, device or value.
         """
-        _check_keypoints(pred_kpts, gt_kpts, kpt_mask, area)
+        check_keypoints(pred_kpts, gt_kpts, kpt_mask, area)
         dtype = compute_dtype(pred_kpts, gt_kpts)
         pred, target, visible = pred_kpts[..., :2].to(dtype), gt_kpts[..., :2].to(dtype), kpt_mask != 0
         parts = {}
         if self.mode != "mgiou":
-            _check_avg_factor(avg_factor, "mean", pred)
-            parts["l2"] = _reduce(_l2(pred, target, visible, area), None, "mean", avg_factor)
+            if avg_factor is not None:
+                check_avg_factor(avg_factor, "mean", pred)
+            parts["l2"] = reduce(_l2(pred, target, visible, area), None, "mean", avg_factor)
         if self.mode != "l2":
             parts["mgiou"] = self.mgiou(pred, target, avg_factor=avg_factor, pred_mask=visible, target_mask=visible)
         if self.mode == "hybrid":
@@ -193,23 +222,3 @@ def _l2(pred: Tensor, target: Tensor, visible: Tensor, area: Tensor) -> Tensor:
     scaled = torch.where(scaled.abs() > 64, 64.0, scaled)  # where exp(-64^2) is 0 already, the square must not overflow
     losses = -torch.expm1(-scaled.square().sum(-1))
     return losses.sum(1) / visible.sum(1).clamp(min=1)
-
-
-def _check_keypoints(pred: Tensor, target: Tensor, mask: Tensor, area: Tensor) -> None:
-    for name, value in (("pred_kpts", pred), ("gt_kpts", target), ("kpt_mask", mask), ("area", area)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-        if value.device != pred.device:
-            raise ValueError(f"{name} must be on pred_kpts' device {pred.device}, got {value.device}")
-    for name, value in (("pred_kpts", pred), ("gt_kpts", target)):
-        if value.dim() != 3 or value.shape[1] == 0 or value.shape[2] not in (2, 3):
-            raise ValueError(f"{name} must have shape (B, N, 2) or (B, N, 3) with N >= 1, got {tuple(value.shape)}")
-        if not value.dtype.is_floating_point:
-            raise TypeError(f"{name} must be floating, got {value.dtype}")
-    batch, size, _ = pred.shape
-    if target.shape[:2] != pred.shape[:2]:
-        raise ValueError(f"gt_kpts must have pred_kpts' {batch} samples of {size} vertices, got {tuple(target.shape)}")
-    if mask.shape != pred.shape[:2]:
-        raise ValueError(f"kpt_mask must have shape ({batch}, {size}), got {tuple(mask.shape)}")
-    if area.shape not in ((batch,), (batch, 1)):
-        raise ValueError(f"area must have shape ({batch}, 1) or ({batch},), got {tuple(area.shape)}")

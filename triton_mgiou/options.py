@@ -5,7 +5,10 @@ Nothing here needs torch or Triton. Sections are those of `reference/DEFINITION.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REDUCTIONS = ("none", "mean", "sum")
 AXIS_WEIGHTS = ("uniform", "length", "soft")  # a kernel's code is the place in this tuple
@@ -30,6 +33,14 @@ class Options(NamedTuple):
     axis_grad: bool = False
     convexity_weight: float = 0.0
     boundary_weight: float = 0.25
+
+
+class Reduction(NamedTuple):
+    """What a kernel makes of the samples' losses."""
+
+    weight: Tensor | None  # (B,)
+    per_sample: bool  # each of them, or their sum
+    divisor: float | None  # of the sum
 
 
 PAPER: dict[str, Any] = Options("uniform", True, 0.0, 0.0)._asdict()

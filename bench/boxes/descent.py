@@ -259,7 +259,10 @@ def run(task: str, name: str, seeds: int) -> list[dict[str, Any]]:
             values = torch.cat([v for v, part in zip(found, parts, strict=True) if part[:2] == (start, ratio)]).double()
             row: dict[str, Any] = {"task": task, "loss_name": name, "start": start, "ratio": ratio}
             if task == "corners":
-                row |= {"error": round(values.mean().item(), 4), "below_0.1": round((values < 0.1).double().mean().item(), 3)}
+                row |= {
+                    "error": round(values.mean().item(), 4),
+                    "below_0.1": round((values < 0.1).double().mean().item(), 3),
+                }
             else:
                 row |= {
                     "iou": round(values.mean().item(), 4),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +32,14 @@ def reported(
     clamp: bool = True,
     sort: bool = True,
     factor: float = 1.0,
+    epsilon: float = EPSILON,
 ) -> Tensor:
     """The polygon loss of the two reports, written from their description.
 
     Vertices are sorted by angle, padding is repeated vertices that a threshold on the edge's length has to find, and
     every quotient is guarded. `mask` is "hard" (mean over the edges above the threshold), "conditional" (mean over all
     edges if more than half are above it, else "hard") or "soft" (a sigmoid of the length). The other arguments turn
-    off one suspect each; `factor` undoes a division by the batch size.
+    off one suspect each; `factor` undoes a division by the batch size, `epsilon` guards the quotients.
     """
     padding = torch.arange(target.shape[1]) >= lengths.unsqueeze(1)
     target = torch.where(padding.unsqueeze(-1), target[:, :1], target)
@@ -46,11 +48,11 @@ def reported(
     tidy = torch.nan_to_num if nan_to_num else lambda values: values
     edges = torch.cat([polygon.roll(-1, 1) - polygon for polygon in (pred, target)], dim=1)
     length = edges.norm(dim=2)
-    axes = tidy(torch.stack((edges[..., 1], -edges[..., 0]), dim=2) / (length + EPSILON).unsqueeze(2))
+    axes = tidy(torch.stack((edges[..., 1], -edges[..., 0]), dim=2) / (length + epsilon).unsqueeze(2))
     p, g = (tidy(axes @ polygon.transpose(1, 2)) for polygon in (pred, target))
     inter = tidy((torch.minimum(p.amax(2), g.amax(2)) - torch.maximum(p.amin(2), g.amin(2))).clamp(min=0))
-    hull = tidy(torch.maximum(p.amax(2), g.amax(2)) - torch.minimum(p.amin(2), g.amin(2))).clamp(min=EPSILON)
-    union = ((p.amax(2) - p.amin(2)) + (g.amax(2) - g.amin(2)) - inter).clamp(min=EPSILON)
+    hull = tidy(torch.maximum(p.amax(2), g.amax(2)) - torch.minimum(p.amin(2), g.amin(2))).clamp(min=epsilon)
+    union = ((p.amax(2) - p.amin(2)) + (g.amax(2) - g.amin(2)) - inter).clamp(min=epsilon)
     giou = tidy(inter / union) - tidy((hull - union) / hull)
     if clamp:
         giou = giou.clamp(-1, 1)
@@ -74,7 +76,8 @@ def vertices(pred: Tensor, target: Tensor, lengths: Tensor, progress: float, *, 
     shifts = torch.arange(pred.shape[1])
     order = (shifts.unsqueeze(1) + shifts) % pred.shape[1]
     candidates = torch.cat((points[:, order], points.flip(1)[:, order]), dim=1)  # (B, 2N, N, 2)
-    return (pred.unsqueeze(1) - candidates).abs().pow(power).mean((2, 3)).amin(1)
+    distances: Tensor = (pred.unsqueeze(1) - candidates).abs().pow(power).mean((2, 3))
+    return distances.amin(1)
 
 
 def _resample(target: Tensor, lengths: Tensor, count: int) -> Tensor:
@@ -87,22 +90,23 @@ def _resample(target: Tensor, lengths: Tensor, count: int) -> Tensor:
     edge = torch.searchsorted(reached, position, right=True).clamp(max=target.shape[1] - 1)
     along = (position - (reached - length).gather(1, edge)) / length.gather(1, edge).clamp(min=EPSILON)
     index = edge.unsqueeze(2).expand(-1, -1, 2)
-    return start.gather(1, index) + along.unsqueeze(2) * edges.gather(1, index)
+    points: Tensor = start.gather(1, index) + along.unsqueeze(2) * edges.gather(1, index)
+    return points
 
 
-def package(pred: Tensor, target: Tensor, lengths: Tensor, progress: float, **options: object) -> Tensor:  # noqa: ARG001
+def package(pred: Tensor, target: Tensor, lengths: Tensor, progress: float, **options: Any) -> Tensor:  # noqa: ARG001
     """The paper's loss with options."""
     given = PAPER | options
     return mgiou_loss(pred, target, target_lengths=lengths, reduction="none", backend="eager", **given)
 
 
-def from_l1(pred: Tensor, target: Tensor, lengths: Tensor, progress: float, **options: object) -> Tensor:
+def from_l1(pred: Tensor, target: Tensor, lengths: Tensor, progress: float, **options: Any) -> Tensor:
     """L1 at the start, MGIoU at the end, in proportion between."""
     l1 = vertices(pred, target, lengths, progress, power=1)
     return (1 - progress) * l1 + progress * package(pred, target, lengths, progress, **options)
 
 
-HULL = {"axis_weight": "length", "axis_grad": False}
+HULL: dict[str, Any] = {"axis_weight": "length", "axis_grad": False}
 
 LOSSES: dict[str, Loss] = {
     "reported": reported,

@@ -1,12 +1,10 @@
-"""Table and figure of the results of `run.py`."""
+"""Table and figure of the results of `bench.convergence.run`."""
 
 from __future__ import annotations
 
 import statistics
 from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
 
 Rows = list[dict[str, Any]]
 SHOWN = {
@@ -65,6 +63,8 @@ def table(rows: Rows) -> str:
 
 def draw(path: Path, rows: Rows) -> None:
     """Training loss above, test AP50 below, for each start; every seed is a line."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - slow, and not needed for the table
+
     panels = [("digits", "scattered"), ("digits", "circle"), ("vertices", "random"), ("vertices", "tiny")]
     figure = Figure(figsize=(4 * len(panels), 6.5), layout="constrained")
     axes = figure.subplots(2, len(panels), sharex=True, sharey="row")

@@ -1,6 +1,6 @@
 """Why a polygon head's MGIoU loss falls while mAP50 stays 0, and what helps: trains with every loss of `losses.py`.
 
-    python bench/convergence/run.py --out bench/results/convergence.json
+    python -m bench.convergence.run --out bench/results/convergence.json
 
 Two tasks. "digits" is the demo's: a CNN outlines real handwritten digits, 12 vertices, 30 epochs; its last layer starts
 from a circle around the image, as in the demo, or as PyTorch makes it ("scattered": 12 points near the image's centre
@@ -14,6 +14,7 @@ and at the end a table to the screen.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import multiprocessing
@@ -21,18 +22,17 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import report
-import shapely
-import sklearn
 import torch
-from losses import LOSSES, Loss
 from torch import Tensor
 from tqdm import tqdm
 
+from bench.convergence import report
+from bench.convergence.losses import LOSSES, Loss
 from triton_mgiou import PAPER, __version__, demo, mgiou_loss
 
 EPOCHS, BATCH_SIZE = 30, 64
@@ -73,6 +73,7 @@ class Watch:
 
 def judge(polygons: Tensor, targets: Tensor, lengths: Tensor) -> dict[str, float]:
     """Mean IoU of the polygons in their order and of their hulls, AP, and the share that crosses itself."""
+    shapely: Any = importlib.import_module("shapely")  # not where only the kernels are measured
     ious, hulls, crossing = [], [], []
     for polygon, target, length in zip(polygons.double().numpy(), targets.numpy(), lengths.tolist(), strict=True):
         ious.append(demo.polygon_iou(polygon, target[:length]))
@@ -94,14 +95,14 @@ def digits(loss: Loss, start: str, seeds: list[int]) -> list[dict[str, Any]]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, demo.LEARNING_RATE, total_steps=steps)
     watches, step = [Watch() for _ in seeds], 0
     for epoch in range(EPOCHS):
-        orders = [torch.randperm(len(data.images), generator=generator).split(BATCH_SIZE) for generator in generators]
+        orders = [torch.split(torch.randperm(len(data.images), generator=each), BATCH_SIZE) for each in generators]
         for batches in zip(*orders, strict=True):
             polygons = torch.cat([network(data.images[b]) for network, b in zip(networks, batches, strict=True)])
             chosen = torch.cat(batches)
             losses = loss(polygons, data.targets[chosen], data.lengths[chosen], step / steps)
             (gradient,) = torch.autograd.grad(losses.sum(), polygons)
             optimizer.zero_grad()
-            polygons.backward(gradient / len(batches[0]))
+            torch.autograd.backward(polygons, gradient / len(batches[0]))
             optimizer.step()
             schedule.step()
             for watch, own_losses, own_gradient in zip(
@@ -118,12 +119,13 @@ def digits(loss: Loss, start: str, seeds: list[int]) -> list[dict[str, Any]]:
 
 
 def make_network(start: str, seed: int) -> torch.nn.Module:
-    """The demo's network; "scattered" makes its last layer anew, around the middle of the image."""
+    """The demo's network; "scattered" draws its last layer again, around the middle of the image."""
     torch.manual_seed(seed)
     network = demo.make_network()
     if start == "scattered":
-        network[-2].reset_parameters()
-        network[-2].bias.data += 0.5
+        (*_, head) = (layer for layer in network.modules() if isinstance(layer, torch.nn.Linear))
+        head.reset_parameters()
+        head.bias.data += 0.5
     return network
 
 
@@ -137,6 +139,7 @@ def vertices(loss: Loss, start: str, seeds: list[int]) -> list[dict[str, Any]]:
     """Move free vertices by Adam with a falling step."""
     samples = [random_sample(start, torch.Generator().manual_seed(seed)) for seed in seeds]
     polygons, targets, lengths = (torch.cat(each) for each in zip(*samples, strict=True))
+    shares = [slice(k * TARGETS, (k + 1) * TARGETS) for k in range(len(seeds))]
     polygons.requires_grad_()
     optimizer = torch.optim.Adam([polygons], lr=STEP_SIZE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -144,17 +147,13 @@ def vertices(loss: Loss, start: str, seeds: list[int]) -> list[dict[str, Any]]:
     results: list[dict[str, float]] = []
     for step in range(STEPS):
         losses = loss(polygons, targets, lengths, step / STEPS)
-        optimizer.zero_grad()
-        losses.sum().backward()
+        (polygons.grad,) = torch.autograd.grad(losses.sum(), polygons)
         optimizer.step()
         schedule.step()
-        for watch, own_losses, own_gradient in zip(
-            watches, losses.detach().split(TARGETS), polygons.grad.split(TARGETS), strict=True
-        ):
-            watch.step(own_losses, own_gradient)
+        for watch, share in zip(watches, shares, strict=True):
+            watch.step(losses.detach()[share], polygons.grad[share])
         if (step + 1) % (STEPS // CURVE_POINTS) == 0:
-            parts = (each.detach().split(TARGETS) for each in (polygons, targets, lengths))
-            results = [judge(*part) for part in zip(*parts, strict=True)]
+            results = [judge(polygons.detach()[share], targets[share], lengths[share]) for share in shares]
             for watch, result in zip(watches, results, strict=True):
                 watch.ap50.append(result["ap50"])
     return [{**result, **watch.summary()} for watch, result in zip(watches, results, strict=True)]
@@ -228,9 +227,9 @@ def main() -> None:
         if (seeds := [seed for seed in range(args.seeds) if (task, start, name, seed) not in done])
     ]
     head = {
-        "what": "Trainings of bench/convergence/run.py; its docstring says what the tasks are, losses.py the losses. "
+        "what": "Trainings of bench.convergence.run; its docstring says what the tasks are, losses.py the losses. "
         "loss, gradient_norm (of one polygon's loss) and zero_gradients (share of the vertices): start, a third, end.",
-        "command": "python bench/convergence/run.py --out bench/results/convergence.json",
+        "command": "python -m bench.convergence.run --out bench/results/convergence.json",
         "machine": f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}, no GPU",
         "unrelated_objects": [
             {"sides": sides, "loss": round(unrelated(*sides), 4)} for sides in ([0.02, 0.1], [0.05, 0.2], [0.1, 0.4])
@@ -239,8 +238,7 @@ def main() -> None:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
-            "scikit-learn": sklearn.__version__,
-            "shapely": shapely.__version__,
+            **{name: metadata.version(name) for name in ("scikit-learn", "shapely")},
             "triton-mgiou": __version__,
         },
     }

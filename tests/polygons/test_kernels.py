@@ -13,11 +13,11 @@ from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from triton_mgiou import ops  # noqa: E402
+from triton_mgiou import launch  # noqa: E402
 from triton_mgiou.kernels.polygons import mgiou_kernel  # noqa: E402
 from triton_mgiou.tuning import layouts  # noqa: E402
 
-pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter replaces the kernels")
+pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter replaces the kernels")
 
 ANNOTATED = {name: text for name, text in mgiou_kernel.fn.__annotations__.items() if isinstance(text, str)}
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -27,41 +27,48 @@ DEFAULT = {
     "dtype": torch.float32,
     "pred_real": None,
     "target_real": None,
-    "weight": False,
+    "weight": None,
     "per_sample": False,
     "axis_weight": "uniform",
     "axis_grad": True,
     "convexity": False,
     "boundary": False,
-    "need_grad": True,
+    "gradient": True,
     "adjacent": True,
     "packed": True,
     "even": True,
-    "large_batch": False,
+    "batch": False,
 }
+
+
+def plan_of(pred_size, target_size, **options):
+    """The variant that a call with these options has on a GPU without tuned layouts."""
+    options = DEFAULT | options
+    dtype = options.pop("dtype")
+    sizes = {"pred_size": pred_size, "target_size": target_size}
+    key = launch.PolygonKey(device=-1, pred_dtype=dtype, target_dtype=dtype, **sizes, **options)
+    return launch.polygon_plan(key)
 
 
 def compiled(capability, pred_size, target_size, **options):
     """The kernel that a call with these options on a GPU of this capability would run."""
     options = DEFAULT | options
-    dtype = options.pop("dtype")
-    large, weight = options.pop("large_batch"), options.pop("weight")
-    vertices = torch.empty(1, 1, 2, dtype=dtype)
-    plan = ops._plan(vertices, vertices, pred_size, target_size, _weight=None, batch=large, launch=None, **options)
+    dtype = options["dtype"]
+    plan = plan_of(pred_size, target_size, **options)
     stored = "*" + NAMES[plan.dtype]
     pointers = {
         "pred_ptr": "*" + NAMES[dtype],
         "target_ptr": "*" + NAMES[dtype],
         "pred_real_ptr": REAL[options["pred_real"]],
         "target_real_ptr": REAL[options["target_real"]],
-        "weight_ptr": stored if weight else None,
+        "weight_ptr": stored if options["weight"] else None,
         "loss_ptr": stored,
-        "grad_ptr": stored if options["need_grad"] else None,
+        "grad_ptr": stored if options["gradient"] else None,
         "partial_ptr": None if options["per_sample"] else stored,
         "counter_ptr": None if options["per_sample"] else "*i32",
     }
     names = mgiou_kernel.arg_names
-    constants = dict(zip(names[-len(plan.flags) :], plan.flags, strict=True))
+    constants = dict(zip(names[-len(plan.constants) :], plan.constants, strict=True))
     constants |= {name: None for name, kind in pointers.items() if kind is None}
     signature = {name: "constexpr" if name in constants else (pointers | ANNOTATED)[name] for name in names}
     aligned = [name for name in pointers if name not in constants]
@@ -110,7 +117,7 @@ def test_compiles_for_different_vertex_counts(sizes):
 
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_compiles_for_large_batches(size):
-    assert compiled(90, size, size, large_batch=True).asm["cubin"]
+    assert compiled(90, size, size, batch=True).asm["cubin"]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +130,8 @@ def test_compiles_for_large_batches(size):
             ["uniform", "length", "soft"], [True, False], [(False, False), (True, False), (False, True), (True, True)]
         )
     ]
-    + [{"per_sample": True, "weight": True}, {"need_grad": False}, {"adjacent": False}, {"weight": True}],
+    + [{"per_sample": True, "weight": torch.float32}, {"gradient": False}, {"adjacent": False}]
+    + [{"weight": torch.float32}],
     ids=str,
 )
 def test_compiles_every_flag(options):
@@ -141,15 +149,8 @@ def test_the_compiler_fuses_nothing_by_itself(dtype):
 
 def test_a_bucket_is_compiled_once():
     """Whatever B, and whatever N inside a bucket, the compile-time arguments are the same."""
-    vertices = torch.empty(1, 1, 2)
-    options = {k: v for k, v in DEFAULT.items() if k not in ("dtype", "large_batch", "weight")}
     for large in (False, True):
-        flags = [
-            ops._plan(
-                vertices, vertices, n, n, _weight=None, batch=large, launch=None, **options | {"even": n % 2 == 0}
-            ).flags
-            for n in range(3, 65)
-        ]
+        flags = [plan_of(n, n, batch=large, even=n % 2 == 0).constants for n in range(3, 65)]
         assert len(set(flags)) == 14  # 3 and 4; then, up to each power of two, odd rows, even rows, and full ones
     assert layouts.bucket(1) == layouts.bucket(4) == 4
     assert layouts.bucket(5) == layouts.bucket(8) == 8

@@ -86,11 +86,11 @@ def test_double_backward_is_refused(kernels):
 
 
 def test_no_gradient_is_computed_where_none_is_asked_for(kernels, monkeypatch):
-    from triton_mgiou import ops  # noqa: PLC0415
+    from triton_mgiou.launch import PolygonCall  # noqa: PLC0415
 
     asked = []
-    original = ops._launch
-    monkeypatch.setattr(ops, "_launch", lambda *a: asked.append(a[-1]) or original(*a))
+    original = PolygonCall.launch
+    monkeypatch.setattr(PolygonCall, "launch", lambda *a: asked.append(a[-1]) or original(*a))
     pred, target = polygons(kernels)
     mgiou_loss(pred, target, backend="triton")
     pred.requires_grad_()

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import convex, generator
-from triton_mgiou import MGIoULoss, mgiou_loss
-from triton_mgiou.training import NonFinite, NonFiniteError, check_finite, debug, debug_enabled, find_nonfinite, finite
+from triton_mgiou import MGIoULoss, debugging, mgiou_loss
+from triton_mgiou.training import NonFinite, NonFiniteError, check_finite, debug, debug_enabled, find_nonfinite
 
 NAN, INF = math.nan, math.inf
 
@@ -323,6 +323,6 @@ mgiou_loss(torch.rand(2, 4, 2), target)
 
 
 def test_values_of_the_environment_variable():
-    assert [finite._from_environment(value) for value in ("", "0", "1")] == [False, False, True]
+    assert [debugging.from_environment(value) for value in ("", "0", "1")] == [False, False, True]
     with pytest.raises(ValueError, match="TRITON_MGIOU_DEBUG must be 0 or 1, got 'yes'"):
-        finite._from_environment("yes")
+        debugging.from_environment("yes")

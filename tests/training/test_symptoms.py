@@ -1,4 +1,4 @@
-"""The README's page "When training goes wrong": each line breaks a small training, and its tool finds out why."""
+"""The page "When training goes wrong": each line breaks a small training, and its tool finds out why."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from triton_mgiou.cli import main
 from triton_mgiou.training import GradientMonitor, NonFiniteError, TrainingGuard, debug
 from triton_mgiou.training import diagnose as diagnose_module
 
+PAGE = "triton_mgiou/training/README.md"
 BATCH = 64
 
 
@@ -208,7 +209,7 @@ LINES = {
 
 
 def test_the_thresholds_are_those_of_the_code():
-    text = " ".join(section("When training goes wrong").split())
+    text = " ".join(section(PAGE, "When training goes wrong").split())
     assert diagnose_module.LAST_LEAST == 5
     assert f"the last {diagnose_module.LAST_SHARE:.0%} of the rows, at least five".replace("%", " %") in text
     assert f"less than {diagnose_module.PLATEAU_GAIN:.0%} better".replace("%", " %") in text
@@ -217,10 +218,10 @@ def test_the_thresholds_are_those_of_the_code():
 
 
 def test_every_line_is_reproduced():
-    assert [row[0] for row in table("When training goes wrong")] == list(LINES)
+    assert [row[0] for row in table(PAGE, "When training goes wrong")] == list(LINES)
 
 
-@pytest.mark.parametrize("row", table("When training goes wrong"), ids=lambda row: row[0])
+@pytest.mark.parametrize("row", table(PAGE, "When training goes wrong"), ids=lambda row: row[0])
 def test_the_tool_finds_the_cause(row, diagnose, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     output = LINES[row[0]](diagnose)

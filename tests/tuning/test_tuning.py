@@ -1,7 +1,8 @@
-"""Which layout a call gets: the search space, the cache on disk, what processes and ranks make of it."""
+"""Which layout a call gets: the search space, the cache on disk, what processes and ranks make of a warm-up."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -17,28 +18,28 @@ from tests.helpers import assert_close, assert_gradient_close, convex, generator
 
 pytest.importorskip("triton")
 
-from triton_mgiou import PAPER, mgiou_loss, warmup
+from triton_mgiou import PAPER, launch, mgiou_loss, warmup
+from triton_mgiou.options import Options, Reduction
 from triton_mgiou.tuning import layouts, measure, store
-from triton_mgiou.tuning.layouts import Case, Layout
+from triton_mgiou.tuning.layouts import Layout
 from triton_mgiou.tuning.store import Entry, TuningCache
 
 FORK = multiprocessing.get_context("fork")  # a spawned process would import PyTorch for seconds
-CASE = Case(8, 8, False, "GRAD=True")
-CASES = [Case(size, size, large, "GRAD=True") for size in (4, 8, 16) for large in (False, True)]
-DEFAULT, *OTHERS = layouts.candidates(CASE)
-ENTRY = Entry(OTHERS[0], 5.0, 6.5)
+CANDIDATES = layouts.candidates(8, 8, False)
+DEFAULT, *OTHERS = CANDIDATES
+ENTRY = Entry(OTHERS[0]._asdict(), 5.0, 6.5)
 CHIP = "Fake GPU sm90"
+warmup_module = importlib.import_module("triton_mgiou.tuning.warmup")  # the package's attribute is the function
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_MGIOU_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv(measure.ENVIRONMENT, raising=False)
-    monkeypatch.setattr(measure, "chip_name", lambda _: CHIP)
-    monkeypatch.setattr(measure, "_agreed", {})
-    measure.tuning_cache.cache_clear()
+    monkeypatch.setattr(store, "chip_name", lambda _: CHIP)
+    monkeypatch.setattr(launch, "_plans", {})
+    store.tuning_cache.cache_clear()
     yield tmp_path / "cache"
-    measure.tuning_cache.cache_clear()
+    store.tuning_cache.cache_clear()
 
 
 def stored():
@@ -73,7 +74,7 @@ def warned(recorded):
 @pytest.mark.parametrize("target", [4, 8, 16, 32, 64, 128])
 @pytest.mark.parametrize("pred", [4, 8, 16, 32, 64, 128])
 def test_every_candidate_has_a_place_for_every_vertex(pred, target, large):
-    found = layouts.candidates(Case(pred, target, large, ""))
+    found = layouts.candidates(pred, target, large)
     assert found[0] == layouts.layout(pred, target, large)
     assert len(set(found)) == len(found) <= 10  # a few seconds each
     for layout in found:
@@ -87,18 +88,13 @@ def test_every_candidate_has_a_place_for_every_vertex(pred, target, large):
 def test_the_search_covers_training():
     for size in (4, 8, 16, 32, 64):
         for large in (False, True):
-            assert len(layouts.candidates(Case(size, size, large, ""))) > 3
+            assert len(layouts.candidates(size, size, large)) > 3
 
 
 @pytest.fixture
-def kernels(backend, monkeypatch):
-    """The kernels in the interpreter, and what was planned before forgotten."""
+def kernels(backend):
     if not backend.is_slow:
         pytest.skip("is about the kernels in the interpreter; test_gpu tunes on a GPU")
-    from triton_mgiou import ops  # noqa: PLC0415 - reads TRITON_INTERPRET
-
-    monkeypatch.setattr(ops, "_plans", {})
-    return ops
 
 
 LOSSES = [
@@ -108,9 +104,10 @@ LOSSES = [
 ]
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("real", ["all", "full", "lengths", "masks"])
 @pytest.mark.parametrize("axes", [1, 2, 4, 8])
-def test_every_way_to_spread_vertices_and_axes_is_right(backend, kernels, axes, real, monkeypatch):
+def test_every_way_to_spread_vertices_and_axes_is_right(backend, axes, real, monkeypatch):
     rng = generator(axes)
     pred, target = star(3, 8 if real == "full" else 7, rng).requires_grad_(), convex(3, 8, rng)
     pred_mask, target_mask = (torch.rand(3, each.shape[1], generator=rng) < 0.7 for each in (pred, target))
@@ -124,10 +121,19 @@ def test_every_way_to_spread_vertices_and_axes_is_right(backend, kernels, axes, 
         for lanes in (1, 2, 4):
             layout = Layout(2, axes, lanes, 8 // lanes, 8 // lanes, 1, 168)
             monkeypatch.setattr(layouts, "interpreter_layout", lambda *_, layout=layout: layout)
-            kernels.forget_plans()
+            launch.forget_plans()
             value, actual = backend.value_and_gradient(pred, target, **given, **options)
             assert_close(value, expected.detach(), atol=1e-12)
             assert_gradient_close(actual, gradient, rtol=1e-9)
+
+
+def prepared(**options):
+    """A plan, its arguments and outputs, for three polygons and the gradient."""
+    rng = generator(0)
+    pred, target = star(3, 4, rng).float(), convex(3, 3, rng).float()
+    call = launch.PolygonCall(None, None, Reduction(None, False, 3.0), Options(**options))
+    plan, arguments, loss, gradient = launch.prepare_polygons(pred, target, call, True, 0)
+    return plan, arguments, [loss, gradient]
 
 
 @pytest.mark.usefixtures("kernels")
@@ -136,67 +142,71 @@ def test_the_fastest_layout_that_is_right_and_worth_it(us_right, wins):
     default = Layout(4, 2, 2, 2, 2, 1, 168)
     right = Layout(2, 1, 1, 4, 4, 1, 168)
     drops_vertices = Layout(4, 1, 1, 2, 4, 1, 168)
-    rng = generator(0)
-    pred, target = star(3, 4, rng).float().requires_grad_(), convex(3, 3, rng).float()
-    recorded = measure.record(lambda _: mgiou_loss(pred, target, backend="triton"))
+    plan, arguments, outputs = prepared()
+    plan.candidates = [default, drops_vertices, right]
     times = iter([10.0, 1.0, us_right])
-    benched = []
-
-    def do_bench(function, quantiles):
-        benched.append(function)
-        return [next(times) * 1e-3] * len(quantiles)
-
-    entry = measure.measure(*recorded, [default, drops_vertices, right], do_bench)
-    assert len(benched) == 3
-    assert entry.layout == (right if wins else default)
+    entry = measure.fastest(plan, 3, arguments, outputs, lambda _: next(times) * 1e-3)
+    assert list(times) == []
+    assert entry.layout == (right if wins else default)._asdict()
     assert entry.us == pytest.approx(us_right if wins else 10.0)
     assert entry.default_us == pytest.approx(10.0)
 
 
-def test_a_first_use_measures_on_enough_samples_and_leaves_the_call_alone(kernels, monkeypatch):
-    monkeypatch.setenv(measure.ENVIRONMENT, "1")
-    monkeypatch.setattr(measure, "SAMPLES", 7)
-    batches = []
+@pytest.fixture
+def measured(monkeypatch):
+    """The plans that were measured, and on how many samples; the second candidate wins."""
+    calls = []
 
-    def fake_measure(kernel, arguments, layouts):
-        named = dict(zip(kernel.arg_names, arguments, strict=False))
-        batches.append((named["batch"], len(named["pred_ptr"]), named["weight_ptr"].tolist()))
-        return Entry(layouts[1], 1.0, 2.0)
+    def fastest(plan, batch, arguments, outputs):
+        calls.append((plan.case, batch, len(arguments[0]), [len(output.shape) for output in outputs]))
+        return Entry(plan.candidates[1]._asdict(), 4.0, 5.0)
 
-    monkeypatch.setattr(measure, "measure", fake_measure)
-    rng = generator(1)
-    pred, target = star(3, 4, rng).requires_grad_(), convex(3, 4, rng)
-    given = {"weight": torch.tensor([1.0, 2.0, 3.0]), "pred_lengths": torch.tensor([4, 3, 4])}
-    expected = mgiou_loss(pred, target, backend="eager", **given)
-    actual = mgiou_loss(pred, target, backend="triton", **given)
-    assert batches == [(7, 7, [1.0, 2.0, 3.0, 1.0, 2.0, 3.0, 1.0])]
-    assert_close(actual.detach(), expected.detach(), atol=1e-12)
-    (plan,) = kernels._plans.values()
-    assert plan.layout == layouts.candidates(Case(4, 4, False, ""))[1]
-    mgiou_loss(pred, target, backend="triton", **given)
-    assert len(batches) == 1
+    monkeypatch.setattr(measure, "fastest", fastest)
+    return calls
 
 
-def test_a_warm_up_fills_the_cache(kernels, folder, monkeypatch):
-    def fake_measure(_kernel, _arguments, layouts):
-        return Entry(layouts[1], 4.0, 5.0)
+@pytest.fixture
+def tunable(monkeypatch):
+    """The interpreter with several layouts to choose from."""
+    candidates = [Layout(polygons, 1, 1, 4, 4, 1, 255) for polygons in (64, 128)]
+    plan = launch.Plan
 
-    monkeypatch.setattr(measure, "measure", fake_measure)
+    def with_candidates(*arguments):
+        return plan(*arguments[:3], candidates, *arguments[4:])
+
+    monkeypatch.setattr(launch, "Plan", with_candidates)
+    return candidates
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_warm_up_fills_the_cache(measured, tunable, folder):
     results = warmup((3,), (2,), device="cpu", options={"target_lengths": True})
     assert [(each.gradient, each.source, each.us, each.gain) for each in results] == [
         (True, "tuned", 4.0, 0.25),
         (False, "tuned", 4.0, 0.25),
     ]
+    assert [(batch, rows, shapes) for _, batch, rows, shapes in measured] == [(512, 512, [0, 3]), (512, 512, [0])]
     (path,) = folder.glob("*.json")
     keys = list(json.loads(path.read_text())["configurations"][store.source_hash()])
-    assert len(keys) == 2
+    assert sorted(keys) == sorted(case for case, *_ in measured)
     assert all("TARGET_REAL=1" in key and "PRED_REAL=0" in key for key in keys)
-    measure.tuning_cache.cache_clear()  # as another process
-    kernels.forget_plans()
-    with measure.requested(tune=False) as decisions:
-        lengths = torch.tensor([3, 2, 1])
-        mgiou_loss(torch.rand(3, 4, 2), torch.rand(3, 3, 2), target_lengths=lengths, backend="triton")
-    assert [(each.source, each.layout) for each in decisions] == [("cache", layouts.candidates(decisions[0].case)[1])]
+    store.tuning_cache.cache_clear()  # as another process
+    launch.forget_plans()
+    mgiou_loss(torch.rand(3, 4, 2), torch.rand(3, 3, 2), target_lengths=torch.tensor([3, 2, 1]), backend="triton")
+    (plan,) = launch._plans.values()
+    assert plan.layout == tunable[1]
+    again = warmup((3,), (2,), device="cpu", options={"target_lengths": True})
+    assert [each.source for each in again] == ["cache", "cache"]
+    assert len(measured) == 2
+
+
+@pytest.mark.usefixtures("kernels", "tunable")
+def test_nothing_is_measured_unless_asked(measured, folder):
+    (result, _) = warmup((3,), (2,), device="cpu", tune=False)
+    assert (result.source, result.us) == ("default", None)
+    mgiou_loss(torch.rand(3, 4, 2), torch.rand(3, 3, 2), backend="triton")
+    assert measured == []
+    assert not folder.exists()
 
 
 class Compiled:
@@ -225,7 +235,8 @@ class Kernel:
         return found
 
 
-def test_layouts_that_do_not_compile_or_spill_are_left_out():
+def test_layouts_that_do_not_compile_or_spill_are_left_out(monkeypatch):
+    monkeypatch.setattr(measure, "INTERPRETED", False)
     kernel = Kernel(
         warps_1=Compiled(),
         warps_2=RuntimeError("PassManager::run failed"),
@@ -233,16 +244,10 @@ def test_layouts_that_do_not_compile_or_spill_are_left_out():
         warps_8=Compiled(error=RuntimeError("out of resources")),
     )
     layouts = [DEFAULT._replace(num_warps=warps) for warps in (1, 2, 4, 8)]
-    if measure.triton.knobs.runtime.interpret:
-        pytest.skip("nothing is compiled")
-    assert measure._that_fit(kernel, (), layouts) == layouts[:1]
-    only = measure.measure(kernel_with_names(kernel), (5,), [DEFAULT, *layouts[1:]])
-    assert only == Entry(DEFAULT, None, None)
-
-
-def kernel_with_names(kernel):
-    kernel.arg_names = ["batch", "loss_ptr", "grad_ptr"]
-    return kernel
+    plan = launch.Plan(kernel, (), "case", layouts, torch.float32, -1)
+    assert measure._that_fit(plan, (), layouts) == layouts[:1]
+    plan.candidates = [DEFAULT, *layouts[1:]]
+    assert measure.fastest(plan, 5, (), []) == Entry(DEFAULT._asdict(), None, None)
 
 
 # The file.
@@ -250,14 +255,14 @@ def kernel_with_names(kernel):
 
 def test_an_entry_comes_back(folder):
     assert stored().get("key") is None
-    assert stored().get_or_make("key", lambda: ENTRY) == ENTRY
+    assert stored().get_or_make("key", lambda: ENTRY) == (True, ENTRY)
     assert stored().get("key") == ENTRY
-    assert stored().get_or_make("key", never) == ENTRY
+    assert stored().get_or_make("key", never) == (False, ENTRY)
     (path,) = folder.glob("*.json")
     assert path.name == "fake-gpu-sm90-triton-3.6.0.json"
     content = json.loads(path.read_text())
     assert (content["chip"], content["triton"]) == (CHIP, "3.6.0")
-    assert content["configurations"][store.source_hash()]["key"] == ENTRY.layout._asdict() | {
+    assert content["configurations"][store.source_hash()]["key"] == ENTRY.layout | {
         "us": 5.0,
         "default_us": 6.5,
     }
@@ -278,24 +283,26 @@ def test_other_kernels_keep_their_entries(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(store, "source_hash", lambda: "other")
         assert stored().get("key") is None
-        stored().get_or_make("key", lambda: Entry(DEFAULT, None, None))
-        assert stored().get("key") == Entry(DEFAULT, None, None)
+        stored().get_or_make("key", lambda: Entry(DEFAULT._asdict(), None, None))
+        assert stored().get("key") == Entry(DEFAULT._asdict(), None, None)
     assert stored().get("key") == ENTRY
 
 
 def test_the_hash_is_of_the_kernels(tmp_path, monkeypatch):
     package = tmp_path / "package"
     (package / "kernels").mkdir(parents=True)
-    (package / "layouts.py").write_text("a")
-    (package / "kernels" / "mgiou.py").write_text("b")
-    monkeypatch.setattr(store, "__file__", str(package / "store.py"))
+    (package / "tuning").mkdir()
+    files = ("options.py", "tuning/layouts.py", "kernels/polygons.py")
+    for file in files:
+        (package / file).write_text(file)
+    monkeypatch.setattr(store, "__file__", str(package / "tuning" / "store.py"))
     hashes = []
-    for file in ("layouts.py", "kernels/mgiou.py"):
+    for file in files:
         (package / file).write_text("c")
         store.source_hash.cache_clear()
         hashes.append(store.source_hash())
     store.source_hash.cache_clear()
-    assert len(set(hashes)) == 2
+    assert len(set(hashes)) == 3
 
 
 @pytest.mark.parametrize(
@@ -317,9 +324,9 @@ def test_directory(variables, expected, monkeypatch):
 GOOD = {"format": store.FORMAT, "chip": CHIP, "triton": "3.6.0", "configurations": {}}
 BAD_FIELDS = [
     {"polygons": 16},
-    ENTRY.layout._asdict() | {"us": 1.0, "default_us": 1.0, "lanes": 2.5},
-    ENTRY.layout._asdict() | {"us": 1.0, "default_us": 1.0, "lanes": -2},
-    ENTRY.layout._asdict() | {"us": "fast", "default_us": 1.0},
+    ENTRY.layout | {"us": 1.0, "default_us": 1.0, "lanes": 2.5},
+    ENTRY.layout | {"us": 1.0, "default_us": 1.0, "lanes": -2},
+    ENTRY.layout | {"us": "fast", "default_us": 1.0},
     [1, 2],
 ]
 
@@ -348,7 +355,7 @@ def test_a_damaged_file_is_named_set_aside_and_built_anew(content, folder):
         warnings.simplefilter("always")
         damaged = stored()
         assert damaged.get("key") is None
-        assert damaged.get_or_make("key", lambda: ENTRY) == ENTRY
+        assert damaged.get_or_make("key", lambda: ENTRY) == (True, ENTRY)
     (message,) = warned(recorded)
     aside = path.with_suffix(".damaged")
     assert str(path) in message
@@ -399,8 +406,8 @@ def test_where_nothing_can_be_written_memory_does_with_one_warning(obstacle, fol
         warnings.simplefilter("always")
         readable = stored()
         for key in ("a", "b"):
-            assert readable.get_or_make(key, lambda: ENTRY) == ENTRY
-            assert readable.get_or_make(key, never) == ENTRY
+            assert readable.get_or_make(key, lambda: ENTRY) == (True, ENTRY)
+            assert readable.get_or_make(key, never) == (False, ENTRY)
     (message,) = warned(recorded)
     assert str(folder) in message
     if obstacle is not in_the_way:
@@ -418,7 +425,7 @@ def test_no_home_directory(monkeypatch):
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.warns(RuntimeWarning, match="home directory.*TRITON_MGIOU_CACHE_DIR"):
         homeless = stored()
-    assert homeless.get_or_make("key", lambda: ENTRY) == ENTRY
+    assert homeless.get_or_make("key", lambda: ENTRY) == (True, ENTRY)
     assert "none: " in store.describe()[0]
 
 
@@ -436,9 +443,9 @@ def test_eight_processes_measure_once_and_agree(folder, tmp_path):
             with (tmp_path / "measured").open("a") as log:
                 log.write(f"{number}\n")
             time.sleep(0.3)
-            return Entry(OTHERS[number % len(OTHERS)], float(number), 100.0)
+            return Entry(OTHERS[number % len(OTHERS)]._asdict(), float(number), 100.0)
 
-        entry = mine.get_or_make("key", make)
+        _, entry = mine.get_or_make("key", make)
         (tmp_path / f"result-{number}").write_text(str(entry))
 
     processes(process, [(number,) for number in range(8)])
@@ -487,7 +494,7 @@ def test_a_writer_that_is_killed_leaves_the_file_and_the_lock(moment, folder, mo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert stored().get("new") is None
-        assert stored().get_or_make("new", lambda: ENTRY) == ENTRY
+        assert stored().get_or_make("new", lambda: ENTRY) == (True, ENTRY)
         assert stored().entries() == {"old": ENTRY, "new": ENTRY}
     assert not path.with_suffix(".new").exists()
 
@@ -495,175 +502,137 @@ def test_a_writer_that_is_killed_leaves_the_file_and_the_lock(moment, folder, mo
 # What a call gets.
 
 
-@pytest.fixture
-def measured(monkeypatch):
-    """Cases that were measured; the second candidate wins."""
-    cases = []
-
-    def fake_measure(case, *_):
-        cases.append(case)
-        return Entry(layouts.candidates(case)[1], 5.0, 6.0)
-
-    monkeypatch.setattr(measure, "record", lambda launch: (launch.case, None))
-    monkeypatch.setattr(measure, "measure", fake_measure)
-    return cases
-
-
-class Launch:
-    """In the place of the kernel: only says what for."""
-
-    def __init__(self, case):
-        self.case = case
-
-
 def choose(case):
-    default = layouts.layout(case.pred_bucket, case.target_bucket, case.large_batch)
-    return measure.choose(case, default, torch.device("cpu"), Launch(case))
+    return store.chosen_layout(case, CANDIDATES, 0)
 
 
-def test_nothing_is_measured_unless_asked(measured, folder):
-    assert choose(CASE) == DEFAULT
-    assert measured == []
+def remember(entry):
+    tuning_cache = store.tuning_cache(CHIP)
+    tuning_cache.put("case", entry)
+    store.tuning_cache.cache_clear()
+
+
+def test_the_cache_comes_before_the_default(folder):
+    assert choose("case") == DEFAULT
     assert not folder.exists()
+    remember(ENTRY)
+    assert choose("case") == OTHERS[0]
+    assert choose("another case") == DEFAULT
 
 
-def test_the_cache_comes_before_the_table(measured):
-    TuningCache(CHIP, measure.triton.__version__).get_or_make(str(CASE), lambda: ENTRY)
-    measure.tuning_cache.cache_clear()
-    assert choose(CASE) == ENTRY.layout != DEFAULT
-    assert choose(CASE._replace(large_batch=True)) == layouts.layout(8, 8, True)
-    assert measured == []
+def test_there_is_no_cache_for_the_cpu(monkeypatch):
+    remember(ENTRY)
+    monkeypatch.undo()
+    assert store.chosen_layout("case", CANDIDATES, -1) == DEFAULT
 
 
-def test_the_environment_asks_and_a_case_is_measured_once(measured, monkeypatch):
-    monkeypatch.setenv(measure.ENVIRONMENT, "1")
-    for _ in range(3):
-        assert choose(CASE) == layouts.candidates(CASE)[1]
-    assert measured == [CASE]
-    measure.tuning_cache.cache_clear()  # as another process
-    assert choose(CASE) == layouts.candidates(CASE)[1]
-    assert measured == [CASE]
-
-
-def test_nothing_is_measured_while_a_graph_is_captured(measured, monkeypatch):
-    monkeypatch.setenv(measure.ENVIRONMENT, "1")
-    monkeypatch.setattr(measure, "_capturing", lambda: True)
-    assert choose(CASE) == DEFAULT
-    assert measured == []
-
-
-def test_a_request_goes_before_the_environment(measured, monkeypatch):
-    monkeypatch.setenv(measure.ENVIRONMENT, "1")
-    with measure.requested(tune=False) as decisions:
-        assert choose(CASE) == DEFAULT
-    assert measured == []
-    monkeypatch.delenv(measure.ENVIRONMENT)
-    with measure.requested(tune=True) as more:
-        assert choose(CASE) == choose(CASE) == OTHERS[0]
-    assert [each.source for each in decisions + more] == ["default", "tuned", "cache"]
-    assert measured == [CASE]
-
-
-def test_a_case_that_the_table_does_not_have_is_not_measured(measured):
-    many = Case(512, 512, True, "GRAD=True")
-    with measure.requested(tune=True):
-        assert choose(many) == layouts.layout(512, 512, True)
-    assert measured == []
-
-
-def test_a_layout_that_is_no_candidate_is_not_used(measured):
+def test_a_layout_that_is_no_candidate_is_not_used():
     """It might be too small for the polygons, and give a wrong loss in silence."""
-    small = Layout(32, 1, 1, 4, 4, 1, 168)
-    TuningCache(CHIP, measure.triton.__version__).get_or_make(str(CASE), lambda: Entry(small, 1.0, 2.0))
-    measure.tuning_cache.cache_clear()
-    with pytest.warns(RuntimeWarning, match="expected one of .*, got Layout"):
-        assert choose(CASE) == DEFAULT
-    assert measured == []
+    remember(Entry(Layout(32, 1, 1, 4, 4, 1, 168)._asdict(), 1.0, 2.0))
+    with pytest.warns(RuntimeWarning, match="expected one of .*, got {'polygons': 32"):
+        assert choose("case") == DEFAULT
 
 
 # Ranks.
 
 
-def rank_processes(tmp_path, prepare, tune, wait=True):
-    """The layouts for CASES on two ranks, each with a cache of its own, as on two nodes; what each measured."""
+def rank_processes(tmp_path, prepare, tune):
+    """What a warm-up gives on two ranks, each with a cache of its own, as on two nodes."""
     master = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def process(rank):
         os.environ["TRITON_MGIOU_CACHE_DIR"] = str(tmp_path / f"node-{rank}")
-        store = torch.distributed.TCPStore("127.0.0.1", master.port, is_master=False)
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=2, store=store)
+        client = torch.distributed.TCPStore("127.0.0.1", master.port, is_master=False)
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=2, store=client)
+        variants = [Variant(size) for size in (4, 8)]
         measured = []
 
-        def fake_measure(case, *_):
-            measured.append(case)
-            time.sleep(0.1)
-            return Entry(layouts.candidates(case)[1 + rank], 5.0 + rank, 6.0)
+        def fastest(plan, *_):
+            measured.append(plan.case)
+            return Entry(plan.candidates[1]._asdict(), 5.0, 6.0)
 
-        measure.record, measure.measure = (lambda launch: (launch.case, None)), measure
+        measure.fastest = fastest
         prepare(rank)
-        torch.distributed.barrier()
-        with measure.requested(tune) as decisions:
-            for case in CASES if rank == 0 else CASES[::-1]:
-                choose(case)
-                choose(case)
-        layouts = {str(decision.case): decision.layout for decision in decisions}
-        sources = [decision.source for decision in decisions]
-        result = {"layouts": layouts, "measured": [str(case) for case in measured], "sources": sources}
+        results = [warmup_module._tune(variant, tune)[1] for variant in variants]
+        used = [store.chosen_layout(v.plan.case, v.plan.candidates, 0)._asdict() for v in variants]
+        result = {
+            "measured": measured,
+            "used": used,
+            "configurations": [each.configuration for each in results],
+            "sources": [each.source for each in results],
+        }
         (tmp_path / f"result-{rank}").write_text(json.dumps(result))
-        if wait:
-            torch.distributed.barrier()
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
     processes(process, [(0,), (1,)])
     return [json.loads((tmp_path / f"result-{rank}").read_text()) for rank in range(2)]
 
 
+class Variant(warmup_module._Variant):
+    """A variant whose kernel is never launched."""
+
+    def __new__(cls, size):
+        types = (torch.float32, torch.float32)
+        return super().__new__(cls, types, (size, size), 512, True, torch.device("cpu"), {})
+
+    @property
+    def plan(self):
+        size = self.size[0]
+        return launch.Plan(None, (), f"size {size}", layouts.candidates(size, size, False), torch.float32, -1)
+
+    def prepare(self):
+        return self.plan, (), [torch.zeros(())]
+
+    def _replace(self, **_):
+        return self
+
+
 def test_two_ranks_measure_once_and_agree(tmp_path):
     first, second = rank_processes(tmp_path, lambda _: None, tune=True)
-    assert first["layouts"] == second["layouts"]
-    assert sorted(first["measured"] + second["measured"]) == sorted(map(str, CASES))
-    for case in CASES:
-        rank = int(str(case) in second["measured"])
-        assert Layout(*first["layouts"][str(case)]) == layouts.candidates(case)[1 + rank]
-    assert {"tuned", "rank"} == set(first["sources"] + second["sources"])
+    assert first["measured"] == ["size 4", "size 8"]
+    assert second["measured"] == []
+    expected = [layouts.candidates(size, size, False)[1]._asdict() for size in (4, 8)]
+    assert first["used"] == second["used"] == first["configurations"] == second["configurations"] == expected
+    assert (first["sources"], second["sources"]) == (["tuned"] * 2, ["rank"] * 2)
+    for node in ("node-0", "node-1"):  # and so do their next runs
+        (path,) = (tmp_path / node).glob("*.json")
+        entries = json.loads(path.read_text())["configurations"][store.source_hash()]
+        assert {name: fields["polygons"] for name, fields in entries.items()} == {
+            f"size {size}": layout["polygons"] for size, layout in zip((4, 8), expected, strict=True)
+        }
 
 
-def test_two_ranks_with_different_files_agree(tmp_path):
+@pytest.mark.parametrize("node", [0, 1])
+def test_two_ranks_with_different_files_take_the_first_ones(tmp_path, node):
     def prepare(rank):
-        for case in CASES[: 2 + 3 * rank]:
-            entry = Entry(layouts.candidates(case)[1 + rank], 5.0, 6.0)
-            measure.tuning_cache(CHIP).get_or_make(str(case), lambda entry=entry: entry)
+        if rank == node:
+            entry = Entry(layouts.candidates(4, 4, False)[2]._asdict(), 5.0, 6.0)
+            store.tuning_cache(CHIP).put("size 4", entry)
 
     first, second = rank_processes(tmp_path, prepare, tune=False)
-    assert first["layouts"] == second["layouts"]
-    assert len(first["layouts"]) == len(CASES)
+    assert first["used"] == second["used"]
     assert first["measured"] == second["measured"] == []
+    assert first["sources"] == (["cache", "default"] if node == 0 else ["default", "default"])
 
 
-def test_a_rank_that_fails_to_measure_does_not_hold_up_the_others(monkeypatch):
-    store = torch.distributed.HashStore()
-    monkeypatch.setattr(measure, "_store", lambda: store)
+def test_a_rank_that_fails_to_measure_does_not_hold_up_the_others(tmp_path):
+    def prepare(rank):
+        def fail(*_):
+            raise MemoryError("no room to measure")
 
-    def fail():
-        raise MemoryError("no room to measure")
+        measure.fastest = fail
+        tune = warmup_module._tune
 
-    with pytest.raises(MemoryError, match="no room"):
-        measure._agree(CHIP, CASE, fail)
-    decision = measure.Decision(CASE, DEFAULT, None, "default")
-    assert measure._agree(CHIP, CASE, lambda: decision) == decision
+        def tune_and_tell(*arguments):
+            try:
+                tune(*arguments)
+            except MemoryError as error:
+                (tmp_path / f"error-{rank}").write_text(str(error))
+            return None, store_result
 
+        warmup_module._tune = tune_and_tell
 
-def test_a_rank_that_never_answers_is_not_waited_for_for_ever(monkeypatch):
-    store = torch.distributed.HashStore()
-    store.add(f"triton_mgiou {store.source_hash()} {CHIP} {CASE} asked", 1)
-    monkeypatch.setattr(measure, "_store", lambda: store)
-    monkeypatch.setattr(measure, "WAIT_SECONDS", 0.0)
-    decision = measure.Decision(CASE, DEFAULT, None, "default")
-    with pytest.warns(RuntimeWarning, match="no rank decided"):
-        assert measure._agree(CHIP, CASE, lambda: decision) == decision
-
-
-def test_a_store_that_only_stands_for_one(monkeypatch):
-    monkeypatch.setattr(measure, "_store", torch.distributed.Store)  # no method works
-    decision = measure.Decision(CASE, DEFAULT, None, "default")
-    assert measure._agree(CHIP, CASE, lambda: decision) == decision
+    store_result = warmup_module.WarmupResult(4, 4, "", "", True, {}, None, None, "")
+    rank_processes(tmp_path, prepare, tune=True)
+    assert [(tmp_path / f"error-{rank}").read_text() for rank in range(2)] == ["no room to measure"] * 2

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import triton_mgiou
-from triton_mgiou.cli import main
-from triton_mgiou.tuning import store
-from triton_mgiou.tuning import warmup as first_use
+from triton_mgiou.cli import main, table
+from triton_mgiou.tuning import layouts, store
 from triton_mgiou.tuning.warmup import WarmupResult
 
 RESULT = WarmupResult(
@@ -72,7 +71,7 @@ def test_wrong_arguments(arguments, error, words):
 
 def test_the_table_of_results():
     other = RESULT._replace(target_vertices=8, gradient=False, us=None, gain=None, source="default")
-    lines = first_use.table([RESULT, other]).splitlines()
+    lines = table([RESULT, other]).splitlines()
     assert [" ".join(line.split()) for line in lines] == [
         "vertices batch dtype gradient polygons x axes x lanes x slots, warps, registers us gain from",
         "8/16 < 8192 float32 yes 2 x 4 x 4 x 2/4, 1, 168 8.0 25.0% tuned",
@@ -111,7 +110,7 @@ def warmup_calls(monkeypatch):
 def test_defaults_of_the_command_line(warmup_calls, capsys):
     assert main(["warmup"]) == 0
     assert warmup_calls == [(([4, 8, 16], [512, 65536], [torch.float32], None, {}), {"tune": True})]
-    assert capsys.readouterr().out == first_use.table([RESULT]) + "\n"
+    assert capsys.readouterr().out == table([RESULT]) + "\n"
 
 
 def test_arguments_reach_the_warm_up(warmup_calls):
@@ -156,11 +155,9 @@ def test_a_warm_up_that_cannot_run_is_one_line(error, monkeypatch, capsys):
 
 def test_info(folder, capsys):
     pytest.importorskip("triton")
-    from triton_mgiou.tuning import layouts  # noqa: PLC0415
-
     layout = layouts.layout(8, 8, False)
     stored = store.TuningCache("Fake GPU sm90", "3.6.0")
-    stored.get_or_make("vertices 8 8", lambda: store.Entry(layout, 6.5, 7.0))
+    stored.get_or_make("vertices 8 8", lambda: store.Entry(layout._asdict(), 6.5, 7.0))
     (folder / "other.json").write_text("{")
     assert main(["info"]) == 0
     out = capsys.readouterr().out
@@ -181,11 +178,8 @@ def test_info_without_triton(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "triton", None)
     from triton_mgiou import functional  # noqa: PLC0415
 
-    functional._kernels_unavailable.cache_clear()
-    try:
-        assert main(["info"]) == 0
-    finally:
-        functional._kernels_unavailable.cache_clear()
+    monkeypatch.setattr(functional, "_reasons", {})
+    assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert "triton: not installed\n" in out
     assert 'cpu: backend "auto" takes eager: Triton is not installed\n' in out

@@ -43,7 +43,7 @@ def boundary_term(mixed, pred, target, TINY: tl.constexpr, RESOLUTION: tl.conste
 
     Where G has no area, or the term is rounding only, it and its derivatives are 0.
     """
-    is_flat = target.doubled <= tl.maximum(TINY, target.squares * tl.full((1, 1, 1), SHORTEST, target.doubled.dtype))
+    is_flat = target.doubled <= tl.maximum(TINY, target.squares * tl.full(mixed.shape, SHORTEST, mixed.dtype))
     unit = tl.where(is_flat, 1.0, tl.maximum(mixed, target.doubled))
     v = mixed / unit
     a = target.doubled / unit

@@ -12,9 +12,9 @@ On an axis with the offset s of the two middles and the half-lengths a and b:
 With d = angle of P - angle of G, c = |cos d| and z = |sin d|, a box of half-sizes w, h has the half-lengths w c + h z
 and w z + h c on the other one's directions. Half a turn of either box changes nothing, so angles are known up to that.
 
-A lane takes ROWS boxes, all in registers. The numbers of ROWS boxes fill whole vectors of four where ROWS is four, or
-where a box has a multiple of four numbers: then rows that follow each other are loaded and stored as vectors. Tiles are
-(LANES, 1, 1). Eight corners have no closed form: their projections are compared as those of polygons are.
+A lane works on ROWS boxes, all in registers. Where their numbers fill vectors of four, they are loaded and stored as
+such: tiles of (LANES, 4), which a lane takes apart. Other tiles are (LANES,). Eight corners have no closed form: their
+projections are compared as those of polygons are.
 """
 
 import math
@@ -25,14 +25,13 @@ import triton.language as tl
 
 from triton_mgiou.box_formats import KERNEL_FORMATS
 from triton_mgiou.kernels.arithmetic import inverse, inverse_power_of_two, minus, saturate, sign
-from triton_mgiou.kernels.axis import LENGTH, SOFT, UNIFORM, axis_weight, shares
+from triton_mgiou.kernels.axis import LENGTH, SHORTEST, SOFT, SOFT_UNIT, UNIFORM, axis_weight, shares
 from triton_mgiou.kernels.axis import distance as interval_distance
 from triton_mgiou.kernels.axis import slopes as interval_slopes
 from triton_mgiou.kernels.boundary import boundary_term
 from triton_mgiou.kernels.reduction import reduce_programs
 from triton_mgiou.kernels.slots import add_scaled, dot, highest, lowest, zeros
 from triton_mgiou.kernels.types import Area, Interval
-from triton_mgiou.options import MIN_AXIS_LENGTH, SOFT_AXIS_LENGTH
 
 # FORMAT
 CXCYWHR = tl.constexpr(KERNEL_FORMATS.index("cxcywhr"))
@@ -40,9 +39,6 @@ CXCYWH = tl.constexpr(KERNEL_FORMATS.index("cxcywh"))
 XYXY = tl.constexpr(KERNEL_FORMATS.index("xyxy"))
 CXCYCZLWHR = tl.constexpr(KERNEL_FORMATS.index("cxcyczlwhr"))
 CORNERS3D = tl.constexpr(KERNEL_FORMATS.index("corners3d"))
-
-SHORTEST = tl.constexpr(MIN_AXIS_LENGTH)
-SOFT_LENGTH = tl.constexpr(SOFT_AXIS_LENGTH)
 
 SINE = tl.constexpr(tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(1, 10)))  # its series, after x
 COSINE = tl.constexpr(tuple((-1) ** k / math.factorial(2 * k) for k in range(1, 10)))  # after 1
@@ -81,11 +77,24 @@ class BoxVariant(NamedTuple):
     RESOLUTION: float
     GRAD: bool
     FORMAT: int
+    NUMBERS: int  # of a box
+    ROWS: int  # boxes of a lane
+    VECTORS: int  # of four, that their numbers fill
+    PACKED: bool  # whether rows of both sides follow each other
     DEGREES: bool
     CLOCKWISE: bool
     AXIS_WEIGHT: int
     AXIS_GRAD: bool
     BOUNDARY: bool
+
+
+class Source(NamedTuple):
+    """Where the boxes of one side are in memory."""
+
+    ptr: tl.tensor
+    stride_b: tl.tensor
+    stride_n: tl.tensor
+    stride_c: tl.tensor  # of the coordinates of a corner
 
 
 class Direction(NamedTuple):
@@ -149,77 +158,73 @@ class Row(NamedTuple):
 
 
 @triton.jit
-def _vector_offsets(block, vector: tl.constexpr, LANES: tl.constexpr, COUNT: tl.constexpr):
-    """Offsets of a lane's numbers 4 `vector` to 4 `vector` + 3 out of COUNT, (LANES, 4)."""
-    lanes = block.to(tl.int64) * LANES + tl.arange(0, LANES)
-    return lanes[:, None] * COUNT + 4 * vector + tl.arange(0, 4)[None, :]
+def _offsets(places, source, V: tl.constexpr):
+    """Where numbers are in memory, by their places among all numbers of the batch."""
+    if V.PACKED:
+        return places
+    rows = places // V.NUMBERS
+    number = places % V.NUMBERS
+    if V.FORMAT == CORNERS3D:
+        return rows * source.stride_b + (number // 3) * source.stride_n + (number % 3) * source.stride_c
+    else:
+        return rows * source.stride_b + number * source.stride_n
 
 
 @triton.jit
-def _load_vectors(
-    ptr, block, LANES: tl.constexpr, ROWS: tl.constexpr, NUMBERS: tl.constexpr, COMPUTE: tl.constexpr
-):
-    """The numbers of ROWS boxes a lane, one box after the other, where rows follow each other."""
+def _load(source, first, batch, V: tl.constexpr, COMPUTE: tl.constexpr):
+    """The numbers of a lane's boxes, one box after the other; 0 behind the batch."""
     numbers = ()
-    for vector in tl.static_range(ROWS * NUMBERS // 4):
-        four = tl.load(ptr + _vector_offsets(block, vector, LANES, ROWS * NUMBERS)).to(COMPUTE)
-        even, odd = tl.split(tl.reshape(four, (LANES, 2, 2)))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        numbers = numbers + (_tile(first), _tile(second), _tile(third), _tile(fourth))
+    end = tl.full((1,), V.NUMBERS, tl.int64) * batch
+    for vector in tl.static_range(V.VECTORS):
+        places = first[:, None] + 4 * vector + tl.arange(0, 4)[None, :]
+        four = tl.load(source.ptr + _offsets(places, source, V), mask=places < end, other=0.0).to(COMPUTE)
+        even, odd = tl.split(tl.reshape(four, (four.shape[0], 2, 2)))
+        number_0, number_2 = tl.split(even)
+        number_1, number_3 = tl.split(odd)
+        numbers = numbers + (number_0, number_1, number_2, number_3)
+    for number in tl.static_range(4 * V.VECTORS, V.ROWS * V.NUMBERS):
+        places = first + number
+        offsets = _offsets(places, source, V)
+        numbers = numbers + (tl.load(source.ptr + offsets, mask=places < end, other=0.0).to(COMPUTE),)
     return numbers
 
 
 @triton.jit
-def _store_vectors(ptr, numbers, block, LANES: tl.constexpr, ROWS: tl.constexpr, NUMBERS: tl.constexpr):
-    """The reverse."""
-    for vector in tl.static_range(ROWS * NUMBERS // 4):
-        even = tl.join(_line(numbers[4 * vector]), _line(numbers[4 * vector + 2]))
-        odd = tl.join(_line(numbers[4 * vector + 1]), _line(numbers[4 * vector + 3]))
-        four = tl.reshape(tl.join(even, odd), (LANES, 4))
-        tl.store(ptr + _vector_offsets(block, vector, LANES, ROWS * NUMBERS), four)
-
-
-@triton.jit
-def _load_numbers(
-    ptr, block, stride_b, stride_n, stride_c, batch,
-    LANES: tl.constexpr, ROWS: tl.constexpr, NUMBERS: tl.constexpr, INNER: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """The same of rows anywhere, one by one; 0 behind the batch. Numbers are INNER to a corner."""
+def _load_whole(source, first, V: tl.constexpr, COMPUTE: tl.constexpr):
+    """The same where all are in the batch and packed, so that four numbers are one access."""
     numbers = ()
-    for row in tl.static_range(ROWS):
-        rows, inside = _rows(block, row, batch, LANES, ROWS)
-        first = rows * stride_b
-        for number in tl.static_range(NUMBERS):
-            offsets = first + (number // INNER) * stride_n + (number % INNER) * stride_c
-            numbers = numbers + (tl.load(ptr + offsets, mask=inside, other=0.0).to(COMPUTE),)
+    for vector in tl.static_range(V.VECTORS):
+        four = tl.load(source.ptr + first[:, None] + 4 * vector + tl.arange(0, 4)[None, :]).to(COMPUTE)
+        even, odd = tl.split(tl.reshape(four, (four.shape[0], 2, 2)))
+        number_0, number_2 = tl.split(even)
+        number_1, number_3 = tl.split(odd)
+        numbers = numbers + (number_0, number_1, number_2, number_3)
     return numbers
 
 
 @triton.jit
-def _store_numbers(ptr, numbers, block, batch, LANES: tl.constexpr, ROWS: tl.constexpr, NUMBERS: tl.constexpr):
-    """One by one, in rows that follow each other."""
-    for row in tl.static_range(ROWS):
-        rows, inside = _rows(block, row, batch, LANES, ROWS)
-        for number in tl.static_range(NUMBERS):
-            tl.store(ptr + rows * NUMBERS + number, numbers[row * NUMBERS + number], mask=inside)
+def _store(ptr, first, numbers, batch, whole, V: tl.constexpr):
+    """The reverse, packed."""
+    end = tl.full((1,), V.NUMBERS, tl.int64) * batch
+    for vector in tl.static_range(V.VECTORS):
+        even = tl.join(numbers[4 * vector], numbers[4 * vector + 2])
+        odd = tl.join(numbers[4 * vector + 1], numbers[4 * vector + 3])
+        four = tl.reshape(tl.join(even, odd), (first.shape[0], 4))
+        places = first[:, None] + 4 * vector + tl.arange(0, 4)[None, :]
+        if V.NUMBERS % 4 != 0 and whole:
+            tl.store(ptr + places, four)
+        else:
+            tl.store(ptr + places, four, mask=places < end)
+    for number in tl.static_range(4 * V.VECTORS, V.ROWS * V.NUMBERS):
+        tl.store(ptr + first + number, numbers[number], mask=first + number < end)
 
 
 @triton.jit
-def _line(tile):
-    return tl.reshape(tile, (tile.shape[0],))
-
-
-@triton.jit
-def _tile(values):
-    return values[:, None, None]
-
-
-@triton.jit
-def _rows(block, row: tl.constexpr, batch, LANES: tl.constexpr, ROWS: tl.constexpr):
-    """The number of a lane's box, and whether it is in the batch."""
-    rows = (block.to(tl.int64) * LANES + tl.arange(0, LANES)[:, None, None]) * ROWS + row
-    return rows, rows < batch
+def _one_row(numbers, row: tl.constexpr, V: tl.constexpr):
+    new = ()
+    for number in tl.static_range(V.NUMBERS):
+        new = new + (numbers[row * V.NUMBERS + number],)
+    return new
 
 
 # Angles
@@ -290,7 +295,7 @@ def _far_quarters(angle, DEGREES: tl.constexpr):
 
 @triton.jit
 def _directions(angles, DEGREES: tl.constexpr):
-    """The directions of many boxes. Only where one of their angles is huge the program takes the long way."""
+    """The directions of boxes. Only where one of the program's angles is huge it takes the long way."""
     IS_64: tl.constexpr = angles[0].dtype == tl.float64
     if DEGREES:
         HUGE: tl.constexpr = 2.0**56 if IS_64 else 2.0**26
@@ -308,8 +313,8 @@ def _directions(angles, DEGREES: tl.constexpr):
         far_odd = ()
         far_rest = ()
         for each in tl.static_range(len(angles)):
-            direction = _far_quarters(angles[each], DEGREES)
             is_huge = tl.abs(angles[each]) >= HUGE
+            direction = _far_quarters(angles[each], DEGREES)
             far_odd = far_odd + (tl.where(is_huge, direction.is_odd, is_odd[each]),)
             far_rest = far_rest + (tl.where(is_huge, direction.rest, rest[each]),)
         is_odd = far_odd
@@ -373,7 +378,7 @@ def _weights(x, y, z, extent, V: tl.constexpr):
     if V.AXIS_WEIGHT == UNIFORM:
         floor = tl.maximum(floor, extent * tl.full(extent.shape, SHORTEST, extent.dtype))
     if V.AXIS_WEIGHT == SOFT:
-        per_unit = 1.0 / (tl.maximum(extent, floor) * tl.full(extent.shape, SOFT_LENGTH, extent.dtype))
+        per_unit = 1.0 / (tl.maximum(extent, floor) * tl.full(extent.shape, SOFT_UNIT, extent.dtype))
     x, y = 2.0 * x, 2.0 * y
     is_x, is_y = x > floor, y > floor
     x, y = tl.where(is_x, x, 0.0), tl.where(is_y, y, 0.0)
@@ -668,32 +673,6 @@ def _corners_row(pred, target, V: tl.constexpr):
     return Row(0.5 * total / weights + poison, 0.5 / weights + poison, scale, derivatives)
 
 
-@triton.jit
-def _row(
-    pred, target, is_odd, rest, row: tl.constexpr, NUMBERS: tl.constexpr, boundary_weight, V: tl.constexpr
-):
-    """One of the pairs of a lane."""
-    own = ()
-    other = ()
-    for number in tl.static_range(NUMBERS):
-        own = own + (pred[row * NUMBERS + number],)
-        other = other + (target[row * NUMBERS + number],)
-    if V.FORMAT == CORNERS3D:
-        return _corners_row(own, other, V)
-    elif V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR:
-        own_direction = Direction(is_odd[2 * row], rest[2 * row])
-        other_direction = Direction(is_odd[2 * row + 1], rest[2 * row + 1])
-        return _box_row(own, other, own_direction, other_direction, boundary_weight, V)
-    else:
-        return _box_row(own, other, None, None, boundary_weight, V)
-
-
-@triton.jit
-def _unscaled(pair, number: tl.constexpr, factor, IS_ANGLE: tl.constexpr):
-    derivative = pair.gradient[number] * factor
-    return derivative if IS_ANGLE else derivative * pair.scale
-
-
 @triton.jit(
     do_not_specialize=[
         "pred_stride_b",
@@ -734,52 +713,66 @@ def box_kernel(
     AXIS_WEIGHT: tl.constexpr,
     AXIS_GRAD: tl.constexpr,
     BOUNDARY: tl.constexpr,
-    PACKED: tl.constexpr,  # rows follow each other, and the first is aligned
+    PACKED: tl.constexpr,  # rows of both sides follow each other
     LANES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Per-sample loss, or its weighted sum over `divisor`, and the gradient of that to `pred`."""
+    NUMBERS: tl.constexpr = (5, 4, 4, 7, 24)[FORMAT]
     V: tl.constexpr = BoxVariant(
         TINY=2.0**-800 if COMPUTE == tl.float64 else 2.0**-96,
         RESOLUTION=2.0**-48 if COMPUTE == tl.float64 else 2.0**-20,
         GRAD=GRAD,
         FORMAT=FORMAT,
+        NUMBERS=NUMBERS,
+        ROWS=ROWS,
+        VECTORS=0 if ROWS * NUMBERS % 4 else ROWS * NUMBERS // 4,
+        PACKED=PACKED,
         DEGREES=DEGREES,
         CLOCKWISE=CLOCKWISE,
         AXIS_WEIGHT=AXIS_WEIGHT,
         AXIS_GRAD=AXIS_GRAD,
         BOUNDARY=BOUNDARY,
     )
-    NUMBERS: tl.constexpr = (5, 4, 4, 7, 24)[FORMAT]
-    INNER: tl.constexpr = 3 if FORMAT == CORNERS3D else 1
     HAS_ANGLE: tl.constexpr = FORMAT == CXCYWHR or FORMAT == CXCYCZLWHR
-    divide_by = tl.full((1, 1, 1), divisor, COMPUTE)
-    reduced = tl.zeros((LANES, 1, 1), COMPUTE)
+    pred_source = Source(pred_ptr, pred_stride_b, pred_stride_n, pred_stride_c)
+    target_source = Source(target_ptr, target_stride_b, target_stride_n, target_stride_c)
+    divide_by = tl.full((LANES,), divisor, COMPUTE)
+    reduced = tl.zeros((LANES,), COMPUTE)
     for block in range(tl.program_id(0), tl.cdiv(batch, LANES * ROWS), tl.num_programs(0)):
-        whole = batch - block * (LANES * ROWS) >= LANES * ROWS
-        if PACKED and whole:
-            pred = _load_vectors(pred_ptr, block, LANES, ROWS, NUMBERS, COMPUTE)
-            target = _load_vectors(target_ptr, block, LANES, ROWS, NUMBERS, COMPUTE)
+        lanes = (block * LANES + tl.arange(0, LANES)).to(tl.int64)
+        first = lanes * (ROWS * NUMBERS)
+        # Where a box fills vectors, the end of the batch is also that of a vector, which the compiler sees.
+        whole = (block + 1) * (LANES * ROWS) <= batch
+        if PACKED and V.VECTORS > 0 and NUMBERS % 4 != 0 and whole:
+            pred = _load_whole(pred_source, first, V, COMPUTE)
+            target = _load_whole(target_source, first, V, COMPUTE)
         else:
-            pred = _load_numbers(
-                pred_ptr, block, pred_stride_b, pred_stride_n, pred_stride_c, batch,
-                LANES, ROWS, NUMBERS, INNER, COMPUTE,
-            )  # fmt: skip
-            target = _load_numbers(
-                target_ptr, block, target_stride_b, target_stride_n, target_stride_c, batch,
-                LANES, ROWS, NUMBERS, INNER, COMPUTE,
-            )  # fmt: skip
+            pred = _load(pred_source, first, batch, V, COMPUTE)
+            target = _load(target_source, first, batch, V, COMPUTE)
         is_odd = ()
         rest = ()
         if HAS_ANGLE:
             angles = ()
             for row in tl.static_range(ROWS):
-                angles = angles + (pred[row * NUMBERS + NUMBERS - 1], target[row * NUMBERS + NUMBERS - 1])
+                own_angle, other_angle = pred[(row + 1) * NUMBERS - 1], target[(row + 1) * NUMBERS - 1]
+                if not CLOCKWISE:
+                    own_angle, other_angle = minus(own_angle), minus(other_angle)
+                angles = angles + (own_angle, other_angle)
             is_odd, rest = _directions(angles, DEGREES)
         gradient = ()
         for row in tl.static_range(ROWS):
-            pair = _row(pred, target, is_odd, rest, row, NUMBERS, boundary_weight, V)
-            rows, inside = _rows(block, row, batch, LANES, ROWS)
+            own, other = _one_row(pred, row, V), _one_row(target, row, V)
+            if FORMAT == CORNERS3D:
+                pair = _corners_row(own, other, V)
+            elif HAS_ANGLE:
+                own_direction = Direction(is_odd[2 * row], rest[2 * row])
+                other_direction = Direction(is_odd[2 * row + 1], rest[2 * row + 1])
+                pair = _box_row(own, other, own_direction, other_direction, boundary_weight, V)
+            else:
+                pair = _box_row(own, other, None, None, boundary_weight, V)
+            rows = lanes * ROWS + row
+            inside = rows < batch
             loss = pair.loss
             factor = pair.factor / divide_by
             if weight_ptr is not None:
@@ -792,12 +785,12 @@ def box_kernel(
                 tl.store(loss_ptr + rows, loss, mask=inside)
             if GRAD:
                 for number in tl.static_range(NUMBERS):
-                    gradient = gradient + (saturate(_unscaled(pair, number, factor, HAS_ANGLE and number == NUMBERS - 1)),)
+                    derivative = pair.gradient[number] * factor
+                    if not (HAS_ANGLE and number == NUMBERS - 1):
+                        derivative *= pair.scale
+                    gradient = gradient + (saturate(derivative),)
         if GRAD:
-            if PACKED and whole:
-                _store_vectors(grad_ptr, gradient, block, LANES, ROWS, NUMBERS)
-            else:
-                _store_numbers(grad_ptr, gradient, block, batch, LANES, ROWS, NUMBERS)
+            _store(grad_ptr, first, gradient, batch, whole, V)
 
     if REDUCE:
         reduce_programs(loss_ptr, partial_ptr, counter_ptr, reduced, divisor, COMPUTE)

@@ -1,16 +1,15 @@
-"""Where NaN and Inf are: in one tensor, in a model or checkpoint, and in what goes through the loss."""
+"""Find NaN and Inf: in one tensor, in a model or checkpoint, and in what goes through the loss."""
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from triton_mgiou import debugging
 
 SHOWN = 3  # indices in a message
 
@@ -116,7 +115,7 @@ def find_nonfinite(model_or_state_dict: object) -> list[NonFinite]:
 
 def named_tensors(nested: object) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a nesting of modules and containers, each container once, with the path to each."""
-    seen: dict[int, object] = {}  # holds them, lest an id be given again
+    seen: dict[int, object] = {}  # holds them, so that no id is given to another
     waiting: list[tuple[str, object]] = [("", nested)]
     while waiting:  # no recursion: a file can nest as deeply as it likes, and in circles
         path, value = waiting.pop()
@@ -167,25 +166,6 @@ def describe(tensor: Tensor, name: str, mask: Tensor | None = None) -> NonFinite
     )
 
 
-class Switch:
-    """Whether the loss checks itself; `mgiou_loss` reads it on every call."""
-
-    def __init__(self) -> None:
-        self.on = False
-        self.check: Callable[[Callable[..., Tensor], dict[str, Any]], Tensor] = _checked_loss
-
-    def turn(self, on: bool) -> None:
-        """Turn the checks on or off, for all threads."""
-        if on and self.check is _checked_loss:
-            # torch.compile must not trace what reads values on the host; the import of the compiler takes a second.
-            self.check = torch.compiler.disable(_checked_loss)  # type: ignore[no-untyped-call]
-        self.on = on
-
-
-class _Thread(threading.local):
-    inside = False  # a check, which calls the loss again
-
-
 @contextmanager
 def debug(enabled: bool = True) -> Iterator[None]:
     """Check all calls of `mgiou_loss` in a `with` block, as `TRITON_MGIOU_DEBUG=1` does in the whole process.
@@ -203,79 +183,14 @@ def debug(enabled: bool = True) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    before = switch.on
-    switch.turn(enabled)
+    before = debugging.on
+    debugging.on = enabled
     try:
         yield
     finally:
-        switch.turn(before)
+        debugging.on = before
 
 
 def debug_enabled() -> bool:
     """Whether calls of `mgiou_loss` are checked, see `debug`."""
-    return switch.on
-
-
-def _checked_loss(loss_function: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
-    """The loss, with its input, output and gradients checked."""
-    arguments = dict(arguments)
-    transformed = torch._C._are_functorch_transforms_active()
-    if torch.is_grad_enabled() and not transformed:
-        for side in ("pred", "target"):
-            tensor = arguments[side]
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                arguments[side] = tensor.view_as(tensor)  # gets the loss's gradient only, not the sum over all uses
-    thread.inside = True
-    try:
-        loss = loss_function(**arguments)  # first, because it knows what is wrong with an argument's type or shape
-    finally:
-        thread.inside = False
-    if transformed:
-        return loss
-    for side in ("pred", "target"):
-        check_finite(arguments[side], side, "mgiou_loss, input", mask=_real(arguments, side))
-    for name in ("weight", "avg_factor"):
-        if isinstance(arguments[name], Tensor):
-            check_finite(arguments[name], name, "mgiou_loss, input")
-    check_finite(loss, "loss", "mgiou_loss, output")
-    if loss.requires_grad:
-        _check_gradients(loss, {side: arguments[side] for side in ("pred", "target")})
-    return loss
-
-
-def _real(arguments: dict[str, Any], side: str) -> Tensor | None:
-    """Which vertices are real, shape (B, N, 1), or None for all."""
-    mask: Tensor | None = arguments[f"{side}_mask"]
-    lengths: Tensor | None = arguments[f"{side}_lengths"]
-    if lengths is not None:
-        mask = torch.arange(arguments[side].shape[1], device=lengths.device) < lengths.unsqueeze(1)
-    return None if mask is None else mask.unsqueeze(2)
-
-
-def _check_gradients(loss: Tensor, inputs: dict[str, Tensor]) -> None:
-    upstream = 0.0
-
-    def check_upstream(gradient: Tensor) -> None:
-        nonlocal upstream
-        check_finite(gradient, "gradient of the loss", "mgiou_loss, backward, from what uses the loss")
-        upstream = gradient.abs().max().item() if gradient.numel() else 0.0
-
-    def check_input(name: str) -> Callable[[Tensor], None]:
-        place = "mgiou_loss, backward, with up to {:.6g} from above"
-        return lambda gradient: check_finite(gradient, f"gradient of {name}", place.format(upstream))
-
-    loss.register_hook(check_upstream)  # type: ignore[no-untyped-call]
-    for name, tensor in inputs.items():
-        if tensor.requires_grad:
-            tensor.register_hook(check_input(name))  # type: ignore[no-untyped-call]
-
-
-def _from_environment(value: str) -> bool:
-    if value not in {"", "0", "1"}:
-        raise ValueError(f"TRITON_MGIOU_DEBUG must be 0 or 1, got {value!r}")
-    return value == "1"
-
-
-thread = _Thread()
-switch = Switch()
-switch.turn(_from_environment(os.environ.get("TRITON_MGIOU_DEBUG", "")))
+    return debugging.on

@@ -1,7 +1,11 @@
-"""Size buckets, how the kernel lays out each of them, and which other layouts are worth measuring."""
+"""Size buckets, how the kernels lay out each of them, and which other layouts are worth measuring.
+
+A layout of any kernel is a `NamedTuple` of integers with the methods of `Layout`.
+"""
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -12,7 +16,7 @@ MAX_WARPS = 8
 
 
 class Layout(NamedTuple):
-    """Compile-time sizes of the kernel (see `kernels/mgiou.py`), warps, and the limit on registers of a thread."""
+    """How the kernel of polygons works on a batch: compile-time sizes, warps, and the most registers of a thread."""
 
     polygons: int
     axes: int
@@ -22,33 +26,23 @@ class Layout(NamedTuple):
     num_warps: int
     registers: int
 
+    def programs(self, batch: int) -> int:
+        """How many programs a launch has."""
+        return min(-(-batch // self.polygons), MAX_PROGRAMS)
+
     def sizes(self) -> dict[str, int]:
-        """The kernel's arguments."""
+        """The kernel's last compile-time arguments."""
         return {name.upper(): size for name, size in zip(self._fields, self[:5], strict=False)}
 
     def options(self) -> dict[str, Any]:
-        """Compiler options. What is fused the source says: a result's bits do not depend on how a variant compiles."""
+        """Compiler options.
+
+        The source says which operations are fused, so that a result's bits do not depend on how a variant compiles.
+        """
         return {"num_warps": self.num_warps, "maxnreg": self.registers, "enable_fp_fusion": False}
 
 
-class Case(NamedTuple):
-    """What one choice of a layout is for."""
-
-    pred_bucket: int
-    target_bucket: int
-    large_batch: bool
-    flags: str  # types and compile-time flags of the kernel, as text
-
-    @property
-    def batch(self) -> str:
-        """The batch sizes that it is for."""
-        return f"{'>=' if self.large_batch else '<'} {LARGE // max(self.pred_bucket, self.target_bucket)}"
-
-    def __str__(self) -> str:
-        return f"vertices {self.pred_bucket} {self.target_bucket}, batch {self.batch}, {self.flags}"
-
-
-class Space(NamedTuple):
+class SearchSpace(NamedTuple):
     """Layouts to measure: the product of these."""
 
     slots: tuple[int, ...]  # vertices a lane
@@ -63,16 +57,16 @@ class Space(NamedTuple):
 # most, several axes at a time in large batches, and few slots there. The number of stages is not here either: it
 # pipelines only loads that feed a matrix product, and changes nothing.
 SEARCH = {
-    (4, False): Space((4,), (1, 4), (1,), (1, 2), (168,)),
-    (4, True): Space((4,), (1,), (1, 2), (1, 4), (128, 168)),
-    (8, False): Space((4, 8), (2, 4, 8), (1,), (1,), (168,)),
-    (8, True): Space((4, 8), (1,), (1, 2), (1,), (128, 168)),
-    (16, False): Space((4, 8), (2, 4, 8), (1,), (1,), (168,)),
-    (16, True): Space((4, 8), (1,), (2, 4), (1,), (168, 255)),
-    (32, False): Space((4, 8), (2, 4, 8), (1,), (1,), (168,)),
-    (32, True): Space((4, 8), (1,), (1, 2), (1,), (168, 255)),
-    (64, False): Space((4, 8), (2, 4), (1,), (1, 2), (168,)),
-    (64, True): Space((4, 8), (1,), (1, 2), (1,), (168, 255)),
+    (4, False): SearchSpace((4,), (1, 4), (1,), (1, 2), (168,)),
+    (4, True): SearchSpace((4,), (1,), (1, 2), (1, 4), (128, 168)),
+    (8, False): SearchSpace((4, 8), (2, 4, 8), (1,), (1,), (168,)),
+    (8, True): SearchSpace((4, 8), (1,), (1, 2), (1,), (128, 168)),
+    (16, False): SearchSpace((4, 8), (2, 4, 8), (1,), (1,), (168,)),
+    (16, True): SearchSpace((4, 8), (1,), (2, 4), (1,), (168, 255)),
+    (32, False): SearchSpace((4, 8), (2, 4, 8), (1,), (1,), (168,)),
+    (32, True): SearchSpace((4, 8), (1,), (1, 2), (1,), (168, 255)),
+    (64, False): SearchSpace((4, 8), (2, 4), (1,), (1, 2), (168,)),
+    (64, True): SearchSpace((4, 8), (1,), (1, 2), (1,), (168, 255)),
 }
 
 
@@ -107,18 +101,20 @@ def layout(pred_bucket: int, target_bucket: int, large_batch: bool) -> Layout:
     return _layout(pred_bucket, target_bucket, SLOTS, axes, elements, warps, registers)
 
 
-def candidates(case: Case) -> list[Layout]:
-    """The layouts to measure for a case, that without measurement first. Where the table has no row it is alone."""
-    larger = max(case.pred_bucket, case.target_bucket)
-    default = layout(case.pred_bucket, case.target_bucket, case.large_batch)
-    space = SEARCH.get((larger, case.large_batch), Space((), (), (), (), ()))
+def batches(pred_bucket: int, target_bucket: int, large_batch: bool) -> str:
+    """The batch sizes that a layout is for, in words."""
+    return f"{'>=' if large_batch else '<'} {LARGE // max(pred_bucket, target_bucket)}"
+
+
+def candidates(pred_bucket: int, target_bucket: int, large_batch: bool) -> list[Layout]:
+    """The layouts to measure, the one to use without measurement first; that alone where the table has no row."""
+    default = layout(pred_bucket, target_bucket, large_batch)
+    space = SEARCH.get((max(pred_bucket, target_bucket), large_batch))
+    if space is None:
+        return [default]
     found = [
-        _layout(case.pred_bucket, case.target_bucket, slots, axes, elements, warps, registers)
-        for slots in space.slots
-        for axes in space.axes
-        for elements in space.elements
-        for warps in space.warps
-        for registers in space.registers
+        _layout(pred_bucket, target_bucket, slots, axes, elements, warps, registers)
+        for slots, axes, elements, warps, registers in itertools.product(*space)
     ]
     return list(dict.fromkeys([default, *found]))
 
@@ -141,3 +137,50 @@ def _layout(
 
 def _slots(pred_bucket: int, target_bucket: int, lanes: int) -> tuple[int, int]:
     return max(1, pred_bucket // lanes), max(1, target_bucket // lanes)
+
+
+# Boxes
+
+LARGE_BOXES = 2**17  # from here on a lane of the kernel of boxes takes several
+
+
+class BoxLayout(NamedTuple):
+    """How the kernel of boxes works on a batch: lanes of a program, boxes of a lane, warps, and registers of a thread."""
+
+    lanes: int
+    rows: int
+    num_warps: int
+    registers: int
+
+    def programs(self, batch: int) -> int:
+        """How many programs a launch has."""
+        return min(-(-batch // (self.lanes * self.rows)), MAX_PROGRAMS)
+
+    def sizes(self) -> dict[str, int]:
+        """The kernel's last compile-time arguments."""
+        return {"LANES": self.lanes, "ROWS": self.rows}
+
+    def options(self) -> dict[str, Any]:
+        """Compiler options, as those of `Layout`."""
+        return {"num_warps": self.num_warps, "maxnreg": self.registers, "enable_fp_fusion": False}
+
+
+AnyLayout = Layout | BoxLayout
+
+
+def box_candidates(numbers: int, large_batch: bool) -> list[AnyLayout]:
+    """The layouts to measure for boxes of so many numbers, the one to use without measurement first.
+
+    The numbers of a lane's boxes fill vectors of four where the batch is large. How many boxes that takes does not
+    depend on the layout, so that the sum over a batch has the same bits whatever strides its boxes have.
+    """
+    rows = 4 if large_batch and numbers % 4 else 1
+    registers = 255 if numbers == 24 else 168
+    return [BoxLayout(32 * warps, rows, warps, registers) for warps in (4, 1, 2)]
+
+
+def box_interpreter_layout(numbers: int, batch: int) -> BoxLayout:
+    """A layout for Triton's interpreter: one program, unless there are many boxes."""
+    rows = 4 if batch >= 128 and numbers % 4 else 1
+    lanes = min(128, 1 << (-(-batch // rows) - 1).bit_length())
+    return BoxLayout(lanes, rows, 1, 255)

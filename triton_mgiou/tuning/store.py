@@ -1,4 +1,4 @@
-"""Tuned configurations on disk: one readable file for each chip and version of Triton, shared by processes."""
+"""Tuned layouts on disk: one readable file for each chip and version of Triton, shared by processes."""
 
 from __future__ import annotations
 
@@ -8,24 +8,66 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from triton_mgiou.tuning import layouts
+import torch
+
+from triton_mgiou.tuning.layouts import AnyLayout
 
 FORMAT = "triton-mgiou tuning 1"
 LOCK_SECONDS = 300.0  # longer than tuning takes; a process that dies releases its lock at once
 
 
 class Entry(NamedTuple):
-    """A layout, what it takes, and what the layout without measurement takes, in microseconds."""
+    """The fields of a layout, what it takes, and what the default layout takes, in microseconds."""
 
-    layout: layouts.Layout
+    layout: dict[str, int]
     us: float | None  # None where nothing was measured: no other layout fits
     default_us: float | None
+
+
+def chosen_layout(case: str, candidates: Sequence[AnyLayout], device: int) -> AnyLayout:
+    """The layout that the user's cache has for a case, or the first candidate.
+
+    Args:
+        case: What the cache calls it.
+        candidates: The layouts that are known to be right, the default first.
+        device: The GPU's index; -1 for the CPU, which has no cache.
+    """
+    chip = chip_name(device)
+    entry = None if chip is None else tuning_cache(chip).get(case)
+    if chip is None or entry is None:
+        return candidates[0]
+    for layout in candidates:
+        if layout._asdict() == entry.layout:
+            return layout
+    warnings.warn(
+        f"{tuning_cache(chip).path} has a layout for {case} that this version does not know, the default is used: "
+        f"expected one of {candidates}, got {entry.layout}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return candidates[0]
+
+
+def chip_name(device: int) -> str | None:
+    """Name and compute capability of a GPU, None for the CPU."""
+    if device < 0:
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name} sm{properties.major}{properties.minor}"
+
+
+@cache
+def tuning_cache(chip: str) -> TuningCache:
+    """The cache of a chip, read once in a process."""
+    import triton  # noqa: PLC0415 - not everywhere, and slow
+
+    return TuningCache(chip, triton.__version__)
 
 
 def directory() -> Path:
@@ -48,9 +90,9 @@ def directory() -> Path:
 
 @cache
 def source_hash() -> str:
-    """Of the kernels and of what a layout means; another hash, another configuration."""
+    """The hash of the kernels, their constants and what a layout means: entries are only for the same."""
     package = Path(__file__).parents[1]
-    sources = [package / "tuning" / "layouts.py", *sorted((package / "kernels").glob("*.py"))]
+    sources = [package / "options.py", package / "tuning" / "layouts.py", *sorted((package / "kernels").glob("*.py"))]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
@@ -80,17 +122,29 @@ class TuningCache:
         """The entry, from memory: the file was read once."""
         return self._entries.get(key)
 
-    def get_or_make(self, key: str, make: Callable[[], Entry]) -> Entry:
-        """The entry from memory or from the file, or a new one: of all processes that ask, one makes it."""
-        if key in self._entries:
-            return self._entries[key]
+    def get_or_make(self, key: str, make: Callable[[], Entry]) -> tuple[bool, Entry]:
+        """Whether the entry was made, and the entry: of all processes that ask, one makes it."""
         with self._locked() as locked:
             content = self._read_or_set_aside() if locked else None
-            if key not in self._entries:
+            made = key not in self._entries
+            if made:
                 self._entries[key] = make()
                 if content is not None:
                     self._write(content)
-            return self._entries[key]
+            return made, self._entries[key]
+
+    def put(self, key: str, entry: Entry | None) -> None:
+        """Replace an entry in memory and in the file; with None, in memory only."""
+        if entry == self._entries.get(key):
+            return
+        if entry is None:
+            del self._entries[key]
+            return
+        with self._locked() as locked:
+            content = self._read_or_set_aside() if locked else None
+            self._entries[key] = entry
+            if content is not None:
+                self._write(content)
 
     def entries(self) -> dict[str, Entry]:
         """All entries for the kernels as they are."""
@@ -98,7 +152,7 @@ class TuningCache:
 
     @contextmanager
     def _locked(self) -> Iterator[bool]:
-        """Whether the file is ours alone; if not, memory has to do."""
+        """Lock the file for this process; False where that fails, and entries then stay in memory."""
         from filelock import FileLock, Timeout  # noqa: PLC0415 - rarely needed
 
         lock = None
@@ -131,7 +185,7 @@ class TuningCache:
         except OSError as error:
             self._warn(error)
             return None
-        text = f"{self.path} is not a tuning cache ({reason}): it is kept as {aside} and built anew"
+        text = f"{self.path} is not a tuning cache ({reason}): it is kept as {aside}, and a new one takes its place"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
         return {}
 
@@ -154,7 +208,7 @@ class TuningCache:
         """Replace the file at once. A process that dies on the way leaves the file as it was."""
         assert self.path is not None
         ours = {
-            key: entry.layout._asdict() | {"us": entry.us, "default_us": entry.default_us}
+            key: entry.layout | {"us": entry.us, "default_us": entry.default_us}
             for key, entry in sorted(self._entries.items())
         }
         configurations = content.get("configurations", {}) | {source_hash(): ours}
@@ -173,7 +227,11 @@ class TuningCache:
         if not self._warned:
             self._warned = True
             place = "The tuning cache" if self.path is None else str(self.path)
-            warnings.warn(f"{place} cannot be used, memory has to do: {error}", RuntimeWarning, stacklevel=3)
+            warnings.warn(
+                f"{place} cannot be used, so tuned layouts last only for this process: {error}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 def describe() -> list[str]:
@@ -207,9 +265,9 @@ class _DamagedError(Exception):
 
 
 def _entry(fields: dict[str, Any]) -> Entry:
-    sizes = {name: fields[name] for name in layouts.Layout._fields}
+    sizes = dict(fields)
+    times = [None if time is None else float(time) for time in (sizes.pop("us"), sizes.pop("default_us"))]
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be an integer of 1 or above, got {value!r}")
-    times = [fields[name] if fields[name] is None else float(fields[name]) for name in ("us", "default_us")]
-    return Entry(layouts.Layout(**sizes), *times)
+    return Entry(sizes, *times)

@@ -1,23 +1,26 @@
-"""What to do before the first step: compile and tune what it will need, and see what runs where."""
+"""`warmup`: compile and tune what training will need, before the first step."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import inspect
 import itertools
 import math
 import operator
-import platform
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import triton_mgiou
-from triton_mgiou.functional import kernels_unavailable, mgiou_loss
+from triton_mgiou.functional import kernel_reduction, kernels_unavailable, mgiou_loss
+from triton_mgiou.options import Options, Reduction
 from triton_mgiou.tuning import layouts, store
+from triton_mgiou.tuning.store import Entry
+
+if TYPE_CHECKING:
+    from triton_mgiou.launch import Plan
+
+LEAST_BATCH = 512  # to measure with
 
 _OPTIONS = [name for name in inspect.signature(mgiou_loss).parameters if name not in ("pred", "target", "backend")]
 _TENSORS = {
@@ -89,23 +92,128 @@ def warmup(
         raise RuntimeError(f"warmup cannot run: {reason}; expected a GPU that can")
     from tqdm import tqdm  # noqa: PLC0415 - not with the package
 
-    from triton_mgiou import ops  # noqa: PLC0415 - needs Triton
+    from triton_mgiou import launch  # noqa: PLC0415 - needs Triton
+
+    variants = [
+        _Variant(dtype, size, batch, gradient, device, given)
+        for dtype, size, batch, gradient in itertools.product(types, sizes, batches, (True, False))
+    ]
+    results: dict[str, WarmupResult] = {}
+    launch.forget_plans()  # their layouts may have been looked up before they were tuned
+    for variant in tqdm(variants, desc="warm-up", unit="variant", disable=None):
+        case, result = _tune(variant, measuring=tune)
+        results.setdefault(case, result)
+        counts = [range(max(3, n - 2), n + 1) for n in map(layouts.bucket, variant.size)]
+        for size in (variant.size, *itertools.product(*counts)):  # odd, even, and full rows are different kernels
+            variant._replace(size=size).training_step()
+    return list(results.values())
+
+
+class _Variant(NamedTuple):
+    """What one variant of the kernel is for."""
+
+    dtype: tuple[torch.dtype, ...]
+    size: tuple[int, ...]
+    batch: int
+    gradient: bool
+    device: torch.device
+    options: Mapping[str, Any]
+
+    def inputs(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Some star-shaped polygons, and the options with their tensors."""
+        pred, target = (
+            _polygons(self.batch, n, self.device, seed).to(dtype)
+            for seed, (n, dtype) in enumerate(zip(self.size, self.dtype, strict=True))
+        )
+        options = dict(self.options)
+        for name, usual in _TENSORS.items():
+            kind = options.pop(name, False)
+            if kind is not False:
+                vertices = self.size[name.startswith("target")]
+                shape = (self.batch, vertices) if name.endswith("mask") else (self.batch,)
+                value = vertices if name.endswith("lengths") else 1
+                dtype = usual if kind is True else kind
+                options[name] = torch.full(shape, value, dtype=dtype, device=self.device)
+        return pred, target, options
+
+    def training_step(self) -> None:
+        """Compute the loss, and its gradient if asked for."""
+        pred, target, options = self.inputs()
+        with torch.enable_grad():
+            loss = mgiou_loss(pred.requires_grad_(self.gradient), target, backend="triton", **options)
+            if self.gradient:
+                loss.sum().backward()  # type: ignore[no-untyped-call]
+
+    def prepare(self) -> tuple[Plan, tuple[Any, ...], list[Tensor]]:
+        """What a launch on this input is: plan, arguments and outputs."""
+        from triton_mgiou import launch  # noqa: PLC0415 - needs Triton
+
+        pred, target, given = self.inputs()
+        real = [given.pop(f"{side}_lengths", given.pop(f"{side}_mask", None)) for side in ("pred", "target")]
+        weight, reduction, avg_factor = (given.pop(name, None) for name in ("weight", "reduction", "avg_factor"))
+        inside = kernel_reduction(pred, target, weight, reduction or "mean", avg_factor)
+        call = launch.PolygonCall(real[0], real[1], inside or Reduction(None, True, None), Options(**given))
+        plan, arguments, loss, grad = launch.prepare_polygons(pred, target, call, self.gradient, stream=0)
+        return plan, arguments, [loss] if grad is None else [loss, grad]
+
+
+def _tune(variant: _Variant, measuring: bool) -> tuple[str, WarmupResult]:
+    """Find the layout of a variant, which the next launch will look up; what it is for, and the result."""
+    from triton_mgiou import launch  # noqa: PLC0415 - needs Triton
     from triton_mgiou.tuning import measure  # noqa: PLC0415 - needs Triton
 
-    variants = list(itertools.product(types, sizes, batches, (True, False)))
-    results: dict[Any, WarmupResult] = {}
-    ops.forget_plans()  # what was planned before may have been chosen without tuning
-    with tqdm(variants, desc="warm-up", unit="variant", disable=None) as progress:
-        for dtype, size, batch, gradient in progress:
-            with measure.requested(tune) as decisions:
-                _training_step(size, dtype, batch, gradient, device, given)
-            for decision in decisions:
-                results.setdefault(decision.case, _result(decision, dtype, gradient))
-            with measure.requested(tune=False):  # rows that are odd, even, and full are different kernels
-                counts = [range(max(3, n - 2), n + 1) for n in map(layouts.bucket, size)]
-                for other in itertools.product(*counts):
-                    _training_step(other, dtype, batch, gradient, device, given)
-    return list(results.values())
+    batch = max(variant.batch, LEAST_BATCH)
+    plan, arguments, outputs = variant._replace(batch=batch).prepare()
+    chip = store.chip_name(outputs[0].get_device())
+    source: str = "default"
+    entry: Entry | None = None
+    if chip is not None:
+        cache = store.tuning_cache(chip)
+
+        def find() -> tuple[str, Entry | None]:
+            found = cache.get(plan.case)
+            if found is not None:
+                return "cache", found
+            if not measuring or len(plan.candidates) == 1:
+                return "default", None
+            made, found = cache.get_or_make(plan.case, lambda: measure.fastest(plan, batch, arguments, outputs))
+            return "tuned" if made else "cache", found
+
+        source, entry = _from_first_rank(find)
+        cache.put(plan.case, entry)
+        launch.forget_plans()
+    layout = store.chosen_layout(plan.case, plan.candidates, outputs[0].get_device())
+    pred_bucket, target_bucket = (layouts.bucket(n) for n in variant.size)
+    us, default_us = (None, None) if entry is None else entry[1:]
+    return plan.case, WarmupResult(
+        pred_bucket,
+        target_bucket,
+        layouts.batches(pred_bucket, target_bucket, layouts.is_large(batch, pred_bucket, target_bucket)),
+        " ".join(dict.fromkeys(str(each).removeprefix("torch.") for each in variant.dtype)),
+        variant.gradient,
+        layout._asdict(),
+        us,
+        None if us is None or default_us is None else default_us / us - 1,
+        source,
+    )
+
+
+def _from_first_rank(find: Callable[[], tuple[str, Entry | None]]) -> tuple[str, Entry | None]:
+    """What `find` gives in the first process of a job, in all of them: one broadcast."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return find()
+    answer: list[Any] = [None, None]
+    if distributed.get_rank() == 0:
+        try:
+            answer[0] = find()
+        except Exception as error:  # the other ranks wait for an answer
+            answer[1] = error
+    distributed.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    source, entry = answer[0]
+    return source if distributed.get_rank() == 0 or source == "default" else "rank", entry
 
 
 def _pair(value: Any) -> tuple[Any, Any]:
@@ -131,104 +239,9 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise TypeError(f"options[{name!r}] must be a dtype or a bool, got {type(value).__name__}")
 
 
-def _training_step(
-    size: tuple[int, ...],
-    dtype: tuple[torch.dtype, ...],
-    batch: int,
-    gradient: bool,
-    device: torch.device,
-    options: Mapping[str, Any],
-) -> None:
-    """The loss of some star-shaped polygons, and its gradient if asked for."""
-    pred, target = (
-        _polygons(batch, n, device, seed).to(each) for seed, (n, each) in enumerate(zip(size, dtype, strict=True))
-    )
-    given = dict(options)
-    for name, usual in _TENSORS.items():
-        kind = given.pop(name, False)
-        if kind is not False:
-            vertices = size[name.startswith("target")]
-            shape = (batch, vertices) if name.endswith("mask") else (batch,)
-            value = vertices if name.endswith("lengths") else 1
-            given[name] = torch.full(shape, value, dtype=usual if kind is True else kind, device=device)
-    with torch.enable_grad():
-        loss = mgiou_loss(pred.requires_grad_(gradient), target, backend="triton", **given)
-        if gradient:
-            loss.sum().backward()  # type: ignore[no-untyped-call]
-
-
 def _polygons(batch: int, vertices: int, device: torch.device, seed: int) -> Tensor:
     generator = torch.Generator(device).manual_seed(seed)
     angle = torch.arange(vertices, device=device) * (2 * math.pi / vertices)
     radius = 0.5 + 0.5 * torch.rand(batch, vertices, 1, device=device, generator=generator)
     centre = torch.rand(batch, 1, 2, device=device, generator=generator)
     return centre + radius * torch.stack((angle.cos(), angle.sin()), dim=-1)
-
-
-def _result(decision: Any, dtype: tuple[torch.dtype, ...], gradient: bool) -> WarmupResult:
-    case, entry = decision.case, decision.entry
-    measured = entry is not None and entry.us is not None
-    return WarmupResult(
-        case.pred_bucket,
-        case.target_bucket,
-        case.batch,
-        " ".join(dict.fromkeys(str(each).removeprefix("torch.") for each in dtype)),
-        gradient,
-        decision.layout._asdict(),
-        entry.us if measured else None,
-        entry.default_us / entry.us - 1 if measured else None,
-        decision.source,
-    )
-
-
-def table(results: list[WarmupResult]) -> str:
-    """The results for people, a line each."""
-    head = (
-        "vertices",
-        "batch",
-        "dtype",
-        "gradient",
-        "polygons x axes x lanes x slots, warps, registers",
-        "us",
-        "gain",
-        "from",
-    )
-    rows = [head]
-    for r in results:
-        c = r.configuration
-        slots = "/".join(dict.fromkeys(str(c[side]) for side in ("pred_slots", "target_slots")))
-        rows.append(
-            (
-                "/".join(dict.fromkeys((str(r.pred_vertices), str(r.target_vertices)))),
-                r.batch,
-                r.dtype,
-                "yes" if r.gradient else "no",
-                f"{c['polygons']} x {c['axes']} x {c['lanes']} x {slots}, {c['num_warps']}, {c['registers']}",
-                "-" if r.us is None else f"{r.us:.1f}",
-                "-" if r.gain is None else f"{r.gain:.1%}",
-                r.source,
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
-def info() -> str:
-    """Versions, devices with the backend that "auto" takes there and why, and the tuning cache, a line each."""
-    lines = [
-        f"triton-mgiou: {triton_mgiou.__version__}",
-        f"python: {platform.python_version()}, {platform.platform()}",
-        f"torch: {torch.__version__}, CUDA: {torch.version.cuda or 'none in this PyTorch'}",
-        f"triton: {importlib.metadata.version('triton') if importlib.util.find_spec('triton') else 'not installed'}",
-    ]
-    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    for device in (torch.device("cpu"), *gpus):
-        reason = kernels_unavailable(device)
-        name = ""
-        if device.type == "cuda":
-            properties = torch.cuda.get_device_properties(device)
-            memory = f"{properties.total_memory / 2**30:.0f} GiB"
-            name = f" ({properties.name}, compute capability {properties.major}.{properties.minor}, {memory})"
-        takes = "triton: the kernels can run there" if reason is None else f"eager: {reason}"
-        lines.append(f'{device}{name}: backend "auto" takes {takes}')
-    return "\n".join(lines + store.describe())

@@ -1,0 +1,198 @@
+"""All checks of arguments. An error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_mgiou.box_formats import AMBIGUOUS, FORMATS
+from triton_mgiou.options import AXIS_WEIGHTS, Options
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Refuse what is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse a tensor on another device."""
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {value.device}")
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    """Refuse a tensor whose type the loss does not compute with."""
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating, got {value.dtype}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse what is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is no finite number; a bool is none."""
+    if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not abs(float(value)) < math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_options(options: Options) -> None:
+    """Refuse options that no loss has."""
+    check_choice("axis_weight", options.axis_weight, AXIS_WEIGHTS)
+    if not isinstance(options.axis_grad, bool):
+        raise TypeError(f"axis_grad must be a bool, got {type(options.axis_grad).__name__}")
+    for name, value in (
+        ("convexity_weight", options.convexity_weight),
+        ("boundary_weight", options.boundary_weight),
+    ):
+        if type(value) is float and 0.0 <= value < math.inf:  # the usual case, which should take no time
+            continue
+        check_number(name, value)
+        if value < 0:
+            raise ValueError(f"{name} must be 0 or above, got {value}")
+
+
+def check_polygons(pred: Tensor, target: Tensor) -> None:
+    """Refuse what are no two batches of polygons of the same size, on the same device."""
+    batch = _check_vertices("pred", pred, "N")
+    target_batch = _check_vertices("target", target, "M")
+    if target_batch != batch:
+        raise ValueError(f"target must have pred's batch size {batch}, got {target_batch}")
+    check_device("target", target, "pred", pred)
+
+
+def _check_vertices(name: str, value: Tensor, size: str) -> int:
+    """The batch size."""
+    check_tensor(name, value)
+    shape = value.shape
+    if len(shape) != 3 or shape[2] != 2 or shape[1] == 0:
+        raise ValueError(f"{name} must have shape (B, {size}, 2) with {size} >= 1, got {tuple(shape)}")
+    check_floating(name, value)
+    return shape[0]
+
+
+def check_box_format(fmt: object, angle: object, clockwise: object) -> None:
+    """Refuse a format that there isn't, and a convention of angles that the format doesn't have."""
+    if isinstance(fmt, str) and fmt in AMBIGUOUS:
+        raise ValueError(f"fmt must say which of two it is, got {fmt!r}: {AMBIGUOUS[fmt]}")
+    check_choice("fmt", fmt, tuple(FORMATS))
+    check_choice("angle", angle, ("radians", "degrees"))
+    if not isinstance(clockwise, bool):
+        raise TypeError(f"clockwise must be a bool, got {type(clockwise).__name__}")
+    kind = FORMATS[str(fmt)]
+    if not kind.has_angle and (angle != "radians" or not clockwise):
+        raise ValueError(f'angle and clockwise must be left at "radians" and True: fmt={fmt!r} has no angle')
+    if kind.in_space and not clockwise:
+        raise ValueError(f"clockwise must be True for fmt={fmt!r}: yaw turns x towards y; got False")
+
+
+def check_box_options(fmt: str, options: Options) -> None:
+    """Refuse options that no loss has, and those that this format doesn't have."""
+    check_options(options)
+    kind = FORMATS[fmt]
+    if options.axis_weight not in kind.axis_weights:
+        raise ValueError(
+            f"axis_weight must be {' or '.join(map(repr, kind.axis_weights))} for fmt={fmt!r}, "
+            f"got {options.axis_weight!r}"
+        )
+    for name in ("convexity_weight", "boundary_weight"):
+        if getattr(options, name) > 0 and name not in kind.terms:
+            raise ValueError(f"{name} must be 0: fmt={fmt!r} has no such term; got {getattr(options, name)}")
+
+
+def check_boxes(pred: Tensor, target: Tensor, fmt: str) -> None:
+    """Refuse what are no two batches of boxes of this format and of the same size, on the same device."""
+    kind = FORMATS[fmt]
+    for name, value in (("pred", pred), ("target", target)):
+        check_tensor(name, value)
+        if value.dim() != 1 + len(kind.shape) or value.shape[1:] != kind.shape:
+            raise ValueError(_wrong_box_shape(name, tuple(value.shape), fmt))
+        check_floating(name, value)
+    if target.shape[0] != pred.shape[0]:
+        raise ValueError(f"target must have pred's batch size {pred.shape[0]}, got {target.shape[0]}")
+    check_device("target", target, "pred", pred)
+
+
+def _wrong_box_shape(name: str, shape: tuple[int, ...], fmt: str) -> str:
+    kind = FORMATS[fmt]
+    expected = ", ".join(("B", *map(str, kind.shape)))
+    others = [repr(other) for other, each in FORMATS.items() if each.shape == shape[1:]]
+    hint = f", which {' and '.join(others)} have" if others else ""
+    if shape[1:] == kind.shape[::-1] and len(shape) == 3:
+        hint = ": transpose the last two"
+    return f"{name} must have shape ({expected}) for fmt={fmt!r} ({kind.numbers}), got {shape}{hint}"
+
+
+def check_real(side: str, vertices: Tensor, lengths: Tensor | None, mask: Tensor | None) -> None:
+    """Refuse lengths and a mask that do not say which vertices of this side are real."""
+    if lengths is not None and mask is not None:
+        raise ValueError(f"{side}_lengths and {side}_mask say the same: expected at most one, got both")
+    if lengths is not None:
+        name = f"{side}_lengths"
+        check_tensor(name, lengths)
+        check_device(name, lengths, "pred", vertices)
+        if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
+            raise TypeError(f"{name} must be integers, got {lengths.dtype}")
+        if lengths.shape != vertices.shape[:1]:
+            raise ValueError(f"{name} must have shape {tuple(vertices.shape[:1])}, got {tuple(lengths.shape)}")
+    if mask is not None:
+        name = f"{side}_mask"
+        check_tensor(name, mask)
+        check_device(name, mask, "pred", vertices)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{name} must be torch.bool, got {mask.dtype}")
+        if mask.shape != vertices.shape[:2]:
+            raise ValueError(f"{name} must have shape {tuple(vertices.shape[:2])}, got {tuple(mask.shape)}")
+
+
+def check_weight(weight: Tensor, pred: Tensor) -> None:
+    """Refuse what is no weight of the samples."""
+    check_tensor("weight", weight)
+    check_device("weight", weight, "pred", pred)
+    if weight.dtype.is_complex:
+        raise TypeError(f"weight must be real, got {weight.dtype}")
+    batch = pred.shape[0]
+    if weight.dim() not in (1, 2) or weight.shape[0] != batch or (weight.dim() == 2 and weight.shape[1] == 0):
+        raise ValueError(f"weight must have shape ({batch},) or ({batch}, k), got {tuple(weight.shape)}")
+
+
+def check_avg_factor(avg_factor: float | Tensor, reduction: str, pred: Tensor) -> None:
+    """Refuse what can't divide the sum of the samples' losses."""
+    if reduction == "sum":
+        raise ValueError('avg_factor goes with reduction="mean" or "none", got reduction="sum"')
+    if isinstance(avg_factor, Tensor):
+        if avg_factor.numel() != 1:
+            raise ValueError(f"avg_factor must have one element, got shape {tuple(avg_factor.shape)}")
+        if avg_factor.dim() > 0 or avg_factor.device.type != "cpu":
+            check_device("avg_factor", avg_factor, "pred", pred)
+    else:
+        check_number("avg_factor", avg_factor)
+        if avg_factor <= 0 and pred.shape[0] > 0:
+            raise ValueError(f"avg_factor must be above 0, got {avg_factor}")
+
+
+def check_keypoints(pred: Tensor, target: Tensor, mask: Tensor, area: Tensor) -> None:
+    """Refuse what are no keypoints of a batch with their visibility and their boxes' areas."""
+    for name, value in (("pred_kpts", pred), ("gt_kpts", target), ("kpt_mask", mask), ("area", area)):
+        check_tensor(name, value)
+        check_device(name, value, "pred_kpts", pred)
+    for name, value in (("pred_kpts", pred), ("gt_kpts", target)):
+        if value.dim() != 3 or value.shape[1] == 0 or value.shape[2] not in (2, 3):
+            raise ValueError(f"{name} must have shape (B, N, 2) or (B, N, 3) with N >= 1, got {tuple(value.shape)}")
+        check_floating(name, value)
+    batch, size, _ = pred.shape
+    if target.shape[:2] != pred.shape[:2]:
+        raise ValueError(f"gt_kpts must have pred_kpts' {batch} samples of {size} vertices, got {tuple(target.shape)}")
+    if mask.shape != pred.shape[:2]:
+        raise ValueError(f"kpt_mask must have shape ({batch}, {size}), got {tuple(mask.shape)}")
+    if area.shape not in ((batch,), (batch, 1)):
+        raise ValueError(f"area must have shape ({batch}, 1) or ({batch},), got {tuple(area.shape)}")

@@ -1,0 +1,457 @@
+"""Launches of the kernels: the variant that a call needs, its arguments, its outputs and scratch memory.
+
+The first part is for any kernel, the second for that of polygons, the third for that of boxes. Another kernel brings
+what the second part has:
+
+- a call, a `NamedTuple` of what is asked for besides both sides, with `launch` and `swapped`;
+- a key, a `NamedTuple` of all that decides which variant runs and nothing else, and a function that makes its `Plan`;
+- in `tuning/layouts.py` its layouts: what the user's cache may choose from.
+
+`ops.py` makes a differentiable operator of the call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+
+from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS
+from triton_mgiou.kernels import boxes as box_kernels
+from triton_mgiou.kernels import polygons as polygon_kernels
+from triton_mgiou.options import AXIS_WEIGHTS, Options, Reduction
+from triton_mgiou.tuning import layouts, store
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # decided when the kernels were imported
+_COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
+_COUNTERS = 1024  # zeroed at a time: one for each stream and one for each captured launch
+
+# Triton's private launcher, `CompiledKernel.run`, takes these and then the kernel's arguments (until 3.6; from 3.7 on).
+_LAUNCHER_PARAMETERS = (
+    ("gridX", "gridY", "gridZ", "stream", "function", "args"),
+    (
+        *("gridX", "gridY", "gridZ", "stream", "function", "kernel_metadata"),
+        *("launch_metadata", "launch_enter_hook", "launch_exit_hook", "args"),
+    ),
+)
+
+
+class Plan:
+    """One variant of a kernel, and how to launch it.
+
+    Args:
+        kernel: The jitted function.
+        flags: Its compile-time arguments before those of the layout.
+        case: What the user's cache calls it; its layout comes from there, or is the default.
+        candidates: The layouts that it may have, the default first.
+        dtype: The type of the outputs.
+        device: Their device's index, -1 for the CPU.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        flags: tuple[Any, ...],
+        case: str,
+        candidates: list[layouts.AnyLayout],
+        dtype: torch.dtype,
+        device: int,
+    ) -> None:
+        self.kernel = kernel
+        self.flags = flags
+        self.case = case
+        self.candidates = candidates
+        self.dtype = dtype
+        self.layout = store.chosen_layout(case, candidates, device)
+        self.constants = (*flags, *self.layout.sizes().values())
+        self.scalar = torch.empty((), dtype=dtype, device=device_of(device))  # an allocation like it is the fastest
+        self.compiled: Any = None  # after the first launch
+        self._launcher: Any = None
+        self._head: tuple[Any, ...] = ()
+
+    def launch(self, batch: int, stream: int, arguments: tuple[Any, ...]) -> None:
+        """Launch on the current device. Only the first time Triton looks for the compiled code, or makes it."""
+        programs = self.layout.programs(batch)
+        run = self._launcher
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        if run is None or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's hooks
+            compiled = self.kernel[programs,](*arguments, *self.constants, **self.layout.options())
+            if self.compiled is None and not INTERPRETED:
+                self.compiled = compiled
+                self._launcher, self._head = private_launcher(compiled)
+        else:
+            run(programs, 1, 1, stream, *self._head, *arguments, *self.constants)
+
+
+def private_launcher(compiled: Any) -> tuple[Any, tuple[Any, ...]]:
+    """What launches a compiled kernel without Triton's bookkeeping, and its arguments between stream and the kernel's.
+
+    None where Triton's launcher doesn't look as it is known to: `kernel[grid](...)` then has to be used.
+    """
+    try:
+        run = compiled.run
+        if tuple(inspect.signature(run).parameters) in _LAUNCHER_PARAMETERS:
+            return run, (compiled.function, compiled.packed_metadata, None, None, None)
+    except (AttributeError, TypeError, ValueError):  # no such attribute, not callable, no signature
+        pass
+    return None, ()
+
+
+_plans: dict[Any, Plan] = {}
+
+
+def forget_plans() -> None:
+    """Look every layout up again at its next use. What was compiled stays."""
+    _plans.clear()
+
+
+def loss_and_gradients(
+    pred: Tensor, target: Tensor, call: PolygonCall | BoxCall, pred_grad: bool, target_grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, and its gradient to each side that asks for one, in the loss's type."""
+    loss, gradient = call.launch(pred, target, pred_grad)
+    return loss, gradient, call.swapped().launch(target, pred, True)[1] if target_grad else None
+
+
+def device_of(index: int) -> torch.device:
+    """The device that `Tensor.get_device` calls so."""
+    return torch.device("cpu") if index < 0 else torch.device("cuda", index)
+
+
+class _Scratch(NamedTuple):
+    partial: Tensor  # one sum for each program
+    counter: Tensor  # one int32: 0, and 0 again after each launch
+
+
+_scratch: dict[tuple[int, int, torch.dtype], _Scratch] = {}
+_zeros: dict[int, Iterator[Tensor]] = {}  # counters not in use, by device
+
+
+def reduction_scratch(device: int, stream: int, dtype: torch.dtype) -> _Scratch:
+    """Room for partial sums, and a zero counter, that no other launch uses at the same time.
+
+    A stream runs one kernel after the other, so its launches share theirs. A captured launch may be replayed on
+    any stream, so it keeps its own.
+    """
+    if device < 0:
+        return _Scratch(_partial(device, dtype), torch.zeros(1, dtype=torch.int32, device="cpu"))
+    if torch.cuda.is_current_stream_capturing():
+        return _Scratch(_partial(device, dtype), _counter(device))
+    key = device, stream, dtype
+    scratch = _scratch.get(key)
+    if scratch is None:
+        scratch = _scratch[key] = _Scratch(_partial(device, dtype), _counter(device))
+    return scratch
+
+
+def _partial(device: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(layouts.MAX_PROGRAMS, dtype=dtype, device=device_of(device))
+
+
+def _counter(device: int) -> Tensor:
+    """A zero that was not used before. Zeroing one while a graph is captured would be a node of the graph."""
+    counter = next(_zeros.get(device, iter(())), None)
+    if counter is None:
+        zeros = torch.zeros(_COUNTERS, dtype=torch.int32, device=device).unbind()
+        counter = zeros[0]
+        if not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(device).synchronize()  # once: any stream may use them
+            _zeros[device] = iter(zeros[1:])
+    return counter
+
+
+# Polygons
+
+
+class PolygonCall(NamedTuple):
+    """What is asked of the kernel of polygons, besides both sides."""
+
+    pred_real: Tensor | None  # lengths or a mask, or None where every vertex is real
+    target_real: Tensor | None
+    reduction: Reduction
+    options: Options
+
+    def launch(self, pred: Tensor, target: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """The loss, and its gradient to `pred` in the loss's type if asked for: one launch."""
+        device = pred.get_device()  # -1 for the CPU
+        if device >= 0 and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.launch(pred, target, gradient)
+        stream = 0 if device < 0 else driver.active.get_current_stream(device)
+        plan, arguments, loss, grad = prepare_polygons(pred, target, self, gradient, stream)
+        plan.launch(pred.shape[0], stream, arguments)
+        return loss, grad
+
+    def swapped(self) -> PolygonCall:
+        """The call for the gradient to `target`: MGIoU is symmetric, and `target` is a constant of the other terms."""
+        options = self.options._replace(convexity_weight=0.0, boundary_weight=0.0)
+        return self._replace(pred_real=self.target_real, target_real=self.pred_real, options=options)
+
+
+class PolygonKey(NamedTuple):
+    """All that decides which variant of the kernel runs."""
+
+    device: int
+    pred_dtype: torch.dtype
+    target_dtype: torch.dtype
+    pred_size: int
+    target_size: int
+    pred_real: torch.dtype | None
+    target_real: torch.dtype | None
+    weight: torch.dtype | None
+    per_sample: bool
+    axis_weight: str
+    axis_grad: bool
+    convexity: bool
+    boundary: bool
+    gradient: bool
+    adjacent: bool  # each vertex follows the one before it
+    packed: bool  # each polygon follows the one before it
+    even: bool  # strides over the batch and `pred_size`
+    batch: int  # whether it is large; the batch size itself in the interpreter
+
+
+def prepare_polygons(
+    pred: Tensor, target: Tensor, call: PolygonCall, gradient: bool, stream: int
+) -> tuple[Plan, tuple[Any, ...], Tensor, Tensor | None]:
+    """The variant to launch, its arguments, and its outputs: the loss, and the gradient to `pred` if asked for."""
+    device = pred.get_device()
+    pred_real, target_real, (weight, per_sample, divisor), options = call
+    pred, pred_stride_b, pred_stride_n = _as_words(pred)
+    target, target_stride_b, target_stride_n = _as_words(target)
+    batch, pred_size, _ = pred.shape
+    target_size = target.shape[1]
+    fields = (
+        device,
+        pred.dtype,
+        target.dtype,
+        pred_size,
+        target_size,
+        None if pred_real is None else pred_real.dtype,
+        None if target_real is None else target_real.dtype,
+        None if weight is None else weight.dtype,
+        per_sample,
+        options.axis_weight,
+        options.axis_grad,
+        options.convexity_weight > 0,
+        options.boundary_weight > 0,
+        gradient,
+        pred_stride_n == target_stride_n == 1,
+        pred_stride_b == pred_size and target_stride_b == target_size,
+        (pred_stride_b | target_stride_b | pred_size) & 1 == 0,
+        batch if INTERPRETED else layouts.is_large(batch, pred_size, target_size),
+    )
+    plan = _plans.get(fields)  # finds a key, and is faster to make
+    if plan is None:
+        key = PolygonKey(*fields)
+        plan = _plans[key] = polygon_plan(key)
+    if per_sample:
+        loss, partial, counter = plan.scalar.new_empty(batch), None, None
+    else:
+        loss, (partial, counter) = torch.empty_like(plan.scalar), reduction_scratch(device, stream, plan.dtype)
+    grad = None
+    if gradient:
+        grad = torch.empty_like(pred, dtype=plan.dtype, memory_format=torch.contiguous_format)
+    pred_real, pred_real_stride_b, pred_real_stride_n = _as_bytes(pred_real)
+    target_real, target_real_stride_b, target_real_stride_n = _as_bytes(target_real)
+    arguments = (
+        pred, target, pred_real, target_real, weight, loss, grad, partial, counter,
+        pred_stride_b, pred_stride_n, target_stride_b, target_stride_n,
+        pred_real_stride_b, pred_real_stride_n, target_real_stride_b, target_real_stride_n,
+        0 if weight is None else weight.stride(0),
+        batch, pred_size, target_size,
+        1.0 if divisor is None else float(divisor), float(options.convexity_weight), float(options.boundary_weight),
+    )  # fmt: skip
+    return plan, arguments, loss, grad
+
+
+def polygon_plan(key: PolygonKey) -> Plan:
+    """The variant of the kernel, not yet compiled."""
+    buckets = layouts.bucket(key.pred_size), layouts.bucket(key.target_size)
+    # With sizes that differ, one side would have more lanes than vertices.
+    full = (
+        key.packed
+        and key.adjacent
+        and key.pred_real is key.target_real is None
+        and key.pred_size == key.target_size == buckets[0]
+    )
+    dtype = torch.promote_types(torch.promote_types(key.pred_dtype, key.target_dtype), torch.float32)
+    constants = {
+        "COMPUTE": _COMPUTE[dtype],
+        "GRAD": key.gradient,
+        "REDUCE": not key.per_sample,
+        "AXIS_WEIGHT": AXIS_WEIGHTS.index(key.axis_weight),
+        "AXIS_GRAD": key.axis_grad,
+        "CONVEXITY": key.convexity,
+        "BOUNDARY": key.boundary,
+        "PRED_REAL": _real_code(key.pred_real, full),
+        "TARGET_REAL": _real_code(key.target_real, full),
+        "ADJACENT": key.adjacent,
+        "EVEN": key.adjacent and key.even,
+    }
+    large = layouts.is_large(key.batch, *buckets) if INTERPRETED else bool(key.batch)
+    flags = " ".join(
+        (f"{key.pred_dtype} {key.target_dtype}", *(f"{name}={value}" for name, value in constants.items()))
+    )
+    candidates = layouts.candidates(*buckets, large)
+    if INTERPRETED:
+        candidates = [layouts.interpreter_layout(*buckets, key.batch)]
+    case = f"vertices {buckets[0]} {buckets[1]}, batch {layouts.batches(*buckets, large)}, {flags}"
+    return Plan(polygon_kernels.mgiou_kernel, tuple(constants.values()), case, candidates, dtype, key.device)
+
+
+@cache
+def _real_code(dtype: torch.dtype | None, full: bool) -> int:
+    """The kernel's code for what says which vertices are real."""
+    name = "FULL" if full else "ALL" if dtype is None else "MASK" if dtype == torch.bool else "LENGTHS"
+    code: int = getattr(polygon_kernels, name).value
+    return code
+
+
+def _as_bytes(real: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """Lengths, or a mask as bytes, in a copy if its rows reach further than 32 bits tell; and their strides."""
+    if real is None:
+        return None, 0, 0
+    if real.dtype != torch.bool:
+        return real, real.stride(0), 0
+    if real.stride(1) * real.shape[1] >= 2**31:
+        real = real.contiguous()
+    return real.view(torch.uint8), real.stride(0), real.stride(1)
+
+
+def _as_words(vertices: Tensor) -> tuple[Tensor, int, int]:
+    """`vertices`, or a copy where they cannot be loaded as aligned words of two; their strides, in vertices."""
+    stride_b, stride_n, stride_c = vertices.stride()
+    aligned = stride_b % 2 == 0 and stride_n % 2 == 0 and vertices.data_ptr() % 16 == 0
+    if stride_c == 1 and aligned and stride_n * vertices.shape[1] < 2**31:
+        return vertices, stride_b // 2, stride_n // 2
+    copy = torch.empty_like(vertices, memory_format=torch.contiguous_format).copy_(vertices)
+    return copy, vertices.shape[1], 1
+
+
+# Boxes
+
+
+class BoxCall(NamedTuple):
+    """What is asked of the kernel of boxes, besides both sides."""
+
+    fmt: str
+    angle: str
+    clockwise: bool
+    reduction: Reduction
+    options: Options
+
+    def launch(self, pred: Tensor, target: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """The loss, and its gradient to `pred` in the loss's type if asked for: one launch."""
+        device = pred.get_device()  # -1 for the CPU
+        if device >= 0 and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.launch(pred, target, gradient)
+        stream = 0 if device < 0 else driver.active.get_current_stream(device)
+        plan, arguments, loss, grad = prepare_boxes(pred, target, self, gradient, stream)
+        plan.launch(pred.shape[0], stream, arguments)
+        return loss, grad
+
+    def swapped(self) -> BoxCall:
+        """The call for the gradient to `target`: MGIoU is symmetric, and `target` is a constant of the other term."""
+        return self._replace(options=self.options._replace(boundary_weight=0.0))
+
+
+class BoxKey(NamedTuple):
+    """All that decides which variant of the kernel runs."""
+
+    device: int
+    pred_dtype: torch.dtype
+    target_dtype: torch.dtype
+    fmt: str
+    angle: str
+    clockwise: bool
+    weight: torch.dtype | None
+    per_sample: bool
+    axis_weight: str
+    axis_grad: bool
+    boundary: bool
+    gradient: bool
+    packed: bool  # boxes follow each other, and the first is aligned
+    batch: int  # whether it is large; the batch size itself in the interpreter
+
+
+def prepare_boxes(
+    pred: Tensor, target: Tensor, call: BoxCall, gradient: bool, stream: int
+) -> tuple[Plan, tuple[Any, ...], Tensor, Tensor | None]:
+    """The variant to launch, its arguments, and its outputs: the loss, and the gradient to `pred` if asked for."""
+    device = pred.get_device()
+    fmt, angle, clockwise, (weight, per_sample, divisor), options = call
+    batch = pred.shape[0]
+    fields = (
+        device,
+        pred.dtype,
+        target.dtype,
+        fmt,
+        angle,
+        clockwise,
+        None if weight is None else weight.dtype,
+        per_sample,
+        options.axis_weight,
+        options.axis_grad,
+        options.boundary_weight > 0,
+        gradient,
+        pred.is_contiguous() and target.is_contiguous() and (pred.data_ptr() | target.data_ptr()) % 16 == 0,
+        batch if INTERPRETED else batch >= layouts.LARGE_BOXES,
+    )
+    plan = _plans.get(fields)  # finds a key, and is faster to make
+    if plan is None:
+        key = BoxKey(*fields)
+        plan = _plans[key] = box_plan(key)
+    if per_sample:
+        loss, partial, counter = plan.scalar.new_empty(batch), None, None
+    else:
+        loss, (partial, counter) = torch.empty_like(plan.scalar), reduction_scratch(device, stream, plan.dtype)
+    grad = None
+    if gradient:
+        grad = torch.empty_like(pred, dtype=plan.dtype, memory_format=torch.contiguous_format)
+    arguments = (
+        pred, target, weight, loss, grad, partial, counter,
+        *_three_strides(pred), *_three_strides(target),
+        0 if weight is None else weight.stride(0),
+        batch, 1.0 if divisor is None else float(divisor), float(options.boundary_weight),
+    )  # fmt: skip
+    return plan, arguments, loss, grad
+
+
+def _three_strides(boxes: Tensor) -> tuple[int, ...]:
+    return boxes.stride() if boxes.dim() == 3 else (*boxes.stride(), 0)
+
+
+def box_plan(key: BoxKey) -> Plan:
+    """The variant of the kernel, not yet compiled."""
+    dtype = torch.promote_types(torch.promote_types(key.pred_dtype, key.target_dtype), torch.float32)
+    constants = {
+        "COMPUTE": _COMPUTE[dtype],
+        "GRAD": key.gradient,
+        "REDUCE": not key.per_sample,
+        "FORMAT": KERNEL_FORMATS.index(key.fmt),
+        "DEGREES": key.angle == "degrees",
+        "CLOCKWISE": key.clockwise,
+        "AXIS_WEIGHT": AXIS_WEIGHTS.index(key.axis_weight),
+        "AXIS_GRAD": key.axis_grad,
+        "BOUNDARY": key.boundary,
+        "PACKED": key.packed,
+    }
+    numbers = math.prod(FORMATS[key.fmt].shape)
+    candidates = layouts.box_candidates(numbers, bool(key.batch))
+    if INTERPRETED:
+        candidates = [layouts.box_interpreter_layout(numbers, key.batch)]
+    flags = (f"{key.pred_dtype} {key.target_dtype}", *(f"{name}={value}" for name, value in constants.items()))
+    batches = f"{'>=' if key.batch else '<'} {layouts.LARGE_BOXES}"
+    case = f"boxes {key.fmt}, batch {batches}, {' '.join(flags)}"
+    return Plan(box_kernels.box_kernel, tuple(constants.values()), case, candidates, dtype, key.device)
