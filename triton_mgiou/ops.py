@@ -23,7 +23,7 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
     """The loss of polygons, B at least 1."""
-    if not _is_traced(pred, target):
+    if not is_traced(pred, target):
         return _direct(pred, target, call)
     options = call.options
     weight, per_sample, divisor = call.reduction
@@ -50,7 +50,7 @@ def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
 
 def box_loss(pred: Tensor, target: Tensor, call: BoxCall) -> Tensor:
     """The loss of boxes, B at least 1."""
-    if not _is_traced(pred, target):
+    if not is_traced(pred, target):
         return _direct(pred, target, call)
     options = call.options
     weight, per_sample, divisor = call.reduction
@@ -70,7 +70,8 @@ def box_loss(pred: Tensor, target: Tensor, call: BoxCall) -> Tensor:
     return loss if divisor is None else loss / divisor
 
 
-def _is_traced(pred: Tensor, target: Tensor) -> bool:
+def is_traced(pred: Tensor, target: Tensor) -> bool:
+    """Whether PyTorch traces the call, and so needs an operator of its dispatcher."""
     return torch.compiler.is_compiling() or type(pred) not in _PLAIN or type(target) not in _PLAIN
 
 
@@ -101,15 +102,20 @@ class _Loss(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, upstream: Tensor | None, is_sole_owner: bool) -> list[Tensor | None]:
+    no_second_derivative()
+    return [
+        None if grad is None or upstream is None else _scaled(grad, dtype, upstream, is_sole_owner)
+        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    ]
+
+
+def no_second_derivative() -> None:
+    """Refuse a backward pass that is to be differentiated again."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             'the "triton" backend has no second derivative: expected create_graph=False, '
             'got create_graph=True; use backend="eager" for double backward'
         )
-    return [
-        None if grad is None or upstream is None else _scaled(grad, dtype, upstream, is_sole_owner)
-        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    ]
 
 
 def _scaled(grad: Tensor, dtype: torch.dtype, upstream: Tensor, is_sole_owner: bool) -> Tensor:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_flatten
 
 from tests.helpers import AXIS_WEIGHTS, assert_close, assert_gradient_close, assert_same, assert_zero, convex, generator
 from tests.pairs import oracle
-from tests.pairs.helpers import FORMATS, OVER, PLANE, random_boxes, uniform
+from tests.pairs.helpers import FORMATS, OVER, PLANE, needs_kernel, random_boxes, uniform
 from triton_mgiou import box_mgiou, polygon_mgiou
 from triton_mgiou.reference import pairs
 
@@ -18,6 +18,7 @@ IN_KERNEL = ("cxcywhr", "cxcywh", "xyxy", "cxcyczlwhr")
 
 
 def gradients(backend, first, second, upstream, **options):
+    needs_kernel(backend, "polygons" if first.dim() > 2 and first.shape[-1] == 2 else options.get("fmt"), gradient=True)
     leaves = [each.detach().clone().to(backend.device).requires_grad_() for each in (first, second)]
     function = polygon_mgiou if first.dim() > 2 and first.shape[-1] == 2 else box_mgiou
     value = function(*leaves, backend=backend.name, **options)

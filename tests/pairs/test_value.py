@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import AXIS_WEIGHTS, assert_close, assert_same, convex, generator, star
 from tests.pairs import oracle
-from tests.pairs.helpers import FORMATS, OVER, PLANE, ULP, random_boxes
+from tests.pairs.helpers import FORMATS, OVER, PLANE, ULP, needs_kernel, random_boxes
 from triton_mgiou import PAPER, box_mgiou, mgiou_loss, polygon_mgiou
 from triton_mgiou.reference.boxes import per_sample_loss
 
@@ -18,6 +18,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 def matrix(backend, first, second, **options):
     options = {name: v.to(backend.device) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
     function = polygon_mgiou if first.dim() > 2 and first.shape[-1] == 2 else box_mgiou
+    needs_kernel(backend, options.get("fmt"))
     return function(first.to(backend.device), second.to(backend.device), backend=backend.name, **options)
 
 
