@@ -67,6 +67,7 @@ def _quarters_in_a_radian(words):
     return tuple(bits >> 32 * (words - 1 - i) & 0xFFFFFFFF for i in range(words))
 
 
+WORDS = tl.constexpr(9)
 QUARTERS_IN_A_RADIAN = tl.constexpr(_quarters_in_a_radian(9))
 
 
@@ -254,7 +255,7 @@ def _quarters(angle, DEGREES: tl.constexpr):
 @triton.jit
 def _word(index):
     word = index * 0
-    for place in tl.static_range(len(QUARTERS_IN_A_RADIAN)):
+    for place in tl.static_range(WORDS):
         word = tl.where(index == place, QUARTERS_IN_A_RADIAN[place], word)
     return word
 

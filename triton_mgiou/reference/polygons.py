@@ -135,6 +135,7 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
         ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -144,8 +145,18 @@ class _Scale(torch.autograd.Function):
         return torch.where(grad.isinf(), scaled, scaled.clamp(-largest, largest)), None
 
 
+class _ScaleBothModes(_Scale):
+    """The same with forward-mode derivatives, which `torch.compile` refuses to trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _scale_tangent: None) -> Tensor:
+        (scale,) = ctx.saved_tensors
+        return tangent * scale
+
+
 def _scale(values: Tensor, scale: Tensor) -> Tensor:
-    return cast("Tensor", _Scale.apply(values, scale))  # type: ignore[no-untyped-call]
+    function = _Scale if torch.compiler.is_compiling() else _ScaleBothModes
+    return cast("Tensor", function.apply(values, scale))  # type: ignore[no-untyped-call]
 
 
 def _polygons(vertices: Tensor, real: Tensor, low: Tensor) -> _Polygons:
