@@ -110,7 +110,7 @@ def _gradient(
     """The gradient to `own` from the upstream matrix (B, own, other) of any strides, in the type of `own`."""
     batch, rows, columns = upstream.shape
     plan = _plan(own, other, own_mask, other_mask, call, gradient=True)
-    grad = torch.empty_like(own, memory_format=torch.contiguous_format)
+    grad = torch.empty_like(own, dtype=plan.dtype, memory_format=torch.contiguous_format)
     largest = torch.finfo(plan.dtype).max / (1 << (columns - 1).bit_length())
     for part in _parts(batch):
         own_bytes, other_bytes = _as_bytes(own_mask, part), _as_bytes(other_mask, part)
@@ -120,7 +120,7 @@ def _gradient(
             *upstream.stride(), rows, columns, largest,
         )  # fmt: skip
         _launch(plan, upstream[part].shape, arguments)
-    return grad
+    return grad.to(own.dtype)
 
 
 def _launch(plan: Plan, size: torch.Size, arguments: tuple[Any, ...]) -> None:

@@ -724,7 +724,7 @@ def box_pairs_gradient_kernel(
     own_mask_ptr,  # (B, P), uint8
     other_mask_ptr,  # (B, T)
     upstream_ptr,  # (B, P, T) with any strides, in COMPUTE
-    grad_ptr,  # as own, contiguous, in its type
+    grad_ptr,  # as own, contiguous, in COMPUTE
     own_stride_b: "i64",
     own_stride_n: "i64",
     own_stride_c: "i64",

@@ -232,7 +232,7 @@ def pair_class(size: Sequence[int], gradient: bool) -> int:
 def pair_candidates(size_class: int, gradient: bool, interpreted: bool) -> list[AnyLayout]:
     """The layouts to measure for pairs, the one to use without measurement first."""
     if interpreted:
-        return [PairLayout(4, 64, 1, 255, gradient) if gradient else PairLayout(32, 64, 1, 255, gradient)]
+        return [PairLayout(64, 64, 1, 255, int(gradient))]
     if gradient:
         few, many = PairLayout(1, 128, 4, 128, 1), PairLayout(4, 128, 4, 255, 1)
         return [many, few, PairLayout(2, 128, 4, 168, 1)] if size_class else [few, many, PairLayout(1, 256, 8, 128, 1)]
