@@ -474,9 +474,15 @@ def polygon_mgiou(
     batched = polygons1.dim() == 4
     tensors = (polygons1, polygons2, lengths1, lengths2, mask1, mask2)
     first, second, count1, count2, there1, there2 = (_batched(each, batched) for each in tensors)
-    matrix = pair_reference.polygon_matrix(
-        first, second, count1, count2, there1, there2, over=over, axis_weight=axis_weight
-    )
+    wants_gradient = torch.is_grad_enabled() and (first.requires_grad or second.requires_grad)
+    missing = "the gradient of pairs of polygons" if wants_gradient else None
+    if first.numel() > 0 and second.numel() > 0 and _takes_kernel(backend, first, missing):
+        call = triton_mgiou.pairs.PolygonPairs(count1, count2, there1, there2, over, axis_weight)
+        matrix = triton_mgiou.pairs.polygon_matrix(first, second, call)
+    else:
+        matrix = pair_reference.polygon_matrix(
+            first, second, count1, count2, there1, there2, over=over, axis_weight=axis_weight
+        )
     return matrix if batched else matrix.squeeze(0)
 
 

@@ -15,6 +15,7 @@ from triton.runtime import driver
 from triton_mgiou import launch
 from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS
 from triton_mgiou.kernels import pairs as kernels
+from triton_mgiou.kernels import polygon_pairs as polygon_kernels
 from triton_mgiou.launch import COMPUTE, INTERPRETED, Plan
 from triton_mgiou.options import AXIS_WEIGHTS, OVERS
 from triton_mgiou.ops import is_traced, no_second_derivative
@@ -34,8 +35,19 @@ class BoxPairs(NamedTuple):
     axis_weight: str
 
 
+class PolygonPairs(NamedTuple):
+    """The same of polygons, with the rest of what belongs to the sets."""
+
+    lengths1: Tensor | None
+    lengths2: Tensor | None
+    mask1: Tensor | None
+    mask2: Tensor | None
+    over: str
+    axis_weight: str
+
+
 class PairKey(NamedTuple):
-    """All that decides which variant of a kernel runs."""
+    """All that decides which variant of a kernel of boxes runs."""
 
     device: int
     first_dtype: torch.dtype
@@ -121,6 +133,43 @@ def _gradient(
         )  # fmt: skip
         _launch(plan, upstream[part].shape, arguments)
     return grad.to(own.dtype)
+
+
+def polygon_matrix(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -> Tensor:
+    """The matrix (B, P, T) of polygons (B, P, N, 2) and (B, T, M, 2), without a gradient; no size is 0."""
+    if is_traced(polygons1, polygons2):
+        matrix: Tensor = _polygon_operator(polygons1, polygons2, *call)
+        return matrix
+    return _polygon_values(polygons1, polygons2, call)
+
+
+def _polygon_values(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -> Tensor:
+    batch, rows, size1, _ = polygons1.shape
+    columns, size2 = polygons2.shape[1:3]
+    sets = (call.lengths1, call.lengths2, call.mask1, call.mask2)
+    kinds = tuple(None if each is None else each.dtype for each in sets)
+    size_class = layouts.pair_class((batch, rows, columns), gradient=False)
+    fields = (polygons1.get_device(), polygons1.dtype, polygons2.dtype, *kinds, call.over, call.axis_weight, size_class)
+    plan = launch.known_plan(fields)
+    if plan is None:
+        dtype = compute_dtype(polygons1, polygons2)
+        constants = (COMPUTE[dtype], OVERS.index(call.over), AXIS_WEIGHTS.index(call.axis_weight))
+        case = f"pairs of polygons {' '.join(map(str, fields[1:]))}"
+        candidates = layouts.polygon_pair_candidates(INTERPRETED)
+        plan = launch.keep_plan(
+            fields, Plan(polygon_kernels.polygon_pairs_kernel, constants, case, candidates, dtype, fields[0])
+        )
+    matrix = plan.scalar.new_empty((batch, rows, columns))
+    for part in _parts(batch):
+        lengths = [None if each is None else each[part] for each in sets[:2]]
+        masks = [_as_bytes(each, part) for each in sets[2:]]
+        arguments = (
+            polygons1[part], polygons2[part], *lengths, *masks, matrix[part], *polygons1.stride(), *polygons2.stride(),
+            *_strides(lengths[0], 2), *_strides(lengths[1], 2), *_strides(masks[0], 2), *_strides(masks[1], 2),
+            size1, size2, rows, columns,
+        )  # fmt: skip
+        _launch(plan, matrix[part].shape, arguments)
+    return matrix
 
 
 def _launch(plan: Plan, size: torch.Size, arguments: tuple[Any, ...]) -> None:
@@ -257,3 +306,25 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _matrix_operator.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("triton_mgiou::polygon_matrix", mutates_args=())
+def _polygon_operator(
+    polygons1: Tensor,
+    polygons2: Tensor,
+    lengths1: Tensor | None,
+    lengths2: Tensor | None,
+    mask1: Tensor | None,
+    mask2: Tensor | None,
+    over: str,
+    axis_weight: str,
+) -> Tensor:
+    """The launch."""
+    call = PolygonPairs(lengths1, lengths2, mask1, mask2, over, axis_weight)
+    return _polygon_values(polygons1, polygons2, call)
+
+
+@_polygon_operator.register_fake
+def _(polygons1: Tensor, polygons2: Tensor, *_: Any) -> Tensor:
+    size = (polygons1.shape[0], polygons1.shape[1], polygons2.shape[1])
+    return polygons1.new_empty(size, dtype=compute_dtype(polygons1, polygons2))

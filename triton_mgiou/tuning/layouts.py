@@ -240,3 +240,10 @@ def pair_candidates(size_class: int, gradient: bool, interpreted: bool) -> list[
     small, large = PairLayout(32, 32, 4, 168, 0), PairLayout(64, 16, 4, 168, 0)
     first = large if size_class else small
     return list(dict.fromkeys([first, small, large, *others]))
+
+
+def polygon_pair_candidates(interpreted: bool) -> list[AnyLayout]:
+    """The same for the matrix of polygons."""
+    if interpreted:
+        return [PairLayout(64, 64, 1, 255, 0)]
+    return [PairLayout(*sizes, 0) for sizes in ((32, 32, 4, 168), (64, 16, 4, 168), (32, 16, 4, 128), (64, 32, 4, 255))]
