@@ -149,13 +149,15 @@ def _polygon_values(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) ->
     sets = (call.lengths1, call.lengths2, call.mask1, call.mask2)
     kinds = tuple(None if each is None else each.dtype for each in sets)
     size_class = layouts.pair_class((batch, rows, columns), gradient=False)
-    fields = (polygons1.get_device(), polygons1.dtype, polygons2.dtype, *kinds, call.over, call.axis_weight, size_class)
+    corners = 4 if size1 == size2 == 4 and call.lengths1 is call.lengths2 is None else 0
+    options = (call.over, call.axis_weight, corners, size_class)
+    fields = (polygons1.get_device(), polygons1.dtype, polygons2.dtype, *kinds, *options)
     plan = launch.known_plan(fields)
     if plan is None:
         dtype = compute_dtype(polygons1, polygons2)
-        constants = (COMPUTE[dtype], OVERS.index(call.over), AXIS_WEIGHTS.index(call.axis_weight))
+        constants = (COMPUTE[dtype], OVERS.index(call.over), AXIS_WEIGHTS.index(call.axis_weight), corners)
         case = f"pairs of polygons {' '.join(map(str, fields[1:]))}"
-        candidates = layouts.polygon_pair_candidates(INTERPRETED)
+        candidates = layouts.polygon_pair_candidates(corners, INTERPRETED)
         plan = launch.keep_plan(
             fields, Plan(polygon_kernels.polygon_pairs_kernel, constants, case, candidates, dtype, fields[0])
         )

@@ -23,6 +23,7 @@ class PolygonVariant(NamedTuple):
     SHORT: float  # the root of TINY
     OVER: int
     AXIS_WEIGHT: int
+    CORNERS: int  # vertices of every polygon of both sets, all of them real, or 0
 
 
 class Polygons(NamedTuple):
@@ -40,6 +41,11 @@ class Polygons(NamedTuple):
     height: tl.tensor
     per_unit: tl.tensor  # 1 / the perimeter of the scaled polygon
     poison: tl.tensor  # NaN where a real vertex is NaN or Inf, else 0
+    # Of CORNERS, which stay in registers: vertices, from the lower corner, and edges.
+    xs: tuple[tl.tensor, ...]
+    ys: tuple[tl.tensor, ...]
+    edges_x: tuple[tl.tensor, ...]
+    edges_y: tuple[tl.tensor, ...]
 
 
 class Sums(NamedTuple):
@@ -73,7 +79,7 @@ def _polygons(ptr, stride_n, stride_c, size, count, V: tl.constexpr, COMPUTE: tl
     last = tl.minimum(tl.maximum(count, 1), size) - 1
     none = tl.zeros(last.shape, COMPUTE)
     one = none + 1.0
-    raw = Polygons(ptr, stride_n, stride_c, size, last, one, none, none, none, none, none, none)
+    raw = Polygons(ptr, stride_n, stride_c, size, last, one, none, none, none, none, none, none, (), (), (), ())
     low_x, low_y = _vertex(raw, last * 0, COMPUTE)
     high_x, high_y = low_x, low_y
     poison = none
@@ -85,32 +91,49 @@ def _polygons(ptr, stride_n, stride_c, size, count, V: tl.constexpr, COMPUTE: tl
     largest_x, largest_y = tl.maximum(tl.abs(low_x), tl.abs(high_x)), tl.maximum(tl.abs(low_y), tl.abs(high_y))
     scale = inverse_power_of_two(tl.maximum(largest_x, largest_y))
     low_x, low_y, high_x, high_y = low_x * scale, low_y * scale, high_x * scale, high_y * scale
-    polygons = Polygons(
-        ptr, stride_n, stride_c, size, last, scale, low_x, low_y, high_x - low_x, high_y - low_y, none, poison
-    )
+    raw = Polygons(ptr, stride_n, stride_c, size, last, scale, low_x, low_y, none, none, none, none, (), (), (), ())
+    per_unit = none
     if V.AXIS_WEIGHT == LENGTH:
         perimeter = none
         for index in range(0, size):
-            x, y = _edge(polygons, last * 0 + index, COMPUTE)
+            x, y = _edge(raw, last * 0 + index, COMPUTE)
             perimeter += tl.sqrt(tl.fma(x, x, y * y))
-        polygons = Polygons(
-            ptr, stride_n, stride_c, size, last, scale, low_x, low_y, high_x - low_x, high_y - low_y,
-            1.0 / tl.where(perimeter > 0, perimeter, 1.0), poison,
-        )  # fmt: skip
-    return polygons
+        per_unit = 1.0 / tl.where(perimeter > 0, perimeter, 1.0)
+    xs = ()
+    ys = ()
+    edges_x = ()
+    edges_y = ()
+    for index in tl.static_range(V.CORNERS):
+        x, y = _vertex(raw, last * 0 + index, COMPUTE)
+        edge_x, edge_y = _edge(raw, last * 0 + index, COMPUTE)
+        xs = xs + (x - low_x,)
+        ys = ys + (y - low_y,)
+        edges_x = edges_x + (edge_x,)
+        edges_y = edges_y + (edge_y,)
+    return Polygons(
+        ptr, stride_n, stride_c, size, last, scale, low_x, low_y, high_x - low_x, high_y - low_y, per_unit, poison,
+        xs, ys, edges_x, edges_y,
+    )  # fmt: skip
 
 
 @triton.jit
-def _interval(polygons, axis_x, axis_y, COMPUTE: tl.constexpr):
+def _interval(polygons, axis_x, axis_y, V: tl.constexpr, COMPUTE: tl.constexpr):
     """The least and the largest projection of polygons, from their own corners."""
-    first = polygons.last * 0
-    x, y = _vertex(polygons, first, COMPUTE)
-    low = tl.fma(axis_x, x - polygons.low_x, axis_y * (y - polygons.low_y))
-    high = low
-    for index in range(1, polygons.size):
-        x, y = _vertex(polygons, first + index, COMPUTE)
-        projection = tl.fma(axis_x, x - polygons.low_x, axis_y * (y - polygons.low_y))
-        low, high = tl.minimum(low, projection), tl.maximum(high, projection)
+    if V.CORNERS > 0:
+        low = tl.fma(axis_x, polygons.xs[0], axis_y * polygons.ys[0])
+        high = low
+        for index in tl.static_range(1, V.CORNERS):
+            projection = tl.fma(axis_x, polygons.xs[index], axis_y * polygons.ys[index])
+            low, high = tl.minimum(low, projection), tl.maximum(high, projection)
+    else:
+        first = polygons.last * 0
+        x, y = _vertex(polygons, first, COMPUTE)
+        low = tl.fma(axis_x, x - polygons.low_x, axis_y * (y - polygons.low_y))
+        high = low
+        for index in range(1, polygons.size):
+            x, y = _vertex(polygons, first + index, COMPUTE)
+            projection = tl.fma(axis_x, x - polygons.low_x, axis_y * (y - polygons.low_y))
+            low, high = tl.minimum(low, projection), tl.maximum(high, projection)
     return low, high
 
 
@@ -128,6 +151,36 @@ def _compare(low, high, other_low, other_high, limit, V: tl.constexpr):
 
 
 @triton.jit
+def _add_axis(
+    sums, x, y, own, other, to_own, to_other, shift_x, shift_y, shortest, per_unit, limit,
+    V: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """`sums` with the normal of one more edge of `own`."""
+    axis_x, axis_y = y, minus(x)
+    own_length = tl.sqrt(tl.fma(x, x, y * y))
+    low, high = _interval(own, axis_x, axis_y, V, COMPUTE)
+    other_low, other_high = _interval(other, axis_x, axis_y, V, COMPUTE)
+    shift = axis_x * shift_x + axis_y * shift_y
+    own_limit = tl.maximum(limit * own_length, V.TINY)
+    distance, hull = _compare(
+        low * to_own, high * to_own, other_low * to_other + shift, other_high * to_other + shift, own_limit, V
+    )
+    length = own_length * to_own
+    is_axis = length > shortest
+    if V.AXIS_WEIGHT == LENGTH:
+        weight = tl.where(is_axis, own_length * own.per_unit, 0.0)
+    else:
+        weight = axis_weight(tl.where(is_axis, length, 0.0), is_axis, per_unit, V.AXIS_WEIGHT).value
+    return Sums(
+        tl.fma(weight, distance, sums.distance),
+        sums.weight + weight,
+        tl.where(weight > 0, tl.maximum(sums.largest, distance), sums.largest),
+        tl.where(is_axis, 1.0, sums.is_axis),
+        tl.where(is_axis & (hull <= own_limit), 1.0, sums.is_flat),
+    )
+
+
+@triton.jit
 def _axes(own, other, to_own, to_other, shift_x, shift_y, extent, limit, V: tl.constexpr, COMPUTE: tl.constexpr):
     """The axes of `own`. `to_own` and `to_other` scale them for their pairs; the shift is from own to other corner."""
     none = tl.zeros_like(extent)
@@ -137,30 +190,20 @@ def _axes(own, other, to_own, to_other, shift_x, shift_y, extent, limit, V: tl.c
         shortest = tl.maximum(shortest, limit)
     if V.AXIS_WEIGHT == SOFT:
         per_unit = 1.0 / (tl.maximum(extent, V.TINY) * tl.full(extent.shape, SOFT_UNIT, COMPUTE))
-    distances, weights, largest, found, flat = none, none, none, none, none
-    for index in range(0, own.size):
-        x, y = _edge(own, own.last * 0 + index, COMPUTE)
-        axis_x, axis_y = y, minus(x)
-        own_length = tl.sqrt(tl.fma(x, x, y * y))
-        low, high = _interval(own, axis_x, axis_y, COMPUTE)
-        other_low, other_high = _interval(other, axis_x, axis_y, COMPUTE)
-        shift = axis_x * shift_x + axis_y * shift_y
-        own_limit = tl.maximum(limit * own_length, V.TINY)
-        distance, hull = _compare(
-            low * to_own, high * to_own, other_low * to_other + shift, other_high * to_other + shift, own_limit, V
-        )
-        length = own_length * to_own
-        is_axis = length > shortest
-        if V.AXIS_WEIGHT == LENGTH:
-            weight = tl.where(is_axis, own_length * own.per_unit, 0.0)
-        else:
-            weight = axis_weight(tl.where(is_axis, length, 0.0), is_axis, per_unit, V.AXIS_WEIGHT).value
-        distances = tl.fma(weight, distance, distances)
-        weights += weight
-        largest = tl.where(weight > 0, tl.maximum(largest, distance), largest)
-        found = tl.where(is_axis, 1.0, found)
-        flat = tl.where(is_axis & (hull <= own_limit), 1.0, flat)
-    return Sums(distances, weights, largest, found, flat)
+    sums = Sums(none, none, none, none, none)
+    if V.CORNERS > 0:
+        for index in tl.static_range(V.CORNERS):
+            x, y = own.edges_x[index], own.edges_y[index]
+            sums = _add_axis(
+                sums, x, y, own, other, to_own, to_other, shift_x, shift_y, shortest, per_unit, limit, V, COMPUTE
+            )
+    else:
+        for index in range(0, own.size):
+            x, y = _edge(own, own.last * 0 + index, COMPUTE)
+            sums = _add_axis(
+                sums, x, y, own, other, to_own, to_other, shift_x, shift_y, shortest, per_unit, limit, V, COMPUTE
+            )
+    return sums
 
 
 @triton.jit
@@ -242,6 +285,7 @@ def polygon_pairs_kernel(
     COMPUTE: tl.constexpr,
     OVER: tl.constexpr,
     AXIS_WEIGHT: tl.constexpr,
+    CORNERS: tl.constexpr,  # 4 if all polygons of both sets have four real vertices, else 0
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -251,6 +295,7 @@ def polygon_pairs_kernel(
         SHORT=2.0**-400 if COMPUTE == tl.float64 else 2.0**-48,
         OVER=OVER,
         AXIS_WEIGHT=AXIS_WEIGHT,
+        CORNERS=CORNERS,
     )
     batch = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]

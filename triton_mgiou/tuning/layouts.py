@@ -242,8 +242,9 @@ def pair_candidates(size_class: int, gradient: bool, interpreted: bool) -> list[
     return list(dict.fromkeys([first, small, large, *others]))
 
 
-def polygon_pair_candidates(interpreted: bool) -> list[AnyLayout]:
-    """The same for the matrix of polygons."""
+def polygon_pair_candidates(corners: int, interpreted: bool) -> list[AnyLayout]:
+    """The same for the matrix of polygons, with `corners` each in registers or with vertices read again and again."""
     if interpreted:
         return [PairLayout(64, 64, 1, 255, 0)]
-    return [PairLayout(*sizes, 0) for sizes in ((32, 32, 4, 168), (64, 16, 4, 168), (32, 16, 4, 128), (64, 32, 4, 255))]
+    registers = 255 if corners else 168
+    return [PairLayout(*tile, 4, registers, 0) for tile in ((16, 16), (32, 8), (64, 8), (16, 32))]
