@@ -132,12 +132,12 @@ def _wrong_box_shape(name: str, shape: tuple[int, ...], fmt: str) -> str:
     return f"{name} must have shape ({expected}) for fmt={fmt!r} ({kind.numbers}), got {shape}{hint}"
 
 
-def check_pairs(name: str, first: Tensor, second: Tensor, shape: tuple[int, ...], expected: str) -> None:
-    """Refuse what are no two sets of shapes, (P, *shape) or (B, P, *shape); a 0 in `shape` stands for any size."""
+def check_pairs(name: str, first: Tensor, second: Tensor, shape: tuple[int | None, ...], expected: str) -> None:
+    """Refuse what are no two sets of shapes, (P, *shape) or (B, P, *shape); None in `shape` stands for any size but 0."""
     for side, value in ((f"{name}1", first), (f"{name}2", second)):
         check_tensor(side, value)
         wanted = value.shape[value.dim() - len(shape) :]
-        fits = all(got == want or (want == 0 and got > 0) for got, want in zip(wanted, shape, strict=True))
+        fits = all(got == want or (want is None and got > 0) for got, want in zip(wanted, shape, strict=True))
         if value.dim() not in (1 + len(shape), 2 + len(shape)) or not fits:
             raise ValueError(f"{side} must have shape {expected}, got {tuple(value.shape)}")
         check_floating(side, value)

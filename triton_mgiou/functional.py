@@ -463,7 +463,7 @@ def polygon_mgiou(
 
     Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
     """
-    check_pairs("polygons", polygons1, polygons2, (0, 2), "(P, N, 2) or (B, P, N, 2) with N >= 1")
+    check_pairs("polygons", polygons1, polygons2, (None, 2), "(P, N, 2) or (B, P, N, 2) with N >= 1")
     check_matrix_options(over, axis_weight, AXIS_WEIGHTS, backend)
     sides = ("1", polygons1, lengths1, mask1), ("2", polygons2, lengths2, mask2)
     for side, polygons, lengths, mask in sides:

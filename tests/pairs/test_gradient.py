@@ -241,6 +241,8 @@ def test_transforms_of_the_eager_matrix():
     for b in range(3):
         (grad,) = torch.autograd.grad(box_mgiou(leaf[b], second).sum(), leaf)
         assert_close(per_sample[b], grad[b], atol=1e-14)
+    forward = torch.func.jacfwd(lambda boxes: box_mgiou(boxes, second))(first[0])
+    assert_close(forward, torch.func.jacrev(lambda boxes: box_mgiou(boxes, second))(first[0]), atol=1e-14)
     polygons = [convex(n, 4, rng) for n in (6, 5)]
     mapped = torch.vmap(polygon_mgiou, in_dims=(0, None))(polygons[0].reshape(2, 3, 4, 2), polygons[1])
     assert_same(mapped.reshape(6, 5), polygon_mgiou(*polygons))

@@ -156,16 +156,19 @@ class _Repeat(torch.autograd.Function):
         largest = torch.finfo(grad.dtype).max / ctx.terms
         return torch.where(grad.isinf(), grad, grad.clamp(-largest, largest)).sum(ctx.dim), None, None, None
 
+
+class _RepeatBothModes(_Repeat):
+    """The same with forward-mode derivatives, which `torch.compile` refuses to trace."""
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_rest: None) -> Tensor:
-        return tangent.unsqueeze(ctx.dim).expand(
-            *tangent.shape[: ctx.dim], ctx.count, *tangent.shape[ctx.dim :]
-        ).clone()
+        return _Repeat.forward(tangent, ctx.dim, ctx.count, 0)
 
 
 def _repeat(values: Tensor, dim: int, count: int, total: int) -> Tensor:
     """For each of `count` shapes of the other set, of which there are `total`."""
-    return cast("Tensor", _Repeat.apply(values, dim, count, total))  # type: ignore[no-untyped-call]
+    function = _Repeat if torch.compiler.is_compiling() else _RepeatBothModes
+    return cast("Tensor", function.apply(values, dim, count, total))  # type: ignore[no-untyped-call]
 
 
 class _InBlocks(torch.autograd.Function):
