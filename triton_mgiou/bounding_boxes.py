@@ -25,7 +25,7 @@ def plain_boxes(name: str, boxes: Any, fmt: str, angle: str, clockwise: bool) ->
         ValueError: The format has no place for them: for their angle, or for boxes in the plane.
     """
     kind = boxes.format.name
-    numbers = boxes.as_subclass(Tensor)
+    numbers: Tensor = boxes.as_subclass(Tensor)
     if kind.lower() == fmt and fmt in ("xyxy", "cxcywh", "xyxyxyxy"):
         return numbers
     expected = ("cxcywhr", "xyxyxyxy") if kind in _ROTATED else ("cxcywhr", "cxcywh", "xyxy", "xyxyxyxy")

@@ -188,27 +188,27 @@ def box_mgiou_loss(
 
     Which numbers a box has is said by `fmt`, `angle` and `clockwise`:
 
-    =================================================== ============== =========== ======================= =============
-    library                                             `fmt`          `angle`     `clockwise`             centre
-    =================================================== ============== =========== ======================= =============
-    torchvision, plain "cxcywhr" (not our default!)     "cxcywhr"      "degrees"   False                   centre
-    detectron2 `RotatedBoxes`                           "cxcywhr"      "degrees"   False                   centre
-    mmcv, mmrotate `RotatedBoxes`                       "cxcywhr"      "radians"   True                    centre
-    Ultralytics "xywhr"                                 "cxcywhr"      "radians"   True                    centre
-    OpenCV `minAreaRect`, of any version                "cxcywhr"      "degrees"   True                    centre
-    torchvision "xyxy", mmdetection                     "xyxy"         -           -                       -
-    torchvision "cxcywh", DETR, Ultralytics "xywh"      "cxcywh"       -           -                       centre
-    torchvision "xyxyxyxy", DOTA, mmrotate "qbox"       "xyxyxyxy"     -           -                       -
-    OpenPCDet                                           "cxcyczlwhr"   "radians"   True                    gravity centre
-    mmdet3d LiDAR and depth boxes                       "cxcyczlwhr"   "radians"   True                    see below
-    pytorch3d, OpenPCDet, mmdet3d `corners`             "corners3d"    -           -                       -
-    nuScenes `Box.corners().T`                          "corners3d"    -           -                       -
-    =================================================== ============== =========== ======================= =============
+    ============================================== ============ ========= =========== ==============
+    library                                        `fmt`        `angle`   `clockwise` centre
+    ============================================== ============ ========= =========== ==============
+    torchvision, plain "cxcywhr": not our default  "cxcywhr"    "degrees" False       of the box
+    detectron2 `RotatedBoxes`                      "cxcywhr"    "degrees" False       of the box
+    mmcv, mmrotate `RotatedBoxes`                  "cxcywhr"    "radians" True        of the box
+    Ultralytics "xywhr"                            "cxcywhr"    "radians" True        of the box
+    OpenCV `minAreaRect`, of any version           "cxcywhr"    "degrees" True        of the box
+    torchvision and mmdetection "xyxy"             "xyxy"       -         -           -
+    torchvision "cxcywh", DETR, Ultralytics "xywh" "cxcywh"     -         -           of the box
+    torchvision "xyxyxyxy", DOTA, mmrotate "qbox"  "xyxyxyxy"   -         -           -
+    OpenPCDet                                      "cxcyczlwhr" "radians" True        of gravity
+    mmdet3d LiDAR and depth boxes                  "cxcyczlwhr" "radians" True        of the bottom!
+    pytorch3d, OpenPCDet, mmdet3d `corners`        "corners3d"  -         -           -
+    nuScenes `Box.corners().T`                     "corners3d"  -         -           -
+    ============================================== ============ ========= =========== ==============
 
-    The first row is the trap: torchvision's plain "cxcywhr" has our default's name, but degrees and the other direction.
-    mmdet3d's `.tensor` has the centre of the bottom: put `.gravity_center` in the place of its first three numbers.
-    nuScenes' `corners()` is (3, 8), and its sizes are width, length, height. KITTI's camera boxes, whose angle turns
-    about another axis, are not covered.
+    The first row is the trap: torchvision's plain "cxcywhr" has our default's name, but degrees and the other
+    direction. mmdet3d's `.tensor` has the centre of the bottom: put `.gravity_center` in the place of its first three
+    numbers. nuScenes' `corners()` is (3, 8), and its sizes are width, length, height. KITTI's camera boxes, whose angle
+    turns about another axis, are not covered.
 
     A `tv_tensors.BoundingBoxes` knows its own format, angle and direction: it is converted to what the arguments say,
     each side by itself. The arguments speak of plain tensors.
@@ -272,7 +272,7 @@ def box_mgiou_loss(
     )
     check_box_options(fmt, options)
     if fmt == "xyxyxyxy":
-        vertices = (side.unflatten(1, (4, 2)) for side in (pred, target))
+        vertices = [side.reshape(side.shape[0], 4, 2) for side in (pred, target)]
         return mgiou_loss(
             *vertices, weight=weight, avg_factor=avg_factor, reduction=reduction, backend=backend, **options._asdict()
         )

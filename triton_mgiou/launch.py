@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from triton.runtime import driver
 from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS
 from triton_mgiou.kernels import boxes as box_kernels
 from triton_mgiou.kernels import polygons as polygon_kernels
+from triton_mgiou.kernels import vertices
 from triton_mgiou.options import AXIS_WEIGHTS, Options, Reduction
 from triton_mgiou.tuning import layouts, store
 
@@ -62,7 +63,7 @@ class Plan:
         kernel: Any,
         flags: tuple[Any, ...],
         case: str,
-        candidates: list[layouts.AnyLayout],
+        candidates: Sequence[layouts.AnyLayout],
         dtype: torch.dtype,
         device: int,
     ) -> None:
@@ -133,6 +134,20 @@ def loss_and_gradients(
     return loss, gradient, call.swapped().launch(target, pred, True)[1] if target_grad else None
 
 
+def _launch(
+    prepare: Callable[..., Any], pred: Tensor, target: Tensor, call: PolygonCall | BoxCall, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and its gradient to `pred` if asked for: one launch, on the device of `pred`."""
+    device = pred.get_device()  # -1 for the CPU
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _launch(prepare, pred, target, call, gradient)
+    stream = 0 if device < 0 else driver.active.get_current_stream(device)
+    plan, arguments, loss, grad = prepare(pred, target, call, gradient, stream)
+    plan.launch(pred.shape[0], stream, arguments)
+    return loss, grad
+
+
 def device_of(index: int) -> torch.device:
     """The device that `Tensor.get_device` calls so."""
     return torch.device("cpu") if index < 0 else torch.device("cuda", index)
@@ -193,14 +208,7 @@ class PolygonCall(NamedTuple):
 
     def launch(self, pred: Tensor, target: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
         """The loss, and its gradient to `pred` in the loss's type if asked for: one launch."""
-        device = pred.get_device()  # -1 for the CPU
-        if device >= 0 and device != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self.launch(pred, target, gradient)
-        stream = 0 if device < 0 else driver.active.get_current_stream(device)
-        plan, arguments, loss, grad = prepare_polygons(pred, target, self, gradient, stream)
-        plan.launch(pred.shape[0], stream, arguments)
-        return loss, grad
+        return _launch(prepare_polygons, pred, target, self, gradient)
 
     def swapped(self) -> PolygonCall:
         """The call for the gradient to `target`: MGIoU is symmetric, and `target` is a constant of the other terms."""
@@ -324,7 +332,7 @@ def polygon_plan(key: PolygonKey) -> Plan:
 def _real_code(dtype: torch.dtype | None, full: bool) -> int:
     """The kernel's code for what says which vertices are real."""
     name = "FULL" if full else "ALL" if dtype is None else "MASK" if dtype == torch.bool else "LENGTHS"
-    code: int = getattr(polygon_kernels, name).value
+    code: int = getattr(vertices, name).value
     return code
 
 
@@ -339,14 +347,14 @@ def _as_bytes(real: Tensor | None) -> tuple[Tensor | None, int, int]:
     return real.view(torch.uint8), real.stride(0), real.stride(1)
 
 
-def _as_words(vertices: Tensor) -> tuple[Tensor, int, int]:
-    """`vertices`, or a copy where they cannot be loaded as aligned words of two; their strides, in vertices."""
-    stride_b, stride_n, stride_c = vertices.stride()
-    aligned = stride_b % 2 == 0 and stride_n % 2 == 0 and vertices.data_ptr() % 16 == 0
-    if stride_c == 1 and aligned and stride_n * vertices.shape[1] < 2**31:
-        return vertices, stride_b // 2, stride_n // 2
-    copy = torch.empty_like(vertices, memory_format=torch.contiguous_format).copy_(vertices)
-    return copy, vertices.shape[1], 1
+def _as_words(polygons: Tensor) -> tuple[Tensor, int, int]:
+    """The same, or a copy where they cannot be loaded as aligned words of two; their strides, in vertices."""
+    stride_b, stride_n, stride_c = polygons.stride()
+    aligned = stride_b % 2 == 0 and stride_n % 2 == 0 and polygons.data_ptr() % 16 == 0
+    if stride_c == 1 and aligned and stride_n * polygons.shape[1] < 2**31:
+        return polygons, stride_b // 2, stride_n // 2
+    copy = torch.empty_like(polygons, memory_format=torch.contiguous_format).copy_(polygons)
+    return copy, polygons.shape[1], 1
 
 
 # Boxes
@@ -363,14 +371,7 @@ class BoxCall(NamedTuple):
 
     def launch(self, pred: Tensor, target: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
         """The loss, and its gradient to `pred` in the loss's type if asked for: one launch."""
-        device = pred.get_device()  # -1 for the CPU
-        if device >= 0 and device != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self.launch(pred, target, gradient)
-        stream = 0 if device < 0 else driver.active.get_current_stream(device)
-        plan, arguments, loss, grad = prepare_boxes(pred, target, self, gradient, stream)
-        plan.launch(pred.shape[0], stream, arguments)
-        return loss, grad
+        return _launch(prepare_boxes, pred, target, self, gradient)
 
     def swapped(self) -> BoxCall:
         """The call for the gradient to `target`: MGIoU is symmetric, and `target` is a constant of the other term."""
@@ -463,6 +464,5 @@ def box_plan(key: BoxKey) -> Plan:
     if INTERPRETED:
         candidates = [layouts.box_interpreter_layout(numbers, key.batch)]
     flags = (f"{key.pred_dtype} {key.target_dtype}", *(f"{name}={value}" for name, value in constants.items()))
-    batches = f"{'>=' if key.batch else '<'} {layouts.LARGE_BOXES}"
-    case = f"boxes {key.fmt}, batch {batches}, {' '.join(flags)}"
+    case = f"boxes {key.fmt}, batch {layouts.box_batches(bool(key.batch))}, {' '.join(flags)}"
     return Plan(box_kernels.box_kernel, tuple(constants.values()), case, candidates, dtype, key.device)

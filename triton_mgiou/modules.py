@@ -1,4 +1,4 @@
-"""The losses as modules: `MGIoULoss` and `BoxMGIoULoss` as mmdetection's heads call them, `PolygonLoss` for keypoints."""
+"""The losses as modules: `MGIoULoss` and `BoxMGIoULoss` as mmdetection's heads call them, and `PolygonLoss`."""
 
 from __future__ import annotations
 

@@ -3,10 +3,10 @@
     python -m bench.boxes.descent --out bench/results/boxes_descent.json
 
 Every loss moves the same boxes: PAIRS of them for each limit of the targets' aspect ratio, start and seed, all in one
-batch, STEPS steps of Adam on the centre in units of 16, the logarithms of the sizes and the angle. A box is judged by
-its IoU with the target at the end. "corners" moves the eight corners themselves, from a box or from noise, to find
-where the axes of corners that make no box should come from; it is judged by how far the target's corners are from the
-nearest predicted one, in units of half the diagonal.
+batch, STEPS steps of Adam on the centre in units of 16, the logarithms of the sizes and the angle. The steps keep their
+size, or fall to 0 on a cosine. A box is judged by its IoU with the target at the end. "corners" moves the eight corners
+themselves, from a box or from noise, to find where the axes of corners that make no box should come from; it is judged
+by how far the target's corners are from the nearest predicted one, in units of half the diagonal.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.boxes import gaussian
-from triton_mgiou import PAPER, __version__
+from bench.machine import machine
+from triton_mgiou import PAPER
 from triton_mgiou.reference import boxes as reference
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -206,7 +205,7 @@ def corner_errors(pred: Tensor, target: Tensor) -> Tensor:
     return torch.cdist(target, pred).amin(2).mean(1) / half
 
 
-def descend(loss: Loss, first: Tensor, goal: Tensor, dimensions: int) -> Tensor:
+def descend(loss: Loss, first: Tensor, goal: Tensor, dimensions: int, decay: bool) -> Tensor:
     """Move boxes to their targets. With `dimensions` 0 the numbers are the variables themselves, in units of 16."""
     sizes = slice(dimensions, 2 * dimensions)
     variables = first.clone()
@@ -229,11 +228,12 @@ def descend(loss: Loss, first: Tensor, goal: Tensor, dimensions: int) -> Tensor:
         optimizer.zero_grad()
         loss(boxes(), goal).sum().backward()
         optimizer.step()
-        schedule.step()
+        if decay:
+            schedule.step()
     return boxes().detach()
 
 
-def run(task: str, name: str, seeds: int) -> list[dict[str, Any]]:
+def run(task: str, name: str, decay: bool, seeds: int) -> list[dict[str, Any]]:
     """One row for each start and ratio, over all seeds."""
     parts = []
     starts = ("near", "noise") if task == "corners" else STARTS
@@ -251,13 +251,14 @@ def run(task: str, name: str, seeds: int) -> list[dict[str, Any]]:
                     first = corners_of(first) if start == "near" else first
                 parts.append((start, ratio, first, goal))
     first, goal = (torch.cat([part[i] for part in parts]) for i in (2, 3))
-    last = descend(LOSSES[task][name], first, goal, 0 if task == "corners" else first.shape[1] // 2)
+    last = descend(LOSSES[task][name], first, goal, 0 if task == "corners" else first.shape[1] // 2, decay)
     found = (corner_errors(last, goal) if task == "corners" else iou(last, goal)).split(PAIRS)
     rows = []
     for start in starts:
         for ratio in RATIOS:
             values = torch.cat([v for v, part in zip(found, parts, strict=True) if part[:2] == (start, ratio)]).double()
-            row: dict[str, Any] = {"task": task, "loss_name": name, "start": start, "ratio": ratio}
+            steps = "falling" if decay else "constant"
+            row: dict[str, Any] = {"task": task, "loss_name": name, "start": start, "steps": steps, "ratio": ratio}
             if task == "corners":
                 row |= {
                     "error": round(values.mean().item(), 4),
@@ -276,16 +277,15 @@ def run(task: str, name: str, seeds: int) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean IoU / share above 0.9 (corners: mean error / share below 0.1), a line a loss, a column a ratio."""
     lines: list[str] = []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        for start in dict.fromkeys(row["start"] for row in rows if row["task"] == task):
-            same = [row for row in rows if (row["task"], row["start"]) == (task, start)]
-            lines += ["", f"{f'{task}, start: {start}':<44}" + "".join(f"{f'1 : {ratio:g}':>16}" for ratio in RATIOS)]
-            for name in dict.fromkeys(row["loss_name"] for row in same):
-                cells = []
-                for row in (row for row in same if row["loss_name"] == name):
-                    first, second = list(row.values())[4:6]
-                    cells.append(f"{f'{first:.3f} / {second:.2f}':>16}")
-                lines.append(f"{name:<44}" + "".join(cells))
+    groups: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for row in rows:
+        first, second = list(row.values())[5:7]
+        group = groups.setdefault((row["task"], row["start"], row["steps"]), {})
+        group.setdefault(row["loss_name"], []).append(f"{f'{first:.3f} / {second:.2f}':>16}")
+    for (task, start, steps), losses in sorted(groups.items()):
+        title = f"{task}, start: {start}, {steps} steps"
+        lines += ["", f"{title:<44}" + "".join(f"{f'1 : {ratio:g}':>16}" for ratio in RATIOS)]
+        lines += [f"{name:<44}" + "".join(cells) for name, cells in losses.items()]
     return "\n".join(lines)
 
 
@@ -297,19 +297,12 @@ def main() -> None:
     parser.add_argument("--task", choices=LOSSES, action="append", help="only this one; may be repeated")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    jobs = [(task, name) for task in args.task or LOSSES for name in LOSSES[task]]
-    rows = [row for task, name in tqdm(jobs, desc="losses") for row in run(task, name, args.seeds)]
+    jobs = [(task, name, decay) for task in args.task or LOSSES for name in LOSSES[task] for decay in (True, False)]
+    rows = [row for job in tqdm(jobs, desc="losses") for row in run(*job, args.seeds)]
     results = {
         "what": "Boxes moved by Adam; the docstring of bench/boxes/descent.py says how. iou is the mean at the end, "
         "lowest_20th its 5 % quantile; corners: error is the mean distance to the nearest corner.",
-        "command": " ".join(("python -m bench.boxes.descent", *sys.argv[1:])),
-        "machine": f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}, no GPU",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "shapely": shapely.__version__,
-            "triton-mgiou": __version__,
-        },
+        **machine(["python -m bench.boxes.descent", *sys.argv[1:]], torch.device("cpu")),
     }
     head = [f'"{name}": {json.dumps(value)}' for name, value in results.items()]
     body = ",\n".join(json.dumps(row) for row in rows)

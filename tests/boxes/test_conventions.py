@@ -60,10 +60,10 @@ def test_opencv_min_area_rect_of_either_era():
         found = torch.tensor([[x, y, w, h, angle]], dtype=torch.float64)
         eras = [found, torch.tensor([[x, y, h, w, angle - 90]], dtype=torch.float64)]
         given = torch.tensor([box], dtype=torch.float64)
-        other = torch.tensor([other], dtype=torch.float64)
-        want = box_mgiou_loss(given, other, angle="degrees")
+        goal = torch.tensor([other], dtype=torch.float64)
+        want = box_mgiou_loss(given, goal, angle="degrees")
         for era in eras:
-            assert_close(box_mgiou_loss(era, other, angle="degrees"), want, atol=1e-4)
+            assert_close(box_mgiou_loss(era, goal, angle="degrees"), want, atol=1e-4)
             assert box_mgiou_loss(given, era, angle="degrees") < 1e-3
         assert_zero(box_mgiou_loss(*eras, angle="degrees"), "loss")
 

@@ -50,7 +50,7 @@ def test_no_second_derivative(kernels):
     rng = generator(7)
     pred, target = (random_boxes("cxcywhr", 3, rng).float().to(kernels.device) for _ in range(2))
     loss = box_mgiou_loss(pred.requires_grad_(), target, backend="triton")
-    with pytest.raises(RuntimeError, match='no second derivative.*backend="eager"'):
+    with pytest.raises(RuntimeError, match=r'no second derivative.*backend="eager"'):
         torch.autograd.grad(loss, pred, create_graph=True)
 
 

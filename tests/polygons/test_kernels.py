@@ -27,26 +27,26 @@ DEFAULT = {
     "dtype": torch.float32,
     "pred_real": None,
     "target_real": None,
-    "weight": None,
+    "weight": False,
     "per_sample": False,
     "axis_weight": "uniform",
     "axis_grad": True,
     "convexity": False,
     "boundary": False,
-    "gradient": True,
+    "need_grad": True,
     "adjacent": True,
     "packed": True,
     "even": True,
-    "batch": False,
+    "large_batch": False,
 }
 
 
 def plan_of(pred_size, target_size, **options):
     """The variant that a call with these options has on a GPU without tuned layouts."""
     options = DEFAULT | options
-    dtype = options.pop("dtype")
-    sizes = {"pred_size": pred_size, "target_size": target_size}
-    key = launch.PolygonKey(device=-1, pred_dtype=dtype, target_dtype=dtype, **sizes, **options)
+    dtype, weight = options.pop("dtype"), torch.float32 if options.pop("weight") else None
+    options |= {"batch": options.pop("large_batch"), "gradient": options.pop("need_grad")}
+    key = launch.PolygonKey(-1, dtype, dtype, pred_size, target_size, weight=weight, **options)
     return launch.polygon_plan(key)
 
 
@@ -63,7 +63,7 @@ def compiled(capability, pred_size, target_size, **options):
         "target_real_ptr": REAL[options["target_real"]],
         "weight_ptr": stored if options["weight"] else None,
         "loss_ptr": stored,
-        "grad_ptr": stored if options["gradient"] else None,
+        "grad_ptr": stored if options["need_grad"] else None,
         "partial_ptr": None if options["per_sample"] else stored,
         "counter_ptr": None if options["per_sample"] else "*i32",
     }
@@ -117,7 +117,7 @@ def test_compiles_for_different_vertex_counts(sizes):
 
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_compiles_for_large_batches(size):
-    assert compiled(90, size, size, batch=True).asm["cubin"]
+    assert compiled(90, size, size, large_batch=True).asm["cubin"]
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,7 @@ def test_compiles_for_large_batches(size):
             ["uniform", "length", "soft"], [True, False], [(False, False), (True, False), (False, True), (True, True)]
         )
     ]
-    + [{"per_sample": True, "weight": torch.float32}, {"gradient": False}, {"adjacent": False}]
-    + [{"weight": torch.float32}],
+    + [{"per_sample": True, "weight": True}, {"need_grad": False}, {"adjacent": False}, {"weight": True}],
     ids=str,
 )
 def test_compiles_every_flag(options):
@@ -150,7 +149,7 @@ def test_the_compiler_fuses_nothing_by_itself(dtype):
 def test_a_bucket_is_compiled_once():
     """Whatever B, and whatever N inside a bucket, the compile-time arguments are the same."""
     for large in (False, True):
-        flags = [plan_of(n, n, batch=large, even=n % 2 == 0).constants for n in range(3, 65)]
+        flags = [plan_of(n, n, large_batch=large, even=n % 2 == 0).constants for n in range(3, 65)]
         assert len(set(flags)) == 14  # 3 and 4; then, up to each power of two, odd rows, even rows, and full ones
     assert layouts.bucket(1) == layouts.bucket(4) == 4
     assert layouts.bucket(5) == layouts.bucket(8) == 8

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from triton_mgiou.box_formats import KERNEL_FORMATS
-from triton_mgiou.kernels.arithmetic import inverse, inverse_power_of_two, minus, saturate, sign
+from triton_mgiou.kernels.arithmetic import inverse, inverse_power_of_two, minus, saturate
 from triton_mgiou.kernels.axis import LENGTH, SHORTEST, SOFT, SOFT_UNIT, UNIFORM, axis_weight, shares
 from triton_mgiou.kernels.axis import distance as interval_distance
 from triton_mgiou.kernels.axis import slopes as interval_slopes
@@ -78,6 +78,7 @@ class BoxVariant(NamedTuple):
     RESOLUTION: float
     GRAD: bool
     FORMAT: int
+    HAS_ANGLE: bool
     NUMBERS: int  # of a box
     ROWS: int  # boxes of a lane
     VECTORS: int  # of four, that their numbers fill
@@ -304,13 +305,13 @@ def _directions(angles, DEGREES: tl.constexpr):
         HUGE: tl.constexpr = 2.0**50 if IS_64 else 2.0**22
     is_odd = ()
     rest = ()
-    largest = tl.abs(angles[0])
+    any_huge = tl.abs(angles[0]) >= HUGE  # False for NaN, which a maximum would have to pass over
     for each in tl.static_range(len(angles)):
         direction = _quarters(angles[each], DEGREES)
         is_odd = is_odd + (direction.is_odd,)
         rest = rest + (direction.rest,)
-        largest = tl.maximum(largest, tl.abs(angles[each]))
-    if tl.max(largest) >= HUGE:
+        any_huge = any_huge | (tl.abs(angles[each]) >= HUGE)
+    if tl.max(any_huge.to(tl.int32)) > 0:
         far_odd = ()
         far_rest = ()
         for each in tl.static_range(len(angles)):
@@ -403,6 +404,18 @@ def _with_sign(values, signs):
 
 
 @triton.jit
+def _times_sign(values, signs):
+    """Values times 1, -1, or 0 where `signs` is 0: a sign bit is fewer instructions than a factor."""
+    if values.dtype == tl.float64:
+        bits = values.to(tl.int64, bitcast=True) ^ (signs.to(tl.int64, bitcast=True) & (-(2**63)))
+        product = bits.to(tl.float64, bitcast=True)
+    else:
+        bits = values.to(tl.int32, bitcast=True) ^ (signs.to(tl.int32, bitcast=True) & (-(2**31)))
+        product = bits.to(tl.float32, bitcast=True)
+    return tl.where(signs == 0, 0.0, product)
+
+
+@triton.jit
 def _distance(offset, pred, target, weight, V: tl.constexpr):
     """D of an axis and the derivatives of w D."""
     difference = pred - target
@@ -430,14 +443,13 @@ def _add(sums, apart, weight):
 def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V: tl.constexpr):
     """One pair of boxes. P's directions are p1 and p2, G's are g1 and g2, and z is the same for both."""
     IN_SPACE: tl.constexpr = V.FORMAT == CXCYCZLWHR
-    HAS_ANGLE: tl.constexpr = V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR
     LINEAR: tl.constexpr = 6 if IN_SPACE else 4
     largest = tl.abs(pred[0])
     for place in tl.static_range(LINEAR):
         largest = tl.maximum(largest, tl.abs(pred[place]), propagate_nan=tl.PropagateNan.ALL)
         largest = tl.maximum(largest, tl.abs(target[place]), propagate_nan=tl.PropagateNan.ALL)
     poison = largest * 0.0
-    if HAS_ANGLE:
+    if V.HAS_ANGLE:
         poison = tl.fma(pred[LINEAR], 0.0, tl.fma(target[LINEAR], 0.0, poison))
     scale = inverse_power_of_two(largest) + poison
     x, y = _side(pred, target, scale, 0, V.FORMAT), _side(pred, target, scale, 1, V.FORMAT)
@@ -451,7 +463,7 @@ def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V:
     pred_x, pred_y, target_x, target_y = x.pred, y.pred, x.target, y.target
     turn = Turn(g1, g2)
     target_turn = turn
-    if HAS_ANGLE:
+    if V.HAS_ANGLE:
         between = _quarters(pred_direction.rest - target_direction.rest, V.DEGREES)
         is_odd = between.is_odd ^ pred_direction.is_odd ^ target_direction.is_odd
         turn = _turn(Direction(is_odd, between.rest), V.DEGREES)
@@ -465,7 +477,7 @@ def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V:
 
     extent = g1
     if V.AXIS_WEIGHT != LENGTH:
-        if HAS_ANGLE:
+        if V.HAS_ANGLE:
             pred_turn = Turn(
                 tl.fma(target_turn.cos, turn.cos, minus(target_turn.sin) * turn.sin),
                 tl.fma(target_turn.sin, turn.cos, target_turn.cos * turn.sin),
@@ -486,7 +498,7 @@ def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V:
     none = tl.zeros_like(scale)
     on_p = Sums(none, none)
     on_g = Sums(none, none)
-    if HAS_ANGLE:
+    if V.HAS_ANGLE:
         apart_1, slopes_1 = _distance(p1, x.pred, g_on_p1, w_p.x, V)
         apart_2, slopes_2 = _distance(p2, y.pred, g_on_p2, w_p.y, V)
         apart_3, slopes_3 = _distance(g1, p_on_g1, x.target, w_g.x, V)
@@ -503,7 +515,8 @@ def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V:
     weight = on_p.weight + on_g.weight
     weight = tl.where(weight > 0, weight, 1.0)
     total = on_p.distance + on_g.distance
-    loss = total / weight + poison
+    factor = inverse(weight) + poison
+    loss = total * factor
     if V.BOUNDARY:
         one_more = weight * tl.full(weight.shape, boundary_weight, weight.dtype)
         p_area = Area(2.0 * x.pred * y.pred, none, none)
@@ -514,14 +527,13 @@ def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V:
         loss = tl.fma(term.value, tl.full(weight.shape, boundary_weight, weight.dtype), loss)
         mixed_slope = term.mixed_slope * one_more
         area_slope = 2.0 * term.area_slope * one_more
-    factor = 1.0 / weight + poison
     if not V.GRAD:
         return Row(loss, factor, scale, ())
 
     # To the half-sizes of P, and to the offset, by its components along the coordinates or along the directions of G.
     to_x, to_y, along_1, along_2 = slopes_1.pred, slopes_2.pred, slopes_1.offset, slopes_2.offset
     by_turn, turn_1, turn_2 = none, none, none
-    if HAS_ANGLE:
+    if V.HAS_ANGLE:
         along_1 = tl.fma(turn.cos, slopes_1.offset, tl.fma(minus(turn.sin), slopes_2.offset, slopes_3.offset))
         along_2 = tl.fma(turn.sin, slopes_1.offset, tl.fma(turn.cos, slopes_2.offset, slopes_4.offset))
         cos, sin = tl.abs(turn.cos), tl.abs(turn.sin)
@@ -535,30 +547,28 @@ def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V:
         if V.AXIS_GRAD:
             by_turn = tl.fma(slopes_1.target, turn_1, tl.fma(slopes_2.target, turn_2, by_turn))
     if V.AXIS_GRAD and V.AXIS_WEIGHT != UNIFORM:
-        if V.AXIS_WEIGHT == LENGTH:
-            mean = on_p.distance  # the weights of P's axes add up to one
-        else:
-            mean = total * factor
+        # Of the axes that the weights are shares of: with LENGTH those of P, whose weights add up to one.
+        mean = on_p.distance if V.AXIS_WEIGHT == LENGTH else total * factor
         to_y = tl.fma(2.0 * w_p.slope_x, apart_1 - mean, to_y)
         to_x = tl.fma(2.0 * w_p.slope_y, apart_2 - mean, to_x)
     if V.BOUNDARY:
         to_x = tl.fma(mixed_slope, g_on_p2, tl.fma(area_slope, y.pred, to_x))
         to_y = tl.fma(mixed_slope, g_on_p1, tl.fma(area_slope, x.pred, to_y))
-        if HAS_ANGLE:
+        if V.HAS_ANGLE:
             by_turn = tl.fma(mixed_slope, tl.fma(x.pred, turn_2, y.pred * turn_1), by_turn)
     grad_x, grad_y, grad_angle = along_1, along_2, none
-    if HAS_ANGLE:
+    if V.HAS_ANGLE:
         grad_x = tl.fma(target_turn.cos, along_1, minus(target_turn.sin) * along_2)
         grad_y = tl.fma(target_turn.sin, along_1, target_turn.cos * along_2)
-        grad_angle = by_turn * sign(turn.cos * turn.sin)
+        grad_angle = _times_sign(by_turn, turn.cos * turn.sin)
         if V.AXIS_GRAD:
             grad_angle += tl.fma(slopes_1.offset, p2, minus(slopes_2.offset) * p1)
         if V.DEGREES:
             grad_angle *= tl.full(grad_angle.shape, math.pi / 180, grad_angle.dtype)
         if not V.CLOCKWISE:
             grad_angle = minus(grad_angle)
-    to_x = 0.5 * to_x * sign(x.pred_size)
-    to_y = 0.5 * to_y * sign(y.pred_size)
+    to_x = 0.5 * _times_sign(to_x, x.pred_size)
+    to_y = 0.5 * _times_sign(to_y, y.pred_size)
     if V.FORMAT == XYXY:
         grad_x, grad_y = 0.5 * grad_x, 0.5 * grad_y
         gradient = (grad_x - to_x, grad_y - to_y, grad_x + to_x, grad_y + to_y)
@@ -567,7 +577,7 @@ def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V:
     elif V.FORMAT == CXCYWHR:
         gradient = (grad_x, grad_y, to_x, to_y, grad_angle)
     else:
-        to_z = 0.5 * slopes_z.pred * sign(z.pred_size)
+        to_z = 0.5 * _times_sign(slopes_z.pred, z.pred_size)
         gradient = (grad_x, grad_y, slopes_z.offset, to_x, to_y, to_z, grad_angle)
     return Row(loss, factor, scale, gradient)
 
@@ -671,7 +681,8 @@ def _corners_row(pred, target, V: tl.constexpr):
     if V.GRAD:
         for corner in tl.static_range(8):
             derivatives = derivatives + (gradient[0][corner], gradient[1][corner], gradient[2][corner])
-    return Row(0.5 * total / weights + poison, 0.5 / weights + poison, scale, derivatives)
+    factor = 0.5 * inverse(weights) + poison
+    return Row(total * factor, factor, scale, derivatives)
 
 
 @triton.jit(
@@ -725,6 +736,7 @@ def box_kernel(
         RESOLUTION=2.0**-48 if COMPUTE == tl.float64 else 2.0**-20,
         GRAD=GRAD,
         FORMAT=FORMAT,
+        HAS_ANGLE=(True, False, False, True, False)[FORMAT],
         NUMBERS=NUMBERS,
         ROWS=ROWS,
         VECTORS=0 if ROWS * NUMBERS % 4 else ROWS * NUMBERS // 4,
@@ -735,16 +747,15 @@ def box_kernel(
         AXIS_GRAD=AXIS_GRAD,
         BOUNDARY=BOUNDARY,
     )
-    HAS_ANGLE: tl.constexpr = FORMAT == CXCYWHR or FORMAT == CXCYCZLWHR
     pred_source = Source(pred_ptr, pred_stride_b, pred_stride_n, pred_stride_c)
     target_source = Source(target_ptr, target_stride_b, target_stride_n, target_stride_c)
-    divide_by = tl.full((LANES,), divisor, COMPUTE)
+    per_divisor = 1.0 / tl.full((LANES,), divisor, COMPUTE)
     reduced = tl.zeros((LANES,), COMPUTE)
     for block in range(tl.program_id(0), tl.cdiv(batch, LANES * ROWS), tl.num_programs(0)):
         lanes = (block * LANES + tl.arange(0, LANES)).to(tl.int64)
         first = lanes * (ROWS * NUMBERS)
         # Where a box fills vectors, the end of the batch is also that of a vector, which the compiler sees.
-        whole = (block + 1) * (LANES * ROWS) <= batch
+        whole = block < batch // (LANES * ROWS)
         if PACKED and V.VECTORS > 0 and NUMBERS % 4 != 0 and whole:
             pred = _load_whole(pred_source, first, V, COMPUTE)
             target = _load_whole(target_source, first, V, COMPUTE)
@@ -753,7 +764,7 @@ def box_kernel(
             target = _load(target_source, first, batch, V, COMPUTE)
         is_odd = ()
         rest = ()
-        if HAS_ANGLE:
+        if V.HAS_ANGLE:
             angles = ()
             for row in tl.static_range(ROWS):
                 own_angle, other_angle = pred[(row + 1) * NUMBERS - 1], target[(row + 1) * NUMBERS - 1]
@@ -766,7 +777,7 @@ def box_kernel(
             own, other = _one_row(pred, row, V), _one_row(target, row, V)
             if FORMAT == CORNERS3D:
                 pair = _corners_row(own, other, V)
-            elif HAS_ANGLE:
+            elif V.HAS_ANGLE:
                 own_direction = Direction(is_odd[2 * row], rest[2 * row])
                 other_direction = Direction(is_odd[2 * row + 1], rest[2 * row + 1])
                 pair = _box_row(own, other, own_direction, other_direction, boundary_weight, V)
@@ -775,7 +786,7 @@ def box_kernel(
             rows = lanes * ROWS + row
             inside = rows < batch
             loss = pair.loss
-            factor = pair.factor / divide_by
+            factor = pair.factor * per_divisor
             if weight_ptr is not None:
                 sample_weight = tl.load(weight_ptr + rows * weight_stride, mask=inside, other=0).to(COMPUTE)
                 loss *= sample_weight
@@ -787,7 +798,7 @@ def box_kernel(
             if GRAD:
                 for number in tl.static_range(NUMBERS):
                     derivative = pair.gradient[number] * factor
-                    if not (HAS_ANGLE and number == NUMBERS - 1):
+                    if not (V.HAS_ANGLE and number == NUMBERS - 1):
                         derivative *= pair.scale
                     gradient = gradient + (saturate(derivative),)
         if GRAD:

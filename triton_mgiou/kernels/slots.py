@@ -45,10 +45,8 @@ def _fold(values, COMBINE: tl.constexpr):
 def _over_lanes(values, REDUCE: tl.constexpr):
     if len(values.shape) == 1:  # boxes: a lane has all of one
         return values
-    elif values.shape[2] == 1:
-        return values
     else:
-        return REDUCE(values, axis=2, keep_dims=True)
+        return values if values.shape[2] == 1 else REDUCE(values, axis=2, keep_dims=True)
 
 
 @triton.jit

@@ -150,12 +150,11 @@ class _ScaleBothModes(_Scale):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _scale_tangent: None) -> Tensor:
-        (scale,) = ctx.saved_tensors
-        return tangent * scale
+        return tangent * cast("Tensor", ctx.saved_tensors[0])
 
 
 def _scale(values: Tensor, scale: Tensor) -> Tensor:
-    function = _Scale if torch.compiler.is_compiling() else _ScaleBothModes
+    function: type[_Scale] = _Scale if torch.compiler.is_compiling() else _ScaleBothModes
     return cast("Tensor", function.apply(values, scale))  # type: ignore[no-untyped-call]
 
 

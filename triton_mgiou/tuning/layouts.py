@@ -146,7 +146,7 @@ LARGE_BOXES = 2**17  # from here on a lane of the kernel of boxes takes several
 
 
 class BoxLayout(NamedTuple):
-    """How the kernel of boxes works on a batch: lanes of a program, boxes of a lane, warps, and registers of a thread."""
+    """How the kernel of boxes works on a batch: a program's lanes, a lane's boxes, warps, registers of a thread."""
 
     lanes: int
     rows: int
@@ -168,6 +168,11 @@ class BoxLayout(NamedTuple):
 
 
 
+def box_batches(large_batch: bool) -> str:
+    """The batch sizes that a layout is for, in words."""
+    return f"{'>=' if large_batch else '<'} {LARGE_BOXES}"
+
+
 def box_candidates(numbers: int, large_batch: bool) -> list[AnyLayout]:
     """The layouts to measure for boxes of so many numbers, the one to use without measurement first.
 
@@ -175,7 +180,7 @@ def box_candidates(numbers: int, large_batch: bool) -> list[AnyLayout]:
     depend on the layout, so that the sum over a batch has the same bits whatever strides its boxes have.
     """
     rows = 4 if large_batch and numbers % 4 else 1
-    registers = 255 if numbers == 24 else 168
+    registers = 255 if numbers > 5 else 168
     return [BoxLayout(32 * warps, rows, warps, registers) for warps in (4, 1, 2)]
 
 

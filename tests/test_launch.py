@@ -1,0 +1,111 @@
+"""How a plan launches its kernel: by Triton's private launcher where that is known, by `kernel[grid]` elsewhere."""
+
+import pytest
+import torch
+
+from tests.conftest import INTERPRETED
+
+triton = pytest.importorskip("triton")
+
+from triton_mgiou import launch  # noqa: E402
+from triton_mgiou.options import Options, Reduction  # noqa: E402
+from triton_mgiou.tuning import layouts  # noqa: E402
+
+LAYOUT = layouts.Layout(4, 1, 2, 2, 2, 1, 168)
+
+
+class Compiled:
+    """In the place of a compiled kernel, whose launcher has some parameters."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, launched, parameters):
+        names = ", ".join(parameters)
+        record = "[gridX, gridY, gridZ, stream, function, *args]" if "gridX" in parameters else "[]"
+        known = "kernel_metadata" in names
+        between = "kernel_metadata, launch_metadata, launch_enter_hook, launch_exit_hook, " if known else ""
+        record = record.replace("*args", f"{between}*args")
+        self.run = eval(f"lambda {names}: launched.append({record})", {"launched": launched})
+
+
+class Kernel:
+    def __init__(self, parameters):
+        self.by_grid, self.by_launcher = [], []
+        self.compiled = Compiled(self.by_launcher, parameters)
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.by_grid.append((grid, arguments, options)) or self.compiled
+
+
+def launched(parameters, times=2):
+    kernel = Kernel(parameters)
+    plan = launch.Plan(kernel, ("FLAG",), "case", [LAYOUT], torch.float32, -1)
+    for stream in range(times):
+        plan.launch(9, stream, ("argument",))
+    return kernel
+
+
+ARGUMENTS = ("argument", "FLAG", 4, 1, 2, 2, 2)
+BY_GRID = ((3,), ARGUMENTS, {"num_warps": 1, "maxnreg": 168, "enable_fp_fusion": False})
+UNTIL_3_6 = ("gridX", "gridY", "gridZ", "stream", "function", "*args")
+FROM_3_7 = (
+    *("gridX", "gridY", "gridZ", "stream", "function", "kernel_metadata"),
+    *("launch_metadata", "launch_enter_hook", "launch_exit_hook", "*args"),
+)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+@pytest.mark.parametrize("parameters", [UNTIL_3_6, FROM_3_7], ids=["until 3.6", "from 3.7"])
+def test_a_known_launcher_is_used_from_the_second_launch_on(parameters):
+    kernel = launched(parameters)
+    assert kernel.by_grid == [BY_GRID]
+    assert kernel.by_launcher == [[3, 1, 1, 1, "function", "metadata", None, None, None, *ARGUMENTS]]
+
+
+@pytest.mark.parametrize(
+    "parameters", [("*args",), ("gridX", "gridY", "gridZ", "stream", "cluster", "*args"), FROM_3_7[1:]]
+)
+def test_an_unknown_launcher_is_not(parameters):
+    kernel = launched(parameters)
+    assert kernel.by_grid == [BY_GRID, BY_GRID]
+    assert kernel.by_launcher == []
+
+
+@pytest.mark.parametrize("attribute", ["run", "function", "packed_metadata"])
+def test_a_compiled_kernel_without_an_attribute(attribute):
+    class Other:
+        function, packed_metadata, run = "function", "metadata", staticmethod(print)
+
+    delattr(Other, attribute)
+    assert launch.private_launcher(Other()) == (None, ())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profilers_hooks_are_called(hook, monkeypatch):
+    """They are called by Triton's own launch, not by its private launcher."""
+    monkeypatch.setattr(triton.knobs.runtime, hook, lambda *_: None)
+    kernel = launched(FROM_3_7)
+    assert kernel.by_grid == [BY_GRID, BY_GRID]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton has no launcher")
+def test_tritons_launcher_is_one_that_is_known():
+    """Of the version that is installed; if not, each launch takes a few microseconds more than it needs."""
+    from triton.backends.nvidia.driver import CudaLauncher  # noqa: PLC0415
+
+    class Installed:
+        function, packed_metadata, run = "function", "metadata", CudaLauncher.__new__(CudaLauncher)
+
+    assert launch.private_launcher(Installed())[0] is Installed.run
+
+
+def test_two_kernels_may_have_equal_arguments():
+    """The scratch of a stream is shared by its launches, a plan is not."""
+    pred = torch.zeros(2, 4, 2)
+    call = launch.PolygonCall(None, None, Reduction(None, False, 2.0), Options())
+    first, *_ = launch.prepare_polygons(pred, pred, call, True, 0)
+    second, *_ = launch.prepare_polygons(pred, pred, call, True, 0)
+    value, *_ = launch.prepare_polygons(pred, pred, call, False, 0)
+    assert first is second
+    assert value is not first
