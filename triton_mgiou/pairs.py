@@ -13,12 +13,12 @@ from torch import Tensor
 from triton.runtime import driver
 
 from triton_mgiou import launch
-from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS
+from triton_mgiou.box_formats import KERNEL_FORMATS
 from triton_mgiou.kernels import pairs as kernels
 from triton_mgiou.kernels import polygon_pairs as polygon_kernels
 from triton_mgiou.launch import COMPUTE, INTERPRETED, Plan
-from triton_mgiou.options import AXIS_WEIGHTS, OVERS
 from triton_mgiou.ops import is_traced, no_second_derivative
+from triton_mgiou.options import AXIS_WEIGHTS, OVERS
 from triton_mgiou.reference.polygons import compute_dtype
 from triton_mgiou.tuning import layouts
 

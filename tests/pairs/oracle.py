@@ -127,7 +127,9 @@ def is_finite(points):
 def box_pair(first, second, fmt="cxcywhr", angle="radians", clockwise=True, over="mean", axis_weight="uniform"):
     """Return the value of two boxes by their numbers."""
     if fmt == "xyxyxyxy":
-        return polygon_pair(*([tuple(p) for p in np.reshape(box, (4, 2))] for box in (first, second)), over, axis_weight)
+        return polygon_pair(
+            *([tuple(p) for p in np.reshape(box, (4, 2))] for box in (first, second)), over, axis_weight
+        )
     shapes = [corners(box, fmt, angle, clockwise) for box in (first, second)]
     if not all(map(is_finite, shapes)):
         return math.nan

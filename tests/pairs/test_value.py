@@ -155,7 +155,10 @@ def test_half_types_are_computed_in_float32(backend, dtype):
 
 def test_batches_are_their_matrices(backend):
     rng = generator(11)
-    first, second = random_boxes(12, "cxcywhr", rng).reshape(3, 4, 5), random_boxes(51, "cxcywhr", rng).reshape(3, 17, 5)
+    first, second = (
+        random_boxes(12, "cxcywhr", rng).reshape(3, 4, 5),
+        random_boxes(51, "cxcywhr", rng).reshape(3, 17, 5),
+    )
     batched = matrix(backend, first, second)
     assert batched.shape == (3, 4, 17)
     for b in range(3):

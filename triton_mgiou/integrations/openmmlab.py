@@ -36,15 +36,15 @@ class MGIoUCost:
         ValueError: There is no such format.
     """
 
-    def __init__(
-        self, weight: float = 1.0, fmt: str = "xyxy", angle: str = "radians", clockwise: bool = True
-    ) -> None:
+    def __init__(self, weight: float = 1.0, fmt: str = "xyxy", angle: str = "radians", clockwise: bool = True) -> None:
         check_number("weight", weight)
         check_box_format(fmt, angle, clockwise)
         self.weight = weight
         self.options: dict[str, Any] = {"fmt": fmt, "angle": angle, "clockwise": clockwise}
 
-    def __call__(self, pred_instances: Any, gt_instances: Any, img_meta: dict[str, Any] | None = None, **_: Any) -> Tensor:  # noqa: ARG002
+    def __call__(
+        self, pred_instances: Any, gt_instances: Any, img_meta: dict[str, Any] | None = None, **_: Any
+    ) -> Tensor:
         """Return the costs.
 
         Args:

@@ -18,13 +18,14 @@ The gradient has one launch for each set. A program takes ROWS of its boxes alon
 in a fixed order.
 """
 
+import math
 import os
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from triton_mgiou.box_formats import KERNEL_FORMATS
+from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS
 from triton_mgiou.kernels.arithmetic import inverse_power_of_two, minus, sign
 from triton_mgiou.kernels.axis import LENGTH, UNIFORM
 from triton_mgiou.kernels.boxes import (
@@ -51,7 +52,9 @@ DEPTH = tl.constexpr(OVERS.index("depth"))
 
 SHORTEST = tl.constexpr(MIN_AXIS_LENGTH)
 NOT_THERE = tl.constexpr(ABSENT)
-NUMBERS = tl.constexpr(tuple({"cxcywhr": 5, "cxcyczlwhr": 7}.get(fmt, 4) for fmt in KERNEL_FORMATS))
+NUMBERS = tl.constexpr(tuple(math.prod(FORMATS[fmt].shape) for fmt in KERNEL_FORMATS))
+HAS_ANGLE = tl.constexpr(tuple(FORMATS[fmt].has_angle for fmt in KERNEL_FORMATS))
+IS_IN_SPACE = tl.constexpr(tuple(FORMATS[fmt].in_space for fmt in KERNEL_FORMATS))
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # sin x = x + x^3 (...) for x up to a quarter turn: relative error 6e-9, and exactly 1 there.
@@ -73,6 +76,8 @@ class PairVariant(NamedTuple):
     CLOCKWISE: bool
     OVER: int
     AXIS_WEIGHT: int
+    TURNS: bool  # whether boxes have an angle
+    IN_SPACE: bool
 
 
 class Boxes(NamedTuple):
@@ -188,9 +193,7 @@ def _cos_sin(turn, DEGREES: tl.constexpr):
 
 
 @triton.jit
-def _load(
-    ptr, index, stride_n, stride_c, NUMBERS: tl.constexpr, PACKED: tl.constexpr, COMPUTE: tl.constexpr
-):
+def _load(ptr, index, stride_n, stride_c, NUMBERS: tl.constexpr, PACKED: tl.constexpr, COMPUTE: tl.constexpr):
     """The numbers of boxes number `index`; PACKED if they follow each other and 32 bits count them."""
     numbers = ()
     for number in tl.static_range(NUMBERS):
@@ -213,7 +216,7 @@ def _poison(numbers):
 
 @triton.jit
 def _largest(numbers, V: tl.constexpr):
-    LINEAR: tl.constexpr = 6 if V.FORMAT == CXCYCZLWHR else 4
+    LINEAR: tl.constexpr = 6 if V.IN_SPACE else 4
     largest = tl.abs(numbers[0])
     for number in tl.static_range(LINEAR):
         largest = tl.maximum(largest, tl.abs(numbers[number]))
@@ -228,7 +231,7 @@ def _scale(numbers, V: tl.constexpr):
 
 @triton.jit
 def _scaled(numbers, scale, V: tl.constexpr):
-    LINEAR: tl.constexpr = 6 if V.FORMAT == CXCYCZLWHR else 4
+    LINEAR: tl.constexpr = 6 if V.IN_SPACE else 4
     new = ()
     for number in tl.static_range(len(numbers)):
         new = new + (numbers[number] * scale if number < LINEAR else numbers[number],)
@@ -240,7 +243,7 @@ def _sizes(numbers, V: tl.constexpr):
     """With their signs; the third is the first again in the plane."""
     if V.FORMAT == XYXY:
         return numbers[2] - numbers[0], numbers[3] - numbers[1], numbers[2] - numbers[0]
-    elif V.FORMAT == CXCYCZLWHR:
+    elif V.IN_SPACE:
         return numbers[3], numbers[4], numbers[5]
     else:
         return numbers[2], numbers[3], numbers[2]
@@ -252,7 +255,7 @@ def _boxes(numbers, direction, V: tl.constexpr):
     width, height, depth = _sizes(numbers, V)
     a, b, c = 0.5 * tl.abs(width), 0.5 * tl.abs(height), 0.5 * tl.abs(depth)
     cos, sin = a, a
-    if V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR:
+    if V.TURNS:
         a, b = tl.where(direction.is_odd, b, a), tl.where(direction.is_odd, a, b)
         cos, sin = _cos_sin(direction.rest, V.DEGREES)
         sin = _with_sign(sin, direction.rest)
@@ -262,7 +265,7 @@ def _boxes(numbers, direction, V: tl.constexpr):
 @triton.jit
 def _plain_direction(numbers, V: tl.constexpr):
     """Whether a box is named by its other side, and the angle of its direction; unless that is huge."""
-    if V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR:
+    if V.TURNS:
         return _quarters(_clockwise(numbers, V), V.DEGREES)
     else:
         return Direction(numbers[0] > 0, numbers[0])
@@ -271,7 +274,7 @@ def _plain_direction(numbers, V: tl.constexpr):
 @triton.jit
 def _direction(numbers, V: tl.constexpr):
     """The same for any angle."""
-    if V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR:
+    if V.TURNS:
         is_odd, rest = _directions((_clockwise(numbers, V),), V.DEGREES)
         return Direction(is_odd[0], rest[0])
     else:
@@ -308,9 +311,9 @@ def _pair(p, g, V: tl.constexpr):
         x, y = 0.5 * (x + (p.right - g.right)), 0.5 * (y + (p.bottom - g.bottom))
     on_x, on_y = _axis(x, p.a, g.a), _axis(y, p.b, g.b)
     on_z = on_x
-    if V.FORMAT == CXCYCZLWHR:
+    if V.IN_SPACE:
         on_z = _axis(z, p.c, g.c)
-    if V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR:
+    if V.TURNS:
         turn = p.angle - g.angle
         cos, sin = _cos_sin(turn, V.DEGREES)
         p1, p2 = tl.fma(p.cos, x, p.sin * y), tl.fma(p.cos, y, minus(p.sin) * x)
@@ -342,18 +345,21 @@ def _seen(axis, limit):
 def _rule(pair, V: tl.constexpr):
     """Weights of the axes: those of the loss, but where these see only a line, or nothing (section 11)."""
     p, g = pair.p, pair.g
-    if V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR:
+    if V.TURNS:
         p_x, p_y = _bounds(p)
         g_x, g_y = _bounds(g)
         extent = tl.maximum(_reach(pair.x, p_x, g_x), _reach(pair.y, p_y, g_y))
     else:
         extent = tl.maximum(pair.p1.hull, pair.p2.hull)
-    if V.FORMAT == CXCYCZLWHR:
+    if V.IN_SPACE:
         extent = tl.maximum(extent, pair.z.hull)
     limit = tl.maximum(extent * tl.full(extent.shape, SHORTEST, extent.dtype), V.TINY)
     none = tl.zeros_like(limit)
-    if V.FORMAT == CXCYCZLWHR:  # an axis is an edge: without one it counts where both are points on it, and apart
-        w_p, w_g = _weights(p.a + none, p.b + none, p.c + none, extent, V), _weights(g.a + none, g.b + none, g.c + none, extent, V)
+    if V.IN_SPACE:  # an axis is an edge: without one it counts where both are points on it, and apart
+        w_p, w_g = (
+            _weights(p.a + none, p.b + none, p.c + none, extent, V),
+            _weights(g.a + none, g.b + none, g.c + none, extent, V),
+        )
         return Rule(
             tl.where(pair.p1.halves <= limit, _seen(pair.p1, limit), w_p.x),
             tl.where(pair.p2.halves <= limit, _seen(pair.p2, limit), w_p.y),
@@ -364,7 +370,10 @@ def _rule(pair, V: tl.constexpr):
             none, none, limit,
         )  # fmt: skip
     else:
-        w_p, w_g = _weights(p.b + none, p.a + none, p.a + none, extent, V), _weights(g.b + none, g.a + none, g.a + none, extent, V)
+        w_p, w_g = (
+            _weights(p.b + none, p.a + none, p.a + none, extent, V),
+            _weights(g.b + none, g.a + none, g.a + none, extent, V),
+        )
         thinnest = tl.minimum(tl.minimum(pair.p1.hull, pair.p2.hull), tl.minimum(pair.g1.hull, pair.g2.hull))
         heaviest = tl.maximum(tl.maximum(w_p.x, w_p.y), tl.maximum(w_g.x, w_g.y))
         other = (thinnest <= limit) | (heaviest == 0)
@@ -411,7 +420,7 @@ def _sums(pair, rule, PLAIN: tl.constexpr, V: tl.constexpr):
     p = tl.fma(_weighted(pair.p2, rule.p2, PLAIN), _per_hull(pair.p2, PLAIN, V), p)
     g = _weighted(pair.g1, rule.g1, PLAIN) * _per_hull(pair.g1, PLAIN, V)
     g = tl.fma(_weighted(pair.g2, rule.g2, PLAIN), _per_hull(pair.g2, PLAIN, V), g)
-    if V.FORMAT == CXCYCZLWHR:
+    if V.IN_SPACE:
         per_hull = _per_hull(pair.z, PLAIN, V)
         p = tl.fma(_weighted(pair.z, rule.pz, PLAIN), per_hull, p)
         g = tl.fma(_weighted(pair.z, rule.gz, PLAIN), per_hull, g)
@@ -426,21 +435,17 @@ def _total_weight(rule, V: tl.constexpr):
 
 @triton.jit
 def _largest_distance(pair, rule, PLAIN: tl.constexpr, V: tl.constexpr):
-    p = tl.maximum(
-        _distance(pair.p1, rule.p1, rule.limit, PLAIN, V), _distance(pair.p2, rule.p2, rule.limit, PLAIN, V)
-    )
-    g = tl.maximum(
-        _distance(pair.g1, rule.g1, rule.limit, PLAIN, V), _distance(pair.g2, rule.g2, rule.limit, PLAIN, V)
-    )
+    p = tl.maximum(_distance(pair.p1, rule.p1, rule.limit, PLAIN, V), _distance(pair.p2, rule.p2, rule.limit, PLAIN, V))
+    g = tl.maximum(_distance(pair.g1, rule.g1, rule.limit, PLAIN, V), _distance(pair.g2, rule.g2, rule.limit, PLAIN, V))
     largest = tl.maximum(p, g)
-    if V.FORMAT == CXCYCZLWHR:
+    if V.IN_SPACE:
         largest = tl.maximum(largest, _distance(pair.z, rule.pz + rule.gz, rule.limit, PLAIN, V))
     return largest
 
 
 @triton.jit
 def _value(pair, rule, PLAIN: tl.constexpr, V: tl.constexpr):
-    AXES: tl.constexpr = 6 if V.FORMAT == CXCYCZLWHR else 4
+    AXES: tl.constexpr = 6 if V.IN_SPACE else 4
     if V.OVER == MEAN:
         p, g = _sums(pair, rule, PLAIN, V)
         each = tl.full((p + g).shape, 1.0 / AXES, p.dtype)
@@ -488,7 +493,7 @@ def _range(numbers, there, V: tl.constexpr):
     least = tl.minimum(tl.minimum(tl.abs(width), tl.abs(height)), tl.abs(depth))
     largest = _largest(numbers, V)
     is_plain = largest + _poison(numbers) < PLAIN_NUMBER
-    if V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR:
+    if V.TURNS:
         is_plain = is_plain & (tl.abs(numbers[len(numbers) - 1]) < PLAIN_ANGLE)
     least = tl.where(is_plain, least, -1.0)
     return tl.min(tl.where(there, least, PLAIN_NUMBER)), tl.max(tl.where(there & is_plain, largest, 0.0))
@@ -544,6 +549,8 @@ def box_pairs_kernel(
         CLOCKWISE=CLOCKWISE,
         OVER=OVER,
         AXIS_WEIGHT=AXIS_WEIGHT,
+        TURNS=HAS_ANGLE[FORMAT],
+        IN_SPACE=IS_IN_SPACE[FORMAT],
     )
     COUNT: tl.constexpr = NUMBERS[FORMAT]
     batch = tl.program_id(2).to(tl.int64)
@@ -634,7 +641,7 @@ def _slopes_over_axes(pair, rule, V: tl.constexpr):
         f1, f2 = _share(pair.p1, f1, rule.limit, largest, V), _share(pair.p2, f2, rule.limit, largest, V)
         f3, f4 = _share(pair.g1, f3, rule.limit, largest, V), _share(pair.g2, f4, rule.limit, largest, V)
         count = (f1 + f2) + (f3 + f4)
-        if V.FORMAT == CXCYCZLWHR:  # upwards there is an axis of each
+        if V.IN_SPACE:  # upwards there is an axis of each
             shares = _share(pair.z, f5, rule.limit, largest, V)
             f5 = shares * ((rule.pz > 0).to(none.dtype) + (rule.gz > 0).to(none.dtype))
             count += f5
@@ -645,12 +652,12 @@ def _slopes_over_axes(pair, rule, V: tl.constexpr):
         limit = rule.limit
         p1, p2 = _depth_slopes(pair.p1, f1, limit), _depth_slopes(pair.p2, f2, limit)
         g1, g2 = _depth_slopes(pair.g1, f3, limit), _depth_slopes(pair.g2, f4, limit)
-        if V.FORMAT == CXCYCZLWHR:
+        if V.IN_SPACE:
             on_z = _depth_slopes(pair.z, f5, limit)
     else:
         p1, p2 = _slopes(pair.p1, f1, V), _slopes(pair.p2, f2, V)
         g1, g2 = _slopes(pair.g1, f3, V), _slopes(pair.g2, f4, V)
-        if V.FORMAT == CXCYCZLWHR:
+        if V.IN_SPACE:
             on_z = _slopes(pair.z, f5, V)
     return p1, p2, g1, g2, on_z, to_edge_1, to_edge_2
 
@@ -660,7 +667,7 @@ def _to_boxes(pair, slopes, V: tl.constexpr):
     """Derivatives of the value by P: along its own directions, along x, y, z, by half-sizes, and by its angle."""
     p1, p2, g1, g2, on_z, to_edge_1, to_edge_2 = slopes
     none = tl.zeros_like(to_edge_1)
-    if V.FORMAT == CXCYWHR or V.FORMAT == CXCYCZLWHR:
+    if V.TURNS:
         p, g, cos, sin = pair.p, pair.g, pair.cos, pair.sin
         x = tl.fma(g.cos, g1.offset, minus(g.sin) * g2.offset)
         y = tl.fma(g.sin, g1.offset, g.cos * g2.offset)
@@ -699,7 +706,7 @@ def _finite_and_there(numbers, there):
 
 
 @triton.jit
-def _added(sums, derivatives, scale, upstream, largest, V: tl.constexpr):
+def _added(sums, derivatives, scale, upstream, largest):
     """`sums` with one more tile. A derivative saturates such that their sum cannot overflow (section 5)."""
     new = ()
     for number in tl.static_range(9):
@@ -760,9 +767,10 @@ def box_pairs_gradient_kernel(
         CLOCKWISE=CLOCKWISE,
         OVER=OVER,
         AXIS_WEIGHT=AXIS_WEIGHT,
+        TURNS=HAS_ANGLE[FORMAT],
+        IN_SPACE=IS_IN_SPACE[FORMAT],
     )
     COUNT: tl.constexpr = NUMBERS[FORMAT]
-    HAS_ANGLE: tl.constexpr = FORMAT == CXCYWHR or FORMAT == CXCYCZLWHR
     batch = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     p_index = tl.minimum(row, rows - 1)
@@ -789,11 +797,11 @@ def box_pairs_gradient_kernel(
         upstream = tl.where(p_kept & g_kept, upstream, 0.0)
         pair, scale = _scaled_pair(p_numbers, _clean(g_numbers, g_kept), V)
         derivatives = _to_boxes(pair, _slopes_over_axes(pair, _rule(pair, V), V), V)
-        sums = _added(sums, derivatives, scale, upstream, largest, V)
+        sums = _added(sums, derivatives, scale, upstream, largest)
 
     along, across, x, y = _row_sum(sums[0]), _row_sum(sums[1]), _row_sum(sums[2]), _row_sum(sums[3])
     z, a, b, c, turn = _row_sum(sums[4]), _row_sum(sums[5]), _row_sum(sums[6]), _row_sum(sums[7]), _row_sum(sums[8])
-    if HAS_ANGLE:
+    if V.TURNS:
         direction = _direction(p_numbers, V)
         cos, sin = _cos_sin(direction.rest, DEGREES)
         sin = _with_sign(sin, direction.rest)

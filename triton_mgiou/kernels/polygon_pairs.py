@@ -83,7 +83,7 @@ def _polygons(ptr, stride_n, stride_c, size, count, V: tl.constexpr, COMPUTE: tl
     low_x, low_y = _vertex(raw, last * 0, COMPUTE)
     high_x, high_y = low_x, low_y
     poison = none
-    for index in range(0, size):
+    for index in range(size):
         x, y = _vertex(raw, last * 0 + index, COMPUTE)
         low_x, high_x = tl.minimum(low_x, x), tl.maximum(high_x, x)
         low_y, high_y = tl.minimum(low_y, y), tl.maximum(high_y, y)
@@ -95,7 +95,7 @@ def _polygons(ptr, stride_n, stride_c, size, count, V: tl.constexpr, COMPUTE: tl
     per_unit = none
     if V.AXIS_WEIGHT == LENGTH:
         perimeter = none
-        for index in range(0, size):
+        for index in range(size):
             x, y = _edge(raw, last * 0 + index, COMPUTE)
             perimeter += tl.sqrt(tl.fma(x, x, y * y))
         per_unit = 1.0 / tl.where(perimeter > 0, perimeter, 1.0)
@@ -198,7 +198,7 @@ def _axes(own, other, to_own, to_other, shift_x, shift_y, extent, limit, V: tl.c
                 sums, x, y, own, other, to_own, to_other, shift_x, shift_y, shortest, per_unit, limit, V, COMPUTE
             )
     else:
-        for index in range(0, own.size):
+        for index in range(own.size):
             x, y = _edge(own, own.last * 0 + index, COMPUTE)
             sums = _add_axis(
                 sums, x, y, own, other, to_own, to_other, shift_x, shift_y, shortest, per_unit, limit, V, COMPUTE
@@ -320,6 +320,4 @@ def polygon_pairs_kernel(
         if mask2_ptr is not None:
             g_there &= tl.load(mask2_ptr + batch * mask2_stride_b + g_index.to(tl.int64) * mask2_stride_n) != 0
         values = tl.where(p_there & g_there, _values(p, g, V, COMPUTE), NOT_THERE)
-        tl.store(
-            matrix_ptr + (batch * rows + row) * columns + column, values, mask=(row < rows) & (column < columns)
-        )
+        tl.store(matrix_ptr + (batch * rows + row) * columns + column, values, mask=(row < rows) & (column < columns))

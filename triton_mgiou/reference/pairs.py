@@ -120,7 +120,6 @@ def _shapes(numbers: Tensor, is_there: Tensor, is_real: Tensor) -> _Shapes:
 
 def _matrix(values: _Values, first: _Shapes, second: _Shapes, pair_bytes: int) -> Tensor:
     """All pairs, (B, P, T): at once if that fits into `MEMORY` or must be seen through by a transform, or in blocks."""
-
     sizes = (*first.is_there.shape, second.is_there.shape[1])
 
     def block(first: _Shapes, second: _Shapes) -> Tensor:
@@ -230,8 +229,8 @@ def _part(shapes: _Shapes, batches: slice, rows: slice) -> _Shapes:
 def _over_axes(sides: tuple[_Axes, ...], over: str) -> Tensor:
     """The value of each pair, (n,). Sums run over each side by itself, so that swapping the two changes no bit."""
     if over == "mean":
-        total = sum((side.weight * side.gap).sum(1) for side in sides)
-        weight = sum(side.weight.sum(1) for side in sides)
+        total = torch.stack([(side.weight * side.gap).sum(1) for side in sides]).sum(0)
+        weight = torch.stack([side.weight.sum(1) for side in sides]).sum(0)
         return 1.0 - total / torch.where(weight == 0, 1.0, weight)
     distances = [torch.where(side.weight > 0, side.gap if over == "min" else side.apart, 0.0) for side in sides]
     return 1.0 - torch.cat(distances, dim=1).amax(1)
@@ -242,15 +241,21 @@ def _axes(offset: Tensor, a: Tensor, b: Tensor, limit: Tensor, weight: Tensor) -
     halves = a + b
     larger = torch.maximum(offset.abs(), (a - b).abs())
     hull = halves + larger
-    return _Axes(2.0 * polygons._quotient(larger, hull), offset.abs() / torch.maximum(halves, limit), halves, hull, weight)
+    return _Axes(
+        2.0 * polygons._quotient(larger, hull), offset.abs() / torch.maximum(halves, limit), halves, hull, weight
+    )
 
 
-def _axes_by_ends(low: Tensor, high: Tensor, other_low: Tensor, other_high: Tensor, limit: Tensor, weight: Tensor) -> _Axes:
+def _axes_by_ends(
+    low: Tensor, high: Tensor, other_low: Tensor, other_high: Tensor, limit: Tensor, weight: Tensor
+) -> _Axes:
     difference = (high - other_high).abs() + (low - other_low).abs()
     hull = torch.maximum(high, other_high) - torch.minimum(low, other_low)
     halves = 0.5 * ((high - low) + (other_high - other_low))
     offset = 0.5 * ((high - other_high) + (low - other_low))
-    return _Axes(polygons._quotient(difference, hull), offset.abs() / torch.maximum(halves, limit), halves, hull, weight)
+    return _Axes(
+        polygons._quotient(difference, hull), offset.abs() / torch.maximum(halves, limit), halves, hull, weight
+    )
 
 
 def _limit(extent: Tensor) -> Tensor:

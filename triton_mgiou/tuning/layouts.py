@@ -166,8 +166,6 @@ class BoxLayout(NamedTuple):
         return {"num_warps": self.num_warps, "maxnreg": self.registers, "enable_fp_fusion": False}
 
 
-
-
 def box_batches(large_batch: bool) -> str:
     """The batch sizes that a layout is for, in words."""
     return f"{'>=' if large_batch else '<'} {LARGE_BOXES}"
