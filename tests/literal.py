@@ -9,14 +9,15 @@ Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
-def _edges(polygon):
+def _edges(polygon: Tensor) -> Tensor:
     return torch.roll(polygon, -1, dims=0) - polygon
 
 
-def _weights(polygon, axis_weight, extent):
-    lengths = _edges(polygon).norm(dim=1)
+def _weights(polygon: Tensor, axis_weight: str, extent: Tensor) -> Tensor:
+    lengths: Tensor = _edges(polygon).norm(dim=1)
     if axis_weight == "uniform":
         return (lengths > 1e-6 * extent).to(lengths)
     if axis_weight == "length":
@@ -24,13 +25,15 @@ def _weights(polygon, axis_weight, extent):
     return 1 - torch.exp(-lengths / (0.01 * extent))
 
 
-def _weighted_giou(own, other, axis_weight, extent, axis_grad):
+def _weighted_giou(
+    own: Tensor, other: Tensor, axis_weight: str, extent: Tensor, axis_grad: bool
+) -> tuple[Tensor, Tensor]:
     """Return the sums of w_k GIoU1D_k and of w_k over the axes of `own`."""
     fixed = own if axis_grad else own.detach()
     edges = _edges(fixed)
     axes = torch.stack((edges[:, 1], -edges[:, 0]), dim=1)
 
-    def project(polygon):
+    def project(polygon: Tensor) -> Tensor:
         from_start = polygon.unsqueeze(0) - own.detach().unsqueeze(1)  # (axes, vertices, 2)
         return axes[:, :1] * from_start[..., 0] + axes[:, 1:] * from_start[..., 1]
 
@@ -43,25 +46,26 @@ def _weighted_giou(own, other, axis_weight, extent, axis_grad):
     return (weights * (inter / union - (hull - union) / hull)).sum(), weights.sum()
 
 
-def _convexity(polygon, axis_weight, extent):
+def _convexity(polygon: Tensor, axis_weight: str, extent: Tensor) -> Tensor:
     edges = _edges(polygon)
     from_start = polygon.unsqueeze(0) - polygon.unsqueeze(1)  # (axes, vertices, 2)
-    distances = (edges[:, 1:] * from_start[..., 0] - edges[:, :1] * from_start[..., 1]) / edges.norm(dim=1).unsqueeze(1)
+    along = edges[:, 1:] * from_start[..., 0] - edges[:, :1] * from_start[..., 1]
+    distances: Tensor = along / edges.norm(dim=1).unsqueeze(1)
     smaller = torch.minimum(torch.relu(distances).sum(1), torch.relu(-distances).sum(1))
     terms = smaller / (len(polygon) * (distances.amax(1) - distances.amin(1)))
     return terms[_weights(polygon, axis_weight, extent) > 0].mean()
 
 
 def per_sample_loss(
-    pred,
-    target,
+    pred: Tensor,
+    target: Tensor,
     *,
-    pred_lengths=None,
-    target_lengths=None,
-    axis_weight="uniform",
-    axis_grad=True,
-    convexity_weight=0.0,
-):
+    pred_lengths: Tensor | None = None,
+    target_lengths: Tensor | None = None,
+    axis_weight: str = "uniform",
+    axis_grad: bool = True,
+    convexity_weight: float = 0.0,
+) -> Tensor:
     """Return each sample's loss, shape (B,); for polygons without a degenerate edge, at least two vertices each."""
     losses = []
     for b in range(len(pred)):

@@ -6,13 +6,20 @@ Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 SHORTEST_EDGE = 1e-6  # of the extent: shorter edges are no axes under "uniform"
 SOFT_LENGTH = 0.01  # of the extent: the scale of "soft"
 STEP = 1e-6  # of the extent: the step of the central differences
+
+Vector = tuple[float, float]
+Polygon = list[Vector]
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -24,14 +31,14 @@ class Axis:
     weight: float
 
 
-def real_vertices(row, length=None, mask=None):
+def real_vertices(row: Sequence[Any], length: float | None = None, mask: Sequence[Any] | None = None) -> list[int]:
     """Return which vertices of one row are real, as a list of indices."""
     if length is not None:
         return list(range(min(max(int(length), 0), len(row))))
     return [i for i in range(len(row)) if mask is None or mask[i]]
 
 
-def polygon_edges(polygon):
+def polygon_edges(polygon: Polygon) -> list[Vector]:
     """Return the edges of a polygon, each to the next vertex and the last to the first."""
     edges = []
     for i, (x, y) in enumerate(polygon):
@@ -40,14 +47,14 @@ def polygon_edges(polygon):
     return edges
 
 
-def joint_extent(pred, target):
+def joint_extent(pred: Polygon, target: Polygon) -> float:
     """Return the longer side of the bounding box of both polygons."""
     xs = [x for x, _ in [*pred, *target]]
     ys = [y for _, y in [*pred, *target]]
     return max(max(xs) - min(xs), max(ys) - min(ys))
 
 
-def polygon_axes(polygon, axis_weight, extent):
+def polygon_axes(polygon: Polygon, axis_weight: str, extent: float) -> list[Axis]:
     """Return an `Axis` for each edge of a polygon; one that is no axis has weight 0."""
     edges = polygon_edges(polygon)
     lengths = [math.hypot(x, y) for x, y in edges]
@@ -68,7 +75,7 @@ def polygon_axes(polygon, axis_weight, extent):
     return axes
 
 
-def interval(polygon, axis):
+def interval(polygon: Polygon, axis: Axis) -> Vector:
     """Return the least and the largest projection of a polygon on an axis."""
     least, largest = math.inf, -math.inf
     for x, y in polygon:
@@ -77,7 +84,7 @@ def interval(polygon, axis):
     return least, largest
 
 
-def giou_1d(pred, target):
+def giou_1d(pred: Vector, target: Vector) -> float:
     """Return the GIoU of two intervals in the paper's form: inter / union - (hull - union) / hull."""
     (min_p, max_p), (min_g, max_g) = pred, target
     hull = max(max_p, max_g) - min(min_p, min_g)
@@ -89,7 +96,7 @@ def giou_1d(pred, target):
     return iou - (hull - union) / hull
 
 
-def mgiou(pred, target, axes):
+def mgiou(pred: Polygon, target: Polygon, axes: list[Axis]) -> float:
     """Return the weighted mean of the 1-D GIoUs over the axes, 1 where there is no axis."""
     total = weights = 0.0
     for axis in axes:
@@ -99,7 +106,7 @@ def mgiou(pred, target, axes):
     return total / weights if weights > 0 else 1.0
 
 
-def convexity_term(pred, edge_is_axis):
+def convexity_term(pred: Polygon, edge_is_axis: list[bool]) -> float:
     """Return how far a polygon is from convex, without a scale: 0 if it is convex and in order."""
     total = count = 0.0
     for i, (edge_x, edge_y) in enumerate(polygon_edges(pred)):
@@ -121,7 +128,7 @@ def convexity_term(pred, edge_is_axis):
     return total / count if count > 0 else 0.0
 
 
-def signed_area(polygon):
+def signed_area(polygon: Polygon) -> float:
     """Return the area by triangles from the first vertex; a clockwise one (y up) counts below 0."""
     start_x, start_y = polygon[0]
     return sum(
@@ -130,7 +137,7 @@ def signed_area(polygon):
     )
 
 
-def boundary_term(pred, target):
+def boundary_term(pred: Polygon, target: Polygon) -> float:
     """Return how far the outline of `pred` is from the target's but for a shift: 0 if it is the same."""
     target_area = abs(signed_area(target))
     if 2 * target_area <= SHORTEST_EDGE * sum(x * x + y * y for x, y in polygon_edges(target)):
@@ -151,8 +158,15 @@ def boundary_term(pred, target):
 
 
 def sample_loss(
-    pred, target, axis_weight="uniform", convexity_weight=0.0, boundary_weight=0.0, *, base=None, axis_grad=True
-):
+    pred: Polygon,
+    target: Polygon,
+    axis_weight: str = "uniform",
+    convexity_weight: float = 0.0,
+    boundary_weight: float = 0.0,
+    *,
+    base: tuple[Polygon, Polygon] | None = None,
+    axis_grad: bool = True,
+) -> float:
     """Return the loss of one sample, two lists of real vertices.
 
     `base` is the pair of polygons around which differences are taken: the extent, which edges of the prediction the
@@ -178,7 +192,7 @@ def sample_loss(
     return loss
 
 
-def _side(vertices, lengths, masks):
+def _side(vertices: Array, lengths: Any, masks: Any) -> Iterator[tuple[Polygon, list[int]]]:
     """Yield, for each sample, the real vertices of one side and where in their row they stand."""
     for b, row in enumerate(vertices):
         places = real_vertices(row, None if lengths is None else lengths[b], None if masks is None else masks[b])
@@ -186,24 +200,24 @@ def _side(vertices, lengths, masks):
 
 
 def per_sample_loss(
-    pred,
-    target,
+    pred: Array,
+    target: Array,
     *,
-    pred_lengths=None,
-    target_lengths=None,
-    pred_mask=None,
-    target_mask=None,
-    axis_weight="uniform",
-    convexity_weight=0.0,
-    boundary_weight=0.0,
-):
+    pred_lengths: Any = None,
+    target_lengths: Any = None,
+    pred_mask: Any = None,
+    target_mask: Any = None,
+    axis_weight: str = "uniform",
+    convexity_weight: float = 0.0,
+    boundary_weight: float = 0.0,
+) -> Array:
     """Return each sample's loss, shape (B,), for `pred` (B, N, 2) and `target` (B, M, 2)."""
     samples = zip(_side(pred, pred_lengths, pred_mask), _side(target, target_lengths, target_mask), strict=True)
     losses = [sample_loss(p, g, axis_weight, convexity_weight, boundary_weight) for (p, _), (g, _) in samples]
     return np.array(losses, dtype=np.float64)
 
 
-def sample_factors(batch, weight=None, reduction="mean", avg_factor=None):
+def sample_factors(batch: int, weight: Any = None, reduction: str = "mean", avg_factor: float | None = None) -> Array:
     """Return what each sample's loss is multiplied by in the result, shape (B,)."""
     factors = []
     for b in range(batch):
@@ -217,26 +231,31 @@ def sample_factors(batch, weight=None, reduction="mean", avg_factor=None):
     return np.array(factors, dtype=np.float64)
 
 
-def loss(pred, target, *, weight=None, reduction="mean", avg_factor=None, **options):
+def loss(
+    pred: Array,
+    target: Array,
+    *,
+    weight: Any = None,
+    reduction: str = "mean",
+    avg_factor: float | None = None,
+    **options: Any,
+) -> Any:
     """Return the reduced loss, a float, or shape (B,) for "none"."""
     losses = per_sample_loss(pred, target, **options) * sample_factors(len(pred), weight, reduction, avg_factor)
     return losses if reduction == "none" else float(sum(losses))
 
 
 def gradient(
-    pred,
-    target,
+    pred: Array,
+    target: Array,
     *,
-    side="pred",
-    axis_grad=True,
-    pred_lengths=None,
-    target_lengths=None,
-    pred_mask=None,
-    target_mask=None,
-    axis_weight="uniform",
-    convexity_weight=0.0,
-    boundary_weight=0.0,
-):
+    side: str = "pred",
+    pred_lengths: Any = None,
+    target_lengths: Any = None,
+    pred_mask: Any = None,
+    target_mask: Any = None,
+    **options: Any,
+) -> Array:
     """Return each sample's own gradient with respect to `side`, by central differences.
 
     Both one-sided slopes are averaged, which is the even split of a tie between two. Padding has 0. Where a polygon
@@ -259,11 +278,10 @@ def gradient(
                     continue
                 values = []
                 for signed in (step, -step):
-                    vertex = list(moved[i])
-                    vertex[coordinate] += signed
-                    polygon = [*moved[:i], tuple(vertex), *moved[i + 1 :]]
+                    x, y = moved[i]
+                    vertex = (x + signed, y) if coordinate == 0 else (x, y + signed)
+                    polygon = [*moved[:i], vertex, *moved[i + 1 :]]
                     pair = (polygon, g) if side == "pred" else (p, polygon)
-                    weights = (convexity_weight, boundary_weight)
-                    values.append(sample_loss(*pair, axis_weight, *weights, base=(p, g), axis_grad=axis_grad))
+                    values.append(sample_loss(*pair, base=(p, g), **options))
                 result[b, place, coordinate] = (values[0] - values[1]) / (2 * step)
     return result

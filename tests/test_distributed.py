@@ -123,12 +123,10 @@ def worker(rank, folder, backend):
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def of_two_processes(backend, tmp_path_factory):
+def of_two_processes(backend, folder):
     """What both processes computed, by rank."""
     if backend.device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    folder = tmp_path_factory.mktemp("processes")
     context = mp.spawn(worker, args=(folder, backend), nprocs=2, join=False)
     deadline = time.monotonic() + TIMEOUT
     try:
@@ -140,15 +138,17 @@ def of_two_processes(backend, tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_two_processes_and_one_give_the_same_gradient(backend, case, of_two_processes):
-    expected = gradients(case, backend)
-    assert all(gradient.any() for gradient in expected.values())
-    for rank in range(2):
-        actual = of_two_processes[rank][case.__name__]
-        assert actual.keys() == expected.keys()
-        for name, gradient in actual.items():
-            assert_close(gradient, expected[name], atol=1e-6, what=f"{name} of rank {rank}")
+def test_two_processes_and_one_give_the_same_gradient(backend, tmp_path):
+    """All cases in one test, so that the two processes start once, wherever pytest-xdist runs it."""
+    results = of_two_processes(backend, tmp_path)
+    for case in CASES:
+        expected = gradients(case, backend)
+        assert all(gradient.any() for gradient in expected.values())
+        for rank, result in enumerate(results):
+            actual = result[case.__name__]
+            assert actual.keys() == expected.keys()
+            for name, gradient in actual.items():
+                assert_close(gradient, expected[name], atol=1e-6, what=f"{case.__name__}, {name} of rank {rank}")
 
 
 def test_the_positives_of_one_process_are_its_own():

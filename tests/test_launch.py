@@ -47,24 +47,22 @@ def launched(parameters, times=2):
 
 ARGUMENTS = ("argument", "FLAG", 4, 1, 2, 2, 2)
 BY_GRID = ((3,), ARGUMENTS, {"num_warps": 1, "maxnreg": 168, "enable_fp_fusion": False})
-UNTIL_3_6 = ("gridX", "gridY", "gridZ", "stream", "function", "*args")
-FROM_3_7 = (
+OLD = ("gridX", "gridY", "gridZ", "stream", "function", "*args")
+NEW = (
     *("gridX", "gridY", "gridZ", "stream", "function", "kernel_metadata"),
     *("launch_metadata", "launch_enter_hook", "launch_exit_hook", "*args"),
 )
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
-@pytest.mark.parametrize("parameters", [UNTIL_3_6, FROM_3_7], ids=["until 3.6", "from 3.7"])
+@pytest.mark.parametrize("parameters", [OLD, NEW], ids=["3.6", "3.9"])
 def test_a_known_launcher_is_used_from_the_second_launch_on(parameters):
     kernel = launched(parameters)
     assert kernel.by_grid == [BY_GRID]
     assert kernel.by_launcher == [[3, 1, 1, 1, "function", "metadata", None, None, None, *ARGUMENTS]]
 
 
-@pytest.mark.parametrize(
-    "parameters", [("*args",), ("gridX", "gridY", "gridZ", "stream", "cluster", "*args"), FROM_3_7[1:]]
-)
+@pytest.mark.parametrize("parameters", [("*args",), ("gridX", "gridY", "gridZ", "stream", "cluster", "*args"), NEW[1:]])
 def test_an_unknown_launcher_is_not(parameters):
     kernel = launched(parameters)
     assert kernel.by_grid == [BY_GRID, BY_GRID]
@@ -77,7 +75,7 @@ def test_a_compiled_kernel_without_an_attribute(attribute):
         function, packed_metadata, run = "function", "metadata", staticmethod(print)
 
     delattr(Other, attribute)
-    assert launch.private_launcher(Other()) == (None, ())
+    assert launch.private_launcher(Other()) is None
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
@@ -85,7 +83,7 @@ def test_a_compiled_kernel_without_an_attribute(attribute):
 def test_a_profilers_hooks_are_called(hook, monkeypatch):
     """They are called by Triton's own launch, not by its private launcher."""
     monkeypatch.setattr(triton.knobs.runtime, hook, lambda *_: None)
-    kernel = launched(FROM_3_7)
+    kernel = launched(NEW)
     assert kernel.by_grid == [BY_GRID, BY_GRID]
 
 
@@ -100,8 +98,7 @@ def test_tritons_launcher_is_one_that_is_known():
     assert launch.private_launcher(Installed())[0] is Installed.run
 
 
-def test_two_kernels_may_have_equal_arguments():
-    """The scratch of a stream is shared by its launches, a plan is not."""
+def test_a_plan_is_made_once_for_each_variant():
     pred = torch.zeros(2, 4, 2)
     call = launch.PolygonCall(None, None, Reduction(None, False, 2.0), Options())
     first, *_ = launch.prepare_polygons(pred, pred, call, True, 0)

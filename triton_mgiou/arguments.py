@@ -12,11 +12,32 @@ from torch import Tensor
 from triton_mgiou.box_formats import AMBIGUOUS, FORMATS
 from triton_mgiou.options import AXIS_WEIGHTS, BACKENDS, OVERS, Options
 
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def check_tensor(name: str, value: object) -> None:
-    """Refuse what is no tensor."""
+    """Refuse what is no tensor, or one whose elements cannot be computed with one by one.
+
+    Subclasses that only add something to a tensor are taken, such as torchvision's `tv_tensors`.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if type(value) in _PLAIN and value.layout is torch.strided and not (value.is_nested or value.is_quantized):
+        return  # the usual case, which should take no time
+    if hasattr(value, "to_local") and hasattr(value, "device_mesh"):
+        raise TypeError(f"{name} must be a plain torch.Tensor, got a DTensor: pass {name}.to_local() or .full_tensor()")
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must be a plain torch.Tensor, got a nested one: pass torch.nested.to_padded_tensor and lengths"
+        )
+    if value.is_quantized:
+        raise TypeError(f"{name} must be a plain torch.Tensor, got a quantized one: pass {name}.dequantize()")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a plain torch.Tensor, got layout {value.layout}: pass {name}.to_dense()")
+    if hasattr(value, "get_mask") and hasattr(value, "get_data"):
+        raise TypeError(f"{name} must be a plain torch.Tensor, got a MaskedTensor: pass {name}.get_data() and a mask")
 
 
 def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -27,8 +48,15 @@ def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> No
 
 def check_floating(name: str, value: Tensor) -> None:
     """Refuse a tensor whose type the loss does not compute with."""
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{name} must be floating, got {value.dtype}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be floating (float16, bfloat16, float32 or float64), got {value.dtype}")
+
+
+def check_real_numbers(name: str, value: Tensor) -> None:
+    """Refuse what is no tensor of real numbers; float8 too, with which PyTorch hardly computes."""
+    check_tensor(name, value)
+    if value.dtype.is_complex or (value.dtype.is_floating_point and value.dtype not in FLOATING):
+        raise TypeError(f"{name} must hold real numbers of 16 bits or more, or integers, got {value.dtype}")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -50,21 +78,24 @@ def check_options(options: Options) -> None:
     check_choice("axis_weight", options.axis_weight, AXIS_WEIGHTS)
     if not isinstance(options.axis_grad, bool):
         raise TypeError(f"axis_grad must be a bool, got {type(options.axis_grad).__name__}")
-    for name, value in (
-        ("convexity_weight", options.convexity_weight),
-        ("boundary_weight", options.boundary_weight),
-    ):
-        if type(value) is float and 0.0 <= value < math.inf:  # the usual case, which should take no time
-            continue
-        check_number(name, value)
-        if value < 0:
-            raise ValueError(f"{name} must be 0 or above, got {value}")
+    _check_term_weight("convexity_weight", options.convexity_weight)
+    _check_term_weight("boundary_weight", options.boundary_weight)
+
+
+def _check_term_weight(name: str, value: Any) -> None:
+    if type(value) is float and 0.0 <= value < math.inf:  # the usual case, which should take no time
+        return
+    check_number(name, value)
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or above, got {value}")
 
 
 def check_polygons(pred: Tensor, target: Tensor) -> None:
     """Refuse what are no two batches of polygons of the same size, on the same device."""
     batch = _check_vertices("pred", pred, "N")
     target_batch = _check_vertices("target", target, "M")
+    if isinstance(batch, Tensor):  # as sizes are there
+        raise RuntimeError("torch.jit.trace cannot record mgiou_loss; expected torch.compile or torch.export")
     if target_batch != batch:
         raise ValueError(f"target must have pred's batch size {batch}, got {target_batch}")
     check_device("target", target, "pred", pred)
@@ -72,7 +103,8 @@ def check_polygons(pred: Tensor, target: Tensor) -> None:
 
 def _check_vertices(name: str, value: Tensor, size: str) -> int:
     """The batch size."""
-    check_tensor(name, value)
+    if type(value) not in _PLAIN or value.dtype not in FLOATING or value.layout is not torch.strided or value.is_nested:
+        check_tensor(name, value)
     shape = value.shape
     if len(shape) != 3 or shape[2] != 2 or shape[1] == 0:
         raise ValueError(f"{name} must have shape (B, {size}, 2) with {size} >= 1, got {tuple(shape)}")
@@ -186,8 +218,8 @@ def check_real(side: str, vertices: Tensor, lengths: Tensor | None, mask: Tensor
         name = f"{side}_lengths"
         check_tensor(name, lengths)
         check_device(name, lengths, "pred", vertices)
-        if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
-            raise TypeError(f"{name} must be integers, got {lengths.dtype}")
+        if lengths.dtype not in INTEGERS:
+            raise TypeError(f"{name} must be integers (int8 to int64, or uint8), got {lengths.dtype}")
         if lengths.shape != vertices.shape[:1]:
             raise ValueError(f"{name} must have shape {tuple(vertices.shape[:1])}, got {tuple(lengths.shape)}")
     if mask is not None:
@@ -202,13 +234,18 @@ def check_real(side: str, vertices: Tensor, lengths: Tensor | None, mask: Tensor
 
 def check_weight(weight: Tensor, pred: Tensor) -> None:
     """Refuse what is no weight of the samples."""
-    check_tensor("weight", weight)
+    check_real_numbers("weight", weight)
     check_device("weight", weight, "pred", pred)
-    if weight.dtype.is_complex:
-        raise TypeError(f"weight must be real, got {weight.dtype}")
     batch = pred.shape[0]
     if weight.dim() not in (1, 2) or weight.shape[0] != batch or (weight.dim() == 2 and weight.shape[1] == 0):
         raise ValueError(f"weight must have shape ({batch},) or ({batch}, k), got {tuple(weight.shape)}")
+
+
+def check_one_number(name: str, value: Tensor) -> None:
+    """Refuse what is no tensor of one real number."""
+    check_real_numbers(name, value)
+    if value.numel() != 1:
+        raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
 
 
 def check_avg_factor(avg_factor: float | Tensor, reduction: str, pred: Tensor) -> None:
@@ -216,20 +253,19 @@ def check_avg_factor(avg_factor: float | Tensor, reduction: str, pred: Tensor) -
     if reduction == "sum":
         raise ValueError('avg_factor goes with reduction="mean" or "none", got reduction="sum"')
     if isinstance(avg_factor, Tensor):
-        if avg_factor.numel() != 1:
-            raise ValueError(f"avg_factor must have one element, got shape {tuple(avg_factor.shape)}")
+        check_one_number("avg_factor", avg_factor)
         if avg_factor.dim() > 0 or avg_factor.device.type != "cpu":
             check_device("avg_factor", avg_factor, "pred", pred)
     else:
         check_number("avg_factor", avg_factor)
-        if avg_factor <= 0 and pred.shape[0] > 0:
-            raise ValueError(f"avg_factor must be above 0, got {avg_factor}")
+        if avg_factor < 0 and pred.shape[0] > 0:
+            raise ValueError(f"avg_factor must be 0 or above, got {avg_factor}")
 
 
 def check_keypoints(pred: Tensor, target: Tensor, mask: Tensor, area: Tensor) -> None:
     """Refuse what are no keypoints of a batch with their visibility and their boxes' areas."""
     for name, value in (("pred_kpts", pred), ("gt_kpts", target), ("kpt_mask", mask), ("area", area)):
-        check_tensor(name, value)
+        check_real_numbers(name, value)
         check_device(name, value, "pred_kpts", pred)
     for name, value in (("pred_kpts", pred), ("gt_kpts", target)):
         if value.dim() != 3 or value.shape[1] == 0 or value.shape[2] not in (2, 3):

@@ -143,11 +143,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "diagnose",
-        help="look for NaN, plateaus and oscillation in a checkpoint or a table of results",
-        description="Look for NaN and Inf in a checkpoint, and for NaN, Inf, plateaus and oscillation in a table. "
-        "Exit status: 0 if nothing is wrong, 1 if something is, 2 if the file cannot be read.",
+        help="say what is wrong with a checkpoint or with the table of a run",
+        description="Look for NaN, Inf and a dead GradScaler in a checkpoint, and in the table of a run for NaN, Inf, "
+        "and whether it never learnt, fell from its best or collapsed. Exit status: 0 if nothing is wrong (it has "
+        f"converged, or still learns), 1 if something is, 2 if the file cannot be read. Read are {diagnose.READ}.",
     )
-    command.add_argument("path", type=Path, metavar="PATH", help=".csv, .tsv or .txt for a table, else a checkpoint")
+    command.add_argument("path", type=Path, metavar="PATH", help="the file, or a distributed checkpoint's folder")
 
     command = commands.add_parser(
         "warmup",

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from triton_mgiou.arguments import check_one_number
+
 
 def mean_positives(num_positives: Tensor) -> Tensor:
     """The mean over the processes of their numbers of positive samples: the `avg_factor` of each.
@@ -25,13 +27,10 @@ def mean_positives(num_positives: Tensor) -> Tensor:
         T / W, a floating scalar on the same device. A T below 1 counts as 1.
 
     Raises:
-        TypeError: `num_positives` is not a tensor.
+        TypeError: `num_positives` is not a tensor of real numbers.
         ValueError: `num_positives` has not one element.
     """
-    if not isinstance(num_positives, Tensor):
-        raise TypeError(f"num_positives must be a torch.Tensor, got {type(num_positives).__name__}")
-    if num_positives.numel() != 1:
-        raise ValueError(f"num_positives must have one element, got shape {tuple(num_positives.shape)}")
+    check_one_number("num_positives", num_positives)
     total = num_positives.detach().reshape(()).to(torch.promote_types(num_positives.dtype, torch.float32), copy=True)
     if not (dist.is_available() and dist.is_initialized()):
         return total.clamp_(min=1)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import triton_mgiou
 from triton_mgiou import debugging
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     import triton_mgiou.launch
     import triton_mgiou.ops
     import triton_mgiou.pairs
+
+LEAST_DIVISOR = 1e-30  # over a smaller one a gradient could overflow, and times a weight of 0 give NaN
 
 __all__ = ["PAPER", "box_mgiou", "box_mgiou_loss", "kernels_unavailable", "mgiou_loss", "polygon_mgiou"]
 
@@ -81,16 +84,18 @@ def mgiou_loss(
         pred: Predicted vertices, shape (B, N, 2), in order along the outline; float16, bfloat16, float32 or
             float64. Computed in float64 if either input is float64, else in float32.
         target: Target vertices, shape (B, M, 2); M may differ from N. Gets a gradient if it asks for one.
-        pred_lengths: How many vertices are real, shape (B,), any integer type; the rest is padding and may hold
-            anything. Clamped to 0..N. Without lengths and mask, every vertex is real; repeating a vertex is
+        pred_lengths: How many vertices are real, shape (B,), int8 to int64 or uint8; the rest is padding and may
+            hold anything. Clamped to 0..N. Without lengths and mask, every vertex is real; repeating a vertex is
             then a padding that changes no MGIoU.
         target_lengths: The same for `target`.
         pred_mask: The other way to say it: shape (B, N), bool, True for a real vertex. Holes are allowed: an
             edge goes to the next real vertex.
         target_mask: The same for `target`, shape (B, M).
         weight: Factor on each sample's loss, shape (B,), or (B, k) to be averaged over k.
-        avg_factor: With `reduction="mean"`, divide the sum by this instead of by B. Above 0, a number or a
-            tensor of one element. Not allowed with "sum", without effect with "none" (as in mmdetection).
+        avg_factor: With `reduction="mean"`, divide the sum by this instead of by B: a number or a tensor of one
+            element. Where it and the weighted sum are 0, as for an image without objects, the loss and its gradient
+            are 0; where only it is 0, the loss is Inf. Below 0 a number is an error, and a tensor, which is never
+            read on the host, gives NaN. Not allowed with "sum", without effect with "none" (as in mmdetection).
         reduction: "mean", "sum" or "none".
         axis_weight: Weight of an edge's normal in the mean. "length": the edge's share of its polygon's perimeter.
             "uniform": 1 if the edge is longer than 1e-6 of the sample's extent, else 0 (the paper's). "soft":
@@ -111,7 +116,7 @@ def mgiou_loss(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value.
-        RuntimeError: `backend="triton"` where the kernels cannot run.
+        RuntimeError: `backend="triton"` where the kernels cannot run, or a call under `torch.jit.trace`.
 
     Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
     """
@@ -494,10 +499,15 @@ def _batched(tensor: Any, batched: bool) -> Any:
 def kernel_reduction(
     pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None
 ) -> Reduction | None:
-    """The reduction as a kernel does it. None where it cannot: a tensor divides, or the weight wants a gradient."""
-    if isinstance(avg_factor, Tensor) or (weight is not None and weight.requires_grad):
+    """The reduction as a kernel does it; None where `reduce` has to, since a kernel divides by a number above 0 only.
+
+    Nor does a kernel have a gradient to the weight.
+    """
+    if isinstance(avg_factor, Tensor) or (avg_factor is not None and avg_factor < LEAST_DIVISOR):
         return None
     if weight is not None:
+        if weight.requires_grad:
+            return None
         weight = _per_sample(weight, reference.compute_dtype(pred, target))
     if reduction == "mean":
         return Reduction(weight, False, pred.shape[0] if avg_factor is None else avg_factor)
@@ -509,6 +519,8 @@ def _takes_kernel(backend: str, pred: Tensor, missing: str | None = None) -> boo
     if backend == "eager" or (backend == "auto" and not pred.is_cuda):
         return False
     reason = kernels_unavailable(pred.device) if missing is None else f"there is no kernel for {missing}"
+    if forward_ad._current_level >= 0:  # whether or not a tensor carries a tangent, which the kernels would drop
+        reason = "forward-mode differentiation is active, and the kernels know only the reverse mode"
     if torch._C._are_functorch_transforms_active():
         reason = "a torch.func transform is active, and the kernels know only autograd"
     if reason is not None and backend == "triton":
@@ -564,9 +576,23 @@ def reduce(loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: floa
     total = loss.sum()
     if reduction == "sum" or loss.shape[0] == 0:
         return total
-    if isinstance(avg_factor, Tensor):
-        avg_factor = avg_factor.reshape(())
-    return total / (loss.shape[0] if avg_factor is None else avg_factor)
+    return total / loss.shape[0] if avg_factor is None else _divide(total, avg_factor)
+
+
+def _divide(total: Tensor, avg_factor: float | Tensor) -> Tensor:
+    """`total / avg_factor`; where both are 0 it is 0, with a gradient of 0. A tensor below 0 gives NaN.
+
+    Nothing here reads a value on the host.
+    """
+    if not isinstance(avg_factor, Tensor):
+        if avg_factor >= LEAST_DIVISOR:
+            return total / avg_factor
+        avg_factor = torch.full((), avg_factor, dtype=total.dtype, device="cpu")
+    divisor = avg_factor.reshape(()).to(total.dtype)
+    divisor = torch.where(divisor >= 0, divisor, torch.nan)
+    # A sum of 0 is divided by Inf instead. Added, because a GPU takes a divisor on the CPU only as an operand.
+    more = torch.where(torch.logical_or(total, divisor >= LEAST_DIVISOR), 0.0, torch.inf)
+    return total / (divisor + more.to(total.dtype))
 
 
 def _per_sample(weight: Tensor, dtype: torch.dtype) -> Tensor:

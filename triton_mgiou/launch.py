@@ -36,7 +36,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # decided when the kern
 COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _COUNTERS = 1024  # zeroed at a time: one for each stream and one for each captured launch
 
-# Triton's private launcher, `CompiledKernel.run`, takes these and then the kernel's arguments (until 3.6; from 3.7 on).
+# Triton's private launcher, `CompiledKernel.run`, takes these and then the kernel's arguments (in 3.6; in 3.8 and 3.9).
 _LAUNCHER_PARAMETERS = (
     ("gridX", "gridY", "gridZ", "stream", "function", "args"),
     (
@@ -76,24 +76,24 @@ class Plan:
         self.constants = (*flags, *self.layout.sizes().values())
         self.scalar = torch.empty((), dtype=dtype, device=device_of(device))  # an allocation like it is the fastest
         self.compiled: Any = None  # after the first launch
-        self._launcher: Any = None
-        self._head: tuple[Any, ...] = ()
+        self._launcher: tuple[Any, tuple[Any, ...]] | None = None
 
     def launch(self, size: Any, stream: int, arguments: tuple[Any, ...]) -> None:
         """Launch on the current device. Only the first time Triton looks for the compiled code, or makes it."""
         programs = self.layout.programs(size)
-        run = self._launcher
+        launcher = self._launcher
         enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        if run is None or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's hooks
+        if launcher is None or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's hooks
             compiled = self.kernel[programs](*arguments, *self.constants, **self.layout.options())
             if self.compiled is None and not INTERPRETED:
                 self.compiled = compiled
-                self._launcher, self._head = private_launcher(compiled)
+                self._launcher = private_launcher(compiled)
         else:
-            run(*programs, stream, *self._head, *arguments, *self.constants)
+            run, between = launcher
+            run(*programs, stream, *between, *arguments, *self.constants)
 
 
-def private_launcher(compiled: Any) -> tuple[Any, tuple[Any, ...]]:
+def private_launcher(compiled: Any) -> tuple[Any, tuple[Any, ...]] | None:
     """What launches a compiled kernel without Triton's bookkeeping, and its arguments between stream and the kernel's.
 
     None where Triton's launcher doesn't look as it is known to: `kernel[grid](...)` then has to be used.
@@ -104,7 +104,7 @@ def private_launcher(compiled: Any) -> tuple[Any, tuple[Any, ...]]:
             return run, (compiled.function, compiled.packed_metadata, None, None, None)
     except (AttributeError, TypeError, ValueError):  # no such attribute, not callable, no signature
         pass
-    return None, ()
+    return None
 
 
 _plans: dict[Any, Plan] = {}

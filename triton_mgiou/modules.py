@@ -9,7 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from triton_mgiou.arguments import check_avg_factor, check_box_format, check_choice, check_keypoints
+from triton_mgiou.arguments import (
+    check_avg_factor,
+    check_box_format,
+    check_choice,
+    check_keypoints,
+    check_real_numbers,
+)
 from triton_mgiou.functional import box_mgiou_loss, mgiou_loss, reduce
 from triton_mgiou.options import PAPER, REDUCTIONS, Options
 from triton_mgiou.reference.polygons import compute_dtype
@@ -69,7 +75,8 @@ class MGIoULoss(nn.Module):
             target: Target vertices, shape (B, M, 2), floating.
             weight: Shape (B,), or (B, k) to be averaged over k. If no entry is positive, a reduced loss is 0 and
                 connected to the graph.
-            avg_factor: Divides the sum instead of B when the reduction is "mean".
+            avg_factor: Divides the sum instead of B when the reduction is "mean", as in `mgiou_loss`: with a sum of 0,
+                it may be 0, and the loss is 0.
             reduction_override: Replaces the module's `reduction` for this call.
             **kwargs: Further arguments of `mgiou_loss` for this call: lengths, masks, or an option to override.
 
@@ -82,6 +89,7 @@ class MGIoULoss(nn.Module):
         """
         reduction = self.reduction if reduction_override is None else reduction_override
         if weight is not None and reduction != "none":
+            check_real_numbers("weight", weight)
             weight = torch.where((weight > 0).any(), weight, 0)
         return self.loss_weight * self.FUNCTION(
             pred,
@@ -179,8 +187,8 @@ class PolygonLoss(nn.Module):
                 gradient. A sample without a visible vertex has loss 0.
             area: Area of each target's box in the unit of the vertices, squared, shape (B, 1) or (B,); a constant. What
                 is below 1e-6 counts as 1e-6. Not used in mode "mgiou".
-            avg_factor: Divides the sum of the samples' losses instead of B; see `mean_positives` for several
-                processes.
+            avg_factor: Divides the sum of the samples' losses instead of B, as in `mgiou_loss`; see `mean_positives`
+                for several processes.
 
         Returns:
             The loss, a scalar, and its parts before alpha, "l2" and "mgiou", those that the mode has. The parts are
@@ -202,6 +210,8 @@ class PolygonLoss(nn.Module):
             parts["mgiou"] = self.mgiou(pred, target, avg_factor=avg_factor, pred_mask=visible, target_mask=visible)
         if self.mode == "hybrid":
             alpha: Any = self.alpha() if isinstance(self.alpha, nn.Module) else self.alpha
+            if isinstance(alpha, Tensor):
+                alpha = alpha.to(dtype)  # or a float64 scalar would make the loss float64
             total = alpha * parts["l2"] + (1 - alpha) * parts["mgiou"]
         else:
             total = parts[self.mode]

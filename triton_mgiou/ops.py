@@ -18,6 +18,8 @@ from triton_mgiou.launch import BoxCall, PolygonCall, loss_and_gradients
 from triton_mgiou.options import Options, Reduction
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # anything else, such as a fake tensor, needs PyTorch's dispatcher
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_is_in_transform = torch._C._are_functorch_transforms_active
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
@@ -27,12 +29,8 @@ def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
         return _direct(pred, target, call)
     options = call.options
     weight, per_sample, divisor = call.reduction
-    # Numbers that may change from step to step go in as tensors, or stay outside: as constants of the graph, each
-    # change would compile it again.
-    factors = [
-        torch.full((), factor, dtype=torch.float64, device="cpu")
-        for factor in (options.convexity_weight, options.boundary_weight)
-    ]
+    convexity_weight, changing_convexity_weight = _constant_or_tensor(options.convexity_weight)
+    boundary_weight, changing_boundary_weight = _constant_or_tensor(options.boundary_weight)
     loss: Tensor = _polygon_operator(
         pred,
         target,
@@ -42,7 +40,10 @@ def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
         "none" if per_sample else "sum",
         options.axis_weight,
         options.axis_grad,
-        *factors,
+        convexity_weight,
+        boundary_weight,
+        changing_convexity_weight,
+        changing_boundary_weight,
         *_wants_gradient(pred, target),
     )[0]
     return loss if divisor is None else loss / divisor
@@ -54,6 +55,7 @@ def box_loss(pred: Tensor, target: Tensor, call: BoxCall) -> Tensor:
         return _direct(pred, target, call)
     options = call.options
     weight, per_sample, divisor = call.reduction
+    boundary_weight, changing_boundary_weight = _constant_or_tensor(options.boundary_weight)
     loss: Tensor = _box_operator(
         pred,
         target,
@@ -64,10 +66,23 @@ def box_loss(pred: Tensor, target: Tensor, call: BoxCall) -> Tensor:
         call.clockwise,
         options.axis_weight,
         options.axis_grad,
-        torch.full((), options.boundary_weight, dtype=torch.float64, device="cpu"),  # a tensor, as above
+        boundary_weight,
+        changing_boundary_weight,
         *_wants_gradient(pred, target),
     )[0]
     return loss if divisor is None else loss / divisor
+
+
+def _constant_or_tensor(weight: float) -> tuple[float, Tensor | None]:
+    """The weight of a term as an operator takes it: a usual one as a constant of the graph, another as a tensor.
+
+    Another may change from step to step, and as a constant each change would compile the graph again. But a tensor has
+    to be made, and as it is on the CPU, the compiler lays no CUDA graph around the operator.
+    """
+    for usual in (0.0, Options().boundary_weight):
+        if weight == usual:
+            return usual, None
+    return 0.0, torch.full((), weight, dtype=torch.float64, device="cpu")
 
 
 def is_traced(pred: Tensor, target: Tensor) -> bool:
@@ -98,23 +113,29 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, upstream, is_sole_owner=not _keeps_graph()), None)
+        return (*_gradients(ctx, upstream, not _keeps_graph()), None)
 
 
-def _gradients(ctx: Any, upstream: Tensor | None, is_sole_owner: bool) -> list[Tensor | None]:
-    no_second_derivative()
-    return [
-        None if grad is None or upstream is None else _scaled(grad, dtype, upstream, is_sole_owner)
-        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    ]
+def _gradients(ctx: Any, upstream: Tensor, is_sole_owner: bool) -> tuple[Tensor | None, Tensor | None]:
+    check_backward(upstream)
+    (pred_grad, target_grad), (pred_dtype, target_dtype) = ctx.saved_tensors, ctx.dtypes
+    return (
+        None if pred_grad is None else _scaled(pred_grad, pred_dtype, upstream, is_sole_owner),
+        None if target_grad is None else _scaled(target_grad, target_dtype, upstream, is_sole_owner),
+    )
 
 
-def no_second_derivative() -> None:
-    """Refuse a backward pass that is to be differentiated again."""
+def check_backward(upstream: Tensor) -> None:
+    """Refuse a backward pass that is to be differentiated again, or that is of many gradients at once."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             'the "triton" backend has no second derivative: expected create_graph=False, '
             'got create_graph=True; use backend="eager" for double backward'
+        )
+    if _is_batched(upstream) or _is_in_transform():
+        raise RuntimeError(
+            'backend="triton" cannot run: a batch of gradients is asked for at once, and the kernels know only '
+            'autograd; expected vectorize=False and is_grads_batched=False, or backend "eager"'
         )
 
 
@@ -140,13 +161,19 @@ def _polygon_operator(
     reduction: str,
     axis_weight: str,
     axis_grad: bool,
-    convexity_weight: Tensor,
-    boundary_weight: Tensor,
+    convexity_weight: float,
+    boundary_weight: float,
+    changing_convexity_weight: Tensor | None,
+    changing_boundary_weight: Tensor | None,
     pred_grad: bool,
     target_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The launch: loss and gradients; a gradient that is not asked for is empty."""
-    options = Options(axis_weight, axis_grad, convexity_weight.item(), boundary_weight.item())
+    if changing_convexity_weight is not None:
+        convexity_weight = changing_convexity_weight.item()
+    if changing_boundary_weight is not None:
+        boundary_weight = changing_boundary_weight.item()
+    options = Options(axis_weight, axis_grad, convexity_weight, boundary_weight)
     call = PolygonCall(pred_real, target_real, Reduction(weight, reduction == "none", None), options)
     loss, *grads = loss_and_gradients(pred, target, call, pred_grad, target_grad)
     pred_out, target_out = (loss.new_empty(0) if grad is None else grad for grad in grads)
@@ -164,12 +191,15 @@ def _box_operator(
     clockwise: bool,
     axis_weight: str,
     axis_grad: bool,
-    boundary_weight: Tensor,
+    boundary_weight: float,
+    changing_boundary_weight: Tensor | None,
     pred_grad: bool,
     target_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The launch: loss and gradients; a gradient that is not asked for is empty."""
-    options = Options(axis_weight, axis_grad, 0.0, boundary_weight.item())
+    if changing_boundary_weight is not None:
+        boundary_weight = changing_boundary_weight.item()
+    options = Options(axis_weight, axis_grad, 0.0, boundary_weight)
     call = BoxCall(fmt, angle, clockwise, Reduction(weight, reduction == "none", None), options)
     loss, *grads = loss_and_gradients(pred, target, call, pred_grad, target_grad)
     pred_out, target_out = (loss.new_empty(0) if grad is None else grad for grad in grads)
@@ -203,7 +233,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*_gradients(ctx, upstream, is_sole_owner=False), *[None] * (ctx.arguments - 2))
+    gradients = (None, None) if upstream is None else _gradients(ctx, upstream, False)
+    return (*gradients, *[None] * (ctx.arguments - 2))
 
 
 _register(_polygon_operator, reduction=5)

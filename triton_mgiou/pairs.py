@@ -17,7 +17,7 @@ from triton_mgiou.box_formats import KERNEL_FORMATS
 from triton_mgiou.kernels import pairs as kernels
 from triton_mgiou.kernels import polygon_pairs as polygon_kernels
 from triton_mgiou.launch import COMPUTE, INTERPRETED, Plan
-from triton_mgiou.ops import is_traced, no_second_derivative
+from triton_mgiou.ops import check_backward, is_traced
 from triton_mgiou.options import AXIS_WEIGHTS, OVERS
 from triton_mgiou.reference.polygons import compute_dtype
 from triton_mgiou.tuning import layouts
@@ -86,7 +86,7 @@ class _Matrix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        no_second_derivative()
+        check_backward(upstream)
         return (*_gradients(_gradient, ctx, upstream, ctx.call), None, None, None)
 
 
@@ -302,7 +302,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    no_second_derivative()
+    check_backward(upstream)
     gradients = _gradients(lambda *inputs: _gradient_operator(*inputs[:-1], *inputs[-1]), ctx, upstream, ctx.call)
     return (*gradients, *[None] * (2 + len(BoxPairs._fields)))
 

@@ -195,7 +195,7 @@ def iou(pred: Tensor, target: Tensor) -> Tensor:
         areas.append(shapely.polygons(corners_of(solid)[:, :4, :2].double().numpy()))
         dimensions = boxes.shape[1] // 2
         sizes.append(boxes[:, dimensions : 2 * dimensions].prod(1).double())
-    inter = torch.from_numpy(shapely.area(shapely.intersection(*areas))) * overlap
+    inter: Tensor = torch.from_numpy(shapely.area(shapely.intersection(*areas))) * overlap
     return inter / (sizes[0] + sizes[1] - inter)
 
 
@@ -219,14 +219,15 @@ def descend(loss: Loss, first: Tensor, goal: Tensor, dimensions: int, decay: boo
     def boxes() -> Tensor:
         if not dimensions:
             return UNIT * variables
-        centre, log_sizes, rest = variables.split((dimensions, dimensions, variables.shape[1] - 2 * dimensions), 1)
+        parts = (dimensions, dimensions, variables.shape[1] - 2 * dimensions)
+        centre, log_sizes, rest = torch.split(variables, parts, dim=1)
         return torch.cat((UNIT * centre, log_sizes.exp(), rest), dim=1)
 
     optimizer = torch.optim.Adam([variables], STEP_SIZE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
         optimizer.zero_grad()
-        loss(boxes(), goal).sum().backward()
+        loss(boxes(), goal).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if decay:
             schedule.step()
@@ -235,7 +236,8 @@ def descend(loss: Loss, first: Tensor, goal: Tensor, dimensions: int, decay: boo
 
 def run(task: str, name: str, decay: bool, seeds: int) -> list[dict[str, Any]]:
     """One row for each start and ratio, over all seeds."""
-    parts = []
+    parts: list[tuple[str, float]] = []
+    firsts, goals = [], []
     starts = ("near", "noise") if task == "corners" else STARTS
     for place, start in enumerate(starts):
         for ratio in RATIOS:
@@ -249,14 +251,16 @@ def run(task: str, name: str, decay: bool, seeds: int) -> list[dict[str, Any]]:
                 if task == "corners":
                     goal = corners_of(goal)
                     first = corners_of(first) if start == "near" else first
-                parts.append((start, ratio, first, goal))
-    first, goal = (torch.cat([part[i] for part in parts]) for i in (2, 3))
+                parts.append((start, ratio))
+                firsts.append(first)
+                goals.append(goal)
+    first, goal = torch.cat(firsts), torch.cat(goals)
     last = descend(LOSSES[task][name], first, goal, 0 if task == "corners" else first.shape[1] // 2, decay)
-    found = (corner_errors(last, goal) if task == "corners" else iou(last, goal)).split(PAIRS)
+    found = torch.split(corner_errors(last, goal) if task == "corners" else iou(last, goal), PAIRS)
     rows = []
     for start in starts:
         for ratio in RATIOS:
-            values = torch.cat([v for v, part in zip(found, parts, strict=True) if part[:2] == (start, ratio)]).double()
+            values = torch.cat([v for v, part in zip(found, parts, strict=True) if part == (start, ratio)]).double()
             steps = "falling" if decay else "constant"
             row: dict[str, Any] = {"task": task, "loss_name": name, "start": start, "steps": steps, "ratio": ratio}
             if task == "corners":
@@ -298,7 +302,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     jobs = [(task, name, decay) for task in args.task or LOSSES for name in LOSSES[task] for decay in (True, False)]
-    rows = [row for job in tqdm(jobs, desc="losses") for row in run(*job, args.seeds)]
+    rows = [row for job in tqdm(jobs, desc="losses") for row in run(*job, seeds=args.seeds)]
     results = {
         "what": "Boxes moved by Adam; the docstring of bench/boxes/descent.py says how. iou is the mean at the end, "
         "lowest_20th its 5 % quantile; corners: error is the mean distance to the nearest corner.",

@@ -71,8 +71,8 @@ def probiou(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def _covariance(boxes: Tensor) -> tuple[Tensor, ...]:
-    x, y = boxes[..., :2].split(1, dim=-1)
-    a, b, angle = torch.cat((boxes[:, 2:4].pow(2) / 12, boxes[:, 4:]), dim=-1).split(1, dim=-1)
+    x, y = torch.split(boxes[..., :2], 1, dim=-1)
+    a, b, angle = torch.split(torch.cat((boxes[:, 2:4].pow(2) / 12, boxes[:, 4:]), dim=-1), 1, dim=-1)
     cos, sin = angle.cos(), angle.sin()
     cos_squared, sin_squared = cos.pow(2), sin.pow(2)
     return x, y, a * cos_squared + b * sin_squared, a * sin_squared + b * cos_squared, (a - b) * cos * sin
@@ -80,7 +80,7 @@ def _covariance(boxes: Tensor) -> tuple[Tensor, ...]:
 
 def by_corners(pred: Tensor, target: Tensor) -> Tensor:
     """What there was before: corners by PyTorch, and the loss of polygons with the options of boxes."""
-    options = {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25}
+    options: dict[str, Any] = {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25}
     return mgiou_loss(rectangle_corners(pred), rectangle_corners(target), **options)
 
 
@@ -120,7 +120,7 @@ def expected(name: str, fmt: str) -> tuple[float, Tensor]:
             value = gaussian.probiou(leaf, target).mean()
         return value.item(), torch.autograd.grad(value, leaf)[0]
     default = FORMATS[fmt].defaults
-    options = {"axis_weight": default.axis_weight, "boundary_weight": default.boundary_weight}
+    options: dict[str, Any] = {"axis_weight": default.axis_weight, "boundary_weight": default.boundary_weight}
     options = {} if fmt in SPACE else options
     sides = pred.numpy(), target.numpy()
     gradient = oracle.gradient(*sides, fmt, axis_grad=default.axis_grad, **options)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.boxes import oracle
 from tests.helpers import uniform
@@ -19,7 +21,7 @@ formats = pytest.mark.parametrize("fmt", FORMATS)
 closed_formats = pytest.mark.parametrize("fmt", CLOSED)
 
 
-def random_boxes(fmt, batch, rng, smallest=0.3, largest=1.5):
+def random_boxes(fmt: str, batch: int, rng: torch.Generator, smallest: float = 0.3, largest: float = 1.5) -> Tensor:
     """Boxes in float64 that mostly overlap; angles are radians, of several turns."""
     if fmt == "corners3d":
         numbers = random_boxes("cxcyczlwhr", batch, rng, smallest, largest)
@@ -34,24 +36,24 @@ def random_boxes(fmt, batch, rng, smallest=0.3, largest=1.5):
     return torch.cat((centre, size, uniform((batch, 1), -7, 7, rng)), dim=1)
 
 
-def corners3d(numbers):
+def corners3d(numbers: Tensor) -> Tensor:
     """The eight corners of boxes (B, 7), by the oracle."""
     return torch.tensor([oracle.corners(box, "cxcyczlwhr") for box in numbers.tolist()], dtype=torch.float64)
 
 
-def in_degrees(boxes):
+def in_degrees(boxes: Tensor) -> Tensor:
     """The same boxes with their angle in degrees."""
     return torch.cat((boxes[:, :-1], boxes[:, -1:] * (180 / math.pi)), dim=1)
 
 
-def options_of(fmt, **options):
+def options_of(fmt: str, **options: Any) -> dict[str, Any]:
     """The options without those that the format does not have."""
     if fmt in SPACE:
         options = options | {"axis_weight": "uniform", "boundary_weight": 0.0}
     return options
 
 
-def oracle_options(fmt, **options):
+def oracle_options(fmt: str, **options: Any) -> dict[str, Any]:
     """What the oracle takes of them."""
     if fmt in SPACE:
         return {}

@@ -26,8 +26,8 @@ def test_opcheck(kernels, fmt, rule):
     rng = generator(5)
     sides = [random_boxes(fmt, 6, rng).float().to(kernels.device).requires_grad_() for _ in range(2)]
     weight = torch.rand(6, device=kernels.device)
-    boundary_weight = torch.tensor(0.0 if fmt in SPACE else 0.25, dtype=torch.float64)
-    arguments = (*sides, weight, rule, fmt, "radians", True, "uniform", True, boundary_weight, True, True)
+    boundary_weight = (0.0, None) if fmt in SPACE else (0.0, torch.tensor(0.3, dtype=torch.float64))
+    arguments = (*sides, weight, rule, fmt, "radians", True, "uniform", True, *boundary_weight, True, True)
     torch.library.opcheck(torch.ops.triton_mgiou.box_loss.default, arguments)
 
 
@@ -37,9 +37,9 @@ def test_the_operator_is_the_direct_path(kernels, fmt):
     sides = [random_boxes(fmt, 6, rng).float().to(kernels.device).requires_grad_() for _ in range(2)]
     options = options_of(fmt, axis_weight="uniform", axis_grad=True, boundary_weight=0.25)
     direct = box_mgiou_loss(*sides, fmt=fmt, reduction="sum", backend="triton", **options)
-    boundary_weight = torch.tensor(options["boundary_weight"], dtype=torch.float64)
+    boundary_weight = options["boundary_weight"]
     operator = torch.ops.triton_mgiou.box_loss(
-        *sides, None, "sum", fmt, "radians", True, "uniform", True, boundary_weight, True, True
+        *sides, None, "sum", fmt, "radians", True, "uniform", True, boundary_weight, None, True, True
     )[0]
     assert_same(direct.detach(), operator.detach())
     for got, want in zip(torch.autograd.grad(operator, sides), torch.autograd.grad(direct, sides), strict=True):

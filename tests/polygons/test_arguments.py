@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 
 from tests.conftest import INTERPRETED
 from tests.helpers import assert_close, assert_same, convex, generator, star, uniform
-from triton_mgiou import mgiou_loss
+from triton_mgiou import MGIoULoss, PolygonLoss, mean_positives, mgiou_loss
 
 BOTH = ("pred", "target")
 FLOATING = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -31,7 +33,7 @@ WRONG = {
     "target without vertices": ({"target": torch.zeros(4, 0, 2)}, ValueError, "target", ["M >= 1", "(4, 0, 2)"]),
     "batch sizes differ": ({"target": torch.zeros(3, 6, 2)}, ValueError, "target", ["batch size 4", "3"]),
     "a batch of one is not stretched": ({"target": torch.zeros(1, 6, 2)}, ValueError, "target", ["batch size 4", "1"]),
-    "pred of integers": ({"pred": PRED.int()}, TypeError, "pred", ["floating", "torch.int32"]),
+    "pred of integers": ({"pred": PRED.int()}, TypeError, "pred", ["floating", "float32", "torch.int32"]),
     "target of integers": ({"target": TARGET.long()}, TypeError, "target", ["floating", "torch.int64"]),
     "pred of bools": ({"pred": PRED.bool()}, TypeError, "pred", ["floating", "torch.bool"]),
     "pred complex": ({"pred": PRED.to(torch.complex64)}, TypeError, "pred", ["floating", "torch.complex64"]),
@@ -61,8 +63,8 @@ WRONG = {
     "avg_factor with sum": ({"avg_factor": 2.0, "reduction": "sum"}, ValueError, "avg_factor", ['"mean"', '"sum"']),
     "avg_factor a string": ({"avg_factor": "2"}, TypeError, "avg_factor", ["number", "str"]),
     "avg_factor a bool": ({"avg_factor": True}, TypeError, "avg_factor", ["number", "bool"]),
-    "avg_factor zero": ({"avg_factor": 0}, ValueError, "avg_factor", ["above 0", "0"]),
-    "avg_factor negative": ({"avg_factor": -1.5}, ValueError, "avg_factor", ["above 0", "-1.5"]),
+    "avg_factor negative": ({"avg_factor": -1.5}, ValueError, "avg_factor", ["0 or above", "-1.5"]),
+    "avg_factor complex": ({"avg_factor": torch.tensor(1j)}, TypeError, "avg_factor", ["real", "complex64"]),
     "avg_factor NaN": ({"avg_factor": float("nan")}, ValueError, "avg_factor", ["finite", "nan"]),
     "avg_factor Inf": ({"avg_factor": float("inf")}, ValueError, "avg_factor", ["finite", "inf"]),
     "avg_factor of two": ({"avg_factor": torch.ones(2)}, ValueError, "avg_factor", ["one element", "(2,)"]),
@@ -142,6 +144,93 @@ def test_messages(backend, name):
     assert message.startswith(f"{begin} "), message
     for part in parts:
         assert (device if part == "DEVICE" else part) in message, message
+
+
+@contextmanager
+def one_process():
+    """A device mesh of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def distributed_tensor(tensor, mesh):
+    return torch.distributed.tensor.distribute_tensor(tensor, mesh, [torch.distributed.tensor.Replicate()])
+
+
+OTHER_KINDS = {
+    # name: (the same numbers as such a tensor, what the message says)
+    "DTensor": (distributed_tensor, ["DTensor", "to_local()"]),
+    "nested": (lambda t, _: torch.nested.nested_tensor([t]), ["nested"]),
+    "jagged": (lambda t, _: torch.nested.nested_tensor([t], layout=torch.jagged), ["nested"]),
+    "sparse": (lambda t, _: t.to_sparse(), ["torch.sparse_coo", "to_dense()"]),
+    "quantized": (lambda t, _: torch.quantize_per_tensor(t, 0.1, 0, torch.quint8), ["quantized", "dequantize()"]),
+    "masked": (lambda t, _: torch.masked.masked_tensor(t, t > 0.5), ["MaskedTensor"]),
+    "float8": (lambda t, _: t.to(torch.float8_e4m3fn), ["torch.float8_e4m3fn"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # prototypes, and the end of quantization in PyTorch itself
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_tensors_of_other_kinds_are_refused_by_name(kind):
+    make, parts = OTHER_KINDS[kind]
+    pred, target = sample_pair()
+    weight, area, visible = torch.rand(4), torch.rand(4), torch.ones(4, 5)
+    calls = {
+        "pred": lambda other: mgiou_loss(other(pred), target),
+        "target": lambda other: mgiou_loss(pred, other(target)),
+        "weight": lambda other: mgiou_loss(pred, target, weight=other(weight)),
+        "avg_factor": lambda other: mgiou_loss(pred, target, avg_factor=other(torch.tensor([3.0]))),
+        "pred_lengths": lambda other: mgiou_loss(pred, target, pred_lengths=other(weight)),
+        "target_mask": lambda other: mgiou_loss(pred, target, target_mask=other(torch.rand(4, 6))),
+        "pred_kpts": lambda other: PolygonLoss()(other(pred), pred, visible, area),
+        "area": lambda other: PolygonLoss()(pred, pred, visible, other(area)),
+        "kpt_mask": lambda other: PolygonLoss()(pred, pred, other(visible), area),
+        "num_positives": lambda other: mean_positives(other(torch.tensor([3.0]))),
+    }
+    calls["weight of the module"] = lambda other: MGIoULoss()(pred, target, other(weight))
+    with one_process() if kind == "DTensor" else nullcontext() as mesh:
+        for name, call in calls.items():
+            with pytest.raises(TypeError) as caught:
+                call(lambda tensor: make(tensor, mesh))
+            message = str(caught.value)
+            assert message.startswith(f"{name.split()[0]} must "), message
+            assert all(part in message for part in parts), message
+
+
+class Subclass(torch.Tensor):
+    """Like torchvision's `tv_tensors`: what PyTorch computes with it is a plain tensor."""
+
+    @classmethod
+    def __torch_function__(cls, function, _types, arguments=(), keywords=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*arguments, **keywords or {})
+
+
+@pytest.mark.parametrize(
+    "other", [lambda t: t.as_subclass(Subclass), torch.nn.Parameter], ids=["tv_tensor", "Parameter"]
+)
+def test_subclasses_that_only_add_something_are_taken(backend, other):
+    pred, target = (vertices.to(backend.device) for vertices in sample_pair())
+    weight = torch.rand(4, generator=generator(75)).to(backend.device)
+    expected = backend.value_and_gradient(pred, target, weight=weight)
+    for sides in ((other(pred), target), (pred, other(target))):
+        loss = backend.loss(*sides, weight=weight)
+        assert_close(loss, expected[0], atol=1e-7)
+    leaf = pred.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        backend.loss(leaf * other(torch.ones_like(pred)), other(target), weight=weight), leaf
+    )
+    assert_close(gradient, expected[1], atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("function", [mgiou_loss, MGIoULoss()], ids=["function", "module"])
+def test_jit_trace_is_refused_by_name(function):
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace.*torch\.compile"):
+        torch.jit.trace(function, sample_pair())
 
 
 def test_options_are_keywords():

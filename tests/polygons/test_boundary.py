@@ -23,7 +23,9 @@ from tests.helpers import (
     box,
     convex,
     crossing,
+    either_way,
     generator,
+    kinds,
     numpy64,
     numpy_options,
     random_boxes,
@@ -32,16 +34,10 @@ from tests.helpers import (
     star,
     uniform,
 )
-from tests.polygons.test_properties import any_pairs, pairs
+from tests.strategies import any_pairs, pairs
 from triton_mgiou import PAPER, demo, mgiou_loss
 
-kinds = pytest.mark.parametrize("kind", POLYGONS)
 SHAPES = [(1, 4), (2, 3), (3, 1), (3, 2), (4, 4), (5, 8), (8, 5), (12, 3), (4, 33), (20, 17)]  # N, M
-
-
-def either_way(polygons, rng):
-    """Some in the other direction."""
-    return torch.where(uniform((len(polygons), 1, 1), 0, 1, rng) < 0.5, polygons, polygons.flip(1))
 
 
 def term(pred, target, **options):

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from tests import oracle
 from tests.helpers import (
     AXIS_WEIGHTS,
+    BOTH,
+    INF,
+    NAN,
     assert_close,
     assert_gradient_close,
     assert_same,
     assert_zero,
+    axis_grads,
+    axis_weights,
     box,
     convex,
     generator,
     numpy64,
+    points,
     star,
     uniform,
 )
-
-axis_weights = pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
-axis_grads = pytest.mark.parametrize("axis_grad", [True, False])
-BOTH = ("pred", "target")
-NAN, INF = math.nan, math.inf
-
-
-def points(*vertices, dtype=torch.float32):
-    return torch.tensor([vertices], dtype=dtype)
 
 
 @pytest.mark.parametrize("convexity_weight", [0.0, 1.0])

@@ -29,17 +29,15 @@ def value_and_gradient(pred, target, **options):
     return loss.detach(), *torch.autograd.grad(loss.sum(), pred)
 
 
-def test_auto_is_the_kernel():
-    from triton_mgiou import ops  # noqa: PLC0415
+def test_auto_is_the_kernel(monkeypatch):
+    from triton_mgiou.launch import PolygonCall  # noqa: PLC0415
 
     pred, target = polygons(8, 4)
     expected = value_and_gradient(pred, target, backend="triton")
     launches = []
-    original, ops._launch = ops._launch, lambda *arguments: launches.append(1) or original(*arguments)
-    try:
-        actual = value_and_gradient(pred, target)
-    finally:
-        ops._launch = original
+    original = PolygonCall.launch
+    monkeypatch.setattr(PolygonCall, "launch", lambda *arguments: launches.append(1) or original(*arguments))
+    actual = value_and_gradient(pred, target)
     assert launches == [1]
     for got, want in zip(actual, expected, strict=True):
         assert_same(got, want)
@@ -152,9 +150,9 @@ def test_tensors_on_another_than_the_current_device():
 
 
 def test_one_kernel_for_each_bucket():
-    from triton_mgiou import ops  # noqa: PLC0415
+    from triton_mgiou import launch  # noqa: PLC0415
 
-    ops._plans.clear()
+    launch.forget_plans()
     for size in range(3, 65):
         pred, target = polygons(70, size)
         for batch in (1, 2, 3, 16, 17, 31, 32, 33, 64, 70):
@@ -162,9 +160,8 @@ def test_one_kernel_for_each_bucket():
     pred, target = polygons(5000, 8)
     for batch in range(1, 5001, 7):
         value_and_gradient(pred[:batch], target[:batch], backend="triton")
-    assert (
-        len({id(plan.compiled[0]) for plan in ops._plans.values()}) == 14
-    )  # 3 and 4; then, up to each power of two, odd, even, full
+    compiled = {id(plan.compiled) for plan in launch._plans.values()}
+    assert len(compiled) == 14  # 3 and 4; then, up to each power of two, odd, even, full
 
 
 def test_memory_is_the_gradient_and_a_few_bytes_a_sample():
@@ -184,12 +181,12 @@ def test_memory_is_the_gradient_and_a_few_bytes_a_sample():
 
 
 def test_accuracy_does_not_depend_on_what_the_compiler_fuses(monkeypatch):
-    from triton_mgiou import ops  # noqa: PLC0415
+    from triton_mgiou import launch  # noqa: PLC0415
     from triton_mgiou.tuning import layouts  # noqa: PLC0415
 
     options = layouts.Layout.options
     monkeypatch.setattr(layouts.Layout, "options", lambda self: options(self) | {"enable_fp_fusion": True})
-    monkeypatch.setattr(ops, "_plans", {})
+    monkeypatch.setattr(launch, "_plans", {})
     rng = generator(3)
     pred, target = convex(500, 6, rng).float().cuda(), convex(500, 5, rng).float().cuda()
     for axis_weight in ("uniform", "length", "soft"):
@@ -206,19 +203,18 @@ def test_accuracy_does_not_depend_on_what_the_compiler_fuses(monkeypatch):
 
 @pytest.fixture
 def tuner(tmp_path, monkeypatch):
-    """An empty cache of configurations, and few of them to measure."""
-    from triton_mgiou import ops  # noqa: PLC0415
-    from triton_mgiou.tuning import layouts, measure  # noqa: PLC0415
+    """An empty cache of layouts, and few of them to measure."""
+    from triton_mgiou import launch  # noqa: PLC0415
+    from triton_mgiou.tuning import layouts, measure, store  # noqa: PLC0415
 
     monkeypatch.setenv("TRITON_MGIOU_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv(measure.ENVIRONMENT, raising=False)
-    few = {(4, large): layouts.Space((2, 4), (1,), (1,), (1,), (168,)) for large in (False, True)}
+    few = {(4, large): layouts.SearchSpace((2, 4), (1,), (1,), (1,), (168,)) for large in (False, True)}
     monkeypatch.setattr(layouts, "SEARCH", few)
-    measure.tuning_cache.cache_clear()
-    ops.forget_plans()
+    store.tuning_cache.cache_clear()
+    launch.forget_plans()
     yield measure
-    measure.tuning_cache.cache_clear()
-    ops.forget_plans()
+    store.tuning_cache.cache_clear()
+    launch.forget_plans()
 
 
 def fail(*_):
@@ -226,17 +222,18 @@ def fail(*_):
 
 
 def test_nothing_is_compiled_or_measured_after_a_warm_up(tuner, monkeypatch):
-    from triton_mgiou import ops  # noqa: PLC0415
+    from triton_mgiou.kernels.polygons import mgiou_kernel  # noqa: PLC0415
+    from triton_mgiou.tuning import store  # noqa: PLC0415
 
     results = warmup((4,), (512, 40_000))
     variants = [("< 32768", True), ("< 32768", False), (">= 32768", True), (">= 32768", False)]
     assert [(each.batch, each.gradient, each.source) for each in results] == [(*each, "tuned") for each in variants]
     assert all(each.us > 0 and each.gain >= 0 for each in results)
-    monkeypatch.setattr(tuner, "measure", fail)
-    tuner.tuning_cache.cache_clear()  # as another process
+    monkeypatch.setattr(tuner, "fastest", fail)
+    store.tuning_cache.cache_clear()  # as another process
     assert [each.source for each in warmup((4,), (512, 40_000))] == ["cache"] * 4
 
-    kernels = ops.mgiou_kernel.device_caches[torch.cuda.current_device()][0]
+    kernels = mgiou_kernel.device_caches[torch.cuda.current_device()][0]
     compiled = len(kernels)
     rng = generator(1)
     pools = {size: polygons(50_000, size) for size in (3, 4)}
@@ -251,26 +248,18 @@ def test_nothing_is_compiled_or_measured_after_a_warm_up(tuner, monkeypatch):
     assert_close(gradient.norm(), exact_gradient.norm(), atol=0.0, rtol=1e-3)
 
 
-def test_a_first_use_is_measured_if_asked_but_not_while_a_graph_is_captured(tuner, monkeypatch):
-    from triton_mgiou import ops  # noqa: PLC0415
+@pytest.mark.usefixtures("tuner")
+def test_a_layout_is_looked_up_while_a_graph_is_captured():
+    from triton_mgiou import launch  # noqa: PLC0415
 
     pred, target = polygons(600, 4)
-    mgiou_loss(pred, target)  # compiles
-    monkeypatch.setenv(tuner.ENVIRONMENT, "1")
-    with monkeypatch.context() as patch:
-        patch.setattr(tuner, "measure", fail)
-        ops.forget_plans()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = mgiou_loss(pred, target)
-    ops.forget_plans()
-    value = mgiou_loss(pred, target)
-    (entry,) = tuner.tuning_cache(tuner.chip_name(pred.device)).entries().values()
-    assert 0 < entry.us <= entry.default_us
+    value = mgiou_loss(pred, target)  # compiles
+    launch.forget_plans()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = mgiou_loss(pred, target)
     graph.replay()
-    assert_close(captured, value, atol=1e-6)
-    monkeypatch.setattr(tuner, "measure", fail)
-    mgiou_loss(*polygons(700, 4))
+    assert_same(captured, value)
 
 
 @pytest.mark.usefixtures("tuner")
@@ -298,22 +287,36 @@ def test_another_thread_may_use_the_gpu_while_a_layout_is_measured():
 
 
 def test_a_layout_that_spills_or_does_not_compile_is_left_out(tuner):
-    from triton_mgiou import ops  # noqa: PLC0415
-    from triton_mgiou.tuning import layouts  # noqa: PLC0415
+    from triton_mgiou import launch  # noqa: PLC0415
+    from triton_mgiou.options import Options, Reduction  # noqa: PLC0415
 
     pred, target = polygons(600, 16)
-    leaf = pred.requires_grad_()
+    call = launch.PolygonCall(None, None, Reduction(None, False, 600.0), Options())
+    plan, arguments, loss, gradient = launch.prepare_polygons(pred, target, call, True, 0)
+    good = plan.layout
+    plan.candidates = [
+        good,
+        good._replace(polygons=32, registers=32),
+        good._replace(polygons=3),
+    ]  # spills; no power of 2
+    assert tuner._that_fit(plan, arguments, plan.candidates) == [good]
+    assert tuner.fastest(plan, 600, arguments, [loss, gradient]).layout == good._asdict()
 
-    def launch(_):
-        ops.forget_plans()
-        mgiou_loss(leaf, target)
 
-    good = layouts.layout(16, 16, False)
-    spills = good._replace(polygons=32, registers=32)
-    no_power_of_two = good._replace(polygons=3)
-    recorded = tuner.record(launch)
-    assert tuner._that_fit(*recorded, [good, spills, no_power_of_two]) == [good]
-    assert tuner.measure(*recorded, [good, spills, no_power_of_two]).layout == good
+@pytest.mark.parametrize("known", [True, False])
+def test_the_private_launcher_and_the_fallback_give_the_same_bits(known, monkeypatch):
+    from triton_mgiou import launch  # noqa: PLC0415
+
+    pred, target = polygons(3000, 8)
+    expected = value_and_gradient(pred, target, backend="triton")
+    if not known:
+        monkeypatch.setattr(launch, "private_launcher", lambda _: None)
+    launch.forget_plans()
+    for _ in range(3):
+        for got, want in zip(value_and_gradient(pred, target, backend="triton"), expected, strict=True):
+            assert_same(got, want)
+    assert all((plan._launcher is not None) == known for plan in launch._plans.values())
+    launch.forget_plans()
 
 
 SANITIZED = """

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import subprocess
-import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,18 +11,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.conftest import INTERPRETED
 from tests.helpers import (
+    BOTH,
     assert_close,
     assert_does_not_wait,
     assert_gradient_close,
     assert_same,
     convex,
     generator,
+    run_python,
     star,
     uniform,
 )
-from triton_mgiou import MGIoULoss, mgiou_loss
-
-BOTH = ("pred", "target")
+from triton_mgiou import PAPER, MGIoULoss, PolygonLoss, mgiou_loss
+from triton_mgiou.training import AlphaSchedule, debug
 
 
 def sample(batch, device, seed=101):
@@ -80,23 +79,10 @@ def assert_compiled_is_the_same(function, compiled, given):
         assert_gradient_close(actual, expected, rtol=1e-5)
 
 
-@pytest.fixture
-def fresh_compiler(caplog):
-    caplog.set_level(logging.WARNING, "torch.__trace")  # or a failure is reported below thousands of empty lines
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"avg_factor": 3.0},
-        {"axis_weight": "length", "axis_grad": False, "convexity_weight": 0.5, "reduction": "none"},
-    ],
-)
-def test_compile_with_a_batch_size_that_changes(backend, options):
+def test_compile_with_a_batch_size_that_changes(backend):
+    options = {"axis_weight": "length", "axis_grad": False, "convexity_weight": 0.5, "reduction": "none"}
+
     def function(**given):
         return backend.loss(**given, **options)
 
@@ -114,7 +100,7 @@ def test_compile_the_module(backend):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
     for seed, batch in enumerate([4, 7, 3]):
-        given = sample(batch, backend.device, seed)
+        given = sample(batch, backend.device, seed) | {"avg_factor": 3.0}
         assert_compiled_is_the_same(loss, compiled, given)
         given["weight"].zero_()
         assert_compiled_is_the_same(loss, compiled, given)
@@ -158,9 +144,9 @@ def test_compile_with_float16_and_without_a_graph(backend):
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.skipif(INTERPRETED, reason="the other run has it")
-@pytest.mark.parametrize("options", [{"convexity_weight": 0.5}, {"axis_weight": "soft", "axis_grad": False}])
-def test_compile_to_code(backend, options):
-    """The whole way through the default compiler, loss and gradient, twice with another batch size."""
+def test_compile_to_code(backend):
+    """The whole way through the default compiler, loss and gradient with every term, twice with another batch size."""
+    options = {"axis_weight": "soft", "convexity_weight": 0.5, "boundary_weight": 0.25}
 
     def function(**given):
         return backend.loss(**given, **options)
@@ -188,6 +174,53 @@ def test_no_value_of_a_tensor_is_looked_at(backend, reduction, axis_weight):
             assert fake[side].grad.shape == given[side].shape
         module = MGIoULoss(reduction, backend=backend.name, axis_weight=axis_weight)
         module(fake["pred"], fake["target"], fake["weight"], target_mask=fake["target_mask"]).sum().backward()
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "default",
+    [
+        lambda: default_dtype(torch.float64),
+        lambda: default_dtype(torch.float16),
+        lambda: torch.device("meta"),  # as torch.set_default_device
+    ],
+    ids=["float64", "float16", "meta"],
+)
+def test_defaults_of_pytorch_change_nothing(backend, default):
+    """The loss's type and device are those of its input, whatever new tensors have."""
+    given = sample(6, backend.device)
+    pred, target = given["pred"], given["target"]
+    keypoints = (pred, pred.flip(0), given["weight"][:, :1].expand(6, 6) > 0.3, given["weight"][:, 0])
+    losses = [PolygonLoss(mode, alpha=AlphaSchedule(4), backend=backend.name) for mode in ("l2", "hybrid")]
+    factors = [2, 0, torch.tensor(3, device=backend.device), torch.tensor(2.0, dtype=torch.float64)]
+    modules = [loss.to(backend.device) for loss in losses]
+
+    def results():
+        leaf = pred.clone().requires_grad_()
+        yield from (backend.loss(**given | {"pred": leaf}, reduction=each) for each in ("none", "sum", "mean"))
+        yield from (backend.loss(leaf, target, avg_factor=each, **PAPER) for each in factors)
+        yield from (module(leaf, *keypoints[1:], avg_factor=factors[2])[0] for module in modules)
+        yield backend.loss(leaf[:0], target[:0])
+        with debug():
+            loss = backend.loss(**given | {"pred": leaf}, boundary_weight=0.5)
+        yield loss
+        yield torch.autograd.grad(loss, leaf)[0]
+
+    expected = [each.detach() for each in results()]
+    with default():
+        actual = [each.detach() for each in results()]
+    for got, want in zip(actual, expected, strict=True):
+        assert got.device == want.device
+        assert_same(got, want)
 
 
 @pytest.mark.gpu
@@ -285,15 +318,8 @@ except RuntimeError as error:
 else:
     raise AssertionError("no error")
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = run_python("-c", program)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_import_brings_in_neither_triton_nor_the_compiler():
-    """Each takes about as long to import as PyTorch itself."""
-    program = "import sys, torch; before = set(sys.modules); import triton_mgiou; print(*set(sys.modules) - before)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert {"triton", "torch._dynamo", "torch._inductor"} & set(done.stdout.split()) == set()
 
 
 def test_the_public_names():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.helpers import assert_close, assert_same, assert_zero, convex, generator, star, uniform
-from triton_mgiou import MGIoULoss, mgiou_loss
+from triton_mgiou import MGIoULoss, PolygonLoss, mgiou_loss
 
 
 @pytest.fixture
@@ -77,6 +77,82 @@ def test_avg_factor_as_a_number_and_as_a_tensor(backend, pair):
         loss(*pair, avg_factor=4.0, reduction_override="sum")
 
 
+def through_polygon_loss(mode):
+    """The sum of the weights is that of visible samples: without one, every loss is 0."""
+
+    def loss(pred, target, weight, avg_factor, backend):
+        size = pred.shape[1]
+        area = torch.ones(len(pred), device=pred.device)
+        visible = (weight > 0).unsqueeze(1).expand(-1, size)
+        alpha = 0.5 if mode == "hybrid" else None
+        module = PolygonLoss(mode, alpha=alpha, backend=backend)
+        return module(pred, target[:, :1].expand(-1, size, -1), visible, area, avg_factor=avg_factor)[0]
+
+    return loss
+
+
+LOSSES = {
+    "mgiou_loss": lambda p, t, w, avg_factor, backend: mgiou_loss(
+        p, t, weight=w, avg_factor=avg_factor, backend=backend
+    ),
+    "MGIoULoss": lambda p, t, w, avg_factor, backend: MGIoULoss(backend=backend)(p, t, w, avg_factor=avg_factor),
+    "a weight with a gradient": lambda p, t, w, avg_factor, backend: mgiou_loss(
+        p, t, weight=w.clone().requires_grad_(), avg_factor=avg_factor, backend=backend
+    ),
+    **{f"PolygonLoss {mode}": through_polygon_loss(mode) for mode in ("mgiou", "l2", "hybrid")},
+}
+ZEROS = {
+    "int": lambda _: 0,
+    "float": lambda _: -0.0,
+    "subnormal": lambda _: 1e-40,
+    "below the least float32": lambda _: 1e-60,
+    "tensor": lambda device: torch.zeros((), device=device),
+    "integer tensor": lambda device: torch.zeros(1, dtype=torch.int64, device=device),
+    "float64 tensor on the CPU": lambda _: torch.zeros((), dtype=torch.float64),
+    "subnormal tensor": lambda device: torch.full((), 1e-40, device=device),
+}
+
+
+@pytest.mark.parametrize("zero", ZEROS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_image_without_objects(backend, pair, name, zero):
+    """Its weights are 0, and the divisor is their sum: the loss is 0 and connected, and so is every gradient."""
+    pred, target = pair[0].requires_grad_(), pair[1].requires_grad_(name.startswith("mgiou"))
+    factor = ZEROS[zero](backend.device)
+    loss = LOSSES[name](pred, target, torch.zeros(5, device=backend.device), factor, backend.name)
+    assert loss.dtype == torch.float32
+    assert_zero(loss, "loss")
+    for gradient in torch.autograd.grad(loss, [side for side in (pred, target) if side.requires_grad]):
+        assert_zero(gradient)
+    some = torch.tensor([0.0, 0, 1, 0, 0], device=backend.device)
+    assert LOSSES[name](pred, target, some, factor, backend.name).isinf()
+
+
+def test_an_image_without_objects_leaves_the_weights_gradient_finite(backend, pair):
+    weight = torch.zeros(5, device=backend.device, requires_grad=True)
+    loss = mgiou_loss(*pair, weight=weight, avg_factor=weight.detach().sum(), backend=backend.name)
+    assert_zero(torch.autograd.grad(loss, weight)[0])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_avg_factor_is_the_same_as_a_number_and_as_a_tensor(backend, pair, name):
+    """Below 0 a number is refused, and a tensor, which is not read, does not pass either."""
+    device, weight = backend.device, torch.tensor([0.5, 0, 2, 1, 1], device=pair[0].device)
+    results = []
+    for factor in (3, 3.0, torch.tensor(3, device=device), torch.tensor([3.0]), torch.tensor(3.0, dtype=torch.float64)):
+        given = factor.to(device) if isinstance(factor, torch.Tensor) and factor.dim() else factor
+        leaf = pair[0].clone().requires_grad_()
+        loss = LOSSES[name](leaf, pair[1], weight, given, backend.name)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+        assert loss.dtype == torch.float32
+    for value, gradient in results[1:]:
+        assert_close(value, results[0][0], atol=1e-7)
+        assert_close(gradient, results[0][1], atol=1e-7)
+    with pytest.raises(ValueError, match=r"^avg_factor must be 0 or above, got -3"):
+        LOSSES[name](*pair, weight, -3, backend.name)
+    assert LOSSES[name](*pair, weight, torch.tensor(-3.0, device=device), backend.name).isnan()
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0])
 @pytest.mark.parametrize("shape", [(5,), (5, 3)])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -106,14 +182,14 @@ def test_a_weight_without_a_positive_entry_and_no_reduction(backend, pair):
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_no_positive_sample_at_all(backend, reduction):
-    """The empty batch of an image without objects, as a head passes it: empty weights, a factor of 1."""
+    """The empty batch of an image without objects, as a head passes it: empty weights, a factor of 1 or their sum."""
     pred = torch.zeros(0, 4, 2, device=backend.device, requires_grad=True)
     target, weight = torch.zeros(0, 4, 2, device=backend.device), torch.zeros(0, 4, device=backend.device)
-    factor = None if reduction == "sum" else 1.0
-    actual = MGIoULoss(reduction, backend=backend.name)(pred, target, weight, avg_factor=factor)
-    assert_zero(actual, "loss")
-    actual.sum().backward()
-    assert pred.grad.shape == pred.shape
+    for factor in [None] if reduction == "sum" else [None, 1.0, 0, weight.sum()]:
+        actual = MGIoULoss(reduction, backend=backend.name)(pred, target, weight, avg_factor=factor)
+        assert_zero(actual, "loss")
+        (gradient,) = torch.autograd.grad(actual.sum(), pred)
+        assert gradient.shape == pred.shape
 
 
 def test_keywords_of_a_call(backend, pair):

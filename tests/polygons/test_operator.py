@@ -4,11 +4,15 @@ import importlib
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import assert_close, assert_gradient_close, assert_same, convex, generator, star
 from triton_mgiou import PAPER, mgiou_loss
+from triton_mgiou.options import Options
+
+DEFAULTS = Options()._asdict()
 
 
 @pytest.fixture
@@ -33,18 +37,21 @@ def test_opcheck(kernels, rule, dtypes):
     weight = torch.rand(6, device=kernels.device)
     for side in (pred, target):
         side.requires_grad_()
-    factors = torch.tensor([0.5, 0.25], dtype=torch.float64).unbind()
-    arguments = (pred, target, lengths, mask, weight, rule, "length", True, *factors, True, True)
+    changing = torch.tensor(0.5, dtype=torch.float64)
+    arguments = (pred, target, lengths, mask, weight, rule, "length", True, 0.0, 0.25, changing, None, True, True)
     torch.library.opcheck(torch.ops.triton_mgiou.loss.default, arguments)
 
 
-def test_the_operator_is_the_direct_path(kernels):
+@pytest.mark.parametrize("changing", [False, True])
+def test_the_operator_is_the_direct_path(kernels, changing):
     pred, target = (t.requires_grad_() for t in polygons(kernels))
     weights = {"convexity_weight": 0.5, "boundary_weight": 0.25}
     direct = mgiou_loss(pred, target, reduction="sum", backend="triton", **PAPER | weights)
-    factors = (torch.tensor(weight, dtype=torch.float64) for weight in weights.values())
-    options = (None, None, None, "sum", "uniform", True, *factors, True, True)
-    operator = torch.ops.triton_mgiou.loss(pred, target, *options)[0]
+    numbers = tuple(weights.values())
+    tensors = tuple(torch.tensor(number, dtype=torch.float64) for number in numbers)
+    numbers = (0.0, 0.0, *tensors) if changing else (*numbers, None, None)
+    options = (None, None, None, "sum", "uniform", True, *numbers)
+    operator = torch.ops.triton_mgiou.loss(pred, target, *options, True, True)[0]
     assert_same(direct.detach(), operator.detach())
     for got, want in zip(
         torch.autograd.grad(operator, (pred, target)), torch.autograd.grad(direct, (pred, target)), strict=True
@@ -83,6 +90,49 @@ def test_double_backward_is_refused(kernels):
     loss = mgiou_loss(pred.requires_grad_(), target, backend="triton")
     with pytest.raises(RuntimeError, match=r"no second derivative.*create_graph=True.*backend=\"eager\""):
         torch.autograd.grad(loss, pred, create_graph=True)
+
+
+FORWARD = r'backend="triton" cannot run: forward-mode .*expected .*"eager"'
+BATCHED = r'backend="triton" cannot run: a batch of gradients .*expected .*"eager"'
+
+
+@pytest.mark.parametrize("name", ["pred", "target", "weight", "avg_factor"])
+def test_a_tangent_is_refused_and_not_dropped(kernels, name):
+    pred, target = polygons(kernels)
+    given = {"weight": torch.ones(6, device=kernels.device), "avg_factor": torch.tensor(6.0, device=kernels.device)}
+    given |= {"pred": pred, "target": target}
+    with forward_ad.dual_level():
+        given[name] = forward_ad.make_dual(given[name], torch.ones_like(given[name]))
+        with pytest.raises(RuntimeError, match=FORWARD):
+            mgiou_loss(**given, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"vectorize": True, "strategy": "forward-mode"}, FORWARD),
+        ({"vectorize": True}, BATCHED),
+        ({"create_graph": True}, "second derivative"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_jacobian(kernels, keywords, message):
+    """Of the losses of single samples: the gradient of each, or a refusal."""
+    pred, target = polygons(kernels)
+
+    def each(vertices):
+        return mgiou_loss(vertices, target, reduction="none", backend="triton")
+
+    if message is not None:
+        with pytest.raises(RuntimeError, match=message):
+            torch.autograd.functional.jacobian(each, pred, **keywords)
+        return
+    jacobian = torch.autograd.functional.jacobian(each, pred)
+    gradient = kernels.value_and_gradient(pred, target, reduction="sum", **DEFAULTS)[1]
+    for row in range(len(pred)):
+        assert_close(jacobian[row, row], gradient[row], atol=0.0)
+        assert not jacobian[row, torch.arange(len(pred)) != row].any()
 
 
 def test_no_gradient_is_computed_where_none_is_asked_for(kernels, monkeypatch):

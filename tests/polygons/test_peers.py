@@ -10,6 +10,7 @@ from tests.helpers import (
     assert_close,
     assert_gradient_close,
     convex,
+    either_way,
     generator,
     random_boxes,
     rectangle_corners,
@@ -21,8 +22,7 @@ DTYPES = pytest.mark.parametrize(("dtype", "atol", "rtol"), [(torch.float32, 1e-
 
 def in_order(batch, rng):
     """Convex quadrangles, some clockwise, some not, from any first corner."""
-    vertices = convex(batch, 4, rng)
-    vertices = torch.where(uniform((batch, 1, 1), 0, 1, rng) < 0.5, vertices, vertices.flip(1))
+    vertices = either_way(convex(batch, 4, rng), rng)
     return torch.stack([polygon.roll(int(k), 0) for polygon, k in zip(vertices, torch.arange(batch) % 4, strict=True)])
 
 

@@ -10,68 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import (
-    AXIS_WEIGHTS,
-    POLYGONS,
     assert_close,
     assert_finite,
     assert_gradient_close,
     assert_same,
     assert_zero,
+    axis_weights,
     generator,
     uniform,
 )
-
-axis_weights = pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
-axis_grads = pytest.mark.parametrize("axis_grad", [True, False])
-seeds = st.integers(0, 2**32 - 1)
-LARGEST = torch.finfo(torch.float32).max
-
-
-@st.composite
-def pairs(draw, least=3, most=8, kinds=tuple(POLYGONS)):
-    """Three samples of well-shaped polygons in float64, rounded to 12 binary digits after the point."""
-    rng = generator(draw(seeds))
-    kind = POLYGONS[draw(st.sampled_from(kinds))]
-    pred = kind(3, draw(st.integers(least, most)), rng)
-    target = kind(3, draw(st.integers(least, most)), rng)
-    return (pred * 4096).round() / 4096, (target * 4096).round() / 4096
-
-
-any_float32 = st.one_of(
-    st.floats(width=32, allow_nan=False, allow_infinity=False),
-    st.sampled_from([0.0, -0.0, 1.0, -1.0, 2**-149, -(2**-149), 2**-126, 1e-30, 1e-20, 1e20, 1e30, LARGEST, -LARGEST]),
-    st.integers(-3, 3).map(float),
-)
-
-
-@st.composite
-def any_polygons(draw, batch):
-    size = draw(st.integers(1, 5))
-    values = draw(st.lists(any_float32, min_size=batch * size * 2, max_size=batch * size * 2))
-    polygons = torch.tensor(values, dtype=torch.float32).reshape(batch, size, 2)
-    shape = draw(st.sampled_from(["as drawn", "coincident", "horizontal", "diagonal", "one point"]))
-    if shape == "coincident":
-        polygons[:, -1] = polygons[:, 0]
-    elif shape == "horizontal":
-        polygons[..., 1] = polygons[:, :1, 1]
-    elif shape == "diagonal":
-        polygons[..., 1] = polygons[..., 0]
-    elif shape == "one point":
-        polygons[:] = polygons[:, :1]
-    return polygons
-
-
-@st.composite
-def any_pairs(draw):
-    """Any finite float32 at all, with what polygons do in the worst case: points that meet, lines, equal polygons."""
-    batch = draw(st.integers(1, 3))
-    pred, target = draw(any_polygons(batch)), draw(any_polygons(batch))
-    relation = draw(st.sampled_from(["as drawn", "equal", "one vertex in common"]))
-    if relation == "equal":
-        target = pred.clone()
-    elif relation == "one vertex in common":
-        target[:, 0] = pred[:, 0]
-    return pred, target
+from tests.strategies import LARGEST, any_pairs, pairs, seeds
 
 
 @axis_weights
@@ -170,9 +118,8 @@ def test_scaling(backend, pair, factor, axis_weight):
     assert_close(backend.loss(*scaled, **options), value, atol=2e-6)
 
 
-@axis_grads
 @axis_weights
-@given(pair=pairs(least=1), exponent=st.integers(-100, 100), double=st.booleans())
+@given(axis_grad=st.booleans(), pair=pairs(least=1), exponent=st.integers(-100, 100), double=st.booleans())
 def test_powers_of_two_change_no_bit(backend, pair, exponent, double, *, axis_weight, axis_grad):
     dtype = torch.float64 if double else torch.float32
     exponent = exponent * 8 if double else exponent
@@ -185,10 +132,12 @@ def test_powers_of_two_change_no_bit(backend, pair, exponent, double, *, axis_we
         assert_same(scaled[1] * 2.0**exponent, gradient, "gradient")
 
 
-@axis_grads
 @axis_weights
 @given(
-    pair=pairs(least=1), shifts=st.tuples(st.integers(0, 7), st.integers(0, 7)), flips=st.tuples(*[st.booleans()] * 2)
+    axis_grad=st.booleans(),
+    pair=pairs(least=1),
+    shifts=st.tuples(st.integers(0, 7), st.integers(0, 7)),
+    flips=st.tuples(*[st.booleans()] * 2),
 )
 def test_first_vertex_and_direction_do_not_matter(backend, pair, shifts, flips, *, axis_weight, axis_grad):
     def reorder(vertices, side):
@@ -204,9 +153,8 @@ def test_first_vertex_and_direction_do_not_matter(backend, pair, shifts, flips, 
         assert_gradient_close(other[1], reorder(gradient, 0), rtol=rtol, atol=atol / 10)
 
 
-@axis_grads
 @axis_weights
-@given(pair=pairs(), counts=st.lists(st.integers(1, 3), min_size=16, max_size=16))
+@given(axis_grad=st.booleans(), pair=pairs(), counts=st.lists(st.integers(1, 3), min_size=16, max_size=16))
 def test_repeated_vertices(backend, pair, counts, *, axis_weight, axis_grad):
     """A repeated vertex changes no value, and its gradient is spread over the copies.
 
@@ -254,9 +202,8 @@ def fill(vertices, real, draw):
 
 
 @pytest.mark.parametrize("by", ["lengths", "mask"])
-@axis_grads
 @axis_weights
-@given(pair=pairs(), seed=seeds)
+@given(axis_grad=st.booleans(), pair=pairs(), seed=seeds)
 def test_padding_changes_no_bit_and_gets_no_gradient(backend, pair, seed, *, axis_weight, axis_grad, by):
     rng = generator(seed)
     options = {"axis_weight": axis_weight, "axis_grad": axis_grad, "convexity_weight": 0.5, "reduction": "none"}
@@ -283,9 +230,8 @@ def test_padding_changes_no_bit_and_gets_no_gradient(backend, pair, seed, *, axi
         assert_zero(gradient.cpu()[~real], "gradient of the padding")
 
 
-@axis_grads
 @axis_weights
-@given(pair=pairs(least=1), seed=seeds)
+@given(axis_grad=st.booleans(), pair=pairs(least=1), seed=seeds)
 def test_lengths_masks_and_slices_agree(backend, pair, seed, *, axis_weight, axis_grad):
     rng = generator(seed)
     pred, target = (vertices.float() for vertices in pair)
@@ -308,9 +254,8 @@ def test_lengths_masks_and_slices_agree(backend, pair, seed, *, axis_weight, axi
         assert_gradient_close(sliced[1], by_lengths[1][one, : pred_lengths[b]], rtol=1e-5, atol=1e-7, what="slice")
 
 
-@axis_grads
 @axis_weights
-@given(pair=pairs(least=2), seed=seeds)
+@given(axis_grad=st.booleans(), pair=pairs(least=2), seed=seeds)
 def test_masks_with_holes_agree_with_the_compacted_polygons(backend, pair, seed, *, axis_weight, axis_grad):
     rng = generator(seed)
     pred, target = (vertices.float() for vertices in pair)

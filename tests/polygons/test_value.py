@@ -9,13 +9,14 @@ import torch
 
 from tests import oracle
 from tests.helpers import (
-    AXIS_WEIGHTS,
     POLYGONS,
     assert_close,
     assert_same,
+    axis_weights,
     box,
     convex,
     generator,
+    kinds,
     numpy64,
     numpy_options,
     rectangle_corners,
@@ -36,8 +37,8 @@ def assert_value(backend, pred, target, what="value", **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("convexity_weight", [0.0, 0.7])
-@pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
-@pytest.mark.parametrize("kind", POLYGONS)
+@axis_weights
+@kinds
 def test_every_shape_has_the_papers_value(backend, kind, axis_weight, convexity_weight, dtype):
     rng = generator(1)
     for n, m in SHAPES:
@@ -46,8 +47,8 @@ def test_every_shape_has_the_papers_value(backend, kind, axis_weight, convexity_
         assert_value(backend, pred, target, f"{kind} with {n} and {m} vertices", **options)
 
 
-@pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
-@pytest.mark.parametrize("kind", POLYGONS)
+@axis_weights
+@kinds
 def test_mixed_lengths(backend, kind, axis_weight):
     rng = generator(2)
     batch = backend.batch(40)
@@ -59,7 +60,7 @@ def test_mixed_lengths(backend, kind, axis_weight):
     assert_value(backend, pred, target, axis_weight=axis_weight, convexity_weight=0.5, reduction="none", **options)
 
 
-@pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
+@axis_weights
 def test_masks_with_holes(backend, axis_weight):
     rng = generator(3)
     batch = backend.batch(40)
@@ -134,7 +135,7 @@ def test_a_weight_of_any_real_type(backend, dtype):
         ),
     ],
 )
-@pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
+@axis_weights
 def test_values_by_hand(backend, pred, target, expected, axis_weight):
     """On these every axis has the same GIoU1D, or every edge the same length, so the weights do not matter."""
     actual = backend.loss(pred.to(backend.device), target.to(backend.device), axis_weight=axis_weight)
@@ -192,7 +193,7 @@ def test_convexity_is_zero_for_a_convex_polygon_in_order(backend, size):
         assert_same(backend.loss(vertices, pred, reduction="none", convexity_weight=10.0), plain)
 
 
-@pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
+@axis_weights
 def test_axis_grad_changes_no_value(backend, axis_weight):
     rng = generator(8)
     pred, target = star(8, 6, rng).float().to(backend.device), star(8, 5, rng).float().to(backend.device)
@@ -220,7 +221,7 @@ def one_pixel_boxes(batch, rng, corner=8192.0):
     return (rectangle_corners(boxes) + corner).float()
 
 
-@pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
+@axis_weights
 def test_one_pixel_boxes_at_8192_keep_their_digits(backend, axis_weight):
     rng = generator(10)
     batch = backend.batch(64)
@@ -229,7 +230,7 @@ def test_one_pixel_boxes_at_8192_keep_their_digits(backend, axis_weight):
 
 
 @pytest.mark.parametrize("convexity_weight", [0.0, 0.5])
-@pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
+@axis_weights
 @pytest.mark.parametrize("ratio", [1e-9, 1e-4, 1e-2, 1e2, 1e4, 1e9])
 def test_very_different_sizes(backend, ratio, axis_weight, convexity_weight):
     rng = generator(11)

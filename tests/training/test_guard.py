@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import subprocess
@@ -243,6 +244,322 @@ def test_buffers_that_are_replaced(folder):
     torch.testing.assert_close(mean, 0.1 * batch(0).mean(0))
 
 
+class Cache(nn.Module):
+    """A buffer that the forward pass makes in the way that `change(old, images)` says, as multi-scale heads do."""
+
+    def __init__(self, first, change):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        if first != "absent":
+            self.register_buffer("cache", first)
+        self.change = change
+
+    def forward(self, images):
+        self.change(self, images)
+        return self.linear(images)
+
+
+def resize(module, images):
+    module.cache = images.detach().sum(1)[: 4 if images.isfinite().all() else 7]
+
+
+def cast(module, images):
+    module.cache = images.detach()[0].to(torch.float32 if images.isfinite().all() else torch.float64)
+
+
+def unset(module, images):
+    module.cache = images.detach()[0].clone() if images.isfinite().all() else None
+
+
+def set_when_bad(module, images):
+    module.cache = None if images.isfinite().all() else images.detach()[0]
+
+
+def in_inference_mode(module, images):
+    with torch.inference_mode():
+        module.cache = images.detach().sum(0)
+
+
+def expand(module, images):
+    module.cache = images.detach().sum().expand(5)
+
+
+def empty(module, images):
+    module.cache = images.detach()[: 0 if images.isfinite().all() else 2]
+
+
+def delete(module, images):
+    if not images.isfinite().all() and hasattr(module, "cache"):
+        del module.cache
+
+
+def appear(module, images):
+    if not images.isfinite().all() and not hasattr(module, "cache"):
+        module.register_buffer("cache", images.detach().sum(0))
+
+
+BUFFERS = {
+    "other size": (torch.zeros(0), resize),
+    "other dtype": (torch.zeros(3), cast),
+    "set to None": (torch.zeros(3), unset),
+    "was None": (None, set_when_bad),
+    "of inference mode": (torch.zeros(3), in_inference_mode),
+    "expanded": (torch.zeros(5), expand),
+    "empty": (torch.zeros(0), empty),
+    "deleted": (torch.zeros(3), delete),
+    "appears": ("absent", appear),
+    "sparse": (torch.zeros(3).to_sparse(), lambda m, images: setattr(m, "cache", images.detach()[0].to_sparse())),
+    "float8": (torch.zeros(3).to(torch.float8_e4m3fn), lambda m, x: setattr(m, "cache", x[0].to(torch.float8_e4m3fn))),
+}
+
+
+@pytest.mark.parametrize(("first", "change"), BUFFERS.values(), ids=BUFFERS)
+def test_buffers_that_change_are_what_they_were_after_a_bad_step(first, change, folder):
+    torch.manual_seed(0)
+    model = Cache(first, change)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    guard = TrainingGuard(model, optimizer, patience=2, checkpoint_dir=folder)
+    for index in range(3):
+        loss = backward(model, optimizer, batch(index))
+        good = state_of(model, optimizer)
+        assert guard.step(loss)
+    after = state_of(model, optimizer)
+    with pytest.warns(RuntimeWarning, match="step 4 skipped: the loss is nan"):
+        guard.step(backward(model, optimizer, batch(3) * NAN))
+
+    def same(actual, expected):
+        kinds = [{name: (value.dtype, value.shape) for name, value in each.items()} for each in (actual, expected)]
+        assert kinds[0] == kinds[1]
+        assert all(torch.equal(dense(value), dense(expected[name])) for name, value in actual.items())
+
+    same(state_of(model, optimizer), after)
+    loss = backward(model, optimizer, batch(3) * NAN)
+    with pytest.raises(TrainingStoppedError):
+        guard.step(loss)
+    same(state_of(model, optimizer), good)
+    saved = torch.load(folder / "last-good.pt", weights_only=True)
+    same(saved["model"], model.state_dict())
+    assert guard.step(backward(model, optimizer, batch(4)))
+
+
+def dense(tensor):
+    return tensor.to_dense().float()
+
+
+def test_a_mask_that_comes_later(folder):
+    """It is -Inf on purpose: the step in which it comes is good, and so are those after it, whatever its size."""
+
+    def mask(module, _):
+        if guard.steps > 1:
+            module.cache = torch.full((guard.steps, guard.steps), -INF).triu(1)
+
+    model = Cache(None, mask)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = TrainingGuard(model, optimizer, checkpoint_dir=folder)
+    assert [guard.step(backward(model, optimizer, batch(index))) for index in range(5)] == [True] * 5
+    assert model.cache.shape == (4, 4)
+
+
+class Words(nn.Module):
+    def __init__(self, sparse):
+        super().__init__()
+        self.table = nn.Embedding(50, 4, sparse=sparse)
+
+    def forward(self, indices):
+        return self.table(indices)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.05])
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+def test_sparse_gradients_are_those_of_dense_ones(scaled, max_norm, folder):
+    """The same word several times in a batch makes a gradient that is stored in parts."""
+    models = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        models.append(Words(sparse))
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    scalers = [scaler_of(1024.0) if scaled else None for _ in models]
+    guards = [
+        TrainingGuard(*each, max_norm, checkpoint_dir=folder) for each in zip(models, optimizers, scalers, strict=True)
+    ]
+    for index in range(4):
+        words = torch.randint(0, 6, (16,), generator=generator(index))
+        for guard, scaler in zip(guards, scalers, strict=True):
+            loss = guard.model(words).square().mean()
+            guard.optimizer.zero_grad()
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            assert guard.step(loss)
+        assert guards[0].grad_norm == pytest.approx(guards[1].grad_norm)
+        torch.testing.assert_close(models[0].table.weight, models[1].table.weight)
+    models[1](words).square().mean().backward()
+    models[1].table.weight.grad._values()[1, 2] = NAN
+    with pytest.warns(RuntimeWarning, match="gradient of table.weight: 4 NaN|gradient of table.weight: 1 NaN"):
+        assert not guards[1].step()
+
+
+def test_optimizers_of_sparse_gradients(folder):
+    model = Words(True)
+    guard = TrainingGuard(model, torch.optim.SparseAdam(model.parameters()), max_norm=1.0, checkpoint_dir=folder)
+    before = model.table.weight.detach().clone()
+    model(torch.tensor([3, 3, 7])).square().sum().backward()
+    assert guard.step()
+    assert (model.table.weight != before).any(dim=1).nonzero().flatten().tolist() == [3, 7]
+    refuses = TrainingGuard(model, torch.optim.AdamW(model.parameters()), checkpoint_dir=folder)
+    model(torch.tensor([3])).square().sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        refuses.step()
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+def test_all_kinds_of_optimizers_come_back(scaled, options, folder):
+    model, optimizer = make(**options)
+    scaler = scaler_of(1024.0) if scaled else None
+    guard = TrainingGuard(model, optimizer, scaler, patience=1, checkpoint_dir=folder)
+    for index in range(3):
+        loss = backward(model, optimizer, batch(index), scaler)
+        good = state_of(model, optimizer)
+        guard.step(loss)
+    loss = backward(model, optimizer, batch(3) * NAN, scaler)
+    with pytest.raises(TrainingStoppedError):
+        guard.step(loss)
+    assert_same_state(state_of(model, optimizer), good)
+    assert guard.step(backward(model, optimizer, batch(3), scaler))
+
+
+def test_groups_and_modules_that_come_later(folder):
+    """A new head, trained from the second step on; a rescue to before it leaves its weights and takes its state."""
+    model, optimizer = make()
+    guard = TrainingGuard(model, optimizer, patience=1, checkpoint_dir=folder)
+    loss = backward(model, optimizer, batch(0))
+    good = state_of(model, optimizer)
+    assert guard.step(loss)
+    model.add_module("head", nn.Linear(2, 2))
+    optimizer.add_param_group({"params": model.head.parameters(), "lr": 0.5})
+    head = {f"head.{name}": value.clone() for name, value in model.head.state_dict().items()}
+    loss = backward(model, optimizer, batch(1) * NAN)
+    with pytest.raises(TrainingStoppedError):
+        guard.step(loss)
+    assert_same_state(state_of(model, optimizer), good | head)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.5]
+    loss = backward(model, optimizer, batch(1))
+    assert guard.step(loss)
+    assert not torch.equal(model.head.weight, head["head.weight"])
+    optimizer.add_param_group({"params": nn.Linear(1, 1).parameters()})
+    with pytest.raises(ValueError, match="got 2 of another module"):
+        guard.step(backward(model, optimizer, batch(2)))
+
+
+class ModelEMA:
+    """The shape of Ultralytics': a copy in `ema`, and how often it was updated."""
+
+    def __init__(self, model, decay=0.5, **to):
+        self.ema = copy.deepcopy(model).to(**to)
+        self.updates = 0
+        self.decay = decay
+
+    def update(self, model):
+        self.updates += 1
+        with torch.no_grad():
+            for ours, theirs in zip(self.ema.state_dict().values(), model.state_dict().values(), strict=True):
+                if ours.is_floating_point():
+                    ours.mul_(self.decay).add_(theirs.to(ours), alpha=1 - self.decay)
+
+
+class PlainCopy(ModelEMA):
+    """Gives the guard the module only."""
+
+
+EMAS = {
+    "ModelEMA": (ModelEMA, {}),
+    "in float64": (ModelEMA, {"dtype": torch.float64}),
+    "in float16": (ModelEMA, {"dtype": torch.float16}),
+    "a plain copy": (PlainCopy, {}),
+    "AveragedModel": (torch.optim.swa_utils.AveragedModel, {"use_buffers": True}),
+    "AveragedModel, EMA": (
+        torch.optim.swa_utils.AveragedModel,
+        {"multi_avg_fn": torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)},
+    ),
+    "wrapped": (lambda model: nn.DataParallel(ModelEMA(model).ema), {}),
+}
+
+
+@pytest.mark.parametrize(("make_ema", "options"), EMAS.values(), ids=EMAS)
+def test_an_average_of_the_weights_is_rescued_too(make_ema, options, folder):
+    model, optimizer = make(torch.optim.SGD)
+    ema = make_ema(model, **options)
+    module = getattr(ema, "ema", ema)
+    update = ema.update_parameters if hasattr(ema, "update_parameters") else getattr(ema, "update", lambda _: None)
+    given = module if isinstance(ema, PlainCopy) else ema
+    guard = TrainingGuard(model, optimizer, max_norm=None, patience=2, checkpoint_dir=folder, extra_modules=[given])
+    for index in range(3):
+        guard.step(backward(model, optimizer, batch(index)))
+        update(model)
+    good = {name: value.clone() for name, value in module.state_dict().items()}
+    loss = backward(model, optimizer, batch(3))
+    model[0].weight.grad.mul_(1e4)
+    optimizer.param_groups[0]["lr"] = 1e38  # a good step that breaks the weights
+    assert guard.step(loss)
+    update(model)
+    if not isinstance(ema, nn.DataParallel):
+        assert find_nonfinite(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not guard.step(backward(model, optimizer, batch(4)))
+        update(model)
+        loss = backward(model, optimizer, batch(5))
+        with pytest.raises(TrainingStoppedError):
+            guard.step(loss)
+    assert not find_nonfinite(model.state_dict())
+    assert_same_state(module.state_dict(), good)
+    if given is ema and isinstance(ema, ModelEMA):
+        assert ema.updates == 3
+    (saved,) = torch.load(folder / "last-good.pt", weights_only=True)["extra_modules"]
+    assert_same_state({name.removeprefix("module."): v for name, v in saved.items()}, {
+        name.removeprefix("module."): v for name, v in good.items()
+    })  # fmt: skip
+
+
+def test_an_average_that_is_poisoned_alone_is_mended_and_the_step_taken(folder):
+    """The average takes BatchNorm's statistics between a bad forward pass and the guard's step."""
+    model, optimizer = make()
+    ema = ModelEMA(model)
+    guard = TrainingGuard(model, optimizer, checkpoint_dir=folder, extra_modules=ema)
+    for index in range(2):
+        guard.step(backward(model, optimizer, batch(index)))
+        good = {name: value.clone() for name, value in ema.ema.state_dict().items()}
+        ema.update(model)
+    ema.ema[1].running_mean.fill_(NAN)
+    with pytest.warns(RuntimeWarning, match=r"step 3: extra_modules\[0\] is put back: 1.running_mean: 8 NaN"):
+        assert guard.step(backward(model, optimizer, batch(2)))
+    assert_same_state(ema.ema.state_dict(), good)
+    assert (guard.skipped, ema.updates) == (0, 1)
+
+
+def test_masks_of_an_average_are_left_alone(folder):
+    model, optimizer = make()
+    model.register_buffer("mask", torch.full((2, 2), -INF))
+    guard = TrainingGuard(model, optimizer, checkpoint_dir=folder, extra_modules=ModelEMA(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert guard.step(backward(model, optimizer, batch(0)))
+
+
+def test_a_loss_with_weights_of_its_own(folder):
+    model, _ = make()
+    weights = nn.ParameterList([nn.Parameter(torch.tensor(1.0))])
+    optimizer = torch.optim.Adam([*model.parameters(), *weights], lr=0.1)
+    guard = TrainingGuard(model, optimizer, patience=1, checkpoint_dir=folder, extra_modules=[weights])
+    (loss_of(model, batch(0)) * weights[0]).backward()
+    assert guard.step()
+    assert weights[0] != 1
+    optimizer.zero_grad()
+    (loss_of(model, batch(0)) * weights[0] * NAN).backward()
+    with pytest.raises(TrainingStoppedError, match=r"gradient of 0\.weight: 24 NaN"):
+        guard.step()
+    assert weights[0] == 1
+
+
 def test_before_the_first_good_step(folder):
     model, optimizer = make()
     first = state_of(model, optimizer)
@@ -355,11 +672,117 @@ def test_real_overflow_in_float16(folder):
     assert scaler.get_scale() == 2.0 ** (24 - taken.count(False))
 
 
+def overflow(model, optimizer, scaler, index=1):
+    loss = backward(model, optimizer, batch(index), scaler)
+    model[0].weight.grad[0, 0] = INF
+    return loss
+
+
+def test_a_scaler_that_skips_for_ever_is_no_search(folder):
+    """From a high scale the twentieth skip in a row speaks up, and counts; `patience` ends the run."""
+    model, optimizer = make()
+    scaler = scaler_of(2.0**30)
+    guard = TrainingGuard(model, optimizer, scaler, patience=2, checkpoint_dir=folder)
+    for count in range(1, 20):
+        with pytest.warns(RuntimeWarning, match=f"step {count} skipped, to lower the scale") as caught:
+            guard.step(overflow(model, optimizer, scaler))
+        assert "no search" not in str(caught[0].message)
+    with pytest.warns(RuntimeWarning, match="step 20 skipped: gradient of 0.weight: 0 NaN and 1 Inf") as caught:
+        guard.step(overflow(model, optimizer, scaler))
+    assert "the GradScaler has skipped 20 steps in a row, its scale is 2.05e+03" in str(caught[0].message)
+    assert "no search for a scale any more" in str(caught[0].message)
+    assert "Compute the loss in float32" in str(caught[0].message)
+    assert (guard.search_skips, guard.scaler_skips, guard.skipped) == (19, 1, 20)
+    loss = overflow(model, optimizer, scaler)
+    with pytest.raises(TrainingStoppedError, match="has skipped 21 steps in a row"):
+        guard.step(loss)
+    assert guard.step(backward(model, optimizer, batch(2), scaler)), "whoever catches the error can go on"
+
+
+def test_the_search_is_counted_apart(folder):
+    """Growth makes the scaler overflow again now and then, which nobody needs to hear of twice."""
+    model, optimizer = make()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
+    guard = TrainingGuard(model, optimizer, scaler, patience=1, checkpoint_dir=folder)
+    taken = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for index in range(40):
+            too_high = scaler.get_scale() > 1000
+            loss = overflow(model, optimizer, scaler) if too_high else backward(model, optimizer, batch(index), scaler)
+            taken.append(guard.step(loss))
+    assert taken[:8] == [False] * 7 + [True]
+    assert guard.search_skips == 7
+    assert guard.scaler_skips == taken[8:].count(False) > 3
+    assert guard.skipped == taken.count(False)
+
+
+def test_how_many_samples_have_a_bad_gradient(folder):
+    """The root of 0 has a finite value and an infinite slope: NaN times 0 in the gradient of two samples a head."""
+    model, optimizer = make()
+    scaler = scaler_of(1.0)
+    guard = TrainingGuard(model, optimizer, scaler, checkpoint_dir=folder)
+    factors = torch.ones(16, 1)
+    factors[[3, 11]] = 0
+    for _ in range(2):  # the counts start anew in each step
+        optimizer.zero_grad()
+        heads = [model(batch(index)) for index in range(2)]
+        for predictions in heads:
+            guard.watch(predictions)
+        loss = sum((predictions * factors).square().sum(1).sqrt().mean() for predictions in heads)
+        scaler.scale(loss).backward()
+        scaler.update(1.0)
+        with pytest.warns(RuntimeWarning, match="; 4 of 32 watched samples have a bad gradient; the GradScaler has "):
+            assert not guard.step(loss)
+        assert torch.isfinite(loss)
+    with torch.no_grad():
+        guard.watch(model(batch(0)))
+    for wrong, error in ((torch.tensor(1.0), ValueError), ([1.0], TypeError)):
+        with pytest.raises(error, match="predictions must"):
+            guard.watch(wrong)
+
+
+def test_a_dead_scaler_is_told_of_at_once(folder):
+    """1e-10 is where the scale of the reported runs ended; a checkpoint brings it back."""
+    model, optimizer = make()
+    with pytest.warns(RuntimeWarning, match="step 0: the GradScaler's scale is 1e-10, below what its search reaches"):
+        TrainingGuard(model, optimizer, scaler_of(1e-10), checkpoint_dir=folder)
+    scaler = scaler_of(0.0)
+    with pytest.warns(RuntimeWarning, match="scale is 0"):
+        guard = TrainingGuard(model, optimizer, scaler, patience=1, checkpoint_dir=folder)
+    loss = backward(model, optimizer, batch(0), scaler)
+    with pytest.raises(TrainingStoppedError, match="the GradScaler's scale is 0, from where no scaler comes back"):
+        guard.step(loss)
+
+
+def test_a_scale_that_falls_below_one_in_good_steps(folder):
+    model, optimizer = make()
+    scaler = scaler_of(4.0)
+    guard = TrainingGuard(model, optimizer, scaler, checkpoint_dir=folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guard.step(backward(model, optimizer, batch(0), scaler))
+        scaler.update(0.25)
+        with pytest.warns(RuntimeWarning, match="step 2: the GradScaler's scale is 0.25, below"):
+            guard.step(backward(model, optimizer, batch(1), scaler))
+        guard.step(backward(model, optimizer, batch(2), scaler))
+
+
+def test_a_disabled_scaler_is_none(folder):
+    model, optimizer = make()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    guard = TrainingGuard(model, optimizer, scaler, patience=1, checkpoint_dir=folder)
+    assert guard.step(backward(model, optimizer, batch(0), scaler))
+    loss = overflow(model, optimizer, scaler)
+    with pytest.raises(TrainingStoppedError):
+        guard.step(loss)
+
+
 def test_corrupt_weights_are_refused(folder):
     model, optimizer = make()
     with torch.no_grad():
         model[3].weight[1, 2] = NAN
-    message = r"TrainingGuard, before the first step: 3.weight: 1 NaN and 0 Inf .* first at \[1, 2\]"
+    message = r"TrainingGuard, before the first step, model: 3.weight: 1 NaN and 0 Inf .* first at \[1, 2\]"
     with pytest.raises(NonFiniteError, match=message):
         TrainingGuard(model, optimizer, checkpoint_dir=folder)
 
@@ -370,13 +793,17 @@ def test_wrong_arguments(folder):
         ((optimizer, optimizer), TypeError, "model must be a torch.nn.Module, got AdamW"),
         ((model, model), TypeError, "optimizer must be a torch.optim.Optimizer, got Sequential"),
         ((model, optimizer, 1024), TypeError, "scaler must be a torch.amp.GradScaler or None, got int"),
-        ((model, optimizer, None, 0), ValueError, "max_norm must be above 0, got 0"),
-        ((model, optimizer, None, NAN), ValueError, "max_norm must be above 0, got nan"),
+        ((model, optimizer, None, 0), ValueError, "max_norm must be above 0, or None .*, got 0"),
+        ((model, optimizer, None, NAN), ValueError, "max_norm must be above 0, or None .*, got nan"),
+        ((model, optimizer, None, "1"), TypeError, "max_norm must be a number or None, got str"),
+        ((model, torch.optim.LBFGS(model.parameters())), TypeError, "without a closure, got LBFGS"),
+        ((model, optimizer, None, 1, 3, folder, [3]), TypeError, r"extra_modules\[0\] must be a torch.nn.Module or"),
+        ((nn.LazyLinear(2), optimizer), ValueError, "model must have been run once: weight, of a lazy module,"),
         ((model, optimizer, None, 1, 0), ValueError, "patience must be an integer of 1 or above, got 0"),
-        ((model[0], optimizer), ValueError, "optimizer must have parameters of model only, got 4 of another module"),
+        ((model[0], optimizer), ValueError, "optimizer must have parameters of model only, .* got 4 of another"),
     ]:
         with pytest.raises(error, match=message):
-            TrainingGuard(*arguments, checkpoint_dir=folder)
+            TrainingGuard(*arguments)
     guard = TrainingGuard(model, optimizer, checkpoint_dir=folder)
     with pytest.raises(RuntimeError, match=r"no parameter .* has a gradient: expected step\(\) after"):
         guard.step()

@@ -246,6 +246,78 @@ def test_updates_that_rounding_swallows():
     assert "; head: vanishing: a step changes" in message
 
 
+def without_start(kind):
+    """Parts that start at 0 or near it, as offset heads, residual branches and adapters do."""
+    model = make()
+    with torch.no_grad():
+        if kind == "head of zeros":
+            nn.init.zeros_(model["head"].weight)
+            nn.init.zeros_(model["head"].bias)
+        elif kind == "head of 1e-6":
+            nn.init.normal_(model["head"].weight, std=1e-6)
+            nn.init.zeros_(model["head"].bias)
+        elif kind == "scale of zeros":
+            model["scale"] = nn.BatchNorm1d(1)
+            nn.init.zeros_(model["scale"].weight)
+        else:
+            model["offset"] = nn.ParameterList([nn.Parameter(torch.zeros(1))])
+    return model
+
+
+def fit(model, monitor, lr, steps):
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    for index in range(steps):
+        inputs = torch.randn(32, 3, generator=generator(index))
+        output = model["head"](model["backbone"](inputs))
+        if "scale" in model:
+            output = model["scale"](output)
+        if "offset" in model:
+            output = output + model["offset"][0]
+        optimizer.zero_grad()
+        (output - inputs.sum(1, keepdim=True) - 1).square().mean().backward()
+        monitor.record()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("kind", ["head of zeros", "head of 1e-6", "scale of zeros", "offset of zeros"])
+def test_weights_that_start_at_zero_may_grow(kind, lr):
+    model = without_start(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(model, GradientMonitor(model), lr, 120)
+
+
+@pytest.mark.parametrize("kind", ["head of zeros", "scale of zeros", "offset of zeros"])
+def test_weights_that_start_at_zero_may_not_explode(kind):
+    model = without_start(kind)
+    with pytest.warns(RuntimeWarning, match=r"step 1\d: .*exploding: a step changes the weights by"):
+        fit(model, GradientMonitor(model), 1.0, 20)
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["", "weights of zeros"])
+def test_no_parameter_has_changed(zero):
+    """As with a GradScaler that skips every step: the gradients are finite, the weights stand still."""
+    model = make()
+    if zero:
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+    monitor = GradientMonitor(model)
+    found = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for index in range(60):
+            backward(model, index)
+            if index == 30:
+                with torch.no_grad():
+                    model["head"].bias += 1e-4
+            monitor.record()
+            found += [(index, str(each.message)) for each in caught if "no parameter has changed" in str(each.message)]
+            caught.clear()
+    assert [index for index, _ in found] == [20, 50], "20 records without a change, and once more after one"
+    assert "scaler.get_scale()" in found[0][1]
+
+
 def test_a_warning_about_many_groups_is_short():
     model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(8)])
     monitor = GradientMonitor(model)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
 import triton_mgiou
+from tests.helpers import run_python
 from triton_mgiou.cli import main, table
 from triton_mgiou.tuning import layouts, store
 from triton_mgiou.tuning.warmup import WarmupResult
@@ -38,9 +38,7 @@ def folder(tmp_path, monkeypatch):
 
 def interpreted(*arguments):
     """`python -m triton_mgiou` with the kernels in the interpreter."""
-    command = [sys.executable, "-W", "ignore", "-m", "triton_mgiou", *arguments]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
+    return run_python("-W", "ignore", "-m", "triton_mgiou", *arguments, environment={"TRITON_INTERPRET": "1"})
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,8 @@ from triton_mgiou.kernels.axis import (
     axis_weight,
     compare,
     edge_axis,
-    own_interval,
     shares,
     slopes,
-    tie,
 )
 from triton_mgiou.kernels.boundary import reach
 from triton_mgiou.kernels.convexity import convexity_along, convexity_gradient, convexity_of
@@ -40,13 +38,13 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
     ends = ends_in_slots(edge, sample.lane, len(gradient.xs), VARIANT.LANES)
     if VARIANT.CONVEXITY:
         term = convexity_of(
-            axis, edge, sample.pred_shape, sample.pred_count, sample.convexity_factor, VARIANT.TINY, VARIANT.GRAD
+            axis, edge, sample.pred_shape, sample.pred_places, sample.convexity_factor, VARIANT.TINY, VARIANT.GRAD
         )
         convexity += term.value
         if VARIANT.GRAD:
-            bent = convexity_gradient(term)
+            bent = convexity_gradient(term, axis.size * sample.tie)
     if VARIANT.BOUNDARY:
-        reached = reach(axis, sample.direction, sample.target_shape)
+        reached = reach(axis, sample.direction, sample.target_shape, axis.size * sample.tie)
         mixed += reached.length
         if VARIANT.GRAD:
             to_start = Point(reached.at.y, minus(reached.at.x))
@@ -55,14 +53,10 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
             by_area = hand_over(by_area, edge, ends, Point(axis.x, axis.y), Point(axis.x, axis.y), VARIANT.AXES)
     if VARIANT.GRAD:
         to_pred, to_target = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)
-        pred_ends = compared.pred
-        if not VARIANT.AXIS_GRAD:  # with the path through the axis any split of a tie gives the same gradient
-            _, edge_ends = own_interval(axis, edge, sample.pred.origin)
-            pred_ends = tie(pred_ends, edge_ends)
-        derivatives = shares(compared.on_pred, pred_ends, to_pred)
+        derivatives = shares(compared.on_pred, compared.pred, to_pred, axis.size * sample.tie)
         along = Point(tl.zeros_like(axis.length), tl.zeros_like(axis.length))  # derivative to the edge
         if VARIANT.AXIS_GRAD:
-            on_target = shares(compared.on_target, compared.target, to_target)
+            on_target = shares(compared.on_target, compared.target, to_target, axis.size * sample.tie)
             x = minus(dot(on_target + derivatives, sample.target.ys + sample.pred.ys))
             along = Point(x, dot(on_target + derivatives, sample.target.xs + sample.pred.xs))
         if VARIANT.CONVEXITY:
@@ -94,7 +88,9 @@ def target_axis(sums, edge, sample, VARIANT: tl.constexpr):
     gradient = sums.gradient
     if VARIANT.GRAD:
         to_pred, _ = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)
-        gradient = add_gradient(gradient, axis, shares(compared.on_pred, compared.pred, to_pred))
+        gradient = add_gradient(
+            gradient, axis, shares(compared.on_pred, compared.pred, to_pred, axis.size * sample.tie)
+        )
     return AxisSums(mean, gradient)
 
 

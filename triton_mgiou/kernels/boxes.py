@@ -32,6 +32,7 @@ from triton_mgiou.kernels.boundary import boundary_term
 from triton_mgiou.kernels.reduction import reduce_programs
 from triton_mgiou.kernels.slots import add_scaled, dot, highest, lowest, zeros
 from triton_mgiou.kernels.types import Area, Interval
+from triton_mgiou.options import RESOLUTION, TIE, TINY, WIDEST_TIE
 
 # FORMAT
 CXCYWHR = tl.constexpr(KERNEL_FORMATS.index("cxcywhr"))
@@ -39,6 +40,16 @@ CXCYWH = tl.constexpr(KERNEL_FORMATS.index("cxcywh"))
 XYXY = tl.constexpr(KERNEL_FORMATS.index("xyxy"))
 CXCYCZLWHR = tl.constexpr(KERNEL_FORMATS.index("cxcyczlwhr"))
 CORNERS3D = tl.constexpr(KERNEL_FORMATS.index("corners3d"))
+
+TINY_32 = tl.constexpr(TINY[32])
+TINY_64 = tl.constexpr(TINY[64])
+NO_LENGTH_32 = tl.constexpr(math.sqrt(TINY[32]))
+NO_LENGTH_64 = tl.constexpr(math.sqrt(TINY[64]))
+RESOLUTION_32 = tl.constexpr(RESOLUTION[32])
+RESOLUTION_64 = tl.constexpr(RESOLUTION[64])
+TIE_32 = tl.constexpr(TIE[32])
+TIE_64 = tl.constexpr(TIE[64])
+WIDEST = tl.constexpr(WIDEST_TIE)
 
 SINE = tl.constexpr(tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(1, 10)))  # its series, after x
 COSINE = tl.constexpr(tuple((-1) ** k / math.factorial(2 * k) for k in range(1, 10)))  # after 1
@@ -74,8 +85,10 @@ QUARTERS_IN_A_RADIAN = tl.constexpr(_quarters_in_a_radian(9))
 class BoxVariant(NamedTuple):
     """What is decided at compile time. Handed on as a `tl.constexpr`, since a tuple of its own makes tensors of it."""
 
-    TINY: float
+    TINY: float  # squared lengths and areas up to this count as 0
+    NO_LENGTH: float  # its root
     RESOLUTION: float
+    TIE: float
     GRAD: bool
     FORMAT: int
     HAS_ANGLE: bool
@@ -375,7 +388,7 @@ def _reach(offset, pred, target):
 @triton.jit
 def _weights(x, y, z, extent, V: tl.constexpr):
     """Section 3, by half of the edges that the directions x, y, z belong to."""
-    floor = tl.full(extent.shape, V.TINY, extent.dtype)
+    floor = tl.full(extent.shape, V.NO_LENGTH, extent.dtype)
     per_unit = floor
     if V.AXIS_WEIGHT == UNIFORM:
         floor = tl.maximum(floor, extent * tl.full(extent.shape, SHORTEST, extent.dtype))
@@ -422,7 +435,7 @@ def _distance(offset, pred, target, weight, V: tl.constexpr):
     by_offset, by_size = tl.abs(offset), tl.abs(difference)
     larger = tl.maximum(by_offset, by_size)
     hull = pred + target + larger
-    per_hull = tl.where(hull > V.TINY, inverse(hull), 0.0)
+    per_hull = tl.where(hull > V.NO_LENGTH, inverse(hull), 0.0)
     apart = larger * per_hull
     if not V.GRAD:
         return apart, Slopes(offset, offset, offset)
@@ -620,7 +633,7 @@ def _put(numbers, value, at: tl.constexpr):
 
 
 @triton.jit
-def _corners_axis(state, corners, END: tl.constexpr, p, g, floor, scale, OWN: tl.constexpr, V: tl.constexpr):
+def _corners_axis(state, corners, END: tl.constexpr, p, g, floor, tie, scale, OWN: tl.constexpr, V: tl.constexpr):
     """Add the edge from vertex 0 to vertex END of P, if OWN, or of G."""
     total, weights, gradient = state
     x = tl.fma(corners[3 * END], scale, minus(corners[0] * scale))
@@ -632,13 +645,14 @@ def _corners_axis(state, corners, END: tl.constexpr, p, g, floor, scale, OWN: tl
     apart, per_hull = interval_distance(p_ends, g_ends, V.TINY)
     if V.GRAD:
         to_p, to_g = interval_slopes(p_ends, g_ends, apart, weight * per_hull)
-        p_shares = shares(on_p, p_ends, to_p)
+        rounding = tie * (tl.abs(x) + tl.abs(y) + tl.abs(z))
+        p_shares = shares(on_p, p_ends, to_p, rounding)
         grad_x, grad_y, grad_z = gradient
         grad_x = add_scaled(grad_x, x, p_shares)
         grad_y = add_scaled(grad_y, y, p_shares)
         grad_z = add_scaled(grad_z, z, p_shares)
         if OWN and V.AXIS_GRAD:
-            both = p_shares + shares(on_g, g_ends, to_g)
+            both = p_shares + shares(on_g, g_ends, to_g, rounding)
             along_x, along_y, along_z = dot(both, p[0] + g[0]), dot(both, p[1] + g[1]), dot(both, p[2] + g[2])
             grad_x = _put(_put(grad_x, along_x, END), minus(along_x), 0)
             grad_y = _put(_put(grad_y, along_y, END), minus(along_y), 0)
@@ -666,15 +680,16 @@ def _corners_row(pred, target, V: tl.constexpr):
         extent = tl.maximum(extent, high - low)
         p = p + (_placed(raw_p, scale, low),)
         g = g + (_placed(raw_g, scale, low),)
+    tie = tl.minimum(extent * WIDEST, tl.full(extent.shape, V.TIE, extent.dtype))
     floor = extent * tl.full(extent.shape, SHORTEST, extent.dtype)
     floor = tl.maximum(tl.full(extent.shape, V.TINY, extent.dtype), floor * floor)
 
     gradient = (zeros(p[0]), zeros(p[1]), zeros(p[2]))
     state = (tl.zeros_like(scale), tl.zeros_like(scale), gradient)
     for number in tl.static_range(3):
-        state = _corners_axis(state, pred, (1, 3, 4)[number], p, g, floor, scale, True, V)
+        state = _corners_axis(state, pred, (1, 3, 4)[number], p, g, floor, tie, scale, True, V)
     for number in tl.static_range(3):
-        state = _corners_axis(state, target, (1, 3, 4)[number], p, g, floor, scale, False, V)
+        state = _corners_axis(state, target, (1, 3, 4)[number], p, g, floor, tie, scale, False, V)
     total, weights, gradient = state
     weights = tl.where(weights > 0, weights, 1.0)
     derivatives = ()
@@ -732,8 +747,10 @@ def box_kernel(
     """Per-sample loss, or its weighted sum over `divisor`, and the gradient of that to `pred`."""
     NUMBERS: tl.constexpr = (5, 4, 4, 7, 24)[FORMAT]
     V: tl.constexpr = BoxVariant(
-        TINY=2.0**-800 if COMPUTE == tl.float64 else 2.0**-96,
-        RESOLUTION=2.0**-48 if COMPUTE == tl.float64 else 2.0**-20,
+        TINY=TINY_64 if COMPUTE == tl.float64 else TINY_32,
+        NO_LENGTH=NO_LENGTH_64 if COMPUTE == tl.float64 else NO_LENGTH_32,
+        RESOLUTION=RESOLUTION_64 if COMPUTE == tl.float64 else RESOLUTION_32,
+        TIE=TIE_64 if COMPUTE == tl.float64 else TIE_32,
         GRAD=GRAD,
         FORMAT=FORMAT,
         HAS_ANGLE=(True, False, False, True, False)[FORMAT],

@@ -8,14 +8,14 @@ import triton
 import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import minus, sign
-from triton_mgiou.kernels.axis import own_interval, project, shares, tie
+from triton_mgiou.kernels.axis import own_interval, project, shares
 from triton_mgiou.kernels.slots import add, dot, highest, lowest, total
 from triton_mgiou.kernels.types import Convexity, ConvexityGradient, Interval, Point
 
 
 @triton.jit
-def convexity_of(axis, edge, shape, count, factor, TINY: tl.constexpr, GRAD: tl.constexpr):
-    """`factor` times the term of one edge of P, which has `count` vertices."""
+def convexity_of(axis, edge, shape, places, factor, TINY: tl.constexpr, GRAD: tl.constexpr):
+    """`factor` times the term of one edge of P, of which `places` vertices count."""
     _, edge_ends = own_interval(axis, edge, shape.origin)
     projections = project(axis.x, axis.y, shape)
     ends = Interval(lowest(projections), highest(projections))
@@ -29,7 +29,7 @@ def convexity_of(axis, edge, shape, count, factor, TINY: tl.constexpr, GRAD: tl.
     sum_below = total(below)
     width = ends.high - ends.low
     wide = width > TINY
-    inverse = tl.where(wide, 1.0 / (tl.where(wide, width, 1.0) * count.to(width.dtype)), 0.0) * factor
+    inverse = tl.where(wide, 1.0 / (tl.where(wide, width, 1.0) * places.to(width.dtype)), 0.0) * factor
     value = tl.minimum(sum_above, sum_below) * inverse
     sides = ()
     if GRAD:
@@ -40,16 +40,16 @@ def convexity_of(axis, edge, shape, count, factor, TINY: tl.constexpr, GRAD: tl.
             side = tl.where(above[slot] > 0, above_wins, 0.0) - tl.where(below[slot] > 0, below_wins, 0.0)
             sides = sides + (side,)
     width_slope = tl.where(wide, value / tl.where(wide, width, 1.0), 0.0)
-    return Convexity(value, projections, ends, edge_ends, sides, width_slope)
+    return Convexity(value, projections, ends, sides, width_slope)
 
 
 @triton.jit
-def convexity_gradient(convexity):
+def convexity_gradient(convexity, rounding):
     """Its derivatives, those to P's interval included."""
-    ends = tie(convexity.ends, convexity.edge_ends)
     to_start = total(convexity.sides)
     width_slopes = Interval(convexity.width_slope, minus(convexity.width_slope))
-    return ConvexityGradient(add(convexity.sides, shares(convexity.projections, ends, width_slopes)), to_start)
+    by_width = shares(convexity.projections, convexity.ends, width_slopes, rounding)
+    return ConvexityGradient(add(convexity.sides, by_width), to_start)
 
 
 @triton.jit

@@ -71,6 +71,7 @@ class PairVariant(NamedTuple):
     """What is decided at compile time."""
 
     TINY: float
+    NO_LENGTH: float  # the longest length that counts as 0
     FORMAT: int
     DEGREES: bool
     CLOCKWISE: bool
@@ -353,7 +354,7 @@ def _rule(pair, V: tl.constexpr):
         extent = tl.maximum(pair.p1.hull, pair.p2.hull)
     if V.IN_SPACE:
         extent = tl.maximum(extent, pair.z.hull)
-    limit = tl.maximum(extent * tl.full(extent.shape, SHORTEST, extent.dtype), V.TINY)
+    limit = tl.maximum(extent * tl.full(extent.shape, SHORTEST, extent.dtype), V.NO_LENGTH)
     none = tl.zeros_like(limit)
     if V.IN_SPACE:  # an axis is an edge: without one it counts where both are points on it, and apart
         w_p, w_g = (
@@ -544,6 +545,7 @@ def box_pairs_kernel(
     """The matrix of the values of all pairs. Programs: (rows of tiles, some tiles of each, batch)."""
     V: tl.constexpr = PairVariant(
         TINY=2.0**-800 if COMPUTE == tl.float64 else 2.0**-96,
+        NO_LENGTH=2.0**-400 if COMPUTE == tl.float64 else 2.0**-48,
         FORMAT=FORMAT,
         DEGREES=DEGREES,
         CLOCKWISE=CLOCKWISE,
@@ -762,6 +764,7 @@ def box_pairs_gradient_kernel(
     """The gradient to one set. Programs: (rows of boxes, batch)."""
     V: tl.constexpr = PairVariant(
         TINY=2.0**-800 if COMPUTE == tl.float64 else 2.0**-96,
+        NO_LENGTH=2.0**-400 if COMPUTE == tl.float64 else 2.0**-48,
         FORMAT=FORMAT,
         DEGREES=DEGREES,
         CLOCKWISE=CLOCKWISE,

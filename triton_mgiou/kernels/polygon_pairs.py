@@ -20,7 +20,7 @@ class PolygonVariant(NamedTuple):
     """What is decided at compile time."""
 
     TINY: float
-    SHORT: float  # the root of TINY
+    NO_LENGTH: float  # the longest length that counts as 0
     OVER: int
     AXIS_WEIGHT: int
     CORNERS: int  # vertices of every polygon of both sets, all of them real, or 0
@@ -184,7 +184,7 @@ def _add_axis(
 def _axes(own, other, to_own, to_other, shift_x, shift_y, extent, limit, V: tl.constexpr, COMPUTE: tl.constexpr):
     """The axes of `own`. `to_own` and `to_other` scale them for their pairs; the shift is from own to other corner."""
     none = tl.zeros_like(extent)
-    shortest = tl.full(extent.shape, V.SHORT, COMPUTE)
+    shortest = tl.full(extent.shape, V.NO_LENGTH, COMPUTE)
     per_unit = none
     if V.AXIS_WEIGHT == UNIFORM:
         shortest = tl.maximum(shortest, limit)
@@ -216,7 +216,7 @@ def _values(p, g, V: tl.constexpr, COMPUTE: tl.constexpr):
     extent_x = tl.maximum(p_width, g_width + shift_x) - tl.minimum(none, shift_x)
     extent_y = tl.maximum(p_height, g_height + shift_y) - tl.minimum(none, shift_y)
     extent = tl.maximum(extent_x, extent_y)
-    limit = tl.maximum(extent * tl.full(extent.shape, SHORTEST, COMPUTE), V.TINY)
+    limit = tl.maximum(extent * tl.full(extent.shape, SHORTEST, COMPUTE), V.NO_LENGTH)
     on_p = _axes(p, g, to_p, to_g, shift_x, shift_y, extent, limit, V, COMPUTE)
     on_g = _axes(g, p, to_g, to_p, minus(shift_x), minus(shift_y), extent, limit, V, COMPUTE)
 
@@ -292,7 +292,7 @@ def polygon_pairs_kernel(
     """The matrix of the values of all pairs. Programs: (rows of tiles, some tiles of each, batch)."""
     V: tl.constexpr = PolygonVariant(
         TINY=2.0**-800 if COMPUTE == tl.float64 else 2.0**-96,
-        SHORT=2.0**-400 if COMPUTE == tl.float64 else 2.0**-48,
+        NO_LENGTH=2.0**-400 if COMPUTE == tl.float64 else 2.0**-48,
         OVER=OVER,
         AXIS_WEIGHT=AXIS_WEIGHT,
         CORNERS=CORNERS,

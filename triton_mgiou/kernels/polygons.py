@@ -26,9 +26,9 @@ from triton_mgiou.kernels.arithmetic import saturate
 from triton_mgiou.kernels.axis import LENGTH, SOFT, UNIFORM, axis_rule
 from triton_mgiou.kernels.axis_sums import gradient_of, pred_axis, target_axis
 from triton_mgiou.kernels.boundary import area, boundary_term
-from triton_mgiou.kernels.edges import measure, over_edges
+from triton_mgiou.kernels.edges import distinct, measure, over_edges
 from triton_mgiou.kernels.reduction import reduce_programs
-from triton_mgiou.kernels.slots import over_axes, zeros
+from triton_mgiou.kernels.slots import number_of_zeros, over_axes, zeros
 from triton_mgiou.kernels.types import (
     AxisRule,
     AxisSums,
@@ -43,13 +43,16 @@ from triton_mgiou.kernels.types import (
     Source,
     Variant,
 )
-from triton_mgiou.kernels.vertices import FULL, frame, load_vertices, place, place_at_last, row_start, store
-from triton_mgiou.options import RESOLUTION, TINY
+from triton_mgiou.kernels.vertices import FULL, frame, load_vertices, pads, place, place_at_last, row_start, store
+from triton_mgiou.options import RESOLUTION, TIE, TINY, WIDEST_TIE
 
 TINY_32 = tl.constexpr(TINY[32])
 TINY_64 = tl.constexpr(TINY[64])
 RESOLUTION_32 = tl.constexpr(RESOLUTION[32])
 RESOLUTION_64 = tl.constexpr(RESOLUTION[64])
+TIE_32 = tl.constexpr(TIE[32])
+TIE_64 = tl.constexpr(TIE[64])
+WIDEST = tl.constexpr(WIDEST_TIE)
 
 
 @triton.jit(
@@ -124,9 +127,8 @@ def mgiou_kernel(
         and AXIS_WEIGHT != SOFT
         and not (CONVEXITY and BOUNDARY)
     )
-    VARIANT: tl.constexpr = Variant(
-        TINY, RESOLUTION, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, AXES, LANES, UNROLLED
-    )
+    TIE: tl.constexpr = TIE_64 if COMPUTE == tl.float64 else TIE_32
+    VARIANT: tl.constexpr = Variant(TINY, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, AXES, LANES, UNROLLED)
 
     axis = tl.arange(0, AXES)[None, :, None]
     lane = tl.arange(0, LANES)[None, None, :]
@@ -164,14 +166,20 @@ def mgiou_kernel(
         present = (pred.count > 0) & (target.count > 0)
         joint = frame(pred, target)
         scale = joint.scale
-        pred_placed = place(pred, joint.low, scale)
-        target_placed = place(target, joint.low, scale)
+        pred_pads = pads(pred.real, COMPUTE)
+        target_pads = pads(target.real, COMPUTE)
+        if GRAD or CONVEXITY:
+            pred_pads = distinct(pred_source, pred, joint.pred_is_point, lanes, scale, PRED_REAL, VARIANT)
+        if GRAD and (AXIS_GRAD or BOUNDARY):
+            target_pads = distinct(target_source, target, joint.target_is_point, lanes, scale, TARGET_REAL, VARIANT)
+        pred_placed = place(pred, pred_pads, joint.low, scale)
+        target_placed = place(target, target_pads, joint.low, scale)
         pred_shape = pred_placed
         target_shape = target_placed
         if CONVEXITY or BOUNDARY:
-            pred_shape = place_at_last(pred_source, pred, scale)
+            pred_shape = place_at_last(pred_source, pred, pred_pads, scale)
         if BOUNDARY:
-            target_shape = place_at_last(target_source, target, scale)
+            target_shape = place_at_last(target_source, target, target_pads, scale)
 
         rule = axis_rule(joint.extent, TINY, AXIS_WEIGHT)
         pred_rule = rule
@@ -201,8 +209,12 @@ def mgiou_kernel(
             target_area = area(target_measured)
             direction = pred_area.direction
 
+        tie = tl.minimum(joint.extent * WIDEST, tl.full((1, 1, 1), TIE, COMPUTE))
+        pred_places = pred.count
+        if CONVEXITY:
+            pred_places = number_of_zeros(pred_pads)
         sample = Sample(
-            pred_placed, target_placed, pred_shape, target_shape, pred_rule, target_rule, pred.count, lane,
+            pred_placed, target_placed, pred_shape, target_shape, pred_rule, target_rule, pred_places, lane, tie,
             convexity_factor, direction,
         )  # fmt: skip
         no_slots = zeros(pred_placed.xs)

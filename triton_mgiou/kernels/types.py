@@ -17,7 +17,6 @@ class Variant(NamedTuple):
     """What is decided at compile time. Handed on as a `tl.constexpr`, since a tuple of its own makes tensors of it."""
 
     TINY: float
-    RESOLUTION: float
     GRAD: bool
     AXIS_WEIGHT: int
     AXIS_GRAD: bool
@@ -71,6 +70,8 @@ class Frame(NamedTuple):
     scale: tl.tensor  # a power of two; NaN where a vertex is NaN or Inf
     low: Point  # the lower corner of the joint bounding box, scaled
     extent: tl.tensor  # its longer side, scaled
+    pred_is_point: tl.tensor
+    target_is_point: tl.tensor
     poison: tl.tensor  # 0, or NaN where a vertex is NaN or Inf
 
 
@@ -79,7 +80,7 @@ class Placed(NamedTuple):
 
     xs: Slots
     ys: Slots
-    pads: Slots  # 0, or NaN where no real vertex is: added to projections, which `min`, `max` and `==` then pass over
+    pads: Slots  # 0, or NaN for a vertex that does not count: `min`, `max` and `<=` pass over its projections
     origin: Point
 
 
@@ -132,6 +133,7 @@ class Axis(NamedTuple):
     edge: Point
     length: tl.tensor  # 0 if it is no axis
     is_axis: tl.tensor
+    size: tl.tensor  # sum of absolute values: the sample's `tie` times this is the rounding of a projection
 
 
 class Weight(NamedTuple):
@@ -230,8 +232,9 @@ class Sample(NamedTuple):
     target_shape: Placed
     pred_rule: AxisRule
     target_rule: AxisRule
-    pred_count: tl.tensor
+    pred_places: tl.tensor  # how many vertices count
     lane: tl.tensor
+    tie: tl.tensor  # how far apart projections on an axis of size 1 may be that are equal but for rounding
     convexity_factor: tl.tensor
     direction: tl.tensor  # the sign of P's area
 
@@ -242,7 +245,6 @@ class Convexity(NamedTuple):
     value: tl.tensor
     projections: Slots
     ends: Interval  # of P
-    edge_ends: Interval
     sides: Slots  # derivatives to the distances of the vertices from the edge
     width_slope: tl.tensor  # derivative to the length of P's interval, negated
 

@@ -1,13 +1,13 @@
 """Vertices in memory and in registers: load, store, scale and move.
 
-A slot without a real vertex has some coordinates, and NaN to add to its projections.
+A slot without a vertex that counts has some coordinates, and NaN to add to its projections.
 """
 
 import triton
 import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import inverse_power_of_two, minus
-from triton_mgiou.kernels.slots import bounds, highest, total
+from triton_mgiou.kernels.slots import bounds, highest, number_of_zeros, total
 from triton_mgiou.kernels.types import Frame, Placed, Point, Vertices
 
 # What says which vertices are real.
@@ -109,7 +109,6 @@ def load_vertices(source, lanes, SLOTS: tl.constexpr, LANES: tl.constexpr, REAL:
     xs = ()
     ys = ()
     reals = ()
-    counts = ()
     places = ()
     for slot in tl.static_range(SLOTS):
         index = slot * LANES + lanes.lane
@@ -118,10 +117,9 @@ def load_vertices(source, lanes, SLOTS: tl.constexpr, LANES: tl.constexpr, REAL:
         xs = xs + (vertex.x,)
         ys = ys + (vertex.y,)
         reals = reals + (real,)
-        counts = counts + (real.to(tl.int32),)
         places = places + (tl.where(real, index, -1),)
     if REAL == MASK:
-        count, last = total(counts), tl.maximum(highest(places), 0)
+        count, last = number_of_zeros(pads(reals, COMPUTE)), tl.maximum(highest(places), 0)
     return Vertices(xs, ys, reals, places, count, last)
 
 
@@ -146,24 +144,34 @@ def frame(pred, target):
     poison = _poison(pred) + _poison(target)
     scale = inverse_power_of_two(tl.maximum(largest_x, largest_y)) + poison
     low = Point(low_x * scale, low_y * scale)
-    return Frame(scale, low, tl.maximum(high_x * scale - low.x, high_y * scale - low.y), poison)
+    extent = tl.maximum(high_x * scale - low.x, high_y * scale - low.y)
+    pred_is_point = (pred_x.low == pred_x.high) & (pred_y.low == pred_y.high)
+    target_is_point = (target_x.low == target_x.high) & (target_y.low == target_y.high)
+    return Frame(scale, low, extent, pred_is_point, target_is_point, poison)
 
 
 @triton.jit
-def place(vertices, origin, scale):
+def pads(counts, COMPUTE: tl.constexpr):
+    """0, or NaN for a vertex that does not count."""
+    new = ()
+    for slot in tl.static_range(len(counts)):
+        new = new + (tl.where(counts[slot], 0.0, float("nan")).to(COMPUTE),)
+    return new
+
+
+@triton.jit
+def place(vertices, pads, origin, scale):
     """Scale vertices, and move the origin to 0 (section 6)."""
     xs = ()
     ys = ()
-    pads = ()
     for slot in tl.static_range(len(vertices.xs)):
         xs = xs + (tl.fma(vertices.xs[slot], scale, minus(origin.x)),)
         ys = ys + (tl.fma(vertices.ys[slot], scale, minus(origin.y)),)
-        pads = pads + (tl.where(vertices.real[slot], 0.0, float("nan")).to(scale.dtype),)
     return Placed(xs, ys, pads, origin)
 
 
 @triton.jit
-def place_at_last(source, vertices, scale):
+def place_at_last(source, vertices, pads, scale):
     """The same relative to the last real vertex: the common origin may be far away."""
     origin = load_scaled(source, addresses_of(source, vertices.last), vertices.count > 0, scale)
-    return place(vertices, origin, scale)
+    return place(vertices, pads, origin, scale)

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_mgiou.options import MIN_AXIS_LENGTH, RESOLUTION, SOFT_AXIS_LENGTH, TINY
-from triton_mgiou.reference.polygons import _inverse_power_of_two, _quotient, _scale, compute_dtype
+from triton_mgiou.options import MIN_AXIS_LENGTH, RESOLUTION, SOFT_AXIS_LENGTH, TIE, TINY, WIDEST_TIE
+from triton_mgiou.reference.polygons import _extreme, _inverse_power_of_two, _quotient, _scale, compute_dtype
 
 
 class _Pair(NamedTuple):
@@ -158,7 +158,9 @@ def _on_axes(pair: _Pair, axes: _Pair, unit: str) -> tuple[_Intervals, _Interval
 def _distance(offset: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """(1 - GIoU1D) / 2 of two intervals, by the offset of their middles and their half-lengths."""
     larger = torch.maximum(offset.abs(), (a - b).abs())
-    return _quotient(larger, a + b + larger)
+    hull = a + b + larger
+    flat = hull <= _no_length(hull)
+    return torch.where(flat, 0.0, larger / torch.where(flat, 1.0, hull))
 
 
 def _extent(pair: _Pair, unit: str) -> Tensor:
@@ -176,7 +178,7 @@ def _axis_weights(half: Tensor, extent: Tensor, axis_weight: str) -> Tensor:
     space it is the edge.
     """
     edges = 2.0 * (half.flip(1) if half.shape[1] == 2 else half)
-    floor = torch.full_like(extent, _tiny(half))
+    floor = torch.full_like(extent, _no_length(half))
     if axis_weight == "uniform":
         floor = torch.maximum(floor, MIN_AXIS_LENGTH * extent)
     is_axis = ~(edges <= floor)  # a NaN edge is an axis: its NaN must reach the loss
@@ -186,7 +188,7 @@ def _axis_weights(half: Tensor, extent: Tensor, axis_weight: str) -> Tensor:
     if axis_weight == "length":
         total = edges.sum(1, keepdim=True)
         return edges / torch.where(total == 0, 1.0, total)
-    return -torch.expm1(-edges / (SOFT_AXIS_LENGTH * extent.clamp(min=_tiny(half))))
+    return -torch.expm1(-edges / (SOFT_AXIS_LENGTH * extent.clamp(min=_no_length(half))))
 
 
 def _boundary(pair: _Pair, unit: str) -> Tensor:
@@ -215,6 +217,11 @@ def _tiny(values: Tensor) -> float:
     return TINY[torch.finfo(values.dtype).bits]
 
 
+def _no_length(values: Tensor) -> float:
+    """The longest length that counts as 0: its square does in section 6."""
+    return math.sqrt(_tiny(values))
+
+
 def _corners_loss(pred: Tensor, target: Tensor, axis_grad: bool) -> Tensor:
     """The loss of eight corners each, (B,): their projections on the three edges at vertex 0 of each box."""
     p, g, low, extent = _scaled_corners(pred, target)
@@ -222,7 +229,7 @@ def _corners_loss(pred: Tensor, target: Tensor, axis_grad: bool) -> Tensor:
     for own in (p, g):
         edges = _edges(own if axis_grad else own.detach())  # before the move, which rounds
         is_axis = _is_axis(edges, extent)
-        (p_low, p_high), (g_low, g_high) = (_interval(each - low, edges) for each in (p, g))
+        (p_low, p_high), (g_low, g_high) = (_interval(each - low, edges, extent) for each in (p, g))
         difference = (p_high - g_high).abs() + (p_low - g_low).abs()
         hull = torch.maximum(p_high, g_high) - torch.minimum(p_low, g_low)
         total = total + (is_axis * _quotient(difference, hull)).sum(1)
@@ -252,7 +259,14 @@ def _edges(corners: Tensor) -> Tensor:
     return corners[:, (1, 3, 4)] - corners[:, :1]
 
 
-def _interval(corners: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest projection on each axis, both (B, 3). Never a matrix product: see `polygons`."""
+def _interval(corners: Tensor, axes: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest projection on each axis, both (B, 3). Never a matrix product: see `polygons`.
+
+    The four corners of a face have one projection on its normal, but for rounding: section 4 says what is tied.
+    """
     projections = (axes.unsqueeze(2) * corners.unsqueeze(1)).sum(3)  # (B, 3, 8)
-    return projections.amin(2), projections.amax(2)
+    values = projections.detach()
+    low, high = values.amin(2, keepdim=True), values.amax(2, keepdim=True)
+    widest = (WIDEST_TIE * extent).clamp(max=TIE[torch.finfo(values.dtype).bits]).unsqueeze(2)
+    slack = widest * axes.detach().abs().sum(2, keepdim=True)
+    return _extreme(low, values <= low + slack, projections), _extreme(high, values >= high - slack, projections)

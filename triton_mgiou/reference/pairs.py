@@ -260,7 +260,7 @@ def _axes_by_ends(
 
 def _limit(extent: Tensor) -> Tensor:
     """What is no longer than this counts as a point, (n, 1)."""
-    return (MIN_AXIS_LENGTH * extent).clamp(min=_tiny(extent))
+    return (MIN_AXIS_LENGTH * extent).clamp(min=boxes._no_length(extent))
 
 
 def _tiny(values: Tensor) -> float:
@@ -297,19 +297,25 @@ def _axes_of_polygons(first: _Shapes, second: _Shapes, axis_weight: str) -> tupl
     for own, other in ((p, g), (g, p)):
         weight, counts = polygons._axis_weights(own.edges, extent, axis_weight)
         normals = polygons._axes(own.edges)
-        own_ends = polygons._own_interval(polygons._project(own.vertices, normals), own)
-        projections = polygons._project(other.vertices, normals)
-        other_ends = polygons._low(projections, other), polygons._high(projections, other)
+        ends = _ends(own, other, normals, extent)
         own_limit = (limit * own.edges.detach().norm(dim=2)).clamp(min=_tiny(limit))
-        side = _axes_by_ends(*own_ends, *other_ends, own_limit, weight)
+        side = _axes_by_ends(*ends, own_limit, weight)
         sides.append(side)
         is_flat.append(counts & (side.hull <= own_limit))
         is_axis.append(counts)
     degenerate = torch.cat(is_flat, dim=1).any(1, keepdim=True) | ~torch.cat(is_axis, dim=1).any(1, keepdim=True)
-    ends = (bound(each.vertices.transpose(1, 2), each) for each in (p, g) for bound in (polygons._low, polygons._high))
-    coordinates = _axes_by_ends(*ends, limit, torch.zeros_like(extent))
+    x_and_y = torch.eye(2, dtype=extent.dtype, device=extent.device).expand(extent.shape[0], 2, 2)
+    coordinates = _axes_by_ends(*_ends(p, g, x_and_y, extent), limit, torch.zeros_like(extent))
     sides = [side._replace(weight=torch.where(degenerate, 0.0, side.weight)) for side in sides]
     return *sides, _else_seen(coordinates, degenerate, limit)
+
+
+def _ends(
+    first: polygons._Polygons, second: polygons._Polygons, axes: Tensor, extent: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Least and largest projection of both, (n, K)."""
+    low, high = polygons._interval(first, polygons._project(first.vertices, axes), axes, extent)
+    return low, high, *polygons._interval(second, polygons._project(second.vertices, axes), axes, extent)
 
 
 def _axes_of_corners(first: Tensor, second: Tensor) -> tuple[_Axes, ...]:
@@ -320,7 +326,7 @@ def _axes_of_corners(first: Tensor, second: Tensor) -> tuple[_Axes, ...]:
     between = (p.mean(1, keepdim=True) - g.mean(1, keepdim=True)).detach()
     sides, limits = [], []
     for edges in (p_edges, g_edges, between):
-        ends = (end for each in (p, g) for end in boxes._interval(each - low, edges))
+        ends = (end for each in (p, g) for end in boxes._interval(each - low, edges, extent))
         limits.append((limit * edges.detach().norm(dim=2)).clamp(min=_tiny(limit)))
         sides.append(_axes_by_ends(*ends, limits[-1], boxes._is_axis(edges, extent)))
     joins = (sides[2].halves <= limits[2]) & (sides[2].hull > limits[2])

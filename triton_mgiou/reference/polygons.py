@@ -19,9 +19,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from triton_mgiou.options import MIN_AXIS_LENGTH, RESOLUTION, SOFT_AXIS_LENGTH, TINY
+from triton_mgiou.options import MIN_AXIS_LENGTH, RESOLUTION, SOFT_AXIS_LENGTH, TIE, TINY, WIDEST_TIE
 
 _TINY = {torch.float32: TINY[32], torch.float64: TINY[64]}
+_TIE = {torch.float32: TIE[32], torch.float64: TIE[64]}
 _RESOLUTION = {torch.float32: RESOLUTION[32], torch.float64: RESOLUTION[64]}
 
 # Same-sized integer, bits of the mantissa, largest value of the exponent field.
@@ -32,6 +33,7 @@ class _Polygons(NamedTuple):
     vertices: Tensor  # (B, N, 2), the real ones first; 0 behind them
     shape: Tensor  # (B, N, 2), the same relative to the polygon's first vertex
     real: Tensor  # (B, N), True for a real vertex
+    distinct: Tensor  # (B, N), True for a real vertex that is no copy of the one before it
     following: Tensor  # (B, N, 1), the index of the next real vertex of each real one
     edges: Tensor  # (B, N, 2), edge k runs from vertex k to the next real one; 0 behind the real ones
     on_edge: Tensor  # (B, N, N), [b, k, j] is True where vertex j is an end of edge k
@@ -72,9 +74,9 @@ def per_sample_loss(
     weight = p_weight + g_weight
     loss = 0.5 * (p_sum + g_sum) / torch.where(weight == 0, 1.0, weight)
     if convexity_weight:
-        loss = loss + convexity_weight * _convexity(p_polygons, p_is_axis)
+        loss = loss + convexity_weight * _convexity(p_polygons, p_is_axis, extent)
     if boundary_weight:
-        loss = loss + boundary_weight * _boundary(p_polygons, g_polygons)
+        loss = loss + boundary_weight * _boundary(p_polygons, g_polygons, extent)
     return loss
 
 
@@ -149,8 +151,9 @@ class _ScaleBothModes(_Scale):
     """The same with forward-mode derivatives, which `torch.compile` refuses to trace."""
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _scale_tangent: None) -> Tensor:
-        return tangent * cast("Tensor", ctx.saved_tensors[0])
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        scale: Tensor = ctx.saved_tensors[0]
+        return tangent * scale
 
 
 def _scale(values: Tensor, scale: Tensor) -> Tensor:
@@ -167,7 +170,15 @@ def _polygons(vertices: Tensor, real: Tensor, low: Tensor) -> _Polygons:
     following = torch.where(is_last, 0, (index + 1).clamp(max=index.shape[0] - 1)).unsqueeze(-1)
     on_edge = (index == index.unsqueeze(-1)) | (index == following)
     moved, shape = (torch.where(real.unsqueeze(-1), vertices - to, 0.0) for to in (low, vertices[:, :1].detach()))
-    return _Polygons(moved, shape, real, following, edges, on_edge)
+    return _Polygons(moved, shape, real, _distinct(edges, real, is_last), following, edges, on_edge)
+
+
+def _distinct(edges: Tensor, real: Tensor, is_last: Tensor) -> Tensor:
+    """Which real vertices are not where the one before them is, (B, N); all, if that is where every one is."""
+    is_edge = real & (edges != 0).any(-1)
+    closes = (is_edge & is_last).any(1, keepdim=True)  # the edge from the last vertex to the first
+    follows_edge = torch.cat((closes, is_edge[:, :-1]), dim=1)
+    return real & (follows_edge | ~is_edge.any(1, keepdim=True))
 
 
 def _axes(edges: Tensor) -> Tensor:
@@ -213,31 +224,25 @@ def _projections_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 _projections_operator.register_autograd(_projections_backward, setup_context=_save_projected)
 
 
-def _own_interval(projections: Tensor, polygons: _Polygons) -> tuple[Tensor, Tensor]:
-    """The interval of a polygon on its own axes, low and high, both (B, N).
+def _interval(polygons: _Polygons, projections: Tensor, axes: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
+    """The interval of the projections on each axis, low and high, both (B, K); the gradient is shared evenly at a tie.
 
-    Both ends of an edge have one projection on its normal. Rounding would break this tie, and with it the even
-    split of the gradient, so the larger of the two stands for both in the maximum and the smaller in the minimum.
+    The two ends of an edge have one projection on its normal, and so have those of a parallel one, but for the
+    rounding of coordinates. What is closer than that to an extreme is tied with it.
     """
-    start = projections.diagonal(dim1=1, dim2=2)
-    end = projections.gather(2, polygons.following).squeeze(2)
-    low = _tie(projections, polygons.on_edge, torch.minimum(start, end))
-    high = _tie(projections, polygons.on_edge, torch.maximum(start, end))
-    return _low(low, polygons), _high(high, polygons)
+    slack = (WIDEST_TIE * extent).clamp(max=_TIE[axes.dtype]).unsqueeze(-1) * axes.detach().abs().sum(-1, keepdim=True)
+    values, distinct = projections.detach(), polygons.distinct.unsqueeze(1)
+    low = values.masked_fill(~distinct, torch.inf).amin(-1, keepdim=True)
+    high = values.masked_fill(~distinct, -torch.inf).amax(-1, keepdim=True)
+    at_low, at_high = distinct & (values <= low + slack), distinct & (values >= high - slack)
+    return _extreme(low, at_low, projections), _extreme(high, at_high, projections)
 
 
-def _tie(projections: Tensor, on_edge: Tensor, values: Tensor) -> Tensor:
-    """`projections` with `values`, (B, K), at both ends of the edge, and the derivative of `projections`."""
-    tied = torch.where(on_edge, values.unsqueeze(-1), projections).detach()
-    return tied + (projections - projections.detach())
-
-
-def _low(projections: Tensor, polygons: _Polygons) -> Tensor:
-    return projections.masked_fill(~polygons.real.unsqueeze(1), torch.inf).amin(-1)
-
-
-def _high(projections: Tensor, polygons: _Polygons) -> Tensor:
-    return projections.masked_fill(~polygons.real.unsqueeze(1), -torch.inf).amax(-1)
+def _extreme(value: Tensor, tied: Tensor, projections: Tensor) -> Tensor:
+    """`value`, (B, K, 1), as (B, K), with the mean derivative of the projections that are tied, (B, K, N)."""
+    share = tied.to(value.dtype)
+    share = share / share.sum(-1, keepdim=True)
+    return value.squeeze(-1) + (share * (projections - projections.detach())).sum(-1)
 
 
 def _axis_weights(edges: Tensor, extent: Tensor, axis_weight: str) -> tuple[Tensor, Tensor]:
@@ -263,26 +268,26 @@ def _sum_over_axes(
     edges = own.edges if axis_grad else own.edges.detach()
     weights, is_axis = _axis_weights(edges, extent, axis_weight)
     axes = _axes(edges)
-    own_low, own_high = _own_interval(_project(own.vertices, axes), own)
-    projections = _project(other.vertices, axes)
-    other_low, other_high = _low(projections, other), _high(projections, other)
+    own_low, own_high = _interval(own, _project(own.vertices, axes), axes, extent)
+    other_low, other_high = _interval(other, _project(other.vertices, axes), axes, extent)
     difference = (own_high - other_high).abs() + (own_low - other_low).abs()
     hull = torch.maximum(own_high, other_high) - torch.minimum(own_low, other_low)
     return (weights * _quotient(difference, hull)).sum(1), weights.sum(1), is_axis
 
 
-def _convexity(polygons: _Polygons, is_axis: Tensor) -> Tensor:
+def _convexity(polygons: _Polygons, is_axis: Tensor, extent: Tensor) -> Tensor:
     """The scale-free convexity term of section 7, (B,): 0 for a convex polygon whose vertices are in order."""
-    projections = _project(polygons.shape, _axes(polygons.edges))
-    low, high = _own_interval(projections, polygons)
-    counts = polygons.real.unsqueeze(1) & ~polygons.on_edge
+    axes = _axes(polygons.edges)
+    projections = _project(polygons.shape, axes)
+    low, high = _interval(polygons, projections, axes, extent)
+    counts = polygons.distinct.unsqueeze(1) & ~polygons.on_edge
     distance = torch.where(counts, projections - projections.diagonal(dim1=1, dim2=2).unsqueeze(-1), 0.0)
     smaller_side = torch.minimum(distance.relu().sum(-1), (-distance).relu().sum(-1))
     terms = torch.where(is_axis, _quotient(smaller_side, high - low), 0.0)
-    return terms.sum(1) / (polygons.real.sum(1) * is_axis.sum(1).clamp(min=1))
+    return terms.sum(1) / (polygons.distinct.sum(1) * is_axis.sum(1).clamp(min=1))
 
 
-def _boundary(p: _Polygons, g: _Polygons) -> Tensor:
+def _boundary(p: _Polygons, g: _Polygons, extent: Tensor) -> Tensor:
     """How far the outline of P, read in its order, is from being G up to a shift, (B,), in [0, 1].
 
     With the areas |P| and |G| and their mixed area V, which is half the sum over the edges of P of how far G reaches
@@ -295,7 +300,7 @@ def _boundary(p: _Polygons, g: _Polygons) -> Tensor:
     """
     normals, p_area = _outward(p)
     g_area = _outward(g)[1].detach()
-    mixed = _high(_project(g.shape.detach(), normals), g).sum(1)
+    mixed = _interval(g, _project(g.shape.detach(), normals), normals, extent)[1].sum(1)
     tiny = _TINY[mixed.dtype]
     flat = g_area <= (MIN_AXIS_LENGTH * g.edges.detach().square().sum((1, 2))).clamp(min=tiny)
     unit = torch.where(flat, 1.0, torch.maximum(mixed, g_area)).detach()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from triton_mgiou import debugging
 
 SHOWN = 3  # indices in a message
+DENSE = 2**28  # elements; a larger sparse tensor is not made dense
+NO_NAN = (getattr(torch, "float4_e2m1fn_x2", None),)  # formats that are finite by construction
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,8 @@ def find_nonfinite(model_or_state_dict: object) -> list[NonFinite]:
 
     Args:
         model_or_state_dict: A module (parameters, their gradients as "NAME.grad", and buffers), a `state_dict`, or
-            any nesting of dicts, lists, tuples, modules and tensors, such as a whole checkpoint. What is none of these
-            is passed over.
+            any nesting of dicts, lists, tuples, modules, tensors and numpy arrays, such as a whole checkpoint. What
+            is none of these, single numbers among it, is passed over.
 
     Returns:
         One entry for each such tensor, in order; the name is the path to it, joined by dots. -Inf on purpose, as in an
@@ -106,7 +110,7 @@ def find_nonfinite(model_or_state_dict: object) -> list[NonFinite]:
     Raises:
         TypeError: The argument is none of the above.
     """
-    if not isinstance(model_or_state_dict, (nn.Module, Mapping, list, tuple, Tensor)):
+    if not isinstance(model_or_state_dict, (nn.Module, Mapping, list, tuple, Tensor, np.ndarray)):
         kind = type(model_or_state_dict).__name__
         raise TypeError(f"model_or_state_dict must be a module, a dict, a list or a tensor, got {kind}")
     reports = (describe(tensor, name) for name, tensor in named_tensors(model_or_state_dict))
@@ -114,13 +118,16 @@ def find_nonfinite(model_or_state_dict: object) -> list[NonFinite]:
 
 
 def named_tensors(nested: object) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a nesting of modules and containers, each container once, with the path to each."""
+    """All tensors, and arrays as tensors, of a nesting of modules and containers, each once, with the path to each."""
     seen: dict[int, object] = {}  # holds them, so that no id is given to another
     waiting: list[tuple[str, object]] = [("", nested)]
     while waiting:  # no recursion: a file can nest as deeply as it likes, and in circles
         path, value = waiting.pop()
         if isinstance(value, Tensor):
             yield path or "tensor", value
+            continue
+        if isinstance(value, np.ndarray) and value.dtype.names is None and value.dtype.kind != "O":
+            yield path or "array", as_tensor(value)
             continue
         children: list[tuple[object, object]] = []
         if isinstance(value, nn.Module):
@@ -131,16 +138,41 @@ def named_tensors(nested: object) -> Iterator[tuple[str, Tensor]]:
             children += value.items()
         elif isinstance(value, (list, tuple)):
             children += enumerate(value)
+        elif isinstance(value, np.ndarray):  # of objects, or with fields
+            children += (
+                enumerate(value.flat) if value.dtype.names is None else [(n, value[n]) for n in value.dtype.names]
+            )
         if children and id(value) not in seen:
             seen[id(value)] = value
             waiting += [(f"{path}.{name}" if path else str(name), child) for name, child in reversed(children)]
 
 
+def as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    """An array as a tensor; one that is not of numbers, or has no NaN and no Inf by its type, as an empty one."""
+    if array.dtype.kind not in "fc":
+        return torch.empty(array.shape if array.dtype.kind in "biu" else 0, dtype=torch.uint8, device="meta")
+    size = min(array.dtype.itemsize, 8 if array.dtype.kind == "f" else 16)  # PyTorch has no long double
+    return torch.from_numpy(np.array(array, dtype=f"{array.dtype.kind}{size}", order="C"))
+
+
+def _sparse_places(tensor: Tensor, of_values: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple((*tensor.indices()[:, number].tolist(), *rest) for number, *rest in of_values)
+
+
 def describe(tensor: Tensor, name: str, mask: Tensor | None = None) -> NonFinite | None:
     """What is wrong with a tensor where `mask` is True, or None if nothing is."""
-    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
-        return None
     tensor = tensor.detach()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()  # a scale can be NaN
+    if tensor.is_nested:
+        tensor = torch.cat([part.reshape(-1) for part in tensor.unbind()])
+    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()) or tensor.dtype in NO_NAN:
+        return None
+    if tensor.layout == torch.sparse_coo and mask is None:
+        tensor = tensor.coalesce()
+        report = describe(tensor.values(), name)
+        if report is None or tensor.numel() > DENSE:
+            return report and replace(report, shape=tuple(tensor.shape), first=_sparse_places(tensor, report.first))
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
     values = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has few operations

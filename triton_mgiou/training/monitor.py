@@ -18,6 +18,8 @@ TOLD = 3  # groups in a warning
 MEASURES = ("grad_norm", "zero_share", "update_ratio")
 LOST_UPDATE = 1e-7  # of the weights: below float32's rounding
 DEAD_SHARE = 0.99  # of zeros
+STILL = 20  # records in a row in which no parameter changes
+WEAK = 0.01  # of the strongest group's gradient: what a group behind a layer of zeros begins far below
 
 
 class GradientMonitor:
@@ -36,9 +38,15 @@ class GradientMonitor:
     records it warns, once until it is over,
 
     - exploding: the norm is not finite (from the first record on), or above `exploding` times the lowest average that
-      it had; or the average update ratio is above `max_update`;
+      it had; or a step changes the weights by more than `max_update` on average;
     - vanishing: the average norm is at most `vanishing` times that of the strongest group; or the average share of
-      zeros is above 0.99; or the average update ratio is below 1e-7, where float32 rounds the updates away.
+      zeros is above 0.99; or the average update ratio is below 1e-7, where float32 rounds the updates away;
+    - standing still: **no parameter of the model has changed for 20 records**. No step of the optimizer reaches the
+      weights then: a GradScaler that skips every step is the usual cause, and the loss is finite and flat.
+
+    Weights that start at 0, as those of an offset head, or near it grow to their size without a warning: for
+    `max_update` the change is set against the norm that PyTorch's usual initialisation would have, where that is
+    larger than the weights'; and the lowest average of a group counts as 1 % of the strongest group's at the least.
 
     Cost: one wait for the device a record, a few launches for each group, and a copy of the weights.
 
@@ -90,6 +98,7 @@ class GradientMonitor:
         self.max_update = max_update
         self.writer = writer
         self.records = 0
+        self._still = 0  # records in a row without a change
         groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             groups.setdefault(".".join(name.split(".")[:-1][:depth]) or name, []).append(parameter)
@@ -110,15 +119,22 @@ class GradientMonitor:
             return
         measured = [group.measure() for group in groups]
         numbers = torch.stack([each.to(measured[0].device) for each in measured]).tolist()
-        for group, values in zip(groups, numbers, strict=True):
-            group.add(values)
-            self._history.extend((step, self._groups.index(group), *group.last, *group.averages))
+        self._still = self._still + 1 if all(changed == 0 for *_, changed in numbers) else 0
+        strongest = max((group.averages[0] for group in groups if group.averages[0] > 0), default=0.0)  # not NaN
+        for group, (*values, _) in zip(groups, numbers, strict=True):
+            group.add(values, WEAK * strongest)
+            self._history.extend((step, self._groups.index(group), *group.last[:3], *group.averages[:3]))
             if self.writer is not None:
-                for measure, value in zip(MEASURES, group.last, strict=True):
+                for measure, value in zip(MEASURES, group.last[:3], strict=True):
                     if not math.isnan(value) or measure == "grad_norm":
                         self.writer.add_scalar(f"{measure}/{group.name}", value, step)
         strongest = max((group.averages[0] for group in groups if group.averages[0] > 0), default=0.0)  # not NaN
         news = []
+        if self._still == STILL:
+            news.append(
+                f"no parameter has changed for {STILL} records: no step of the optimizer reaches the weights; with a "
+                "GradScaler, print scaler.get_scale(): it falls where every step is skipped"
+            )
         for group in groups:
             before, group.verdict = group.verdict, self._judge(group, strongest)
             if group.verdict.partition(":")[0] not in {"", before.partition(":")[0]}:
@@ -128,15 +144,15 @@ class GradientMonitor:
             warnings.warn(f"step {step}: {'; '.join(news[:TOLD])}{more}", RuntimeWarning, stacklevel=3)
 
     def _judge(self, group: _Group, strongest: float) -> str:
-        norm, average, update = group.last[0], group.averages[0], group.averages[2]
+        norm, average, update, growth = group.last[0], group.averages[0], group.averages[2], group.averages[3]
         if not math.isfinite(norm):
             return f"exploding: gradient norm {norm}"
         if self.records < WARM_UP:
             return ""
         if norm > self.exploding * group.lowest > 0:
             return f"exploding: gradient norm {norm:.3g}, its average was {group.lowest:.3g}"
-        if update > self.max_update:
-            return f"exploding: a step changes the weights by {update:.1%} on average"
+        if growth > self.max_update:
+            return f"exploding: a step changes the weights by {growth:.1%} on average"
         if average <= self.vanishing * strongest:
             return f"vanishing: gradient norm {average:.3g} on average, the strongest group has {strongest:.3g}"
         if group.averages[1] > DEAD_SHARE:
@@ -152,7 +168,7 @@ class GradientMonitor:
             (
                 group.name,
                 str(sum(parameter.numel() for parameter in group.parameters)),
-                *(f"{value:.3g}" for value in (group.last[0], *group.averages)),
+                *(f"{value:.3g}" for value in (group.last[0], *group.averages[:3])),
                 group.verdict,
             )
             for group in self._groups
@@ -182,40 +198,53 @@ class _Group:
     def __init__(self, name: str, parameters: list[nn.Parameter], decay: float) -> None:
         self.name = name
         self.parameters = parameters
-        self.last = [math.nan] * 3  # the measures
-        self.averages = [math.nan] * 3
+        self.last = [math.nan] * 4  # the measures, and the change over the usual norm
+        self.averages = [math.nan] * 4
         self.lowest = math.inf  # average norm, after the warm-up
         self.verdict = ""
         self._decay = decay
-        self._sums = [0.0] * 3
-        self._weights = [0.0] * 3
+        self._sums = [0.0] * 4
+        self._weights = [0.0] * 4
         self._count = 0
         self._before: Tensor | None = None
 
     def measure(self) -> Tensor:
-        """The measures on the device, shape (3,)."""
+        """The measures, the change over the usual norm, and whether there is a change, on the device, shape (5,)."""
         parameters = [parameter for parameter in self.parameters if parameter.requires_grad]
         gradient = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
         weights = _flat(parameters)
-        ratio = gradient.new_full((), math.nan)
+        ratio = growth = changed = gradient.new_full((), math.nan)
         if self._before is not None and self._before.shape == weights.shape:
             norm = self._before.norm()
-            ratio = torch.where(norm > 0, (weights - self._before).norm() / norm, ratio)
+            change = (weights - self._before).norm()
+            ratio = torch.where(norm > 0, change / norm, ratio)
+            growth = change / norm.clamp(min=_usual_norm(parameters))
+            changed = (weights != self._before).any().to(gradient.dtype)
         self._before = weights
         zeros = (gradient == 0).sum() / gradient.numel()
-        return torch.stack((gradient.norm(), zeros.to(gradient.dtype), ratio))
+        return torch.stack((gradient.norm(), zeros.to(gradient.dtype), ratio, growth, changed))
 
-    def add(self, values: list[float]) -> None:
-        """Take the measures of a record into the averages."""
+    def add(self, values: list[float], least: float) -> None:
+        """Take the measures of a record into the averages; the lowest is `least` or above."""
         self.last = values
         self._count += 1
         if self._count > WARM_UP:
-            self.lowest = min(self.lowest, self.averages[0])  # before this record
+            self.lowest = min(self.lowest, max(self.averages[0], least))  # before this record
         for index, value in enumerate(values):
             if math.isfinite(value):
                 self._sums[index] += (1 - self._decay) * (value - self._sums[index])
                 self._weights[index] += (1 - self._decay) * (1 - self._weights[index])
                 self.averages[index] = self._sums[index] / self._weights[index]
+
+
+def _usual_norm(parameters: list[nn.Parameter]) -> float:
+    """The norm of weights that are uniform within 1 / sqrt(fan-in), and of biases in 0.1."""
+    squares = (
+        parameter.numel() / (3 * math.prod(parameter.shape[1:])) if parameter.ndim > 1 else 0.01 * parameter.numel()
+        for parameter in parameters
+        if parameter.numel()
+    )
+    return math.sqrt(sum(squares))
 
 
 def _flat(tensors: list[Any]) -> Tensor:

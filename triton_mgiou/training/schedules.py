@@ -59,9 +59,25 @@ class AlphaSchedule(nn.Module):
         """Go one step on: once an epoch or once an iteration, whichever `total_steps` counts."""
         self.step_count += 1
 
+    def set(self, step: int) -> None:
+        """Go to a step, as where a run is resumed whose loss is not in the checkpoint.
+
+        Args:
+            step: How many steps are done, 0 or above; `total_steps` and more is the end.
+
+        Raises:
+            TypeError: `step` is not an integer.
+            ValueError: `step` is below 0.
+        """
+        if not isinstance(step, int) or isinstance(step, bool):
+            raise TypeError(f"step must be an integer, got {type(step).__name__}")
+        if step < 0:
+            raise ValueError(f"step must be 0 or above, got {step}")
+        self.step_count.fill_(min(step, self.total_steps))
+
     def forward(self) -> Tensor:
         """Return the present value, a float32 scalar."""
-        done = (self.step_count / self.total_steps).clamp(max=1)
+        done = (self.step_count.to(torch.float32) / self.total_steps).clamp(max=1)
         if self.kind == "cosine":
             left = (1 + torch.cos(math.pi * done)) / 2
         elif self.kind == "linear":

@@ -1,0 +1,138 @@
+"""Repeated vertices, and ties that rounding hides (section 4)."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests import helpers, oracle
+
+OPTIONS = [
+    {"axis_weight": weight, "axis_grad": grad, "convexity_weight": convexity, "boundary_weight": boundary}
+    for weight, grad, (convexity, boundary) in itertools.product(
+        helpers.AXIS_WEIGHTS, (True, False), ((0.0, 0.0), (0.0, 0.25), (0.3, 0.0), (0.3, 0.25))
+    )
+]
+TIMES = {
+    "every vertex of both twice": ((2, 2, 2, 2, 2), (2, 2, 2, 2, 2)),
+    "every vertex of the prediction three times": ((3, 3, 3, 3, 3), (1, 1, 1, 1, 1)),
+    "every vertex of the target three times": ((1, 1, 1, 1, 1), (3, 3, 3, 3, 3)),
+    "some": ((1, 3, 1, 2, 1), (2, 1, 1, 1, 3)),
+}
+
+
+def summed(gradient, times):
+    """The gradient of repeated vertices, summed over the copies of each."""
+    vertex = torch.repeat_interleave(torch.arange(len(times)), torch.tensor(times))
+    total = torch.zeros(gradient.shape[0], len(times), 2, dtype=gradient.dtype)
+    return total.index_add(1, vertex, gradient.cpu())
+
+
+def pairs(batch, seed):
+    """Stars and convex polygons, some of them the same or parallel, in float32."""
+    rng = helpers.generator(seed)
+    pred, target = helpers.star(batch, 5, rng), helpers.convex(batch, 5, rng)
+    pred[0] = target[0]
+    pred[1] = target[1] * 1.5
+    return pred.float(), target.float()
+
+
+@pytest.mark.parametrize("times", TIMES.values(), ids=TIMES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_repeated_vertices_change_nothing(backend, options, times):
+    pred, target = pairs(8, seed=1)
+    value, gradient = backend.value_and_gradient(pred, target, reduction="sum", **options)
+    twice = (side.repeat_interleave(torch.tensor(n), dim=1) for side, n in zip((pred, target), times, strict=True))
+    repeated, repeated_gradient = backend.value_and_gradient(*twice, reduction="sum", **options)
+    helpers.assert_close(repeated, value, atol=1e-6, rtol=1e-6)
+    helpers.assert_gradient_close(summed(repeated_gradient, times[0]), gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS[::3], ids=str)
+def test_repeated_vertices_with_lengths_and_masks(backend, options):
+    pred, target = pairs(6, seed=2)
+    times = (1, 3, 1, 2, 2)
+    value, gradient = backend.value_and_gradient(pred, target, reduction="sum", **options)
+    copies = pred.repeat_interleave(torch.tensor(times), dim=1)
+    padded = torch.cat((copies, torch.full((6, 3, 2), math.nan)), dim=1)
+    lengths = torch.full((6,), copies.shape[1])
+    result = backend.value_and_gradient(padded, target, reduction="sum", pred_lengths=lengths, **options)
+    helpers.assert_close(result[0], value, atol=1e-6, rtol=1e-6)
+    helpers.assert_gradient_close(summed(result[1][:, :9], times), gradient, rtol=1e-5, atol=1e-6)
+
+    mask = torch.tensor([True] * 2 + [False] + [True] * 4 + [False] + [True] * 3)  # gaps among the copies
+    spread = torch.full((6, 11, 2), math.nan)
+    spread[:, mask] = copies
+    result = backend.value_and_gradient(spread, target, reduction="sum", pred_mask=mask.expand(6, -1), **options)
+    helpers.assert_close(result[0], value, atol=1e-6, rtol=1e-6)
+    helpers.assert_gradient_close(summed(result[1].cpu()[:, mask], times), gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis_grad", [True, False])
+def test_a_repeated_vertex_shares_a_tie_as_one(backend, axis_grad):
+    """Boxes that lie apart: both corners of a side are tied, however often one of them is there."""
+    pred, target = helpers.box(0, 0, 2, 1), helpers.box(3, 0.3, 5, 1.6)
+    expected = oracle.gradient(pred.numpy(), target.numpy(), axis_grad=axis_grad)
+    times = (1, 2, 1, 1)
+    copies = pred.repeat_interleave(torch.tensor(times), dim=1)
+    _, gradient = backend.value_and_gradient(copies, target, axis_grad=axis_grad)
+    helpers.assert_close(summed(gradient, times), expected, atol=1e-5)
+
+
+def test_vertices_that_are_all_the_same_share_evenly(backend):
+    pred, target = torch.ones(1, 5, 2), helpers.box(3, 0.3, 5, 4)
+    _, gradient = backend.value_and_gradient(pred, target)
+    helpers.assert_close(gradient, gradient[:, :1].expand_as(gradient), atol=0.0)
+    assert float(gradient.abs().max()) > 0
+
+
+def decoded(boxes, target_boxes, backend, **options):
+    """The gradient to the prediction's boxes, decoded to corners in float32."""
+    boxes = boxes.float().to(backend.device).requires_grad_()
+    target = helpers.rectangle_corners(target_boxes.float().to(backend.device))
+    loss = backend.loss(helpers.rectangle_corners(boxes), target, reduction="sum", **options)
+    return torch.autograd.grad(loss, boxes)[0].cpu()
+
+
+@pytest.mark.parametrize("boundary", [0.0, 0.25])
+@pytest.mark.parametrize("axis_weight", helpers.AXIS_WEIGHTS)
+@pytest.mark.parametrize("axis_grad", [True, False])
+def test_the_gradient_of_a_box_does_not_change_when_the_pair_moves(backend, axis_grad, axis_weight, boundary):
+    """Opposite edges are tied on their normals, and rounding is another at each place."""
+    rng = helpers.generator(3)
+    moves = torch.cat((torch.zeros(1, 2), torch.randint(0, 600, (23, 2), generator=rng))).double()
+    box = torch.tensor([20.3, 31.1, 40.7, 21.9, 0.37], dtype=torch.float64)
+    target = torch.tensor([26.2, 27.4, 44.1, 18.3, 0.52], dtype=torch.float64)
+    moved = [each.repeat(24, 1) for each in (box, target)]
+    for each in moved:
+        each[:, :2] += moves
+    options = {"axis_grad": axis_grad, "axis_weight": axis_weight, "boundary_weight": boundary}
+    gradient = decoded(*moved, backend, **options)
+    assert float(gradient[0, 4].abs()) > 1e-3
+    helpers.assert_close(gradient, gradient[:1].expand_as(gradient), atol=2e-5, rtol=1e-3)
+
+
+def test_opposite_edges_share_as_without_rounding(backend):
+    """Turned rectangles in float32 against differences in float64, where a tie is split by its two slopes."""
+    rng = helpers.generator(4)
+    boxes = helpers.random_boxes(6, rng)
+    pred, target = helpers.rectangle_corners(boxes), helpers.convex(6, 5, rng)
+    for axis_grad in (True, False):
+        expected = oracle.gradient(pred.numpy(), target.numpy(), axis_grad=axis_grad)
+        _, gradient = backend.value_and_gradient(pred.float(), target.float(), reduction="sum", axis_grad=axis_grad)
+        helpers.assert_gradient_close(gradient, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("axis_grad", [True, False])
+def test_near_ties_that_are_real_are_not_merged(backend, axis_grad):
+    """Trapezoids: the edge that faces one is off parallel by 1e-4 of the extent, more than any rounding."""
+    rng = helpers.generator(5)
+    pred = helpers.rectangle_corners(helpers.random_boxes(6, rng))
+    pred[:, 2] += 1e-4 * (pred[:, 2] - pred[:, 1])
+    target = helpers.convex(6, 5, rng) + 3.0
+    expected = oracle.gradient(pred.numpy(), target.numpy(), axis_grad=axis_grad)
+    assert np.abs(expected).max() > 0.01
+    _, gradient = backend.value_and_gradient(pred.float(), target.float(), reduction="sum", axis_grad=axis_grad)
+    helpers.assert_gradient_close(gradient, expected, rtol=1e-3)

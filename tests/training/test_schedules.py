@@ -1,0 +1,36 @@
+"""`AlphaSchedule.set`: the same as so many steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from triton_mgiou.training import AlphaSchedule
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "step"])
+@pytest.mark.parametrize("step", [0, 1, 4, 7, 8, 20, 2**70])
+def test_a_run_that_is_resumed_goes_on(step, kind):
+    resumed, gone_through = AlphaSchedule(8, kind), AlphaSchedule(8, kind)
+    resumed.step()
+    resumed.set(step)
+    for _ in range(min(step, 20)):
+        gone_through.step()
+    assert resumed() == gone_through()
+    resumed.step()
+    gone_through.step()
+    assert resumed() == gone_through()
+    assert resumed.state_dict()["step_count"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "message"),
+    [
+        (-1, ValueError, "step must be 0 or above, got -1"),
+        (1.0, TypeError, "step must be an integer, got float"),
+        (True, TypeError, "step must be an integer, got bool"),
+    ],
+)
+def test_wrong_steps(step, error, message):
+    with pytest.raises(error, match=message):
+        AlphaSchedule(8).set(step)

@@ -1,0 +1,710 @@
+"""`python -m triton_mgiou diagnose`: the verdict on runs and checkpoints in the formats that trainers write."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pathlib
+import random
+import struct
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint
+from torch import nn
+
+from triton_mgiou.cli import main
+
+NAN, INF = math.nan, math.inf
+
+
+def noisy(values, noise, seed=0):
+    chance = random.Random(seed)
+    return [value * (1 + noise * chance.gauss(0, 1)) for value in values]
+
+
+def fall(rows, start=2.0, end=0.5, rate=0.05, noise=0.01, seed=0):
+    return noisy([end + (start - end) * math.exp(-rate * row) for row in range(rows)], noise, seed)
+
+
+def rise(rows, top=0.82, rate=0.06, noise=0.01, seed=0):
+    return noisy([top * (1 - math.exp(-rate * row)) for row in range(rows)], noise, seed)
+
+
+def flat(rows, value, noise=0.002, seed=0):
+    return noisy([value] * rows, noise, seed)
+
+
+def stuck(values):
+    """As the box loss of the second report: 0.754 to 0.758 over the run."""
+    return noisy([values[0] * (1 + 0.005 * row / len(values)) for row in range(len(values))], 0.003)
+
+
+# Files, as the trainers write them
+
+
+def detect(rows, **changes):
+    """The columns of Ultralytics' results.csv from 8.3 on."""
+    columns = {
+        "epoch": range(1, rows + 1),
+        "time": [17.3 * (row + 1) for row in range(rows)],
+        **{f"train/{name}_loss": fall(rows, 2 + i, 0.6 + i / 3, seed=i) for i, name in enumerate(PARTS)},
+        **{f"metrics/{name}(B)": rise(rows, top, noise=0.02, seed=5) for name, top in METRICS.items()},
+        **{f"val/{name}_loss": fall(rows, 2 + i, 0.7 + i / 3, seed=i + 9) for i, name in enumerate(PARTS)},
+        **{f"lr/pg{i}": [0.01 * (1 - row / rows) for row in range(rows)] for i in range(3)},
+    }
+    return columns | changes
+
+
+PARTS = ("box", "cls", "dfl")
+METRICS = {"precision": 0.85, "recall": 0.78, "mAP50": 0.82, "mAP50-95": 0.6}
+
+
+def with_losses(columns, change):
+    return {name: change(name, values) if "loss" in name else values for name, values in columns.items()}
+
+
+def with_metrics(columns, change):
+    return {name: change(name, list(values)) if "metrics" in name else values for name, values in columns.items()}
+
+
+def pose(rows, **changes):
+    columns = detect(rows)
+    columns |= {f"{part}/pose_loss": fall(rows, 9, 2, seed=3) for part in ("train", "val")}
+    columns |= {f"{part}/kobj_loss": [0] * rows for part in ("train", "val")}  # no visibility, no such loss
+    columns |= {f"metrics/{name}(P)": rise(rows, top - 0.1, noise=0.02, seed=8) for name, top in METRICS.items()}
+    return columns | changes
+
+
+def csv_text(columns, delimiter=",", padded=False, decimal=".", digits=5):
+    def cell(value):
+        if isinstance(value, str):
+            return value
+        text = f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+        return text.replace(".", decimal)
+
+    lines = [list(columns), *([cell(value) for value in row] for row in zip(*columns.values(), strict=True))]
+    lines = [[f"{text:>23}" if padded else text for text in line] for line in lines]
+    return "\n".join(delimiter.join(line) for line in lines) + "\n"
+
+
+def yolov5_text(rows, losses=4, metrics=None, loss=None):
+    """`%10s` twice, then `%10.4g`: no head, the epoch of how many, the memory."""
+    columns = [loss or fall(rows, 0.07 + i / 100, 0.02, seed=i) for i in range(losses)]
+    columns += [[24.0 + row % 7 for row in range(rows)], [640.0] * rows]
+    columns += [metrics or rise(rows, top, seed=5) for top in METRICS.values()]
+    columns += [loss or fall(rows, 0.07 + i / 100, 0.03, seed=i + 5) for i in range(3)]
+    lines = [
+        f"{f'{row}/{rows - 1}':>10}{'7.37G':>10}" + "".join(f"{column[row]:10.4g}" for column in columns)
+        for row in range(rows)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def lightning_text(epochs, steps=4, train=None, val=None, test_rows=True, names=("train_loss", "val_loss", "val_map")):
+    """Each `log` call has a row of its own; `trainer.test()` adds one at the end."""
+    train = train or fall(epochs * steps, 1.5, 0.3, 0.03, 0.1)
+    val, score = val or fall(epochs, 1.4, 0.4), rise(epochs, 0.7)
+    lines = [f"epoch,{names[2]},lr-AdamW,step,test_loss,test_map,{names[0]}_epoch,{names[0]}_step,{names[1]}"]
+    for epoch in range(epochs):
+        of_epoch = range(epoch * steps, (epoch + 1) * steps)
+        lines += [f"{epoch},,0.001,{step},,,,{train[step]}," for step in of_epoch]
+        lines.append(f"{epoch},{score[epoch]},,{epoch * steps + steps - 1},,,,,{val[epoch]}")
+        lines.append(f"{epoch},,,{epoch * steps + steps - 1},,,{sum(train[epoch * steps :][:steps]) / steps},,")
+    if test_rows:
+        lines.append(f"{epochs},,,{epochs * steps},0.41,0.69,,,")
+    return "\n".join(lines) + "\n"
+
+
+def tensorboard_text(values):
+    lines = [f"{1654943296.2 + 17 * step},{step * 50},{value}" for step, value in enumerate(values)]
+    return "\n".join(["Wall time,Step,Value", *lines]) + "\n"
+
+
+def json_text(rows):
+    return "\n".join(map(json.dumps, rows)) + "\n"
+
+
+def mmengine(epochs, loss=None, metric=None):
+    loss, metric = loss or fall(epochs * 4, 1.9, 0.5, 0.03, 0.05), metric or rise(epochs, 0.45)
+    rows = []
+    for epoch in range(epochs):
+        for part in range(4):
+            value = loss[4 * epoch + part]
+            rows.append({"lr": 0.02, "data_time": 0.05, "loss": value, "loss_cls": value / 2, "loss_bbox": value / 2,
+                         "acc": 90.0 + epoch % 3, "time": 0.3, "epoch": epoch + 1, "iter": 4 * epoch + part,
+                         "memory": 4821, "step": 4 * epoch + part})  # fmt: skip
+        rows.append({"coco/bbox_mAP": metric[epoch], "coco/bbox_mAP_50": 1.5 * metric[epoch], "coco/bbox_mAP_s": -1.0,
+                     "data_time": 0.01, "time": 0.05, "step": epoch + 1})  # fmt: skip
+    return rows
+
+
+def mmdetection(epochs, **options):
+    """The `.log.json` of mmdetection 2: the environment first, then `mode`; the metrics once more as text."""
+    rows = [{"env_info": "sys.platform: linux", "seed": 0, "exp_name": "atss.py"}]
+    for row in mmengine(epochs, **options):
+        if "loss" in row:
+            rows.append({"mode": "train", **row})
+        else:
+            value = row["coco/bbox_mAP"]
+            rows.append({"mode": "val", "epoch": row["step"], "iter": 500, "lr": 0.02, "bbox_mAP": value,
+                         "bbox_mAP_copypaste": f"{value:.3f} 0.1 0.2"})  # fmt: skip
+    return rows
+
+
+def detectron2(evaluations, loss=None, metric=None):
+    loss = loss or fall(evaluations * 5, 3.0, 0.8, 0.04, 0.1)
+    metric = metric or rise(evaluations, 38.0)
+    rows = []
+    for index in range(evaluations * 5):
+        row = {"data_time": 0.01, "eta_seconds": 900.0 - index, "iteration": 20 * index + 19,
+               "loss_box_reg": loss[index] / 3, "loss_cls": loss[index] / 2, "lr": 0.001, "time": 0.3,
+               "total_loss": loss[index]}  # fmt: skip
+        row["fast_rcnn/cls_accuracy"] = 0.9 + 0.001 * (index % 9)
+        if index % 5 == 4:
+            value = metric[index // 5]
+            row |= {"bbox/AP": value, "bbox/AP50": 1.6 * value, "bbox/APs": NAN, "bbox/AP-boat": 0.0}
+        rows.append(row)
+    return rows
+
+
+def table(text):
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
+def binary(content):
+    return lambda path: path.write_bytes(content)
+
+
+def saved(content, **options):
+    return lambda path: torch.save(content, path, **options)
+
+
+# Checkpoints
+
+
+def network(broken=False):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    if broken:
+        model[1].running_var[2] = NAN
+    return model
+
+
+def scaler_state(scale):
+    return {"scale": scale, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 3}
+
+
+def ultralytics(broken=False, scale=512.0):
+    """Whole pickled modules, in half precision, beside plain things."""
+    return {
+        "epoch": -1, "best_fitness": np.float64(0.61), "model": None, "ema": network(broken).half(), "updates": 3200,
+        "optimizer": None, "scaler": scaler_state(scale), "train_args": {"imgsz": 640, "dir": pathlib.Path("runs")},
+        "train_results": {"epoch": [1, 2], "metrics/mAP50(B)": [0.1, 0.2]}, "date": "2026-01-01", "version": "8.4.0",
+    }  # fmt: skip
+
+
+def lightning(broken=False, scale=65536.0, kth=INF):
+    return {
+        "epoch": 9, "global_step": 1000, "pytorch-lightning_version": "2.4.0",
+        "state_dict": network(broken).state_dict(),
+        "callbacks": {"ModelCheckpoint{'monitor': 'val_loss'}": {
+            "best_model_score": torch.tensor(0.31), "kth_value": torch.tensor(kth), "best_k_models": {}},
+            "EarlyStopping": {"wait_count": 0, "best_score": torch.tensor(INF)}},
+        "MixedPrecision": scaler_state(scale), "hyper_parameters": argparse.Namespace(lr=0.1),
+    }  # fmt: skip
+
+
+def mmengine_checkpoint(broken=False, scale=512.0):
+    message_hub = {"log_scalars": {}, "runtime_info": {"epoch": 12}, "resumed_keys": {}}
+    return {
+        "meta": {"epoch": 12, "iter": 6000, "seed": np.int64(3)}, "state_dict": network(broken).state_dict(),
+        "message_hub": message_hub, "optimizer": {"state": {}, "param_groups": [], "loss_scaler": scaler_state(scale)},
+    }  # fmt: skip
+
+
+def safetensors(tensors):
+    """Eight bytes of length, a JSON head, the numbers."""
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+             torch.float8_e4m3fn: "F8_E4M3"}  # fmt: skip
+    head, content = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        stored = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        places = [len(content), len(content) + len(stored)]
+        head[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": places}
+        content += stored
+    text = json.dumps(head).encode()
+    return struct.pack("<Q", len(text)) + text + content
+
+
+def dcp(content):
+    def write(path):
+        path = path.parent if path.suffix else path
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.distributed.checkpoint.save(content, checkpoint_id=path, no_dist=True)
+
+    return write
+
+
+def quantised(scale):
+    return {"w": torch.quantize_per_tensor(torch.rand(4), scale, 0, torch.qint8)}
+
+
+def nested(value):
+    return {"w": torch.nested.nested_tensor([torch.ones(2), torch.tensor([1.0, value, 2.0])])}
+
+
+FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
+FLOAT8 = torch.tensor([1.0, NAN]).to(torch.float8_e4m3fn)
+
+
+def bad_weights(value=NAN):
+    return {"model": {"w": torch.tensor([1.0, value])}}
+
+
+N = 150
+EIGHT = N - 8
+LATE = [[*values[:EIGHT], *[10 * value for value in values[EIGHT:]]] for values in (fall(N), fall(N, seed=1))]
+COLLAPSED = [*rise(N)[:EIGHT], *[0.0] * 8]
+
+CASES = {
+    # Healthy tables
+    "Ultralytics, converged": ("results.csv", table(csv_text(detect(N))), 0, "metrics/mAP50(B): converged"),
+    "Ultralytics, old heads": ("results.csv", table(csv_text(detect(N), padded=True)), 0, None),
+    "Ultralytics, still learning": ("results.csv", table(csv_text(detect(25))), 0, None),
+    "Ultralytics, three epochs": (
+        "results.csv",
+        table(csv_text(with_metrics(detect(3), lambda _, __: [0.0] * 3))),
+        0,
+        None,
+    ),
+    "Ultralytics, slow start": (
+        "results.csv",
+        table(csv_text(with_metrics(detect(20, **{"train/box_loss": fall(20, rate=0.08)}), lambda _, __: [0.0] * 20))),
+        0,
+        None,
+    ),
+    "Ultralytics pose": ("results.csv", table(csv_text(pose(N))), 0, None),
+    "Ultralytics OBB": ("results.csv", table(csv_text(detect(N, **{"train/angle_loss": flat(N, 0.02)}))), 0, None),
+    "Ultralytics classify": (
+        "results.csv",
+        table(
+            csv_text({"epoch": range(N), "train/loss": fall(N), "metrics/accuracy_top1": rise(N), "val/loss": fall(N)})
+        ),
+        0,
+        None,
+    ),
+    "one class": (
+        "results.csv",
+        table(csv_text(detect(N, **{"train/cls_loss": [0] * N, "val/cls_loss": [0] * N}))),
+        0,
+        None,
+    ),
+    "small data, noisy mAP": (
+        "results.csv",
+        table(csv_text(with_metrics(detect(N), lambda _, v: noisy(v, 0.12, 7)))),
+        0,
+        None,
+    ),
+    "overconfident: val/cls_loss rises, mAP stays": (
+        "results.csv",
+        table(csv_text(detect(N, **{"val/cls_loss": [*fall(50), *(0.6 + 0.01 * i for i in range(100))]}))),
+        0,
+        None,
+    ),
+    "fine-tuned: all flat, mAP good from the start": (
+        "results.csv",
+        table(
+            csv_text(
+                with_metrics(with_losses(detect(60), lambda _, v: flat(60, v[-1])), lambda _, __: flat(60, 0.8, 0.01))
+            )
+        ),
+        0,
+        None,
+    ),
+    "saturated": (
+        "results.csv",
+        table(csv_text(with_metrics(detect(60), lambda _, __: [0.1, 0.6, *[0.995] * 58]))),
+        0,
+        None,
+    ),
+    "last row cut off": ("results.csv", table(csv_text(detect(N))[:-60]), 0, "left out"),
+    "zeros after a crash": ("results.csv", binary(csv_text(detect(N)).encode() + b"\0" * 300), 0, None),
+    "head again after a resume": (
+        "results.csv",
+        table(csv_text(detect(N)) + csv_text({k: list(v)[40:] for k, v in detect(N).items()})),
+        0,
+        None,
+    ),
+    "semicolons and decimal commas": ("results.csv", table(csv_text(detect(N), ";", decimal=",")), 0, None),
+    "tabs": ("results.tsv", table(csv_text(detect(N), "\t")), 0, None),
+    "byte order mark, Windows lines": (
+        "results.csv",
+        binary(b"\xef\xbb\xbf" + csv_text(detect(N)).replace("\n", "\r\n").encode()),
+        0,
+        None,
+    ),
+    "YOLOv5": ("results.txt", table(yolov5_text(300)), 0, "metrics/mAP50: converged"),
+    "YOLOv5, one class": ("results.txt", table(yolov5_text(300)), 0, None),
+    "YOLOv5, only the last epoch validated": (
+        "results.txt",
+        table(yolov5_text(60, metrics=[0.0] * 59 + [0.7])),
+        0,
+        None,
+    ),
+    "YOLOv7 with keypoints": ("results.txt", table(yolov5_text(300, losses=6)), 0, None),
+    "Lightning, tested at the end": ("metrics.csv", table(lightning_text(30)), 0, None),
+    "Lightning, no test": ("metrics.csv", table(lightning_text(30, test_rows=False)), 0, None),
+    "TensorBoard loss": ("run-exp1-tag-Loss_train.csv", table(tensorboard_text(fall(1000, noise=0.15))), 0, None),
+    "TensorBoard mAP": (
+        "run-exp1-tag-metrics_mAP_0.5.csv",
+        table(tensorboard_text(rise(100, rate=0.1))),
+        0,
+        "metrics_mAP_0.5: conv",
+    ),
+    "TensorBoard, quick start": (
+        "run-a-tag-loss.csv",
+        table(tensorboard_text([2.3, 1.9, 1.2, *flat(900, 0.3, 0.1)])),
+        0,
+        None,
+    ),
+    "MMEngine": ("scalars.json", table(json_text(mmengine(24))), 0, None),
+    "MMEngine, killed while writing": ("scalars.json", table(json_text(mmengine(24))[:-30]), 0, "cut off"),
+    "mmdetection 2": ("20260101_1200.log.json", table(json_text(mmdetection(24))), 0, None),
+    "detectron2": ("metrics.json", table(json_text(detectron2(20))), 0, None),
+    "Transformers": (
+        "trainer_state.json",
+        table(
+            json.dumps(
+                {
+                    "log_history": [
+                        {"epoch": i / 10, "grad_norm": INF if i < 3 else 2.0, "loss": value, "step": i}
+                        for i, value in enumerate(fall(60))
+                    ]
+                }
+            )
+        ),
+        0,
+        None,
+    ),
+    "negative log likelihood": ("log.csv", table(csv_text({"epoch": range(80), "nll": fall(80, 1, -2)})), 0, None),
+    "a value logged once": (
+        "log.csv",
+        table("epoch,loss,final_loss\n" + "".join(f"{i},{v},\n" for i, v in enumerate(fall(40))) + "40,,0.9\n"),
+        0,
+        None,
+    ),
+    "a hundred thousand steps": (
+        "run-a-tag-loss.csv",
+        table(tensorboard_text([2 / (1 + i / 1e4) + i % 7 / 100 for i in range(100_000)])),
+        0,
+        None,
+    ),
+    "mAP 0 when only the last epoch is validated, then good": (
+        "results.csv",
+        table(csv_text(with_metrics(detect(40), lambda _, v: [0.0] * 39 + v[-1:]))),
+        0,
+        None,
+    ),
+    "decimal commas, no head": ("results.txt", table(yolov5_text(100).replace(".", ",")), 0, None),
+    "a comma behind each row": (
+        "log.csv",
+        table("epoch,loss\n" + "".join(f"{i},{v},\n" for i, v in enumerate(fall(40)))),
+        0,
+        None,
+    ),
+    "numpy.savetxt, mAP the same number": (
+        "log.txt",
+        table("# epoch loss mAP\n" + "".join(f"{i} {v} {0.5}\n" for i, v in enumerate(fall(40)))),
+        1,
+        "mAP: never learnt",
+    ),
+    "Keras and fastai": (
+        "history.csv",
+        table(
+            "epoch,train_loss,valid_loss,accuracy,time\n"
+            + "".join(
+                f"{i},{a},{b},{c},00:1{i % 10}\n"
+                for i, (a, b, c) in enumerate(zip(fall(30), fall(30), rise(30), strict=True))
+            )
+        ),
+        0,
+        None,
+    ),
+    "detectron2, killed and resumed": (
+        "metrics.json",
+        table(json_text(detectron2(10)) + '{"iteration": 999, "loss_b' + json_text(detectron2(10))),
+        0,
+        "left out",
+    ),
+    # Broken tables
+    "NaN": ("results.csv", table(csv_text(detect(30, **{"train/box_loss": [*fall(20), *[NAN] * 10]}))), 1, "10 NaN"),
+    "NaN, old heads": (
+        "results.csv",
+        table(csv_text(detect(30, **{"val/dfl_loss": [*fall(20), *[INF] * 10]}), padded=True)),
+        1,
+        "10 Inf",
+    ),
+    "all losses up tenfold, mAP 0 in the last 8 epochs": (
+        "results.csv",
+        table(
+            csv_text(
+                with_metrics(
+                    with_losses(detect(N), lambda _, v: [*v[:EIGHT], *(10 * x for x in v[EIGHT:])]),
+                    lambda _, v: [*v[:EIGHT], *[0.0] * 8],
+                )
+            )
+        ),
+        1,
+        "metrics/mAP50(B): collapsed",
+    ),
+    "mAP 0 in 300 epochs, no head": (
+        "results.txt",
+        table(yolov5_text(300, metrics=[0.0] * 300)),
+        1,
+        "metrics/mAP50: never learnt: 0 in all 300 rows",
+    ),
+    "all flat and mAP 0, no head": (
+        "results.txt",
+        table(yolov5_text(100, metrics=[0.0] * 100, loss=flat(100, 0.07))),
+        1,
+        "scaler.get_scale()",
+    ),
+    "one number in all rows": (
+        "log.csv",
+        table("epoch,loss\n" + "".join(f"{i},0.7012\n" for i in range(40))),
+        1,
+        "never learnt",
+    ),
+    "mAP under 1e-4": (
+        "results.csv",
+        table(csv_text(with_metrics(detect(60), lambda _, __: noisy([4e-5] * 60, 0.3)))),
+        1,
+        "never learnt: at most",
+    ),
+    "the reports: all losses flat, box loss too, mAP 0": (
+        "results.csv",
+        table(csv_text(with_metrics(with_losses(pose(50), lambda _, v: stuck(v)), lambda _, __: [0.0] * 50))),
+        1,
+        "training/README.md",
+    ),
+    "six epochs of it": (
+        "results.csv",
+        table(csv_text(with_metrics(with_losses(detect(6), lambda _, v: flat(6, v[0])), lambda _, __: [0.0] * 6))),
+        1,
+        "get_scale",
+    ),
+    "keypoints never learnt, boxes good": (
+        "results.csv",
+        table(csv_text({k: [0.0] * N if "(P)" in k else v for k, v in pose(N).items()})),
+        1,
+        "(P): never learnt",
+    ),
+    "mAP falls by half": (
+        "results.csv",
+        table(
+            csv_text(
+                with_metrics(detect(N), lambda _, v: [*v[:100], *(x * (1 - 0.01 * i) for i, x in enumerate(v[100:]))])
+            )
+        ),
+        1,
+        "metrics/mAP50(B): fell from its best",
+    ),
+    "mAP falls by half, old heads, cut off": (
+        "results.csv",
+        table(csv_text(with_metrics(detect(N), lambda _, v: [*v[:75], *(x / 2 for x in v[75:])]), padded=True)[:-31]),
+        1,
+        "fell from its best",
+    ),
+    "mAP 0 in the last epoch": (
+        "results.csv",
+        table(csv_text(with_metrics(detect(N), lambda _, v: [*v[:-1], 0.0]))),
+        1,
+        "mAP50(B): collapsed: 0 at",
+    ),
+    "weights stand still: mAP the same number": (
+        "results.csv",
+        table(csv_text(with_metrics(detect(40), lambda _, __: [0.3712] * 40))),
+        1,
+        "0.3712 in all 40 rows",
+    ),
+    "overfitting, no metric": (
+        "log.csv",
+        table(
+            csv_text(
+                {
+                    "epoch": range(80),
+                    "train_loss": fall(80),
+                    "val_loss": [*fall(40), *(0.7 + 0.03 * i for i in range(40))],
+                }
+            )
+        ),
+        1,
+        "val_loss: fell from its best",
+    ),
+    "loss explodes, semicolons": (
+        "log.csv",
+        table(csv_text({"epoch": range(N), "loss": [*fall(N)[:EIGHT], *[40.0] * 8]}, ";", decimal=",")),
+        1,
+        "loss: collapsed",
+    ),
+    "all losses are 0": ("log.csv", table(csv_text({"epoch": range(20), "loss": [0.0] * 20})), 1, "0 in all 20 rows"),
+    "Lightning, NaN": ("metrics.csv", table(lightning_text(30, val=[*fall(20), *[NAN] * 10])), 1, "val_loss: 10 NaN"),
+    "Lightning, flat": (
+        "metrics.csv",
+        table(
+            "epoch,step,train_loss,val_loss\n"
+            + "".join(
+                f"{i},{i},{a},\n{i},{i},,{b}\n"
+                for i, (a, b) in enumerate(zip(flat(40, 0.7), flat(40, 0.71, seed=3), strict=True))
+            )
+        ),
+        1,
+        "never learnt",
+    ),
+    "empty where NaN was": (
+        "log.csv",
+        table("epoch,loss,mAP\n" + "".join(f"{i},{v if i < 30 else ''},{v / 9}\n" for i, v in enumerate(rise(40)))),
+        1,
+        "empty in the last 10 rows",
+    ),
+    "TensorBoard, flat": (
+        "run-a-tag-train_loss.csv",
+        table(tensorboard_text(flat(200, 0.754, 0.002))),
+        1,
+        "train_loss: never",
+    ),
+    "MMEngine, NaN": ("scalars.json", table(json_text(mmengine(24, loss=[*fall(80), *[NAN] * 16]))), 1, "loss: 16 NaN"),
+    "MMEngine, mAP 0": (
+        "scalars.json",
+        table(json_text(mmengine(36, metric=[0.0] * 36))),
+        1,
+        "never learnt: 0 in all 36",
+    ),
+    "mmdetection 2, collapsed": (
+        "a.log.json",
+        table(json_text(mmdetection(30, metric=[*rise(22), *[0.001] * 8]))),
+        1,
+        "val/bbox_mAP: collapsed",
+    ),
+    "detectron2, flat": (
+        "metrics.json",
+        table(json_text(detectron2(40, loss=flat(200, 2.1), metric=[0.0] * 40))),
+        1,
+        "get_scale",
+    ),
+    # No tables
+    "not a run": ("iris.csv", table("sepal,petal\n5.1,1.4\n4.9,1.4\n"), 2, "neither a loss nor a metric"),
+    "prose": ("notes.txt", table("The run went well.\nNext time with more data.\n"), 2, "read are"),
+    "an empty file": ("results.csv", table(""), 2, "is empty"),
+    "a picture": ("results.png", binary(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256))), 2, "read are"),
+    "settings": ("args.yaml", table("task: pose\nmode: train\nepochs: 100\n"), 2, "read are"),
+    "a JSON of something else": ("a.json", table('{"categories": ["cat"], "info": {}}'), 2, "no column of numbers"),
+    "JSON of names": ("a.json", table('["a", "b"]'), 2, "read are"),
+    # Healthy checkpoints
+    "plain": ("last.pt", saved(network().state_dict()), 0, None),
+    "plain, old format": ("last.pt", saved(network().state_dict(), _use_new_zipfile_serialization=False), 0, None),
+    "Ultralytics' best.pt": ("best.pt", saved(ultralytics()), 0, "torch.nn.modules"),
+    "Lightning's": ("epoch=9.ckpt", saved(lightning()), 0, None),
+    "MMEngine's": ("epoch_12.pth", saved(mmengine_checkpoint()), 0, None),
+    "a mask of -Inf": ("last.pt", saved({"mask": torch.full((3, 3), -INF).triu(1), "w": torch.ones(2)}), 0, None),
+    "pickle protocol 4": ("last.pt", saved(ultralytics(), pickle_protocol=4), 0, None),
+    "safetensors file": (
+        "model.safetensors",
+        binary(safetensors({"a": torch.ones(3), "i": torch.arange(3), "b": torch.ones(2).half()})),
+        0,
+        None,
+    ),
+    "DCP folder": (
+        "step_100",
+        dcp({"model": network().state_dict(), "step": 3, "scaler": scaler_state(1024.0)}),
+        0,
+        None,
+    ),
+    "sparse": ("w.pt", saved({"w": torch.eye(3).to_sparse()}), 0, None),
+    "quantised tensor": ("w.pt", saved(quantised(0.1)), 0, None),
+    "nested": ("w.pt", saved(nested(3.0)), 0, None),
+    "float8": ("w.pt", saved({"w": torch.ones(3).to(torch.float8_e4m3fn)}), 0, None),
+    "a path with an apostrophe": ("bob's best.pt", saved(ultralytics()), 0, None),
+    # Broken checkpoints
+    "plain, NaN": ("last.pt", saved(network(broken=True).state_dict()), 1, "1.running_var: 1 NaN"),
+    "Ultralytics, NaN": (
+        "best.pt",
+        saved(ultralytics(broken=True)),
+        1,
+        "ema.1.running_var: 1 NaN and 0 Inf in shape (4,)",
+    ),
+    "Ultralytics, NaN, old format": (
+        "best.pt",
+        saved(ultralytics(broken=True), _use_new_zipfile_serialization=False),
+        1,
+        "ema.1.running_var: 1 NaN",
+    ),
+    "Ultralytics, scale 0": (
+        "last.pt",
+        saved(ultralytics(scale=0.0)),
+        1,
+        "scaler.scale: the scale of this GradScaler is 0,",
+    ),
+    "Lightning's, NaN": ("a.ckpt", saved(lightning(broken=True)), 1, "state_dict.1.running_var"),
+    "Lightning, scale 1e-10": ("a.ckpt", saved(lightning(scale=1e-10)), 1, "MixedPrecision.scale"),
+    "MMEngine, scale 1e-10": ("a.pth", saved(mmengine_checkpoint(scale=1e-10)), 1, "optimizer.loss_scaler.scale"),
+    "a whole GradScaler": (
+        "a.pt",
+        saved({"w": torch.ones(1), "scaler": torch.amp.GradScaler("cpu", init_scale=1e-10)}),
+        1,
+        "the scale of this GradScaler is 1e-10",
+    ),
+    "a weight of -Inf": ("last.pt", saved(bad_weights(-INF)), 1, "model.w: 0 NaN and 1 Inf"),
+    "numpy array with NaN": ("last.pt", saved({"w": torch.ones(2), "mean": np.array([1.0, NAN])}), 1, "mean: 1 NaN"),
+    "safetensors, NaN": (
+        "m.safetensors",
+        binary(safetensors({"i": torch.arange(3), "a": torch.ones(3).half(), "b": torch.tensor([NAN, 1])})),
+        1,
+        "b: 1 NaN",
+    ),
+    "safetensors, float8": ("m.safetensors", binary(safetensors({"a": FLOAT8})), 1, "a: 1 NaN"),
+    "DCP folder, NaN": ("step_100", dcp({"model": network(broken=True).state_dict()}), 1, "model.1.running_var: 1 NaN"),
+    "DCP shard, NaN": ("step_100/__0_0.distcp", dcp({"w": torch.tensor([NAN])}), 1, "w: 1 NaN"),
+    "a bias of 0 and -Inf": ("last.pt", saved({"bias": torch.tensor([0.0, -INF])}), 1, "bias: 0 NaN and 1 Inf"),
+    "DCP folder, scale 0": (
+        "step_100",
+        dcp({"model": {"w": torch.ones(1)}, "scaler": scaler_state(0.0)}),
+        1,
+        "scaler.scale",
+    ),
+    "sparse, NaN": ("w.pt", saved({"w": torch.tensor([[0, NAN], [0, 1]]).to_sparse()}), 1, "first at [0, 1]"),
+    "quantised with a scale of NaN": ("w.pt", saved(quantised(NAN)), 1, "w: 4 NaN"),
+    "nested, Inf": ("w.pt", saved(nested(INF)), 1, "w: 0 NaN and 1 Inf"),
+    "float8, NaN": ("w.pt", saved({"w": FLOAT8}), 1, "w: 1 NaN"),
+    "complex, NaN": ("w.pt", saved({"w": torch.tensor([1j, complex(NAN, 0)])}), 1, "w: 1 NaN"),
+    # No checkpoints
+    "a folder": ("runs", lambda path: path.mkdir(), 2, "without the .metadata"),
+    "a shard alone": ("__0_0.distcp", binary(b"PK\x03\x04"), 2, "without the .metadata"),
+    "a zip of something else": ("a.pt", binary(b"PK\x05\x06" + b"\0" * 18), 2, "none of torch.save"),
+    "no tensor": ("a.pt", saved({"epoch": 3}), 2, "holds no tensor"),
+    "words": ("a.pt", table("no pickle at all"), 2, "read are"),
+    "safetensors cut off": ("m.safetensors", binary(safetensors({"a": torch.ones(30)})[:-9]), 2, "is damaged"),
+    "safetensors of 3 bytes": ("m.safetensors", binary(b"abc"), 2, "no safetensors file"),
+    "nothing there": ("missing.csv", lambda _: None, 2, "No such file"),
+}
+if FLOAT4 is not None:
+    CASES["float4"] = ("w.pt", saved({"w": torch.zeros(4, dtype=torch.uint8).view(FLOAT4)}), 0, None)
+
+
+@pytest.mark.parametrize(("name", "write", "status", "words"), CASES.values(), ids=CASES)
+def test_verdict(name, write, status, words, tmp_path, capsys):
+    path = tmp_path / name
+    write(path)
+    actual = main(["diagnose", str(path)])
+    out, err = capsys.readouterr()
+    assert actual == status, out + err
+    if words is not None:
+        assert words in out + err
+    assert (len(err.splitlines()), out) == (1, "") if status == 2 else err == ""
+    if status == 2:
+        assert str(path) in err

@@ -1,0 +1,335 @@
+"""What the curves of a run say: whether it has learnt, and whether it has lost again what it had learnt."""
+
+from __future__ import annotations
+
+import math
+import re
+from itertools import accumulate, pairwise
+from statistics import fmean, median
+from typing import NamedTuple
+
+from triton_mgiou.training.tables import Column, Table
+
+LOWER_IS_BETTER = re.compile(r"loss|error|nll|perplexity|(?<![a-z])(mae|mse|rmse|wer|cer|ppl)(?![a-z])")
+NO_CURVE = re.compile(r"(?<![a-z])(lr|weight|scaler?|coef|gain|time)\d*$|(^|/)best[_ ]")
+# By what they say of a run: each kind is judged where there is none of the kinds before. An accuracy beside mAP is
+# that of a head on its proposals, and high at once.
+METRICS = (
+    re.compile(r"(?<![a-z])(m?ap[sml]?(?![a-z])|f1|fitness|dice|auc|pck|oks)|iou(?![a-z])"),
+    re.compile(
+        r"(?<![a-z])acc(?![a-z])|accuracy|(?<![a-z])top.?[15](?!\d)"
+    ),  # beside mAP it is that of a head on its proposals, high at once
+    re.compile(r"precision|recall|(?<![a-z])m?ar(?![a-z])"),
+)
+PERCENT = re.compile(r"^(bbox|segm|keypoints)/AP")  # detectron2
+
+FEWEST = 5  # numbers that a curve must have to be judged
+SETTLED, LONG = 10, 30  # rows after which a metric at 0 is a fault: if no loss falls any more, and in any case
+LEARNT = 1e-3  # of the full metric: one that never gets there has never learnt
+HARDLY, USEFUL = 0.01, 0.05  # of the full metric: below, it may be chance; above, it says that the run is sound
+FULL = 0.95  # of the full metric: one that stands still there has converged
+FLAT, FLAT_BESIDE_NOTHING = 0.05, 0.1  # of its mean: a loss that stays within is flat; the second, if metrics are 0 too
+GOOD, GONE = 0.85, 0.01  # of its best: a metric that ends below has fallen, or collapsed
+RISE = 0.3  # of its best, and of what it had fallen by: a loss that rises by more has fallen from its best
+MANIFOLD = 3.0  # times its best: a loss that ends above, and above its start, has collapsed
+NOISE = 3.0  # standard deviations from row to row: less is no rise and no fall
+
+LAST_SHARE = 0.3  # converged and oscillating are judged in the last 30 % of the rows, at least 5
+PLATEAU_GAIN = 0.01  # their best value beats the best one before them by less than 1 %
+OSCILLATION_TURNS = 0.6  # the curve turns in 60 % of these rows,
+OSCILLATION_STEP = 0.1  # and goes 10 % of its mean magnitude from row to row
+
+NO_STEP = (
+    "all losses are flat and no metric has moved: most likely no step of the optimizer is taken. A GradScaler skips "
+    "each step whose gradient has NaN or Inf while the loss stays finite: print scaler.get_scale() after 20 steps, it "
+    "falls below 1 then. If it does not, the gradients may be 0: compare the units of predictions and targets. See "
+    "triton_mgiou/training/README.md, When training goes wrong"
+)
+
+
+class NothingToJudgeError(Exception):
+    """The table has no loss and no metric."""
+
+
+class Curve(NamedTuple):
+    """A loss or a metric in figures.
+
+    Attributes:
+        column: Its numbers.
+        is_lower_better: Whether it is a loss.
+        start: Mean of its first 3 values.
+        best: The best of its values, each smoothed with its neighbours.
+        at: The epoch of it.
+        end: Median of its last values.
+        noise: Standard deviation of a value.
+    """
+
+    column: Column
+    is_lower_better: bool
+    start: float
+    best: float
+    at: float
+    end: float
+    noise: float
+
+    @property
+    def name(self) -> str:
+        """Of the column."""
+        return self.column.name
+
+    @property
+    def values(self) -> list[float]:
+        """Of the column."""
+        return self.column.values
+
+
+def judge(table: Table) -> tuple[list[str], list[str]]:
+    """What is wrong with a run, and what is worth knowing.
+
+    Losses are columns with "loss", "error" or the like in their names; metrics those with mAP, AP, F1, IoU, fitness
+    and so on; accuracy counts where there is none of these, precision and recall where there is no accuracy either.
+    Metrics of one kind, as mAP50 and mAP50-95 of boxes, are judged together, by the highest. They are in 0..1 or in
+    percent; -1, and NaN in all rows, stand for "not defined". What has fewer than 5 numbers is not judged.
+
+    - NaN or Inf in a loss, or in a metric after it had a number, is a fault; in other columns, as the norm of a
+      gradient, if it stays so until the end. So is a loss or metric that is empty at the end while what was written
+      beside it goes on.
+    - never learnt: a metric stays below 0.1 % for 30 rows, or for 10 if no loss falls any more; a loss or metric is
+      the same number in all rows (0 in a loss is by definition, unless all losses are 0; 95 % in a metric is enough);
+      all losses stay within 5 % from the first row to the last, and there is no metric, or within 10 %, and none
+      gets to 1 %.
+    - fell from its best: a metric ends below 85 % of its best by more than its noise; a loss ends above its best
+      by 30 %, and by 30 % of what it had fallen, or above its start by 5 % (from 10 rows on), while no metric is good
+      (5 %, and not fallen).
+    - collapsed: a metric ends below 1 % of its best, be it in the last row only; a loss ends at three times its
+      best and above its start.
+    - converged (no fault): the last 30 % of the rows are less than 1 % better than the best before.
+    - oscillation (no fault by itself): in the last 30 % of the rows a loss turns in 60 % of them and goes 10 % of its
+      mean from row to row.
+
+    Returns:
+        The faults, and the notes.
+
+    Raises:
+        NothingToJudgeError: There is neither a loss nor a metric, and no NaN or Inf.
+    """
+    problems: list[str] = []
+    losses: list[Curve] = []
+    metrics: list[Column] = []
+    is_run = any(kind_of(column.name) for column in table.columns)
+    for column in table.columns:
+        kind = kind_of(column.name)
+        if kind == "metric":
+            metrics.append(column)
+            continue
+        if is_run and not kind and "grad" not in column.name and not any(map(math.isfinite, column.values)):
+            continue  # not defined for this data
+        trouble = _not_finite(column, always=kind == "loss") or (_ends_early(column, table) if kind else "")
+        if trouble:
+            problems.append(f"{column.name}: {trouble}")
+        elif kind == "loss" and len(column.values) >= FEWEST:
+            losses.append(curve_of(column, lower=True))
+    curves = _families(metrics, table, problems)
+    if not problems and not is_run:
+        raise NothingToJudgeError("has neither a loss nor a metric by name")
+
+    falls = any(_falls(loss.values) for loss in losses)
+    faults = {curve.name: fault for curve in curves if (fault := _fault_of_metric(curve, falls))}
+    good = [curve.name for curve in curves if curve.name not in faults and curve.best >= USEFUL * full(curve)]
+    others_good = [name for name in good if "train" not in name.lower()]
+    has_none = not any(curve.best >= HARDLY * full(curve) for curve in curves)
+    stands_still = has_none and _stand_still(losses, FLAT_BESIDE_NOTHING if curves else FLAT)
+    for loss in losses:
+        is_excused = bool(good if "train" in loss.name.lower() else others_good)
+        fault = _fault_of_loss(loss, losses, is_excused, stands_still)
+        if fault:
+            faults[loss.name] = fault
+    problems += [f"{column.name}: {faults[column.name]}" for column in table.columns if column.name in faults]
+    if stands_still:
+        problems.append(NO_STEP)
+    notes = [f"{c.name}: {note}" for c in (*losses, *curves) if c.name not in faults and (note := _converged(c))]
+    notes += [f"{loss.name}: {note}" for loss in losses if (note := _oscillation(loss.values))]
+    return problems, notes
+
+
+def kind_of(name: str) -> str:
+    """Whether a column is a "loss", a "metric" or, as far as its name says, neither: ""."""
+    name = name.lower()
+    if NO_CURVE.search(name):
+        return ""
+    if LOWER_IS_BETTER.search(name):
+        return "loss"
+    return "metric" if any(pattern.search(name) for pattern in METRICS) else ""
+
+
+def curve_of(column: Column, *, lower: bool) -> Curve:
+    """The figures of a column."""
+    best = min if lower else max
+    values = column.values
+    width = len(values) // 50  # rows on either side, beside the median of 3
+    sums = [0.0, *accumulate(median(values[i - 1 : i + 2]) if i else values[0] for i in range(len(values)))]
+    ends = [(max(0, i - width), min(len(values), i + width + 1)) for i in range(len(values))]
+    smoothed = [(sums[stop] - sums[start]) / (stop - start) for start, stop in ends]
+    at = smoothed.index(best(smoothed))
+    end = median(values[-max(3 if len(values) < 20 else 5, width) :])
+    if len(values) < 100:  # a last value that is good is one, as where only the last epoch is validated
+        end = best(end, values[-1])
+    noise = 1.05 * median(abs(b - a) for a, b in pairwise(values)) if len(values) > 1 else 0.0
+    return Curve(column, lower, fmean(values[:3]), smoothed[at], column.epochs[at], end, noise)
+
+
+def full(curve: Curve) -> float:
+    """The highest value that the metric can have: 1, or 100 in percent."""
+    return 100.0 if max(curve.values) > 1.5 or PERCENT.search(curve.name) else 1.0
+
+
+def _families(metrics: list[Column], table: Table, problems: list[str]) -> list[Curve]:
+    """The curve with the highest values of each kind of metric; what is wrong with single ones goes to `problems`."""
+    numbers: list[Column] = []
+    undefined: list[Column] = []
+    for column in metrics:
+        defined = [i for i, value in enumerate(column.values) if not value < 0]  # -1: no such objects in the data
+        first = next((i for i in defined if math.isfinite(column.values[i])), None)
+        if first is None:
+            undefined += [column] if defined else []
+            continue
+        kept = [i for i in defined if i >= first]
+        rows, epochs, values = ([each[i] for i in kept] for each in (column.rows, column.epochs, column.values))
+        shorter = Column(column.name, rows, epochs, values)  # type: ignore[arg-type]
+        trouble = _not_finite(shorter, always=True) or _ends_early(shorter, table)
+        if trouble:
+            problems.append(f"{column.name}: {trouble}")
+        else:
+            numbers.append(shorter)
+    if not numbers:
+        problems += [f"{column.name}: {_not_finite(column, always=True)}" for column in undefined]
+    highest: dict[str, Curve] = {}
+    for pattern in METRICS:
+        for column in numbers:
+            name = column.name.lower()
+            match = pattern.search(name)
+            if match is None or len(column.values) < FEWEST:
+                continue
+            curve = curve_of(column, lower=False)
+            word = "ap" if "ap" in match[0] else match[0]
+            family = name[: match.start()] + word + "".join(re.findall(r"\(\w+\)", name))
+            if family not in highest or curve.best > highest[family].best:
+                highest[family] = curve
+        if highest:
+            break
+    return list(highest.values())
+
+
+def _fault_of_metric(curve: Curve, losses_fall: bool) -> str:
+    rows, highest = len(curve.values), max(curve.values)
+    if highest < LEARNT * full(curve) and (rows >= LONG or (rows >= SETTLED and not losses_fall)):
+        return f"never learnt: {'0' if highest == 0 else f'at most {highest:.3g}'} in all {rows} rows"
+    if rows >= SETTLED and highest == min(curve.values) and LEARNT * full(curve) <= highest < FULL * full(curve):
+        return f"never learnt: {highest:.4g} in all {rows} rows"
+    if highest < LEARNT * full(curve):
+        return ""
+    is_gone_at_last = curve.values[-1] < GONE * curve.best and curve.noise < 0.1 * curve.best
+    after = f"{min(curve.end, curve.values[-1]):.4g} at the end, after {curve.best:.4g} at epoch {curve.at:g}"
+    if curve.end < GONE * curve.best or is_gone_at_last:
+        return f"collapsed: {after}"
+    if curve.end < GOOD * curve.best and curve.best - curve.end > NOISE * curve.noise:
+        return f"fell from its best: {after}"
+    return ""
+
+
+def _fault_of_loss(loss: Curve, losses: list[Curve], is_excused: bool, stands_still: bool) -> str:
+    values = loss.values
+    if min(values) == max(values):
+        is_defined_so = values[0] == 0 and any(any(other.values) for other in losses)
+        is_rounded = is_excused and len(values) < SETTLED
+        return "" if is_defined_so or is_rounded else f"never learnt: {values[0]:.4g} in all {len(values)} rows"
+    if stands_still:
+        return f"never learnt: {loss.start:.4g} at the start, {loss.end:.4g} at the end"
+    rise, fallen = loss.end - loss.best, max(loss.start - loss.best, 0)
+    if is_excused:
+        return ""
+    after = f"{loss.end:.4g} at the end, after {loss.best:.4g} at epoch {loss.at:g}"
+    if loss.end > max(MANIFOLD * loss.best, loss.start) and rise > fallen:
+        return f"collapsed: {after}"
+    is_rise = rise > RISE * max(abs(loss.best), fallen)
+    ends_above_start = len(values) >= SETTLED and loss.end > loss.start + FLAT * abs(loss.start)
+    is_real = rise > NOISE * loss.noise
+    return f"fell from its best: {after}" if is_real and (is_rise or ends_above_start) else ""
+
+
+def _stand_still(losses: list[Curve], within: float) -> bool:
+    """Whether all losses stay where they are, those of the training if there are such; 0 says nothing."""
+    losses = [loss for loss in losses if any(loss.values)]
+    losses = [loss for loss in losses if "train" in loss.name.lower()] or losses
+    return bool(losses) and all(_is_flat(loss, within) for loss in losses)
+
+
+def _is_flat(loss: Curve, within: float) -> bool:
+    values = loss.values
+    share = len(values) / 5
+    means = [fmean(values[round(i * share) : round((i + 1) * share)]) for i in range(5)]
+    mean = fmean(values)
+    at_start = abs(loss.start - mean) <= max(within * abs(mean), NOISE * loss.noise / math.sqrt(3))
+    return at_start and max(means) - min(means) <= within * abs(mean)
+
+
+def _falls(values: list[float]) -> bool:
+    """Whether a loss still falls in the last third of its rows."""
+    third = len(values) // 3
+    return third > 0 and fmean(values[-third:]) < 0.95 * fmean(values[-2 * third : -third])
+
+
+def _not_finite(column: Column, *, always: bool) -> str:
+    """How many NaN and Inf there are; unless `always`, only if it ends so."""
+    bad = [index for index, value in enumerate(column.values) if not math.isfinite(value)]
+    last = 3 if "grad" in column.name.lower() else 1  # a norm of gradients is Inf where a GradScaler searches
+    if not bad or not (always or all(not math.isfinite(value) for value in column.values[-last:])):
+        return ""
+    nan = sum(math.isnan(column.values[index]) for index in bad)
+    return f"{nan} NaN and {len(bad) - nan} Inf, the first at epoch {column.epochs[bad[0]]:g}"
+
+
+def _ends_early(column: Column, table: Table) -> str:
+    """Whether it is empty at the end, for longer than ever before, while what was written beside it goes on."""
+    own, last = set(column.rows), column.rows[-1]
+    if last == table.rows - 1 or len(column.values) < FEWEST:
+        return ""
+    beside = [other.rows for other in table.columns if other.name != column.name and not own.isdisjoint(other.rows)]
+    rows = sorted({row for each in beside for row in each})
+    gaps, gap = [0], 0
+    for row in rows:
+        gap = 0 if row in own else gap + 1
+        gaps.append(gap)
+    after = sum(row > last for row in rows)
+    if not after or after <= max(gaps[: len(gaps) - after]):
+        return ""
+    empty = table.rows - 1 - last
+    return f"empty in the last {empty} rows, after epoch {column.epochs[-1]:g} (some libraries write NaN so)"
+
+
+def _converged(curve: Curve) -> str:
+    values = curve.values
+    window = max(FEWEST, math.ceil(LAST_SHARE * len(values)))
+    if len(values) < 2 * window or min(values) == max(values):
+        return ""
+    sign = -1 if curve.is_lower_better else 1
+    before, last = (max(sign * value for value in part) for part in (values[:-window], values[-window:]))
+    if last - before >= PLATEAU_GAIN * abs(before):
+        return ""
+    return f"converged: {curve.end:.4g} at the end, best {curve.best:.4g} at epoch {curve.at:g}"
+
+
+def _oscillation(values: list[float]) -> str:
+    window = max(FEWEST, math.ceil(LAST_SHARE * len(values)))
+    last = values[-window:]
+    if len(values) < 2 * window:
+        return ""
+    steps = [after - value for value, after in pairwise(last)]
+    turns = sum(a * b < 0 for a, b in pairwise(steps)) / (window - 2)
+    step, mean = fmean(map(abs, steps)), fmean(map(abs, last))
+    if turns < OSCILLATION_TURNS or step < OSCILLATION_STEP * mean:
+        return ""
+    return (
+        f"oscillation: in the last {window} rows it turns in {turns:.0%} of them and goes {step:.4g} from row to row, "
+        f"{step / mean:.0%} of its mean {mean:.4g}"
+    )

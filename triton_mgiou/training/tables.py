@@ -1,0 +1,232 @@
+"""Tables of losses and metrics as trainers write them: columns by name, from CSV, plain text and JSON lines."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+READ = "CSV (Ultralytics, Lightning, TensorBoard), YOLOv5's results.txt, JSON lines (MMEngine, detectron2)"
+
+CLOCK = re.compile(r"(trainer/)?(global_|_)?(epochs?|steps?|iter(ation)?s?)")
+NO_NUMBERS = ("wall time", "unnamed: 0", "index", "")  # of a training
+MISSING = ("", "-", "none", "null", "n/a", "na")
+YOLO = re.compile(r"\d+/\d+|[\d.,]+[GM]")  # the epoch as `0/299`, then the memory as `7.37G`
+BROKEN_SHARE = 0.02  # of the rows may be broken, as a kill leaves them
+
+Row = dict[str, float | None]
+
+
+class TableError(Exception):
+    """The text is no table; the message says why."""
+
+
+class Column(NamedTuple):
+    """A column of numbers.
+
+    Attributes:
+        name: What it is called.
+        rows: The indices of the rows in which it has a number.
+        epochs: What the table's clock says there: epoch, step or iteration; the number of the row without one.
+        values: The numbers, NaN and Inf among them.
+    """
+
+    name: str
+    rows: list[int]
+    epochs: list[float]
+    values: list[float]
+
+
+class Table(NamedTuple):
+    """The columns of a table, without its clocks; how many rows it has, and what was left out of it."""
+
+    columns: list[Column]
+    rows: int
+    notes: list[str]
+
+
+def read_table(path: Path) -> Table:
+    """Read a table.
+
+    Raises:
+        TableError: It is none, or damaged.
+    """
+    text = path.read_bytes().rstrip(b"\0")  # a crash of the machine leaves zeros at the end
+    try:
+        lines = [line for line in text.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise TableError("is no table: it is not UTF-8 text") from None
+    if not lines:
+        raise TableError("is empty")
+    notes: list[str] = []
+    lines[0] = lines[0].lstrip("# ") or lines[0]  # numpy.savetxt
+    is_json = lines[0].lstrip().startswith(("{", "["))
+    rows = _json_rows(lines, notes) if is_json else _text_rows(lines, notes, _tag(path))
+    return Table(list(_columns(rows)), len(rows), notes)
+
+
+def _columns(rows: list[Row]) -> Iterator[Column]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    clocks = sorted((name for name in names if CLOCK.fullmatch(name.lower())), key=lambda name: "epoch" not in name)
+    found = False
+    for name in names:
+        filled = [index for index, row in enumerate(rows) if row.get(name) is not None]
+        if not filled or name in clocks or name.lower() in NO_NUMBERS:
+            continue
+        found = True
+        epochs = [_first(rows[index], clocks, index + 1) for index in filled]
+        yield Column(name, filled, epochs, [float(rows[index][name] or 0) for index in filled])
+    if not found:
+        raise TableError("has no column of numbers")
+
+
+def _first(row: Row, names: list[str], default: float) -> float:
+    return next((value for name in names if (value := row.get(name)) is not None), default)
+
+
+def _json_rows(lines: list[str], notes: list[str]) -> list[Row]:
+    """The objects of a file that has one a line, or of a list, alone or as `log_history` of Transformers."""
+    objects: Any = _json("\n".join(lines))
+    if objects is None:
+        objects = [_json(line) for line in lines]
+        broken = [f"line {number} is no JSON, or cut off" for number, each in enumerate(objects, 1) if each is None]
+        _refuse_or_note(broken, len(lines), notes)
+        objects = [each for each in objects if each is not None]
+    elif isinstance(objects, dict):
+        objects = objects.get("log_history", [objects])
+    rows = []
+    for each in objects if isinstance(objects, list) else ():
+        if not isinstance(each, dict):
+            raise TableError(f"has no objects of numbers, but {type(each).__name__}")
+        mode = each.get("mode")
+        prefix = f"{mode}/" if isinstance(mode, str) and mode != "train" else ""
+        row: Row = {}
+        for name, value in each.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                clock = CLOCK.fullmatch(name.lower())
+                row[name if clock else prefix + name] = float(value)
+        if "env_info" not in each and row:
+            rows.append(row)
+    if not rows:
+        raise TableError("has no column of numbers")
+    return rows
+
+
+def _refuse_or_note(broken: list[str], count: int, notes: list[str]) -> None:
+    """Few rows that a kill has cut off are left out; more, or all, are damage."""
+    if len(broken) > max(1, BROKEN_SHARE * count) or len(broken) == count:
+        raise TableError(f"is damaged: {broken[0]}")
+    notes += [f"left out: {each}" for each in broken]
+
+
+def _json(text: str) -> Any:
+    """What the text stands for, or None."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _text_rows(lines: list[str], notes: list[str], tag: str) -> list[Row]:
+    delimiter = max((";", "\t", ","), key=lines[0].count)  # 1;0,5 has as many of both
+    spaced = lines[0].split()
+    if len(spaced) > 1 and all(YOLO.fullmatch(cell) or _number(cell, True) is not None for cell in spaced):
+        delimiter = " "
+    if delimiter in lines[0] and delimiter != " ":
+        split = [[cell.strip() for cell in cells] for cells in csv.reader(lines, delimiter=delimiter)]
+    else:
+        split = [line.split() for line in lines]
+    comma = delimiter != "," or delimiter not in lines[0]
+    if len(split[0]) > 8 and all(map(YOLO.fullmatch, split[0][:2])):
+        split = [[cells[0].partition("/")[0], *cells[2:]] for cells in split]
+        head = _yolo_head(split)
+    elif _is_head(split[0], comma):
+        head = _distinct(split.pop(0))
+        if not split:
+            raise TableError("has a head and no rows")
+    else:
+        head = [f"column {index + 1}" for index in range(len(split[0]))]
+    if "Wall time" in head:
+        head = [tag if name == "Value" else name for name in head]
+
+    rows: list[dict[str, str]] = []
+    broken = []
+    for number, row in enumerate(split, 1):
+        cells = row if any(row[len(head) :]) else row[: len(head)]  # some end each row in a comma
+        if number > 1 and _is_head(cells, comma):  # after a resume
+            head = _distinct(cells)
+        elif len(cells) == len(head):
+            rows.append(dict(zip(head, cells, strict=True)))
+        else:
+            broken.append(f"row {number} has {len(cells)} cells instead of {len(head)}")
+    _refuse_or_note(broken, len(split), notes)
+    return _numbers(rows, comma, notes)
+
+
+def _numbers(rows: list[dict[str, str]], comma: bool, notes: list[str]) -> list[Row]:
+    """The numbers of the cells; a column of nothing but words is left out, a word among numbers is damage."""
+    numbers = [{name: _number(cell, comma) for name, cell in row.items()} for row in rows]
+    has_numbers = {name for row in numbers for name, value in row.items() if value is not None}
+    for index, (row, cells) in enumerate(zip(numbers, rows, strict=True)):
+        for name in [name for name, value in row.items() if value is None]:
+            if name in has_numbers and cells[name].lower() not in MISSING:
+                if index < len(rows) - 1 or name != list(row)[-1] or index == 0:
+                    raise TableError(f"is damaged: {cells[name]!r} in the column {name!r} is no number")
+                notes.append(f"left out: the last row, which ends in {cells[name]!r}")
+                return numbers[:-1]
+    return numbers
+
+
+def _distinct(head: list[str]) -> list[str]:
+    seen: dict[str, int] = {}
+    names = []
+    for name in head:
+        seen[name] = seen.get(name, 0) + 1
+        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return names
+
+
+def _yolo_head(split: list[list[str]]) -> list[str]:
+    """Names for YOLOv5's and YOLOv7's columns: losses, labels and size of the images, four metrics, losses again."""
+    width = len(split[0])
+
+    def is_size(cell: str) -> bool:
+        return cell.isdigit() and int(cell) >= 32
+
+    whole = [cells for cells in split if len(cells) == width]
+    places = [index for index in range(3, width - 4) if all(is_size(cells[index]) for cells in whole)]
+    size = places[-1] if places else None
+    if size is None:
+        raise TableError("is no results.txt of YOLOv5: it has no column of image sizes")
+    losses = [f"train/loss {index}" for index in range(1, size - 1)]
+    if len(losses) == 4:
+        losses = [f"train/{name}_loss" for name in ("box", "obj", "cls", "total")]
+    metrics = [f"metrics/{name}" for name in ("precision", "recall", "mAP50", "mAP50-95")]
+    rest = width - size - 5
+    val = [f"val/loss {index}" for index in range(1, rest + 1)]
+    if rest == 3:
+        val = [f"val/{name}_loss" for name in ("box", "obj", "cls")]
+    return ["epoch", *losses, "labels", "image size", *metrics, *val]
+
+
+def _tag(path: Path) -> str:
+    """The tag in the name that TensorBoard gives to a download: `run-NAME-tag-TAG.csv`."""
+    return re.split(r"tag-", path.stem)[-1]
+
+
+def _is_head(cells: list[str], comma: bool) -> bool:
+    """Whether most cells are names."""
+    named = [cell for cell in cells if cell.lower() not in MISSING]
+    return 2 * sum(_number(cell, comma) is None for cell in named) > len(named)
+
+
+def _number(cell: str, comma: bool) -> float | None:
+    if comma and re.fullmatch(r"[-+]?\d+,\d+([eE][-+]?\d+)?", cell):
+        cell = cell.replace(",", ".")
+    try:
+        return float(cell)
+    except ValueError:
+        return None
