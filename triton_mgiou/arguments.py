@@ -165,7 +165,7 @@ def _wrong_box_shape(name: str, shape: tuple[int, ...], fmt: str) -> str:
 
 
 def check_pairs(name: str, first: Tensor, second: Tensor, shape: tuple[int | None, ...], expected: str) -> None:
-    """Refuse what are no two sets of shapes, (P, *shape) or (B, P, *shape); None in `shape` stands for any size but 0."""
+    """Refuse what are no two sets of shapes, (P, *shape) or (B, P, *shape); None in `shape` is any size but 0."""
     for side, value in ((f"{name}1", first), (f"{name}2", second)):
         check_tensor(side, value)
         wanted = value.shape[value.dim() - len(shape) :]

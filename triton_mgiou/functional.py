@@ -402,7 +402,7 @@ def box_mgiou(
     )
     check_matrix_options(over, axis_weight, kind.axis_weights, backend)
     if fmt == "xyxyxyxy":
-        corners = (each.unflatten(-1, (4, 2)) for each in (boxes1, boxes2))
+        corners = (each.reshape(*each.shape[:-1], 4, 2) for each in (boxes1, boxes2))
         return polygon_mgiou(*corners, mask1=mask1, mask2=mask2, over=over, axis_weight=axis_weight, backend=backend)
     sizes = len(kind.shape)
     for name, mask, side, boxes in (("mask1", mask1, "boxes1", boxes1), ("mask2", mask2, "boxes2", boxes2)):

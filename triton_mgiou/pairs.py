@@ -159,7 +159,8 @@ def _polygon_values(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) ->
         case = f"pairs of polygons {' '.join(map(str, fields[1:]))}"
         candidates = layouts.polygon_pair_candidates(corners, INTERPRETED)
         plan = launch.keep_plan(
-            fields, Plan(polygon_kernels.polygon_pairs_kernel, constants, case, candidates, dtype, fields[0])
+            fields,
+            Plan(polygon_kernels.polygon_pairs_kernel, constants, case, candidates, dtype, polygons1.get_device()),
         )
     matrix = plan.scalar.new_empty((batch, rows, columns))
     for part in _parts(batch):

@@ -101,7 +101,7 @@ def test_overlaps_are_those_of_an_assigner(config, sets):
     assert_close(aligned, matrix[:4].diagonal(), atol=0)
     assert overlaps(first, second[:0]).shape == (7, 0)
     assert overlaps(first[:0], second[:0], is_aligned=True).shape == (0,)
-    with pytest.raises(ValueError, match="mode must be .* got 'iof'"):
+    with pytest.raises(ValueError, match=r"mode must be .* got 'iof'"):
         overlaps(first, second, mode="iof")
 
 
@@ -111,7 +111,8 @@ def test_a_child_registry_builds_them_too(config):
     assert type(child.build(config.match_cost)).__name__ == "MGIoUCost"
 
 
-def test_registering_again_changes_nothing(config):
+@pytest.mark.usefixtures("config")
+def test_registering_again_changes_nothing():
     adapter = importlib.import_module("triton_mgiou.integrations.openmmlab")
     adapter.register()
     assert TASK_UTILS.get("MGIoUCost") is adapter.MGIoUCost

@@ -16,7 +16,7 @@ ULP = 2.0**-23  # of 1 in float32
 
 
 def random_boxes(count, fmt, rng, aspect=3.0):
-    """Boxes (count, ...) in float64: centres in the unit square or cube, sides up to 1 and down to that over `aspect`."""
+    """Boxes (count, ...) in float64: centres in a unit square or cube, sides up to 1 and down to 1 over `aspect`."""
     dims = 3 if fmt in ("cxcyczlwhr", "corners3d") else 2
     centre = uniform((count, dims), -0.5, 0.5, rng)
     size = aspect ** -uniform((count, dims), 0, 1, rng)

@@ -1,4 +1,4 @@
-"""Gradients of the matrix to both sets: against differences of the oracle, for any upstream, in blocks, under transforms."""
+"""Gradients to both sets: against differences of the oracle, for any upstream, in blocks, under transforms."""
 
 import weakref
 from dataclasses import replace
@@ -224,7 +224,7 @@ def test_blocks_change_nothing_and_keep_to_their_memory(fmt, monkeypatch):
 def test_blocks_refuse_a_second_derivative(monkeypatch):
     monkeypatch.setattr(pairs, "MEMORY", 2**12)
     boxes = random_boxes(8, "cxcywhr", generator(13)).requires_grad_()
-    with pytest.raises(RuntimeError, match="second derivative.*MEMORY"):
+    with pytest.raises(RuntimeError, match=r"second derivative.*MEMORY"):
         torch.autograd.grad(box_mgiou(boxes, boxes, over="depth").sum(), boxes, create_graph=True)
 
 

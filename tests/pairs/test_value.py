@@ -1,4 +1,4 @@
-"""Values of the matrix of all pairs: against the oracle, against the loss, and what swapping and ordering must not change."""
+"""Values of the matrix: against the oracle, against the loss, and what swapping and ordering must not change."""
 
 import numpy as np
 import pytest

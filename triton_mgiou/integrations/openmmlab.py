@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from mmengine.registry import MODELS, TASK_UTILS
+from mmengine.registry import MODELS, TASK_UTILS  # type: ignore[import-not-found, unused-ignore]
 from torch import Tensor
 
 from triton_mgiou.arguments import check_box_format, check_number
@@ -43,7 +43,11 @@ class MGIoUCost:
         self.options: dict[str, Any] = {"fmt": fmt, "angle": angle, "clockwise": clockwise}
 
     def __call__(
-        self, pred_instances: Any, gt_instances: Any, img_meta: dict[str, Any] | None = None, **_: Any
+        self,
+        pred_instances: Any,
+        gt_instances: Any,
+        img_meta: dict[str, Any] | None = None,  # noqa: ARG002 - of the protocol
+        **_: Any,
     ) -> Tensor:
         """Return the costs.
 

@@ -31,6 +31,8 @@ from triton_mgiou.kernels.axis import LENGTH, UNIFORM
 from triton_mgiou.kernels.boxes import (
     CXCYCZLWHR,
     CXCYWHR,
+    NO_LENGTH_32,
+    NO_LENGTH_64,
     QUARTER_32,
     QUARTER_64,
     QUARTER_REST_32,
@@ -60,7 +62,8 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # sin x = x + x^3 (...) for x up to a quarter turn: relative error 6e-9, and exactly 1 there.
 SINE = tl.constexpr((2.605780491878705e-06, -0.0001980960284001521, 0.008333066245301491, -0.1666665955040033))
 
-# A tile is plain if its sizes are above the first two, the first of its largest number, and its numbers below the others.
+# A tile is plain if its sizes are above the first of its largest number and above the second, and its numbers and
+# angles below the others.
 PLAIN_RATIO = tl.constexpr(1e-5)
 PLAIN_SIZE = tl.constexpr(2.0**-40)
 PLAIN_NUMBER = tl.constexpr(2.0**40)
@@ -70,7 +73,6 @@ PLAIN_ANGLE = tl.constexpr(2.0**22)
 class PairVariant(NamedTuple):
     """What is decided at compile time."""
 
-    TINY: float
     NO_LENGTH: float  # the longest length that counts as 0
     FORMAT: int
     DEGREES: bool
@@ -395,7 +397,7 @@ def _per_hull(axis, PLAIN: tl.constexpr, V: tl.constexpr):
     if PLAIN:
         return _reciprocal(axis.hull)
     else:
-        return tl.where(axis.hull > V.TINY, _reciprocal(axis.hull), 0.0)
+        return tl.where(axis.hull > V.NO_LENGTH, _reciprocal(axis.hull), 0.0)
 
 
 @triton.jit
@@ -429,7 +431,7 @@ def _sums(pair, rule, PLAIN: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def _total_weight(rule, V: tl.constexpr):
+def _total_weight(rule):
     weight = (rule.p1 + rule.p2 + rule.pz) + (rule.g1 + rule.g2 + rule.gz)
     return tl.where(weight > 0, weight, 1.0)
 
@@ -451,7 +453,7 @@ def _value(pair, rule, PLAIN: tl.constexpr, V: tl.constexpr):
         p, g = _sums(pair, rule, PLAIN, V)
         each = tl.full((p + g).shape, 1.0 / AXES, p.dtype)
         if not PLAIN:
-            weight = _total_weight(rule, V)
+            weight = _total_weight(rule)
             each = tl.where(weight == AXES, each, _reciprocal(weight))
         return tl.fma((p + g) * each, -2.0, 1.0)
     else:
@@ -544,8 +546,7 @@ def box_pairs_kernel(
 ):
     """The matrix of the values of all pairs. Programs: (rows of tiles, some tiles of each, batch)."""
     V: tl.constexpr = PairVariant(
-        TINY=2.0**-800 if COMPUTE == tl.float64 else 2.0**-96,
-        NO_LENGTH=2.0**-400 if COMPUTE == tl.float64 else 2.0**-48,
+        NO_LENGTH=NO_LENGTH_64 if COMPUTE == tl.float64 else NO_LENGTH_32,
         FORMAT=FORMAT,
         DEGREES=DEGREES,
         CLOCKWISE=CLOCKWISE,
@@ -632,10 +633,10 @@ def _slopes_over_axes(pair, rule, V: tl.constexpr):
     to_edge_1, to_edge_2 = none, none
     if V.OVER == MEAN:
         p, g = _sums(pair, rule, False, V)
-        each = -2.0 * _reciprocal(_total_weight(rule, V))
+        each = -2.0 * _reciprocal(_total_weight(rule))
         f1, f2, f3, f4, f5 = f1 * each, f2 * each, f3 * each, f4 * each, f5 * each
         if V.AXIS_WEIGHT != UNIFORM:
-            mean = p if V.AXIS_WEIGHT == LENGTH else (p + g) * _reciprocal(_total_weight(rule, V))
+            mean = p if V.AXIS_WEIGHT == LENGTH else (p + g) * _reciprocal(_total_weight(rule))
             to_edge_1 = rule.slope_1 * each * (pair.p1.larger * _per_hull(pair.p1, False, V) - mean)
             to_edge_2 = rule.slope_2 * each * (pair.p2.larger * _per_hull(pair.p2, False, V) - mean)
     else:
@@ -763,8 +764,7 @@ def box_pairs_gradient_kernel(
 ):
     """The gradient to one set. Programs: (rows of boxes, batch)."""
     V: tl.constexpr = PairVariant(
-        TINY=2.0**-800 if COMPUTE == tl.float64 else 2.0**-96,
-        NO_LENGTH=2.0**-400 if COMPUTE == tl.float64 else 2.0**-48,
+        NO_LENGTH=NO_LENGTH_64 if COMPUTE == tl.float64 else NO_LENGTH_32,
         FORMAT=FORMAT,
         DEGREES=DEGREES,
         CLOCKWISE=CLOCKWISE,

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import inverse, inverse_power_of_two, minus
 from triton_mgiou.kernels.axis import LENGTH, SHORTEST, SOFT, SOFT_UNIT, UNIFORM, axis_weight
+from triton_mgiou.kernels.boxes import NO_LENGTH_32, NO_LENGTH_64, TINY_32, TINY_64
 from triton_mgiou.kernels.pairs import DEPTH, MEAN, NOT_THERE
 
 
@@ -291,8 +292,8 @@ def polygon_pairs_kernel(
 ):
     """The matrix of the values of all pairs. Programs: (rows of tiles, some tiles of each, batch)."""
     V: tl.constexpr = PolygonVariant(
-        TINY=2.0**-800 if COMPUTE == tl.float64 else 2.0**-96,
-        NO_LENGTH=2.0**-400 if COMPUTE == tl.float64 else 2.0**-48,
+        TINY=TINY_64 if COMPUTE == tl.float64 else TINY_32,
+        NO_LENGTH=NO_LENGTH_64 if COMPUTE == tl.float64 else NO_LENGTH_32,
         OVER=OVER,
         AXIS_WEIGHT=AXIS_WEIGHT,
         CORNERS=CORNERS,

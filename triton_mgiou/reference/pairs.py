@@ -239,11 +239,8 @@ def _over_axes(sides: tuple[_Axes, ...], over: str) -> Tensor:
 def _axes(offset: Tensor, a: Tensor, b: Tensor, limit: Tensor, weight: Tensor) -> _Axes:
     """By the offset of the middles and the half-lengths, all (n, K)."""
     halves = a + b
-    larger = torch.maximum(offset.abs(), (a - b).abs())
-    hull = halves + larger
-    return _Axes(
-        2.0 * polygons._quotient(larger, hull), offset.abs() / torch.maximum(halves, limit), halves, hull, weight
-    )
+    hull = (halves + torch.maximum(offset.abs(), (a - b).abs())).detach()
+    return _Axes(2.0 * boxes._distance(offset, a, b), offset.abs() / torch.maximum(halves, limit), halves, hull, weight)
 
 
 def _axes_by_ends(
@@ -326,8 +323,8 @@ def _axes_of_corners(first: Tensor, second: Tensor) -> tuple[_Axes, ...]:
     between = (p.mean(1, keepdim=True) - g.mean(1, keepdim=True)).detach()
     sides, limits = [], []
     for edges in (p_edges, g_edges, between):
-        ends = (end for each in (p, g) for end in boxes._interval(each - low, edges, extent))
+        p_ends, g_ends = (boxes._interval(each - low, edges, extent) for each in (p, g))
         limits.append((limit * edges.detach().norm(dim=2)).clamp(min=_tiny(limit)))
-        sides.append(_axes_by_ends(*ends, limits[-1], boxes._is_axis(edges, extent)))
+        sides.append(_axes_by_ends(*p_ends, *g_ends, limits[-1], boxes._is_axis(edges, extent)))
     joins = (sides[2].halves <= limits[2]) & (sides[2].hull > limits[2])
     return sides[0], sides[1], sides[2]._replace(weight=joins.to(limit.dtype))

@@ -204,7 +204,7 @@ class PairLayout(NamedTuple):
     registers: int
     gradient: int  # whether a program goes along whole rows
 
-    def programs(self, size: Sequence[int]) -> tuple[int, int, int]:
+    def programs(self, size: Any) -> tuple[int, int, int]:
         """The grid of a launch for a matrix (B, P, T)."""
         batch, rows, columns = size
         along = -(-rows // self.rows)
