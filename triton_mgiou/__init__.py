@@ -1,7 +1,7 @@
 """MGIoU: an IoU-like loss for convex shapes, as cheap as L1."""
 
 from triton_mgiou.distributed import mean_positives
-from triton_mgiou.functional import box_mgiou_loss, mgiou_loss
+from triton_mgiou.functional import box_mgiou, box_mgiou_loss, mgiou_loss, polygon_mgiou
 from triton_mgiou.modules import BoxMGIoULoss, MGIoULoss, PolygonLoss
 from triton_mgiou.options import PAPER
 from triton_mgiou.tuning.warmup import warmup
@@ -12,8 +12,10 @@ __all__ = [
     "BoxMGIoULoss",
     "MGIoULoss",
     "PolygonLoss",
+    "box_mgiou",
     "box_mgiou_loss",
     "mean_positives",
     "mgiou_loss",
+    "polygon_mgiou",
     "warmup",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from triton_mgiou.box_formats import AMBIGUOUS, FORMATS
-from triton_mgiou.options import AXIS_WEIGHTS, Options
+from triton_mgiou.options import AXIS_WEIGHTS, BACKENDS, OVERS, Options
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -162,6 +162,52 @@ def _wrong_box_shape(name: str, shape: tuple[int, ...], fmt: str) -> str:
     if shape[1:] == kind.shape[::-1] and len(shape) == 3:
         hint = ": transpose the last two"
     return f"{name} must have shape ({expected}) for fmt={fmt!r} ({kind.numbers}), got {shape}{hint}"
+
+
+def check_pairs(name: str, first: Tensor, second: Tensor, shape: tuple[int | None, ...], expected: str) -> None:
+    """Refuse what are no two sets of shapes, (P, *shape) or (B, P, *shape); None in `shape` is any size but 0."""
+    for side, value in ((f"{name}1", first), (f"{name}2", second)):
+        check_tensor(side, value)
+        wanted = value.shape[value.dim() - len(shape) :]
+        fits = all(got == want or (want is None and got > 0) for got, want in zip(wanted, shape, strict=True))
+        if value.dim() not in (1 + len(shape), 2 + len(shape)) or not fits:
+            raise ValueError(f"{side} must have shape {expected}, got {tuple(value.shape)}")
+        check_floating(side, value)
+    if first.dim() != second.dim():
+        raise ValueError(
+            f"{name}2 must have a batch if and only if {name}1 has one, got shapes "
+            f"{tuple(first.shape)} and {tuple(second.shape)}"
+        )
+    if first.dim() == 2 + len(shape) and first.shape[0] != second.shape[0]:
+        raise ValueError(f"{name}2 must have {name}1's batch size {first.shape[0]}, got {second.shape[0]}")
+    check_device(f"{name}2", second, f"{name}1", first)
+
+
+def check_matrix_options(over: object, axis_weight: object, axis_weights: tuple[str, ...], backend: object) -> None:
+    """Refuse options that no matrix has."""
+    check_choice("over", over, OVERS)
+    check_choice("axis_weight", axis_weight, axis_weights)
+    check_choice("backend", backend, BACKENDS)
+
+
+def check_shape_mask(name: str, mask: Tensor, side: str, shapes: Tensor, sizes: torch.Size) -> None:
+    """Refuse what does not say which shapes of a set are there."""
+    check_tensor(name, mask)
+    check_device(name, mask, side, shapes)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be torch.bool, got {mask.dtype}")
+    if mask.shape != sizes:
+        raise ValueError(f"{name} must have shape {tuple(sizes)}, got {tuple(mask.shape)}")
+
+
+def check_vertex_counts(name: str, lengths: Tensor, side: str, shapes: Tensor, sizes: torch.Size) -> None:
+    """Refuse what does not say how many vertices of each polygon of a set are real."""
+    check_tensor(name, lengths)
+    check_device(name, lengths, side, shapes)
+    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {lengths.dtype}")
+    if lengths.shape != sizes:
+        raise ValueError(f"{name} must have shape {tuple(sizes)}, got {tuple(lengths.shape)}")
 
 
 def check_real(side: str, vertices: Tensor, lengths: Tensor | None, mask: Tensor | None) -> None:

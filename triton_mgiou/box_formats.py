@@ -52,6 +52,7 @@ FORMATS = {
     ),
 }
 KERNEL_FORMATS = ("cxcywhr", "cxcywh", "xyxy", "cxcyczlwhr", "corners3d")  # a kernel's code is the place in this tuple
+PAIR_FORMATS = KERNEL_FORMATS[:4]  # those with a kernel of all pairs
 
 AMBIGUOUS = {
     "xywhr": "torchvision's is a corner and degrees, Ultralytics' is a centre and radians, here 'cxcywhr'",

@@ -1,8 +1,8 @@
-"""`mgiou_loss` and `box_mgiou_loss`: check their arguments, choose the backend and reduce."""
+"""The losses and the matrices of all pairs: check their arguments, choose the backend and reduce."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,24 +16,30 @@ from triton_mgiou.arguments import (
     check_box_options,
     check_boxes,
     check_choice,
+    check_matrix_options,
     check_options,
+    check_pairs,
     check_polygons,
     check_real,
+    check_shape_mask,
+    check_vertex_counts,
     check_weight,
 )
 from triton_mgiou.bounding_boxes import is_bounding_boxes, plain_boxes
-from triton_mgiou.box_formats import FORMATS
-from triton_mgiou.options import BACKENDS, PAPER, REDUCTIONS, Options, Reduction
+from triton_mgiou.box_formats import FORMATS, PAIR_FORMATS
+from triton_mgiou.options import AXIS_WEIGHTS, BACKENDS, PAPER, REDUCTIONS, Options, Reduction
 from triton_mgiou.reference import boxes as box_reference
+from triton_mgiou.reference import pairs as pair_reference
 from triton_mgiou.reference import polygons as reference
 
 if TYPE_CHECKING:
     import triton_mgiou.launch
     import triton_mgiou.ops
+    import triton_mgiou.pairs
 
 LEAST_DIVISOR = 1e-30  # over a smaller one a gradient could overflow, and times a weight of 0 give NaN
 
-__all__ = ["PAPER", "box_mgiou_loss", "kernels_unavailable", "mgiou_loss"]
+__all__ = ["PAPER", "box_mgiou", "box_mgiou_loss", "kernels_unavailable", "mgiou_loss", "polygon_mgiou"]
 
 
 def mgiou_loss(
@@ -313,6 +319,183 @@ def box_mgiou_loss(
     return loss
 
 
+def box_mgiou(
+    boxes1: Tensor,
+    boxes2: Tensor,
+    *,
+    fmt: str = "cxcywhr",
+    angle: str = "radians",
+    clockwise: bool = True,
+    mask1: Tensor | None = None,
+    mask2: Tensor | None = None,
+    over: str = "mean",
+    axis_weight: str = "uniform",
+    backend: str = "auto",
+) -> Tensor:
+    """MGIoU of every box of one set with every box of another: for matching, assignment and keeping boxes apart.
+
+    MGIoU is 1 for boxes that coincide, exactly so for equal numbers, and falls towards -1 for boxes far apart. It is
+    1 - 2 `box_mgiou_loss` without terms, entry by entry, except for pairs whose axes cannot tell them apart: two
+    points and two segments on one line are compared along the line that joins them, in space two plates also across
+    it, so that only what coincides has 1. A box of zeros, as padding has, is a point: with any box that has an extent
+    its MGIoU is 0 at most. The matrix does not change by a bit when the sets are swapped, but for being transposed.
+
+    A pair of which one is not there (`mask1`, `mask2`) has -1 and no gradient. A solver of assignments takes it as it
+    takes any number, and may choose it where there are more rows than columns that are there, so drop these choices:
+
+        rows, columns = scipy.optimize.linear_sum_assignment(box_mgiou(pred, gt, mask2=mask).cpu(), maximize=True)
+        kept = mask.cpu()[columns]
+        rows, columns = rows[kept], columns[kept]
+
+    To push boxes apart, descend on their depth in each other:
+
+        pairs = torch.ones(n, n, dtype=torch.bool).triu(1)  # each once, and no box with itself
+        loss = (relu(margin + box_mgiou(boxes, boxes, over="depth")) * pairs).sum()
+
+    Where two centres are exactly the same there is no direction to push, and the gradient to both centres is 0, as it
+    is for the centres of two boxes of which each is pushed both ways alike: start from centres that differ.
+
+    Args:
+        boxes1: Boxes, (P, ...) or in batches (B, P, ...); float16, bfloat16, float32 or float64. Computed in float64
+            if either set is float64, else in float32. Each set gets a gradient if it asks for one.
+        boxes2: Boxes, (T, ...) or (B, T, ...).
+        fmt: What the numbers of a box are, as in `box_mgiou_loss`.
+        angle: "radians" or "degrees".
+        clockwise: As in `box_mgiou_loss`.
+        mask1: Which boxes of the first set are there, bool, (P,) or (B, P). What is not may hold anything.
+        mask2: The same for the second set, (T,) or (B, T).
+        over: What to take over the axes.
+            "mean": MGIoU, in (-1, 1].
+            "min": the smallest 1-D GIoU. Below 0 the two are apart. In the plane they overlap where it is above 0; in
+            space they may still be apart where it is, as the normals of faces alone cannot tell an edge from an edge.
+            Its gradient is 0 where one interval lies inside the other on that axis, however the boxes move there. Its
+            positive part is the paper's MGIoU-.
+            "depth": the smallest 1 - |distance of the middles| / (sum of the half-lengths), with the same sign: it
+            says how far one must move. It has no lower bound of -1: for two points it is down to about -10^6, as an
+            extent below a millionth of the pair's counts as that.
+        axis_weight: As in `mgiou_loss`; in space "uniform" only. For "min" and "depth" it says which axes there are.
+        backend: "eager" (PyTorch), "triton" (fused kernels; an error where they cannot run) or "auto". The kernels
+            need no memory but the matrix; eager PyTorch takes `triton_mgiou.reference.pairs.MEMORY` bytes besides, at
+            most, and more under transforms of `torch.func` and in `torch.compile`. There is no kernel for "corners3d",
+            and none with a gradient for "xyxyxyxy".
+
+    Returns:
+        The matrix, (P, T) or (B, P, T); float64 if either set is float64, else float32. NaN where a number of either
+        box is NaN or Inf; the gradient is then NaN for that box alone.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value, or the format does not have the option.
+        RuntimeError: `backend="triton"` where the kernels cannot run.
+
+    Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
+    """
+    check_box_format(fmt, angle, clockwise)
+    if is_bounding_boxes(boxes1):
+        boxes1 = plain_boxes("boxes1", boxes1, fmt, angle, clockwise)
+    if is_bounding_boxes(boxes2):
+        boxes2 = plain_boxes("boxes2", boxes2, fmt, angle, clockwise)
+    kind = FORMATS[fmt]
+    numbers = ", ".join(map(str, kind.shape))
+    check_pairs(
+        "boxes", boxes1, boxes2, kind.shape, f"(P, {numbers}) or (B, P, {numbers}) for fmt={fmt!r} ({kind.numbers})"
+    )
+    check_matrix_options(over, axis_weight, kind.axis_weights, backend)
+    if fmt == "xyxyxyxy":
+        corners = (each.reshape(*each.shape[:-1], 4, 2) for each in (boxes1, boxes2))
+        return polygon_mgiou(*corners, mask1=mask1, mask2=mask2, over=over, axis_weight=axis_weight, backend=backend)
+    sizes = len(kind.shape)
+    for name, mask, side, boxes in (("mask1", mask1, "boxes1", boxes1), ("mask2", mask2, "boxes2", boxes2)):
+        if mask is not None:
+            check_shape_mask(name, mask, side, boxes, boxes.shape[:-sizes])
+    batched = boxes1.dim() == 2 + sizes
+    first, second, there1, there2 = (_batched(each, batched) for each in (boxes1, boxes2, mask1, mask2))
+    missing = None if fmt in PAIR_FORMATS else f"pairs of {fmt!r}"
+    if first.numel() > 0 and second.numel() > 0 and _takes_kernel(backend, first, missing):
+        call = triton_mgiou.pairs.BoxPairs(fmt, angle, clockwise, over, axis_weight)
+        matrix = triton_mgiou.pairs.box_matrix(first, second, there1, there2, call)
+    else:
+        matrix = pair_reference.box_matrix(
+            first,
+            second,
+            there1,
+            there2,
+            fmt=fmt,
+            angle=angle,
+            clockwise=clockwise,
+            over=over,
+            axis_weight=axis_weight,
+        )
+    return matrix if batched else matrix.squeeze(0)
+
+
+def polygon_mgiou(
+    polygons1: Tensor,
+    polygons2: Tensor,
+    *,
+    lengths1: Tensor | None = None,
+    lengths2: Tensor | None = None,
+    mask1: Tensor | None = None,
+    mask2: Tensor | None = None,
+    over: str = "mean",
+    axis_weight: str = "uniform",
+    backend: str = "auto",
+) -> Tensor:
+    """MGIoU of every polygon of one set with every polygon of another.
+
+    As `box_mgiou`, of which see all that is not said here. MGIoU sees the polygons' hulls and the normals of their
+    edges. Entry by entry it is 1 - 2 `mgiou_loss(..., boundary_weight=0)` with the same `axis_weight`.
+
+    Args:
+        polygons1: Vertices, (P, N, 2) or in batches (B, P, N, 2), in order along the outline; dtypes as for boxes.
+        polygons2: Vertices, (T, M, 2) or (B, T, M, 2); M may differ from N.
+        lengths1: How many vertices of each polygon are real, (P,) or (B, P), any integer type; the rest is padding and
+            may hold anything. Clamped to 0..N. A polygon without a real vertex is not there.
+        lengths2: The same for the second set, (T,) or (B, T).
+        mask1: Which polygons of the first set are there, bool, (P,) or (B, P).
+        mask2: The same for the second set, (T,) or (B, T).
+        over: As in `box_mgiou`. The sign of "min" and "depth" speaks of the hulls.
+        axis_weight: As in `mgiou_loss`.
+        backend: As in `box_mgiou`.
+
+    Returns:
+        The matrix, (P, T) or (B, P, T), as `box_mgiou`'s.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value.
+        RuntimeError: `backend="triton"` where the kernels cannot run, as with a gradient.
+
+    Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
+    """
+    check_pairs("polygons", polygons1, polygons2, (None, 2), "(P, N, 2) or (B, P, N, 2) with N >= 1")
+    check_matrix_options(over, axis_weight, AXIS_WEIGHTS, backend)
+    sides = ("1", polygons1, lengths1, mask1), ("2", polygons2, lengths2, mask2)
+    for side, polygons, lengths, mask in sides:
+        if lengths is not None:
+            check_vertex_counts(f"lengths{side}", lengths, f"polygons{side}", polygons, polygons.shape[:-2])
+        if mask is not None:
+            check_shape_mask(f"mask{side}", mask, f"polygons{side}", polygons, polygons.shape[:-2])
+    batched = polygons1.dim() == 4
+    tensors = (polygons1, polygons2, lengths1, lengths2, mask1, mask2)
+    first, second, count1, count2, there1, there2 = (_batched(each, batched) for each in tensors)
+    wants_gradient = torch.is_grad_enabled() and (first.requires_grad or second.requires_grad)
+    missing = "the gradient of pairs of polygons" if wants_gradient else None
+    if first.numel() > 0 and second.numel() > 0 and _takes_kernel(backend, first, missing):
+        call = triton_mgiou.pairs.PolygonPairs(count1, count2, there1, there2, over, axis_weight)
+        matrix = triton_mgiou.pairs.polygon_matrix(first, second, call)
+    else:
+        matrix = pair_reference.polygon_matrix(
+            first, second, count1, count2, there1, there2, over=over, axis_weight=axis_weight
+        )
+    return matrix if batched else matrix.squeeze(0)
+
+
+def _batched(tensor: Any, batched: bool) -> Any:
+    """A tensor with a batch of one, if it has none."""
+    return tensor if tensor is None or batched else tensor.unsqueeze(0)
+
+
 def kernel_reduction(
     pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None
 ) -> Reduction | None:
@@ -331,10 +514,11 @@ def kernel_reduction(
     return Reduction(weight, reduction == "none", None)
 
 
-def _takes_kernel(backend: str, pred: Tensor) -> bool:
+def _takes_kernel(backend: str, pred: Tensor, missing: str | None = None) -> bool:
+    """Whether to launch a kernel; `missing` is what there is none for."""
     if backend == "eager" or (backend == "auto" and not pred.is_cuda):
         return False
-    reason = kernels_unavailable(pred.device)
+    reason = kernels_unavailable(pred.device) if missing is None else f"there is no kernel for {missing}"
     if forward_ad._current_level >= 0:  # whether or not a tensor carries a tangent, which the kernels would drop
         reason = "forward-mode differentiation is active, and the kernels know only the reverse mode"
     if torch._C._are_functorch_transforms_active():
@@ -367,7 +551,7 @@ def _find_reason(device: torch.device) -> str | None:
         return "Triton is not installed"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 4):
         return f"the kernels need Triton 3.4, and {triton.__version__} is installed"
-    from triton_mgiou import launch, ops  # noqa: F401, PLC0415 - from here on the package has both
+    from triton_mgiou import launch, ops, pairs  # noqa: F401, PLC0415 - from here on the package has them
 
     if launch.INTERPRETED:
         return None

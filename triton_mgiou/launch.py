@@ -33,7 +33,7 @@ from triton_mgiou.options import AXIS_WEIGHTS, Options, Reduction
 from triton_mgiou.tuning import layouts, store
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # decided when the kernels were imported
-_COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
+COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _COUNTERS = 1024  # zeroed at a time: one for each stream and one for each captured launch
 
 # Triton's private launcher, `CompiledKernel.run`, takes these and then the kernel's arguments (in 3.6; in 3.8 and 3.9).
@@ -78,19 +78,19 @@ class Plan:
         self.compiled: Any = None  # after the first launch
         self._launcher: tuple[Any, tuple[Any, ...]] | None = None
 
-    def launch(self, batch: int, stream: int, arguments: tuple[Any, ...]) -> None:
+    def launch(self, size: Any, stream: int, arguments: tuple[Any, ...]) -> None:
         """Launch on the current device. Only the first time Triton looks for the compiled code, or makes it."""
-        programs = self.layout.programs(batch)
+        programs = self.layout.programs(size)
         launcher = self._launcher
         enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         if launcher is None or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's hooks
-            compiled = self.kernel[programs,](*arguments, *self.constants, **self.layout.options())
+            compiled = self.kernel[programs](*arguments, *self.constants, **self.layout.options())
             if self.compiled is None and not INTERPRETED:
                 self.compiled = compiled
                 self._launcher = private_launcher(compiled)
         else:
             run, between = launcher
-            run(programs, 1, 1, stream, *between, *arguments, *self.constants)
+            run(*programs, stream, *between, *arguments, *self.constants)
 
 
 def private_launcher(compiled: Any) -> tuple[Any, tuple[Any, ...]] | None:
@@ -108,6 +108,17 @@ def private_launcher(compiled: Any) -> tuple[Any, tuple[Any, ...]] | None:
 
 
 _plans: dict[Any, Plan] = {}
+
+
+def known_plan(key: Any) -> Plan | None:
+    """The plan that was kept for a key, or for its fields."""
+    return _plans.get(key)
+
+
+def keep_plan(key: Any, plan: Plan) -> Plan:
+    """Keep a plan for the next call."""
+    _plans[key] = plan
+    return plan
 
 
 def forget_plans() -> None:
@@ -294,7 +305,7 @@ def polygon_plan(key: PolygonKey) -> Plan:
     )
     dtype = torch.promote_types(torch.promote_types(key.pred_dtype, key.target_dtype), torch.float32)
     constants = {
-        "COMPUTE": _COMPUTE[dtype],
+        "COMPUTE": COMPUTE[dtype],
         "GRAD": key.gradient,
         "REDUCE": not key.per_sample,
         "AXIS_WEIGHT": AXIS_WEIGHTS.index(key.axis_weight),
@@ -437,7 +448,7 @@ def box_plan(key: BoxKey) -> Plan:
     """The variant of the kernel, not yet compiled."""
     dtype = torch.promote_types(torch.promote_types(key.pred_dtype, key.target_dtype), torch.float32)
     constants = {
-        "COMPUTE": _COMPUTE[dtype],
+        "COMPUTE": COMPUTE[dtype],
         "GRAD": key.gradient,
         "REDUCE": not key.per_sample,
         "FORMAT": KERNEL_FORMATS.index(key.fmt),

@@ -25,7 +25,7 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
     """The loss of polygons, B at least 1."""
-    if not _is_traced(pred, target):
+    if not is_traced(pred, target):
         return _direct(pred, target, call)
     options = call.options
     weight, per_sample, divisor = call.reduction
@@ -51,7 +51,7 @@ def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
 
 def box_loss(pred: Tensor, target: Tensor, call: BoxCall) -> Tensor:
     """The loss of boxes, B at least 1."""
-    if not _is_traced(pred, target):
+    if not is_traced(pred, target):
         return _direct(pred, target, call)
     options = call.options
     weight, per_sample, divisor = call.reduction
@@ -85,7 +85,8 @@ def _constant_or_tensor(weight: float) -> tuple[float, Tensor | None]:
     return 0.0, torch.full((), weight, dtype=torch.float64, device="cpu")
 
 
-def _is_traced(pred: Tensor, target: Tensor) -> bool:
+def is_traced(pred: Tensor, target: Tensor) -> bool:
+    """Whether PyTorch traces the call, and so needs an operator of its dispatcher."""
     return torch.compiler.is_compiling() or type(pred) not in _PLAIN or type(target) not in _PLAIN
 
 
@@ -116,6 +117,16 @@ class _Loss(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, upstream: Tensor, is_sole_owner: bool) -> tuple[Tensor | None, Tensor | None]:
+    check_backward(upstream)
+    (pred_grad, target_grad), (pred_dtype, target_dtype) = ctx.saved_tensors, ctx.dtypes
+    return (
+        None if pred_grad is None else _scaled(pred_grad, pred_dtype, upstream, is_sole_owner),
+        None if target_grad is None else _scaled(target_grad, target_dtype, upstream, is_sole_owner),
+    )
+
+
+def check_backward(upstream: Tensor) -> None:
+    """Refuse a backward pass that is to be differentiated again, or that is of many gradients at once."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             'the "triton" backend has no second derivative: expected create_graph=False, '
@@ -126,11 +137,6 @@ def _gradients(ctx: Any, upstream: Tensor, is_sole_owner: bool) -> tuple[Tensor 
             'backend="triton" cannot run: a batch of gradients is asked for at once, and the kernels know only '
             'autograd; expected vectorize=False and is_grads_batched=False, or backend "eager"'
         )
-    (pred_grad, target_grad), (pred_dtype, target_dtype) = ctx.saved_tensors, ctx.dtypes
-    return (
-        None if pred_grad is None else _scaled(pred_grad, pred_dtype, upstream, is_sole_owner),
-        None if target_grad is None else _scaled(target_grad, target_dtype, upstream, is_sole_owner),
-    )
 
 
 def _scaled(grad: Tensor, dtype: torch.dtype, upstream: Tensor, is_sole_owner: bool) -> Tensor:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 REDUCTIONS = ("none", "mean", "sum")
 AXIS_WEIGHTS = ("uniform", "length", "soft")  # a kernel's code is the place in this tuple
 BACKENDS = ("auto", "eager", "triton")
+OVERS = ("mean", "min", "depth")  # what the matrix of all pairs takes over the axes
+ABSENT = -1.0  # in that matrix: one of the two is not there
 
 MIN_AXIS_LENGTH = 1e-6  # of the extent: a shorter edge is no axis under "uniform" weights (section 3)
 SOFT_AXIS_LENGTH = 0.01  # of the extent: the edge whose "soft" weight is 1 - 1/e (section 3)

@@ -37,6 +37,9 @@ class _Pair(NamedTuple):
     g_angle: Tensor
 
 
+_Intervals = tuple[Tensor, Tensor, Tensor]  # on D axes: the offset of the middles, both half-lengths; all (B, D)
+
+
 def per_sample_loss(
     pred: Tensor,
     target: Tensor,
@@ -60,16 +63,7 @@ def per_sample_loss(
 
     # `axis_grad` says whether the axes of P and of G, directions and weights, are variables (section 4).
     axes = pair if axis_grad else _Pair(*(each.detach() for each in pair))
-    p_distance = _distance(
-        _along(pair.offset, _cos_sin(axes.p_angle, angle)),
-        pair.p_half,
-        _half_lengths(pair.g_half, _cos_sin(axes.p_angle - pair.g_angle, angle)),
-    )
-    g_distance = _distance(
-        _along(pair.offset, _cos_sin(axes.g_angle, angle)),
-        _half_lengths(pair.p_half, _cos_sin(pair.p_angle - axes.g_angle, angle)),
-        pair.g_half,
-    )
+    p_distance, g_distance = (_distance(*intervals) for intervals in _on_axes(pair, axes, angle))
     extent = _extent(pair, angle)
     p_weights = _axis_weights(axes.p_half, extent, axis_weight)
     g_weights = _axis_weights(axes.g_half, extent, axis_weight)
@@ -110,10 +104,13 @@ def _half_sizes(boxes: Tensor, fmt: str) -> Tensor:
 
 
 def _reduced(angles: Tensor, unit: str) -> Tensor:
-    """The same directions by smaller angles. In degrees this is exact, so that turns by 180 stay exactly that."""
+    """The same box by a smaller angle. In degrees this is exact, so that turns by 180 stay exactly that.
+
+    No `atan2`: on a CPU its bits depend on the place in the tensor.
+    """
     if unit == "degrees":
         return torch.fmod(angles, 180.0)
-    return torch.where(angles.abs() <= math.pi, angles, torch.atan2(angles.sin(), angles.cos()))
+    return torch.where(angles.abs() <= math.pi, angles, torch.atan(angles.sin() / angles.cos()))
 
 
 def _cos_sin(angles: Tensor, unit: str) -> tuple[Tensor, Tensor]:
@@ -140,6 +137,22 @@ def _half_lengths(half: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     """The half-lengths of a box on the directions of another one, (B, D), by the difference of their angles."""
     (w, h), (cos, sin) = half[:, :2].unbind(1), (each.abs() for each in cos_sin)
     return torch.cat((torch.stack((w * cos + h * sin, w * sin + h * cos), dim=1), half[:, 2:]), dim=1)
+
+
+def _on_axes(pair: _Pair, axes: _Pair, unit: str) -> tuple[_Intervals, _Intervals]:
+    """The intervals of both boxes on the directions of P, and on those of G, where `axes` has them."""
+    return (
+        (
+            _along(pair.offset, _cos_sin(axes.p_angle, unit)),
+            pair.p_half,
+            _half_lengths(pair.g_half, _cos_sin(axes.p_angle - pair.g_angle, unit)),
+        ),
+        (
+            _along(pair.offset, _cos_sin(axes.g_angle, unit)),
+            _half_lengths(pair.p_half, _cos_sin(pair.p_angle - axes.g_angle, unit)),
+            pair.g_half,
+        ),
+    )
 
 
 def _distance(offset: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -211,25 +224,34 @@ def _no_length(values: Tensor) -> float:
 
 def _corners_loss(pred: Tensor, target: Tensor, axis_grad: bool) -> Tensor:
     """The loss of eight corners each, (B,): their projections on the three edges at vertex 0 of each box."""
-    corners = torch.cat((pred, target), dim=1).detach()
-    largest = corners.abs().amax((1, 2), keepdim=True)
-    scale = torch.where(largest.isfinite(), _inverse_power_of_two(largest), torch.nan)
-    low = (corners * scale).amin(1, keepdim=True)
-    high = (corners * scale).amax(1, keepdim=True)
-    extent = (high - low).amax(2)
-    p, g = _scale(pred, scale), _scale(target, scale)
+    p, g, low, extent = _scaled_corners(pred, target)
     total = weight = torch.zeros_like(extent[:, 0])
     for own in (p, g):
         edges = _edges(own if axis_grad else own.detach())  # before the move, which rounds
-        squared = edges.square().sum(2)
-        floor = torch.maximum((MIN_AXIS_LENGTH * extent).square(), torch.full_like(extent, _tiny(extent)))
-        is_axis = (~(squared <= floor)).to(edges.dtype)
+        is_axis = _is_axis(edges, extent)
         (p_low, p_high), (g_low, g_high) = (_interval(each - low, edges) for each in (p, g))
         difference = (p_high - g_high).abs() + (p_low - g_low).abs()
         hull = torch.maximum(p_high, g_high) - torch.minimum(p_low, g_low)
         total = total + (is_axis * _quotient(difference, hull)).sum(1)
         weight = weight + is_axis.sum(1)
     return 0.5 * total / torch.where(weight == 0, 1.0, weight)
+
+
+def _scaled_corners(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both scaled by one power of two, their joint lower corner (B, 1, 3) and extent (B, 1)."""
+    corners = torch.cat((pred, target), dim=1).detach()
+    largest = corners.abs().amax((1, 2), keepdim=True)
+    scale = torch.where(largest.isfinite(), _inverse_power_of_two(largest), torch.nan)
+    low = (corners * scale).amin(1, keepdim=True)
+    high = (corners * scale).amax(1, keepdim=True)
+    return _scale(pred, scale), _scale(target, scale), low, (high - low).amax(2)
+
+
+def _is_axis(edges: Tensor, extent: Tensor) -> Tensor:
+    """1 where an edge is long enough to be an axis, else 0, (B, 3)."""
+    squared = edges.square().sum(2)
+    floor = torch.maximum((MIN_AXIS_LENGTH * extent).square(), torch.full_like(extent, _tiny(extent)))
+    return (~(squared <= floor)).to(edges.dtype)
 
 
 def _edges(corners: Tensor) -> Tensor:
