@@ -201,8 +201,9 @@ def iou(pred: Tensor, target: Tensor) -> Tensor:
 
 def corner_errors(pred: Tensor, target: Tensor) -> Tensor:
     """Mean distance from each corner of the target to the nearest predicted one, in half diagonals, (B,)."""
-    half = (target[:, 6] - target[:, 0]).norm(dim=1) / 2
-    return torch.cdist(target, pred).amin(2).mean(1) / half
+    half = torch.linalg.vector_norm(target[:, 6] - target[:, 0], dim=1) / 2
+    errors: Tensor = torch.cdist(target, pred).amin(2).mean(1) / half
+    return errors
 
 
 def descend(loss: Loss, first: Tensor, goal: Tensor, dimensions: int, decay: bool) -> Tensor:
@@ -219,7 +220,7 @@ def descend(loss: Loss, first: Tensor, goal: Tensor, dimensions: int, decay: boo
     def boxes() -> Tensor:
         if not dimensions:
             return UNIT * variables
-        parts = (dimensions, dimensions, variables.shape[1] - 2 * dimensions)
+        parts = [dimensions, dimensions, variables.shape[1] - 2 * dimensions]
         centre, log_sizes, rest = torch.split(variables, parts, dim=1)
         return torch.cat((UNIT * centre, log_sizes.exp(), rest), dim=1)
 
@@ -302,7 +303,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     jobs = [(task, name, decay) for task in args.task or LOSSES for name in LOSSES[task] for decay in (True, False)]
-    rows = [row for job in tqdm(jobs, desc="losses") for row in run(*job, seeds=args.seeds)]
+    rows = [row for task, name, decay in tqdm(jobs, desc="losses") for row in run(task, name, decay, args.seeds)]
     results = {
         "what": "Boxes moved by Adam; the docstring of bench/boxes/descent.py says how. iou is the mean at the end, "
         "lowest_20th its 5 % quantile; corners: error is the mean distance to the nearest corner.",

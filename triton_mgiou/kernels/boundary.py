@@ -26,14 +26,13 @@ def area(measured):
 
 
 @triton.jit
-def reach(axis, direction, shape, rounding):
+def reach(axis, direction, shape):
     """How far a polygon reaches along an edge's outward normal, times the edge's length."""
     projections = project(direction * axis.x, direction * axis.y, shape)
     furthest = highest(projections)
-    threshold = furthest - rounding
     at = ()
     for slot in tl.static_range(len(projections)):
-        at = at + ((projections[slot] >= threshold).to(furthest.dtype),)
+        at = at + ((projections[slot] >= furthest).to(furthest.dtype),)
     share = inverse(total(at))
     return Reach(furthest, Point(dot(at, shape.xs) * share, dot(at, shape.ys) * share))
 

@@ -633,7 +633,15 @@ def _put(numbers, value, at: tl.constexpr):
 
 
 @triton.jit
-def _corners_axis(state, corners, END: tl.constexpr, p, g, floor, tie, scale, OWN: tl.constexpr, V: tl.constexpr):
+def _rounded(ends, rounding):
+    """Thresholds for `shares` by which all projections that are at an extreme but for rounding are (section 4)."""
+    return Interval(ends.low + rounding, ends.high - rounding)
+
+
+@triton.jit
+def _corners_axis(
+    state, corners, END: tl.constexpr, p, g, floor, p_slack, g_slack, scale, OWN: tl.constexpr, V: tl.constexpr
+):
     """Add the edge from vertex 0 to vertex END of P, if OWN, or of G."""
     total, weights, gradient = state
     x = tl.fma(corners[3 * END], scale, minus(corners[0] * scale))
@@ -645,14 +653,14 @@ def _corners_axis(state, corners, END: tl.constexpr, p, g, floor, tie, scale, OW
     apart, per_hull = interval_distance(p_ends, g_ends, V.TINY)
     if V.GRAD:
         to_p, to_g = interval_slopes(p_ends, g_ends, apart, weight * per_hull)
-        rounding = tie * (tl.abs(x) + tl.abs(y) + tl.abs(z))
-        p_shares = shares(on_p, p_ends, to_p, rounding)
+        size = tl.abs(x) + tl.abs(y) + tl.abs(z)
+        p_shares = shares(on_p, _rounded(p_ends, p_slack * size), to_p)
         grad_x, grad_y, grad_z = gradient
         grad_x = add_scaled(grad_x, x, p_shares)
         grad_y = add_scaled(grad_y, y, p_shares)
         grad_z = add_scaled(grad_z, z, p_shares)
         if OWN and V.AXIS_GRAD:
-            both = p_shares + shares(on_g, g_ends, to_g, rounding)
+            both = p_shares + shares(on_g, _rounded(g_ends, g_slack * size), to_g)
             along_x, along_y, along_z = dot(both, p[0] + g[0]), dot(both, p[1] + g[1]), dot(both, p[2] + g[2])
             grad_x = _put(_put(grad_x, along_x, END), minus(along_x), 0)
             grad_y = _put(_put(grad_y, along_y, END), minus(along_y), 0)
@@ -673,23 +681,27 @@ def _corners_row(pred, target, V: tl.constexpr):
     p = ()
     g = ()
     extent = tl.zeros_like(scale)
+    p_extent, g_extent = extent, extent
     for place in tl.static_range(3):
         raw_p, raw_g = _numbers_of(pred, place), _numbers_of(target, place)
-        low = tl.minimum(lowest(raw_p), lowest(raw_g)) * scale
-        high = tl.maximum(highest(raw_p), highest(raw_g)) * scale
-        extent = tl.maximum(extent, high - low)
+        p_low, p_high, g_low, g_high = lowest(raw_p), highest(raw_p), lowest(raw_g), highest(raw_g)
+        low = tl.minimum(p_low, g_low) * scale
+        extent = tl.maximum(extent, tl.maximum(p_high, g_high) * scale - low)
+        p_extent = tl.maximum(p_extent, p_high * scale - p_low * scale)
+        g_extent = tl.maximum(g_extent, g_high * scale - g_low * scale)
         p = p + (_placed(raw_p, scale, low),)
         g = g + (_placed(raw_g, scale, low),)
-    tie = tl.minimum(extent * WIDEST, tl.full(extent.shape, V.TIE, extent.dtype))
+    widest = tl.full(extent.shape, V.TIE, extent.dtype)
+    p_slack, g_slack = tl.minimum(p_extent * WIDEST, widest), tl.minimum(g_extent * WIDEST, widest)
     floor = extent * tl.full(extent.shape, SHORTEST, extent.dtype)
     floor = tl.maximum(tl.full(extent.shape, V.TINY, extent.dtype), floor * floor)
 
     gradient = (zeros(p[0]), zeros(p[1]), zeros(p[2]))
     state = (tl.zeros_like(scale), tl.zeros_like(scale), gradient)
     for number in tl.static_range(3):
-        state = _corners_axis(state, pred, (1, 3, 4)[number], p, g, floor, tie, scale, True, V)
+        state = _corners_axis(state, pred, (1, 3, 4)[number], p, g, floor, p_slack, g_slack, scale, True, V)
     for number in tl.static_range(3):
-        state = _corners_axis(state, target, (1, 3, 4)[number], p, g, floor, tie, scale, False, V)
+        state = _corners_axis(state, target, (1, 3, 4)[number], p, g, floor, p_slack, g_slack, scale, False, V)
     total, weights, gradient = state
     weights = tl.where(weights > 0, weights, 1.0)
     derivatives = ()

@@ -145,9 +145,10 @@ def frame(pred, target):
     scale = inverse_power_of_two(tl.maximum(largest_x, largest_y)) + poison
     low = Point(low_x * scale, low_y * scale)
     extent = tl.maximum(high_x * scale - low.x, high_y * scale - low.y)
+    pred_extent = tl.maximum(pred_x.high * scale - pred_x.low * scale, pred_y.high * scale - pred_y.low * scale)
     pred_is_point = (pred_x.low == pred_x.high) & (pred_y.low == pred_y.high)
     target_is_point = (target_x.low == target_x.high) & (target_y.low == target_y.high)
-    return Frame(scale, low, extent, pred_is_point, target_is_point, poison)
+    return Frame(scale, low, extent, pred_extent, pred_is_point, target_is_point, poison)
 
 
 @triton.jit

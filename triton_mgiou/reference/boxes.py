@@ -229,7 +229,7 @@ def _corners_loss(pred: Tensor, target: Tensor, axis_grad: bool) -> Tensor:
     for own in (p, g):
         edges = _edges(own if axis_grad else own.detach())  # before the move, which rounds
         is_axis = _is_axis(edges, extent)
-        (p_low, p_high), (g_low, g_high) = (_interval(each - low, edges, extent) for each in (p, g))
+        (p_low, p_high), (g_low, g_high) = (_interval(each - low, edges) for each in (p, g))
         difference = (p_high - g_high).abs() + (p_low - g_low).abs()
         hull = torch.maximum(p_high, g_high) - torch.minimum(p_low, g_low)
         total = total + (is_axis * _quotient(difference, hull)).sum(1)
@@ -259,7 +259,7 @@ def _edges(corners: Tensor) -> Tensor:
     return corners[:, (1, 3, 4)] - corners[:, :1]
 
 
-def _interval(corners: Tensor, axes: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
+def _interval(corners: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
     """The least and the largest projection on each axis, both (B, 3). Never a matrix product: see `polygons`.
 
     The four corners of a face have one projection on its normal, but for rounding: section 4 says what is tied.
@@ -267,6 +267,7 @@ def _interval(corners: Tensor, axes: Tensor, extent: Tensor) -> tuple[Tensor, Te
     projections = (axes.unsqueeze(2) * corners.unsqueeze(1)).sum(3)  # (B, 3, 8)
     values = projections.detach()
     low, high = values.amin(2, keepdim=True), values.amax(2, keepdim=True)
+    extent = (corners.detach().amax(1) - corners.detach().amin(1)).amax(1, keepdim=True)
     widest = (WIDEST_TIE * extent).clamp(max=TIE[torch.finfo(values.dtype).bits]).unsqueeze(2)
     slack = widest * axes.detach().abs().sum(2, keepdim=True)
     return _extreme(low, values <= low + slack, projections), _extreme(high, values >= high - slack, projections)
