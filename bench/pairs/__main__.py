@@ -66,11 +66,12 @@ def batch_probiou(first: Tensor, second: Tensor) -> Tensor:
     distance = distance + 0.5 * (c1 + c2) * (x2 - x1) * (y1 - y2) / (determinant + 1e-7)
     areas = ((a1 * b1 - c1.square()).clamp(min=0) * (a2 * b2 - c2.square()).clamp(min=0)).sqrt()
     distance = distance + 0.5 * (determinant / (4 * areas + 1e-7) + 1e-7).log()
-    return 1 - (1 - (-distance.clamp(1e-7, 100.0)).exp() + 1e-7).sqrt()
+    hellinger: Tensor = (1 - (-distance.clamp(1e-7, 100.0)).exp() + 1e-7).sqrt()
+    return 1 - hellinger
 
 
 def _covariance(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    w, h = (boxes[:, 2:4].square() / 12).split(1, dim=1)
+    w, h = boxes[:, 2:3].square() / 12, boxes[:, 3:4].square() / 12
     cos, sin = boxes[:, 4:].cos(), boxes[:, 4:].sin()
     return w * cos.square() + h * sin.square(), w * sin.square() + h * cos.square(), (w - h) * cos * sin
 
@@ -105,10 +106,12 @@ def check_values(name: str, matrix: Tensor, first: Tensor, second: Tensor, exact
     rows[0], columns[0] = matrix.shape[0] - 1, matrix.shape[1] - 1
     pairs = zip(first.cpu()[rows].double().numpy(), second.cpu()[columns].double().numpy(), strict=True)
     expected = torch.tensor([exact(*pair) for pair in pairs])
-    off = (matrix[rows.to(matrix.device), columns.to(matrix.device)].double().cpu() - expected).abs().max().item()
+    off: float = (
+        (matrix[rows.to(matrix.device), columns.to(matrix.device)].double().cpu() - expected).abs().max().item()
+    )
     if not off <= VALUE_ERROR:
         raise SystemExit(f"{name}: off by {off:.3g}, allowed {VALUE_ERROR}")
-    return off
+    return float(off)
 
 
 def check_gradient(size: tuple[int, int], device: torch.device) -> float:
@@ -124,7 +127,7 @@ def check_gradient(size: tuple[int, int], device: torch.device) -> float:
     off = max(((got - want).norm() / want.norm()).item() for got, want in zip(*found, strict=True))
     if not off <= GRADIENT_ERROR:
         raise SystemExit(f"gradient: off by {off:.3g}, allowed {GRADIENT_ERROR}")
-    return off
+    return float(off)
 
 
 def exact_polygons(first: Any, second: Any) -> float:
@@ -190,7 +193,7 @@ def run(device: torch.device, rounds: int) -> dict[str, Any]:
             if matrix.numel() < 10**7:
                 row["us, expanded loss"] = time_us(partial(expanded, first, second), device)
         result["value"][" x ".join(map(str, size))] = row
-        say(size, row)
+        say(f"{size}: {row}")
 
     size = QUADRANGLES if cuda else SMALL[0]
     first, second = quadrangles(size, device)

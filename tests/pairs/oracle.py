@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tests import oracle as polygons
 from tests.boxes.oracle import corners
@@ -18,50 +21,51 @@ from tests.boxes.oracle import corners
 SHORT = polygons.SHORTEST_EDGE  # of the extent: below it an edge is no axis, and a pair is a line or a point
 ABSENT = -1.0
 
+Point = Any  # two or three numbers
+Points = list[Any]  # of points
+Axes = list[tuple[Point, float]]  # direction and weight
+Interval = tuple[float, float]
+Matrix = NDArray[np.float64]
 
-def dot(a, b):
-    return sum(x * y for x, y in zip(a, b, strict=True))
+
+def dot(a: Point, b: Point) -> float:
+    return float(sum(x * y for x, y in zip(a, b, strict=True)))
 
 
-def minus(a, b):
+def minus(a: Point, b: Point) -> Point:
     return tuple(x - y for x, y in zip(a, b, strict=True))
 
 
-def interval(points, axis):
+def interval(points: Points, axis: Point) -> Interval:
     projections = [dot(point, axis) for point in points]
     return min(projections), max(projections)
 
 
-def extent(points):
-    return max(max(values) - min(values) for values in zip(*points, strict=True))
+def extent(points: Points) -> float:
+    return float(max(max(values) - min(values) for values in zip(*points, strict=True)))
 
 
-def hull(first, second, axis):
+def hull(first: Points, second: Points, axis: Point) -> float:
     (low, high), (other_low, other_high) = interval(first, axis), interval(second, axis)
     return max(high, other_high) - min(low, other_low)
 
 
-def unit(vector):
+def unit(vector: Point) -> Point:
     length = math.hypot(*vector)
     return tuple(x / length for x in vector)
 
 
-def longest(points):
+def longest(points: Points) -> Point:
     """Return the vector between the two points that are furthest apart."""
     return max((minus(a, b) for a in points for b in points), key=lambda vector: math.hypot(*vector))
 
 
-def directions(shape):
-    """Return the three directions of a box in space, and the lengths of its edges along them.
-
-    The corners make a box. Where edges have no length the others say where it looks.
-    """
-    edges = [minus(shape[end], shape[0]) for end in (1, 3, 4)]
-    lengths = [math.hypot(*edge) for edge in edges]
-    return edges, lengths
+def edge_lengths(shape: Points) -> list[float]:
+    """Return the lengths of the edges of a box in space along its three directions."""
+    return [math.hypot(*minus(shape[end], shape[0])) for end in (1, 3, 4)]
 
 
-def axes_in_plane(first, second, axis_weight):
+def axes_in_plane(first: Points, second: Points, axis_weight: str) -> Axes:
     whole = extent([*first, *second])
     weighted = [
         ((axis.x, axis.y), axis.weight)
@@ -76,13 +80,12 @@ def axes_in_plane(first, second, axis_weight):
     return weighted
 
 
-def axes_in_space(first, second, frames):
+def axes_in_space(first: Points, second: Points, frames: list[list[Point]]) -> Axes:
     """Return the axes of two boxes whose directions are known even where an edge has no length."""
     whole = extent([*first, *second])
-    found = []
+    found: Axes = []
     for shape, frame in zip((first, second), frames, strict=True):
-        _, lengths = directions(shape)
-        for axis, length in zip(frame, lengths, strict=True):
+        for axis, length in zip(frame, edge_lengths(shape), strict=True):
             (low, high), (other_low, other_high) = interval(first, axis), interval(second, axis)
             points = (high - low + other_high - other_low) / 2 <= SHORT * whole
             if length > SHORT * whole or (points and hull(first, second, axis) > SHORT * whole):
@@ -90,7 +93,7 @@ def axes_in_space(first, second, frames):
     return found
 
 
-def frame_of(box, fmt, angle, clockwise):
+def frame_of(box: Any, fmt: str, angle: str, clockwise: bool) -> list[Point]:
     """Return the unit directions of one box in space."""
     if fmt == "corners3d":
         return [unit(minus(box[end], box[0])) for end in (1, 3, 4)]
@@ -99,7 +102,7 @@ def frame_of(box, fmt, angle, clockwise):
     return [(math.cos(turn), math.sin(turn), 0.0), (-math.sin(turn), math.cos(turn), 0.0), (0.0, 0.0, 1.0)]
 
 
-def depth(first, second, shortest):
+def depth(first: Interval, second: Interval, shortest: float) -> float:
     """Return 1 - |distance of the middles| / (sum of the half-lengths, at least `shortest`) of two intervals."""
     (low, high), (other_low, other_high) = first, second
     apart = abs((low + high) - (other_low + other_high)) / 2
@@ -107,7 +110,7 @@ def depth(first, second, shortest):
     return 1 - apart / max(halves, shortest) if apart > 0 else 1.0
 
 
-def over_axes(first, second, axes, over):
+def over_axes(first: Points, second: Points, axes: Axes, over: str) -> float:
     if not axes:
         return 1.0
     if over == "depth":
@@ -120,27 +123,34 @@ def over_axes(first, second, axes, over):
     return sum(weight * value for (_, weight), value in zip(axes, values, strict=True)) / sum(w for _, w in axes)
 
 
-def is_finite(points):
+def is_finite(points: Points) -> bool:
     return all(math.isfinite(number) for point in points for number in point)
 
 
-def box_pair(first, second, fmt="cxcywhr", angle="radians", clockwise=True, over="mean", axis_weight="uniform"):
+def box_pair(
+    first: Any,
+    second: Any,
+    fmt: str = "cxcywhr",
+    angle: str = "radians",
+    clockwise: bool = True,
+    over: str = "mean",
+    axis_weight: str = "uniform",
+) -> float:
     """Return the value of two boxes by their numbers."""
     if fmt == "xyxyxyxy":
-        return polygon_pair(
-            *([tuple(p) for p in np.reshape(box, (4, 2))] for box in (first, second)), over, axis_weight
-        )
-    shapes = [corners(box, fmt, angle, clockwise) for box in (first, second)]
-    if not all(map(is_finite, shapes)):
+        one, other = ([tuple(point) for point in np.reshape(box, (4, 2))] for box in (first, second))
+        return polygon_pair(one, other, over, axis_weight)
+    shape1, shape2 = (corners(box, fmt, angle, clockwise) for box in (first, second))
+    if not is_finite([*shape1, *shape2]):
         return math.nan
     if fmt in ("cxcyczlwhr", "corners3d"):
-        axes = axes_in_space(*shapes, [frame_of(box, fmt, angle, clockwise) for box in (first, second)])
+        axes = axes_in_space(shape1, shape2, [frame_of(box, fmt, angle, clockwise) for box in (first, second)])
     else:
-        axes = axes_in_plane(*shapes, axis_weight)
-    return over_axes(*shapes, axes, over)
+        axes = axes_in_plane(shape1, shape2, axis_weight)
+    return over_axes(shape1, shape2, axes, over)
 
 
-def polygon_pair(first, second, over="mean", axis_weight="uniform"):
+def polygon_pair(first: Any, second: Any, over: str = "mean", axis_weight: str = "uniform") -> float:
     """Return the value of two lists of real vertices."""
     if not first or not second:
         return ABSENT
@@ -149,7 +159,7 @@ def polygon_pair(first, second, over="mean", axis_weight="uniform"):
     return over_axes(first, second, axes_in_plane(first, second, axis_weight), over)
 
 
-def box_matrix(boxes1, boxes2, *, mask1=None, mask2=None, **options):
+def box_matrix(boxes1: Any, boxes2: Any, *, mask1: Any = None, mask2: Any = None, **options: Any) -> Matrix:
     """Return the matrix of boxes (P, ...) and (T, ...), float64."""
     result = np.full((len(boxes1), len(boxes2)), ABSENT)
     for i, j in itertools.product(range(len(boxes1)), range(len(boxes2))):
@@ -158,7 +168,16 @@ def box_matrix(boxes1, boxes2, *, mask1=None, mask2=None, **options):
     return result
 
 
-def polygon_matrix(polygons1, polygons2, *, lengths1=None, lengths2=None, mask1=None, mask2=None, **options):
+def polygon_matrix(
+    polygons1: Any,
+    polygons2: Any,
+    *,
+    lengths1: Any = None,
+    lengths2: Any = None,
+    mask1: Any = None,
+    mask2: Any = None,
+    **options: Any,
+) -> Matrix:
     """Return the matrix of polygons (P, N, 2) and (T, M, 2), float64."""
     result = np.full((len(polygons1), len(polygons2)), ABSENT)
     for i, j in itertools.product(range(len(polygons1)), range(len(polygons2))):
@@ -171,7 +190,16 @@ def polygon_matrix(polygons1, polygons2, *, lengths1=None, lengths2=None, mask1=
     return result
 
 
-def gradient(matrix, first, second, upstream, *, side, step=1e-6, **options):
+def gradient(
+    matrix: Callable[..., Matrix],
+    first: Matrix,
+    second: Matrix,
+    upstream: Matrix,
+    *,
+    side: int,
+    step: float = 1e-6,
+    **options: Any,
+) -> Matrix:
     """Return the gradient of `(matrix(first, second) * upstream).sum()` to one side, by central differences."""
     moved = (first, second)[side]
     result = np.zeros_like(moved)

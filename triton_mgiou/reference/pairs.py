@@ -294,7 +294,7 @@ def _axes_of_polygons(first: _Shapes, second: _Shapes, axis_weight: str) -> tupl
     for own, other in ((p, g), (g, p)):
         weight, counts = polygons._axis_weights(own.edges, extent, axis_weight)
         normals = polygons._axes(own.edges)
-        ends = _ends(own, other, normals, extent)
+        ends = _ends(own, other, normals, is_own=True)
         own_limit = (limit * own.edges.detach().norm(dim=2)).clamp(min=_tiny(limit))
         side = _axes_by_ends(*ends, own_limit, weight)
         sides.append(side)
@@ -302,17 +302,17 @@ def _axes_of_polygons(first: _Shapes, second: _Shapes, axis_weight: str) -> tupl
         is_axis.append(counts)
     degenerate = torch.cat(is_flat, dim=1).any(1, keepdim=True) | ~torch.cat(is_axis, dim=1).any(1, keepdim=True)
     x_and_y = torch.eye(2, dtype=extent.dtype, device=extent.device).expand(extent.shape[0], 2, 2)
-    coordinates = _axes_by_ends(*_ends(p, g, x_and_y, extent), limit, torch.zeros_like(extent))
+    coordinates = _axes_by_ends(*_ends(p, g, x_and_y, is_own=False), limit, torch.zeros_like(extent))
     sides = [side._replace(weight=torch.where(degenerate, 0.0, side.weight)) for side in sides]
     return *sides, _else_seen(coordinates, degenerate, limit)
 
 
 def _ends(
-    first: polygons._Polygons, second: polygons._Polygons, axes: Tensor, extent: Tensor
+    first: polygons._Polygons, second: polygons._Polygons, axes: Tensor, is_own: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Least and largest projection of both, (n, K)."""
-    low, high = polygons._interval(first, polygons._project(first.vertices, axes), axes, extent)
-    return low, high, *polygons._interval(second, polygons._project(second.vertices, axes), axes, extent)
+    """Least and largest projection of both, (n, K); `is_own` if the axes are the first one's."""
+    low, high = polygons._interval(first, polygons._project(first.vertices, axes), axes, is_own=is_own)
+    return low, high, *polygons._interval(second, polygons._project(second.vertices, axes), axes)
 
 
 def _axes_of_corners(first: Tensor, second: Tensor) -> tuple[_Axes, ...]:
@@ -323,7 +323,7 @@ def _axes_of_corners(first: Tensor, second: Tensor) -> tuple[_Axes, ...]:
     between = (p.mean(1, keepdim=True) - g.mean(1, keepdim=True)).detach()
     sides, limits = [], []
     for edges in (p_edges, g_edges, between):
-        p_ends, g_ends = (boxes._interval(each - low, edges, extent) for each in (p, g))
+        p_ends, g_ends = (boxes._interval(each - low, edges) for each in (p, g))
         limits.append((limit * edges.detach().norm(dim=2)).clamp(min=_tiny(limit)))
         sides.append(_axes_by_ends(*p_ends, *g_ends, limits[-1], boxes._is_axis(edges, extent)))
     joins = (sides[2].halves <= limits[2]) & (sides[2].hull > limits[2])
