@@ -315,7 +315,8 @@ def _boundary(p: _Polygons, g: _Polygons, extent: Tensor) -> Tensor:
         boundary = 1 - |P| |G| / V^2 * 2 V |G| / (V^2 + |G|^2)
 
     By Minkowski's inequality the first quotient is at most 1, and 1 only for a convex P in order that is a scaled G.
-    The second one is 1 only where V = |G|. Where G has no area the term is 0. G is a constant of it, as is its order.
+    The second one is 1 only where V = |G|. Where G has no area the term is 0. G is a constant of it, and
+    the order of its vertices does not count.
     """
     normals, p_area = _outward(p)
     g_area = _area_in_order(g, extent)
