@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_mgiou.options import AXIS_WEIGHTS, Options
+from triton_mgiou.box_formats import AMBIGUOUS, FORMATS
+from triton_mgiou.options import AXIS_WEIGHTS, BACKENDS, OVERS, Options
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -109,6 +110,104 @@ def _check_vertices(name: str, value: Tensor, size: str) -> int:
         raise ValueError(f"{name} must have shape (B, {size}, 2) with {size} >= 1, got {tuple(shape)}")
     check_floating(name, value)
     return shape[0]
+
+
+def check_box_format(fmt: object, angle: object, clockwise: object) -> None:
+    """Refuse a format that there isn't, and a convention of angles that the format doesn't have."""
+    if isinstance(fmt, str) and fmt in AMBIGUOUS:
+        raise ValueError(f"fmt must say which of two it is, got {fmt!r}: {AMBIGUOUS[fmt]}")
+    check_choice("fmt", fmt, tuple(FORMATS))
+    check_choice("angle", angle, ("radians", "degrees"))
+    if not isinstance(clockwise, bool):
+        raise TypeError(f"clockwise must be a bool, got {type(clockwise).__name__}")
+    kind = FORMATS[str(fmt)]
+    if not kind.has_angle and (angle != "radians" or not clockwise):
+        raise ValueError(f'angle and clockwise must be left at "radians" and True: fmt={fmt!r} has no angle')
+    if kind.in_space and not clockwise:
+        raise ValueError(f"clockwise must be True for fmt={fmt!r}: yaw turns x towards y; got False")
+
+
+def check_box_options(fmt: str, options: Options) -> None:
+    """Refuse options that no loss has, and those that this format doesn't have."""
+    check_options(options)
+    kind = FORMATS[fmt]
+    if options.axis_weight not in kind.axis_weights:
+        raise ValueError(
+            f"axis_weight must be {' or '.join(map(repr, kind.axis_weights))} for fmt={fmt!r}, "
+            f"got {options.axis_weight!r}"
+        )
+    for name in ("convexity_weight", "boundary_weight"):
+        if getattr(options, name) > 0 and name not in kind.terms:
+            raise ValueError(f"{name} must be 0: fmt={fmt!r} has no such term; got {getattr(options, name)}")
+
+
+def check_boxes(pred: Tensor, target: Tensor, fmt: str) -> None:
+    """Refuse what are no two batches of boxes of this format and of the same size, on the same device."""
+    kind = FORMATS[fmt]
+    for name, value in (("pred", pred), ("target", target)):
+        check_tensor(name, value)
+        if value.dim() != 1 + len(kind.shape) or value.shape[1:] != kind.shape:
+            raise ValueError(_wrong_box_shape(name, tuple(value.shape), fmt))
+        check_floating(name, value)
+    if target.shape[0] != pred.shape[0]:
+        raise ValueError(f"target must have pred's batch size {pred.shape[0]}, got {target.shape[0]}")
+    check_device("target", target, "pred", pred)
+
+
+def _wrong_box_shape(name: str, shape: tuple[int, ...], fmt: str) -> str:
+    kind = FORMATS[fmt]
+    expected = ", ".join(("B", *map(str, kind.shape)))
+    others = [repr(other) for other, each in FORMATS.items() if each.shape == shape[1:]]
+    hint = f", which {' and '.join(others)} have" if others else ""
+    if shape[1:] == kind.shape[::-1] and len(shape) == 3:
+        hint = ": transpose the last two"
+    return f"{name} must have shape ({expected}) for fmt={fmt!r} ({kind.numbers}), got {shape}{hint}"
+
+
+def check_pairs(name: str, first: Tensor, second: Tensor, shape: tuple[int | None, ...], expected: str) -> None:
+    """Refuse what are no two sets of shapes, (P, *shape) or (B, P, *shape); None in `shape` is any size but 0."""
+    for side, value in ((f"{name}1", first), (f"{name}2", second)):
+        check_tensor(side, value)
+        wanted = value.shape[value.dim() - len(shape) :]
+        fits = all(got == want or (want is None and got > 0) for got, want in zip(wanted, shape, strict=True))
+        if value.dim() not in (1 + len(shape), 2 + len(shape)) or not fits:
+            raise ValueError(f"{side} must have shape {expected}, got {tuple(value.shape)}")
+        check_floating(side, value)
+    if first.dim() != second.dim():
+        raise ValueError(
+            f"{name}2 must have a batch if and only if {name}1 has one, got shapes "
+            f"{tuple(first.shape)} and {tuple(second.shape)}"
+        )
+    if first.dim() == 2 + len(shape) and first.shape[0] != second.shape[0]:
+        raise ValueError(f"{name}2 must have {name}1's batch size {first.shape[0]}, got {second.shape[0]}")
+    check_device(f"{name}2", second, f"{name}1", first)
+
+
+def check_matrix_options(over: object, axis_weight: object, axis_weights: tuple[str, ...], backend: object) -> None:
+    """Refuse options that no matrix has."""
+    check_choice("over", over, OVERS)
+    check_choice("axis_weight", axis_weight, axis_weights)
+    check_choice("backend", backend, BACKENDS)
+
+
+def check_shape_mask(name: str, mask: Tensor, side: str, shapes: Tensor, sizes: torch.Size) -> None:
+    """Refuse what does not say which shapes of a set are there."""
+    check_tensor(name, mask)
+    check_device(name, mask, side, shapes)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be torch.bool, got {mask.dtype}")
+    if mask.shape != sizes:
+        raise ValueError(f"{name} must have shape {tuple(sizes)}, got {tuple(mask.shape)}")
+
+
+def check_vertex_counts(name: str, lengths: Tensor, side: str, shapes: Tensor, sizes: torch.Size) -> None:
+    """Refuse what does not say how many vertices of each polygon of a set are real."""
+    check_tensor(name, lengths)
+    check_device(name, lengths, side, shapes)
+    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {lengths.dtype}")
+    if lengths.shape != sizes:
+        raise ValueError(f"{name} must have shape {tuple(sizes)}, got {tuple(lengths.shape)}")
 
 
 def check_real(side: str, vertices: Tensor, lengths: Tensor | None, mask: Tensor | None) -> None:

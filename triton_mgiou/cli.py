@@ -52,9 +52,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _warmup(args: argparse.Namespace) -> int:
+    boxes = {"boxes": args.boxes, "box_options": args.box_options} if args.boxes else {}
     try:
         results = triton_mgiou.warmup(
-            args.vertices, args.batch, args.dtype, args.device, args.options, tune=not args.no_tune
+            args.vertices, args.batch, args.dtype, args.device, args.options, tune=not args.no_tune, **boxes
         )
         sys.stdout.write(f"{table(results)}\n")
         if args.json is not None:
@@ -81,14 +82,18 @@ def table(results: list[WarmupResult]) -> str:
     rows = [head]
     for r in results:
         c = r.configuration
-        slots = "/".join(dict.fromkeys(str(c[side]) for side in ("pred_slots", "target_slots")))
+        if r.fmt is None:
+            slots = "/".join(dict.fromkeys(str(c[side]) for side in ("pred_slots", "target_slots")))
+            tile = f"{c['polygons']} x {c['axes']} x {c['lanes']} x {slots}"
+        else:
+            tile = f"{c['lanes']} lanes x {c['rows']} boxes"
         rows.append(
             (
-                "/".join(dict.fromkeys((str(r.pred_vertices), str(r.target_vertices)))),
+                r.fmt or "/".join(dict.fromkeys((str(r.pred_vertices), str(r.target_vertices)))),
                 r.batch,
                 r.dtype,
                 "yes" if r.gradient else "no",
-                f"{c['polygons']} x {c['axes']} x {c['lanes']} x {slots}, {c['num_warps']}, {c['registers']}",
+                f"{tile}, {c['num_warps']}, {c['registers']}",
                 "-" if r.us is None else f"{r.us:.1f}",
                 "-" if r.gain is None else f"{r.gain:.1%}",
                 r.source,
@@ -152,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.add_argument(
-        "--vertices", type=_pair_of(_integer_from(1)), nargs="+", default=[4, 8, 16], metavar="N[:M]",
+        "--vertices", type=_pair_of(_integer_from(1)), nargs="*", default=[4, 8, 16], metavar="N[:M]",
         help="vertex counts; N:M where the target has another",
     )  # fmt: skip
     command.add_argument("--batch", type=_integer_from(1), nargs="+", default=[512, 65536], help="batch sizes")
@@ -165,6 +170,10 @@ def _parser() -> argparse.ArgumentParser:
         "--options", type=_options, default="{}", metavar="JSON",
         help="options of mgiou_loss; for a tensor its dtype or true",
     )  # fmt: skip
+    command.add_argument("--boxes", nargs="+", default=[], metavar="FMT", help="formats of box_mgiou_loss")
+    command.add_argument(
+        "--box-options", type=_options, default="{}", metavar="JSON", help="options of box_mgiou_loss, as --options"
+    )
     command.add_argument("--no-tune", action="store_true", help="compile only")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
 

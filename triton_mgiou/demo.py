@@ -29,11 +29,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from triton_mgiou.functional import PAPER, kernels_unavailable, mgiou_loss
+from triton_mgiou.metrics import polygon_iou
 from triton_mgiou.modules import MGIoULoss
 
 EXTRAS = ("matplotlib.figure", "shapely", "sklearn.datasets", "tqdm")  # imported only by a demo that runs
@@ -238,33 +239,6 @@ def evaluate(network: nn.Module, data: Digits, device: torch.device) -> Scores:
     return Scores(polygons, np.array(ious))
 
 
-def polygon_iou(pred: ArrayLike, target: ArrayLike) -> float:
-    """Intersection over union of two polygons, each read in the order of its vertices, by the even-odd rule.
-
-    Both outlines together cut the plane into faces; each face lies wholly inside or outside of either polygon. So
-    there is nothing to repair in a polygon that crosses itself: a bow-tie covers its two lobes, the inside of a loop
-    that runs around twice is outside. Where neither polygon covers any area, or a coordinate is not finite, it is 0.
-
-    Args:
-        pred: Vertices, shape (N, 2), N >= 3.
-        target: Vertices, shape (M, 2), M >= 3.
-
-    Returns:
-        The IoU, in 0..1.
-    """
-    shapely = _extra("shapely")
-    p, g = np.asarray(pred, dtype=np.float64), np.asarray(target, dtype=np.float64)
-    if not (np.isfinite(p).all() and np.isfinite(g).all()):
-        return 0.0
-    outlines = shapely.union_all([shapely.linearrings(p), shapely.linearrings(g)])  # cut at all crossings
-    faces = shapely.get_parts(shapely.polygonize(shapely.get_parts(outlines)))
-    areas = shapely.area(faces)
-    points = shapely.get_coordinates(shapely.point_on_surface(faces))  # one inside each face
-    in_p, in_g = _is_inside(points, p), _is_inside(points, g)
-    union = areas[in_p | in_g].sum()
-    return float(areas[in_p & in_g].sum() / union) if union > 0 else 0.0
-
-
 def average_precision(ious: Points, threshold: float) -> float:
     """The share of the images whose IoU is at least `threshold`.
 
@@ -363,17 +337,6 @@ def pick_device(name: str) -> torch.device:
 def pick_backend(device: torch.device) -> str:
     """The backend that "auto" takes on this device: "triton" on a GPU where the kernels run, else "eager"."""
     return "triton" if device.type == "cuda" and kernels_unavailable(device) is None else "eager"
-
-
-def _is_inside(points: Points, polygon: Points) -> NDArray[np.bool_]:
-    """Whether a ray from each point, (K, 2), to the right crosses the polygon's outline an odd number of times."""
-    x, y = points[:, :1], points[:, 1:]  # (K, 1), against (N,) edges
-    start, end = polygon.T, np.roll(polygon, -1, axis=0).T
-    spans = (start[1] > y) != (end[1] > y)
-    rise = np.where(start[1] == end[1], 1.0, end[1] - start[1])  # a level edge spans nothing
-    crosses = spans & (start[0] + (y - start[1]) * (end[0] - start[0]) / rise > x)
-    inside: NDArray[np.bool_] = crosses.sum(axis=1) % 2 == 1
-    return inside
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""`mgiou_loss`: checks its arguments, chooses the backend and reduces."""
+"""The losses and the matrices of all pairs: check their arguments, choose the backend and reduce."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,22 +12,34 @@ import triton_mgiou
 from triton_mgiou import debugging
 from triton_mgiou.arguments import (
     check_avg_factor,
+    check_box_format,
+    check_box_options,
+    check_boxes,
     check_choice,
+    check_matrix_options,
     check_options,
+    check_pairs,
     check_polygons,
     check_real,
+    check_shape_mask,
+    check_vertex_counts,
     check_weight,
 )
-from triton_mgiou.options import BACKENDS, PAPER, REDUCTIONS, Options, Reduction
+from triton_mgiou.bounding_boxes import is_bounding_boxes, plain_boxes
+from triton_mgiou.box_formats import FORMATS, PAIR_FORMATS
+from triton_mgiou.options import AXIS_WEIGHTS, BACKENDS, PAPER, REDUCTIONS, Options, Reduction
+from triton_mgiou.reference import boxes as box_reference
+from triton_mgiou.reference import pairs as pair_reference
 from triton_mgiou.reference import polygons as reference
 
 if TYPE_CHECKING:
     import triton_mgiou.launch
     import triton_mgiou.ops
+    import triton_mgiou.pairs
 
 LEAST_DIVISOR = 1e-30  # over a smaller one a gradient could overflow, and times a weight of 0 give NaN
 
-__all__ = ["PAPER", "kernels_unavailable", "mgiou_loss"]
+__all__ = ["PAPER", "box_mgiou", "box_mgiou_loss", "kernels_unavailable", "mgiou_loss", "polygon_mgiou"]
 
 
 def mgiou_loss(
@@ -155,6 +167,335 @@ def mgiou_loss(
     return loss
 
 
+def box_mgiou_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    fmt: str = "cxcywhr",
+    angle: str = "radians",
+    clockwise: bool = True,
+    weight: Tensor | None = None,
+    avg_factor: float | Tensor | None = None,
+    reduction: str = "mean",
+    axis_weight: str | None = None,
+    axis_grad: bool | None = None,
+    boundary_weight: float | None = None,
+    convexity_weight: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Marginalized GIoU loss between two batches of boxes: rotated, upright or in space.
+
+    It is `mgiou_loss` of the boxes' corners, in closed form, with the gradient to the boxes' numbers. Each sample's
+    loss is (1 - MGIoU) / 2, in [0, 1], plus, in the plane, `boundary_weight` times a term in [0, 1]. It is exactly 0
+    where the numbers of `pred` are those of `target`, in degrees also where they are after a turn by 180 or after a
+    turn by 90 with w and h swapped; in radians these have a loss of rounding, up to 1e-6 times the aspect ratio. It
+    does not change when both boxes are moved, scaled or turned together ("soft" weights: turned by right angles).
+
+    Which numbers a box has is said by `fmt`, `angle` and `clockwise`:
+
+    ============================================== ============ ========= =========== ==============
+    library                                        `fmt`        `angle`   `clockwise` centre
+    ============================================== ============ ========= =========== ==============
+    torchvision, plain "cxcywhr": not our default  "cxcywhr"    "degrees" False       of the box
+    detectron2 `RotatedBoxes`                      "cxcywhr"    "degrees" False       of the box
+    mmcv, mmrotate `RotatedBoxes`                  "cxcywhr"    "radians" True        of the box
+    Ultralytics "xywhr"                            "cxcywhr"    "radians" True        of the box
+    OpenCV `minAreaRect`, of any version           "cxcywhr"    "degrees" True        of the box
+    torchvision and mmdetection "xyxy"             "xyxy"       -         -           -
+    torchvision "cxcywh", DETR, Ultralytics "xywh" "cxcywh"     -         -           of the box
+    torchvision "xyxyxyxy", DOTA, mmrotate "qbox"  "xyxyxyxy"   -         -           -
+    OpenPCDet                                      "cxcyczlwhr" "radians" True        of gravity
+    mmdet3d LiDAR and depth boxes                  "cxcyczlwhr" "radians" True        of the bottom!
+    pytorch3d, OpenPCDet, mmdet3d `corners`        "corners3d"  -         -           -
+    nuScenes `Box.corners().T`                     "corners3d"  -         -           -
+    ============================================== ============ ========= =========== ==============
+
+    The first row is the trap: torchvision's plain "cxcywhr" has our default's name, but degrees and the other
+    direction. mmdet3d's `.tensor` has the centre of the bottom: put `.gravity_center` in the place of its first three
+    numbers. nuScenes' `corners()` is (3, 8), and its sizes are width, length, height. KITTI's camera boxes, whose angle
+    turns about another axis, are not covered.
+
+    A `tv_tensors.BoundingBoxes` knows its own format, angle and direction: it is converted to what the arguments say,
+    each side by itself. The arguments speak of plain tensors.
+
+    A size below 0 counts as its absolute value. A box whose sizes are 0 is a point: against another box only that one
+    has axes, and two points have loss and gradient 0. Any finite input gives a finite value and gradient; angles may be
+    as large as they like. NaN or Inf makes that sample's value and gradient NaN and leaves the others' alone. For
+    a square turned by exactly 45 degrees to its target the gradient to the angle is 0, by symmetry.
+
+    Args:
+        pred: Predicted boxes; float16, bfloat16, float32 or float64. Computed in float64 if either input is float64,
+            else in float32.
+        target: Target boxes, as many. Gets a gradient if it asks for one: that of MGIoU, since the term takes it for a
+            constant.
+        fmt: What the numbers of a box are.
+            "cxcywhr", (B, 5): centre x and y, width, height, angle. "cxcywh", (B, 4): the same without an angle.
+            "xyxy", (B, 4): two opposite corners.
+            "xyxyxyxy", (B, 8): four free corners in order along the outline, which need not make a rectangle:
+            `mgiou_loss` of (B, 4, 2), with its defaults.
+            "cxcyczlwhr", (B, 7): gravity centre x, y and z, length along x, width along y, height along z, yaw about z.
+            "corners3d", (B, 8, 3): eight corners, of which 0-1, 0-3 and 0-4 are edges. `pred` need not be a box: its
+            axes are these three edges, as in the paper; vertex 0 is the one to be most careful with. Of a box any
+            labels with these edges give the same loss.
+        angle: "radians" or "degrees".
+        clockwise: Whether (x, y) = centre + (u cos r - v sin r, u sin r + v cos r), so that angles turn x towards y.
+            That is clockwise on a screen, where y points down, and counter-clockwise from above in a right-handed
+            space, where only True is allowed.
+        weight: Factor on each sample's loss, shape (B,), or (B, k) to be averaged over k.
+        avg_factor: With `reduction="mean"`, divide the sum by this instead of by B. Above 0, a number or a
+            tensor of one element. Not allowed with "sum", without effect with "none" (as in mmdetection).
+        reduction: "mean", "sum" or "none".
+        axis_weight: As in `mgiou_loss`. None: "uniform"; in space there is no other.
+        axis_grad: As in `mgiou_loss`. None: True; for "corners3d", where free corners get nearer without it, False.
+        boundary_weight: As in `mgiou_loss`. None: 0.25; in space, where there is no such term, 0.
+        convexity_weight: As in `mgiou_loss`, for "xyxyxyxy" only. None: 0.
+        backend: "eager" (PyTorch), "triton" (fused kernels; an error where they cannot run) or "auto".
+
+    Returns:
+        The loss: a scalar, or shape (B,) for "none"; float64 if either input is float64, else float32. For B = 0
+        it is 0 and connected to the graph.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value, or the format does not have the option.
+        RuntimeError: `backend="triton"` where the kernels cannot run.
+
+    Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
+    """
+    check_box_format(fmt, angle, clockwise)
+    if is_bounding_boxes(pred):
+        pred = plain_boxes("pred", pred, fmt, angle, clockwise)
+    if is_bounding_boxes(target):
+        target = plain_boxes("target", target, fmt, angle, clockwise)
+    check_boxes(pred, target, fmt)
+    default = FORMATS[fmt].defaults
+    options = Options(
+        default.axis_weight if axis_weight is None else axis_weight,
+        default.axis_grad if axis_grad is None else axis_grad,
+        default.convexity_weight if convexity_weight is None else convexity_weight,
+        default.boundary_weight if boundary_weight is None else boundary_weight,
+    )
+    check_box_options(fmt, options)
+    if fmt == "xyxyxyxy":
+        vertices = [side.reshape(side.shape[0], 4, 2) for side in (pred, target)]
+        return mgiou_loss(
+            *vertices, weight=weight, avg_factor=avg_factor, reduction=reduction, backend=backend, **options._asdict()
+        )
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("backend", backend, BACKENDS)
+    if weight is not None:
+        check_weight(weight, pred)
+    if avg_factor is not None:
+        check_avg_factor(avg_factor, reduction, pred)
+    checking = debugging.on and not torch._C._are_functorch_transforms_active()
+    if checking:
+        from triton_mgiou.training import loss_checks  # noqa: PLC0415 - slow, and above this module
+
+        pred = loss_checks.check_input("pred", pred, function="box_mgiou_loss")
+        target = loss_checks.check_input("target", target, function="box_mgiou_loss")
+        loss_checks.check_factors(weight=weight, avg_factor=avg_factor, function="box_mgiou_loss")
+        if FORMATS[fmt].has_angle and angle == "radians":
+            loss_checks.check_radians(pred, target)
+    if pred.shape[0] > 0 and _takes_kernel(backend, pred):
+        inside = kernel_reduction(pred, target, weight, reduction, avg_factor)
+        call = triton_mgiou.launch.BoxCall(fmt, angle, clockwise, inside or Reduction(None, True, None), options)
+        loss = triton_mgiou.ops.box_loss(pred, target, call)
+        if inside is None:
+            loss = reduce(loss, weight, reduction, avg_factor)
+    else:
+        loss = box_reference.per_sample_loss(
+            pred,
+            target,
+            fmt=fmt,
+            angle=angle,
+            clockwise=clockwise,
+            axis_weight=options.axis_weight,
+            axis_grad=options.axis_grad,
+            boundary_weight=options.boundary_weight,
+        )
+        loss = reduce(loss, weight, reduction, avg_factor)
+    if checking:
+        loss_checks.check_output(loss, pred, target, function="box_mgiou_loss")
+    return loss
+
+
+def box_mgiou(
+    boxes1: Tensor,
+    boxes2: Tensor,
+    *,
+    fmt: str = "cxcywhr",
+    angle: str = "radians",
+    clockwise: bool = True,
+    mask1: Tensor | None = None,
+    mask2: Tensor | None = None,
+    over: str = "mean",
+    axis_weight: str = "uniform",
+    backend: str = "auto",
+) -> Tensor:
+    """MGIoU of every box of one set with every box of another: for matching, assignment and keeping boxes apart.
+
+    MGIoU is 1 for boxes that coincide, exactly so for equal numbers, and falls towards -1 for boxes far apart. It is
+    1 - 2 `box_mgiou_loss` without terms, entry by entry, except for pairs whose axes cannot tell them apart: two
+    points and two segments on one line are compared along the line that joins them, in space two plates also across
+    it, so that only what coincides has 1. A box of zeros, as padding has, is a point: with any box that has an extent
+    its MGIoU is 0 at most. The matrix does not change by a bit when the sets are swapped, but for being transposed.
+
+    A pair of which one is not there (`mask1`, `mask2`) has -1 and no gradient. A solver of assignments takes it as it
+    takes any number, and may choose it where there are more rows than columns that are there, so drop these choices:
+
+        rows, columns = scipy.optimize.linear_sum_assignment(box_mgiou(pred, gt, mask2=mask).cpu(), maximize=True)
+        kept = mask.cpu()[columns]
+        rows, columns = rows[kept], columns[kept]
+
+    To push boxes apart, descend on their depth in each other:
+
+        pairs = torch.ones(n, n, dtype=torch.bool).triu(1)  # each once, and no box with itself
+        loss = (relu(margin + box_mgiou(boxes, boxes, over="depth")) * pairs).sum()
+
+    Where two centres are exactly the same there is no direction to push, and the gradient to both centres is 0, as it
+    is for the centres of two boxes of which each is pushed both ways alike: start from centres that differ.
+
+    Args:
+        boxes1: Boxes, (P, ...) or in batches (B, P, ...); float16, bfloat16, float32 or float64. Computed in float64
+            if either set is float64, else in float32. Each set gets a gradient if it asks for one.
+        boxes2: Boxes, (T, ...) or (B, T, ...).
+        fmt: What the numbers of a box are, as in `box_mgiou_loss`.
+        angle: "radians" or "degrees".
+        clockwise: As in `box_mgiou_loss`.
+        mask1: Which boxes of the first set are there, bool, (P,) or (B, P). What is not may hold anything.
+        mask2: The same for the second set, (T,) or (B, T).
+        over: What to take over the axes.
+            "mean": MGIoU, in (-1, 1].
+            "min": the smallest 1-D GIoU. Below 0 the two are apart. In the plane they overlap where it is above 0; in
+            space they may still be apart where it is, as the normals of faces alone cannot tell an edge from an edge.
+            Its gradient is 0 where one interval lies inside the other on that axis, however the boxes move there. Its
+            positive part is the paper's MGIoU-.
+            "depth": the smallest 1 - |distance of the middles| / (sum of the half-lengths), with the same sign: it
+            says how far one must move. It has no lower bound of -1: for two points it is down to about -10^6, as an
+            extent below a millionth of the pair's counts as that.
+        axis_weight: As in `mgiou_loss`; in space "uniform" only. For "min" and "depth" it says which axes there are.
+        backend: "eager" (PyTorch), "triton" (fused kernels; an error where they cannot run) or "auto". The kernels
+            need no memory but the matrix; eager PyTorch takes `triton_mgiou.reference.pairs.MEMORY` bytes besides, at
+            most, and more under transforms of `torch.func` and in `torch.compile`. There is no kernel for "corners3d",
+            and none with a gradient for "xyxyxyxy".
+
+    Returns:
+        The matrix, (P, T) or (B, P, T); float64 if either set is float64, else float32. NaN where a number of either
+        box is NaN or Inf; the gradient is then NaN for that box alone.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value, or the format does not have the option.
+        RuntimeError: `backend="triton"` where the kernels cannot run.
+
+    Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
+    """
+    check_box_format(fmt, angle, clockwise)
+    if is_bounding_boxes(boxes1):
+        boxes1 = plain_boxes("boxes1", boxes1, fmt, angle, clockwise)
+    if is_bounding_boxes(boxes2):
+        boxes2 = plain_boxes("boxes2", boxes2, fmt, angle, clockwise)
+    kind = FORMATS[fmt]
+    numbers = ", ".join(map(str, kind.shape))
+    check_pairs(
+        "boxes", boxes1, boxes2, kind.shape, f"(P, {numbers}) or (B, P, {numbers}) for fmt={fmt!r} ({kind.numbers})"
+    )
+    check_matrix_options(over, axis_weight, kind.axis_weights, backend)
+    if fmt == "xyxyxyxy":
+        corners = (each.reshape(*each.shape[:-1], 4, 2) for each in (boxes1, boxes2))
+        return polygon_mgiou(*corners, mask1=mask1, mask2=mask2, over=over, axis_weight=axis_weight, backend=backend)
+    sizes = len(kind.shape)
+    for name, mask, side, boxes in (("mask1", mask1, "boxes1", boxes1), ("mask2", mask2, "boxes2", boxes2)):
+        if mask is not None:
+            check_shape_mask(name, mask, side, boxes, boxes.shape[:-sizes])
+    batched = boxes1.dim() == 2 + sizes
+    first, second, there1, there2 = (_batched(each, batched) for each in (boxes1, boxes2, mask1, mask2))
+    missing = None if fmt in PAIR_FORMATS else f"pairs of {fmt!r}"
+    if first.numel() > 0 and second.numel() > 0 and _takes_kernel(backend, first, missing):
+        call = triton_mgiou.pairs.BoxPairs(fmt, angle, clockwise, over, axis_weight)
+        matrix = triton_mgiou.pairs.box_matrix(first, second, there1, there2, call)
+    else:
+        matrix = pair_reference.box_matrix(
+            first,
+            second,
+            there1,
+            there2,
+            fmt=fmt,
+            angle=angle,
+            clockwise=clockwise,
+            over=over,
+            axis_weight=axis_weight,
+        )
+    return matrix if batched else matrix.squeeze(0)
+
+
+def polygon_mgiou(
+    polygons1: Tensor,
+    polygons2: Tensor,
+    *,
+    lengths1: Tensor | None = None,
+    lengths2: Tensor | None = None,
+    mask1: Tensor | None = None,
+    mask2: Tensor | None = None,
+    over: str = "mean",
+    axis_weight: str = "uniform",
+    backend: str = "auto",
+) -> Tensor:
+    """MGIoU of every polygon of one set with every polygon of another.
+
+    As `box_mgiou`, of which see all that is not said here. MGIoU sees the polygons' hulls and the normals of their
+    edges. Entry by entry it is 1 - 2 `mgiou_loss(..., boundary_weight=0)` with the same `axis_weight`.
+
+    Args:
+        polygons1: Vertices, (P, N, 2) or in batches (B, P, N, 2), in order along the outline; dtypes as for boxes.
+        polygons2: Vertices, (T, M, 2) or (B, T, M, 2); M may differ from N.
+        lengths1: How many vertices of each polygon are real, (P,) or (B, P), any integer type; the rest is padding and
+            may hold anything. Clamped to 0..N. A polygon without a real vertex is not there.
+        lengths2: The same for the second set, (T,) or (B, T).
+        mask1: Which polygons of the first set are there, bool, (P,) or (B, P).
+        mask2: The same for the second set, (T,) or (B, T).
+        over: As in `box_mgiou`. The sign of "min" and "depth" speaks of the hulls.
+        axis_weight: As in `mgiou_loss`.
+        backend: As in `box_mgiou`.
+
+    Returns:
+        The matrix, (P, T) or (B, P, T), as `box_mgiou`'s.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value.
+        RuntimeError: `backend="triton"` where the kernels cannot run, as with a gradient.
+
+    Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
+    """
+    check_pairs("polygons", polygons1, polygons2, (None, 2), "(P, N, 2) or (B, P, N, 2) with N >= 1")
+    check_matrix_options(over, axis_weight, AXIS_WEIGHTS, backend)
+    sides = ("1", polygons1, lengths1, mask1), ("2", polygons2, lengths2, mask2)
+    for side, polygons, lengths, mask in sides:
+        if lengths is not None:
+            check_vertex_counts(f"lengths{side}", lengths, f"polygons{side}", polygons, polygons.shape[:-2])
+        if mask is not None:
+            check_shape_mask(f"mask{side}", mask, f"polygons{side}", polygons, polygons.shape[:-2])
+    batched = polygons1.dim() == 4
+    tensors = (polygons1, polygons2, lengths1, lengths2, mask1, mask2)
+    first, second, count1, count2, there1, there2 = (_batched(each, batched) for each in tensors)
+    wants_gradient = torch.is_grad_enabled() and (first.requires_grad or second.requires_grad)
+    missing = "the gradient of pairs of polygons" if wants_gradient else None
+    if first.numel() > 0 and second.numel() > 0 and _takes_kernel(backend, first, missing):
+        call = triton_mgiou.pairs.PolygonPairs(count1, count2, there1, there2, over, axis_weight)
+        matrix = triton_mgiou.pairs.polygon_matrix(first, second, call)
+    else:
+        matrix = pair_reference.polygon_matrix(
+            first, second, count1, count2, there1, there2, over=over, axis_weight=axis_weight
+        )
+    return matrix if batched else matrix.squeeze(0)
+
+
+def _batched(tensor: Any, batched: bool) -> Any:
+    """A tensor with a batch of one, if it has none."""
+    return tensor if tensor is None or batched else tensor.unsqueeze(0)
+
+
 def kernel_reduction(
     pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None
 ) -> Reduction | None:
@@ -173,10 +514,11 @@ def kernel_reduction(
     return Reduction(weight, reduction == "none", None)
 
 
-def _takes_kernel(backend: str, pred: Tensor) -> bool:
+def _takes_kernel(backend: str, pred: Tensor, missing: str | None = None) -> bool:
+    """Whether to launch a kernel; `missing` is what there is none for."""
     if backend == "eager" or (backend == "auto" and not pred.is_cuda):
         return False
-    reason = kernels_unavailable(pred.device)
+    reason = kernels_unavailable(pred.device) if missing is None else f"there is no kernel for {missing}"
     if forward_ad._current_level >= 0:  # whether or not a tensor carries a tangent, which the kernels would drop
         reason = "forward-mode differentiation is active, and the kernels know only the reverse mode"
     if torch._C._are_functorch_transforms_active():
@@ -209,7 +551,7 @@ def _find_reason(device: torch.device) -> str | None:
         return "Triton is not installed"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 4):
         return f"the kernels need Triton 3.4, and {triton.__version__} is installed"
-    from triton_mgiou import launch, ops  # noqa: F401, PLC0415 - from here on the package has both
+    from triton_mgiou import launch, ops, pairs  # noqa: F401, PLC0415 - from here on the package has them
 
     if launch.INTERPRETED:
         return None

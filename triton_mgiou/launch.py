@@ -1,6 +1,7 @@
 """Launches of the kernels: the variant that a call needs, its arguments, its outputs and scratch memory.
 
-The first part is for any kernel, the second for that of polygons. Another kernel brings what the second part has:
+The first part is for any kernel, the second for that of polygons, the third for that of boxes. Another kernel brings
+what the second part has:
 
 - a call, a `NamedTuple` of what is asked for besides both sides, with `launch` and `swapped`;
 - a key, a `NamedTuple` of all that decides which variant runs and nothing else, and a function that makes its `Plan`;
@@ -12,8 +13,9 @@ The first part is for any kernel, the second for that of polygons. Another kerne
 from __future__ import annotations
 
 import inspect
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,13 +25,15 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
+from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS
+from triton_mgiou.kernels import boxes as box_kernels
 from triton_mgiou.kernels import polygons as polygon_kernels
 from triton_mgiou.kernels import vertices
 from triton_mgiou.options import AXIS_WEIGHTS, Options, Reduction
 from triton_mgiou.tuning import layouts, store
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # decided when the kernels were imported
-_COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
+COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _COUNTERS = 1024  # zeroed at a time: one for each stream and one for each captured launch
 
 # Triton's private launcher, `CompiledKernel.run`, takes these and then the kernel's arguments (in 3.6; in 3.8 and 3.9).
@@ -59,7 +63,7 @@ class Plan:
         kernel: Any,
         flags: tuple[Any, ...],
         case: str,
-        candidates: list[layouts.Layout],
+        candidates: Sequence[layouts.AnyLayout],
         dtype: torch.dtype,
         device: int,
     ) -> None:
@@ -74,19 +78,19 @@ class Plan:
         self.compiled: Any = None  # after the first launch
         self._launcher: tuple[Any, tuple[Any, ...]] | None = None
 
-    def launch(self, batch: int, stream: int, arguments: tuple[Any, ...]) -> None:
+    def launch(self, size: Any, stream: int, arguments: tuple[Any, ...]) -> None:
         """Launch on the current device. Only the first time Triton looks for the compiled code, or makes it."""
-        programs = self.layout.programs(batch)
+        grid = self.layout.grid(size)
         launcher = self._launcher
         enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         if launcher is None or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's hooks
-            compiled = self.kernel[programs,](*arguments, *self.constants, **self.layout.options())
+            compiled = self.kernel[grid](*arguments, *self.constants, **self.layout.options())
             if self.compiled is None and not INTERPRETED:
                 self.compiled = compiled
                 self._launcher = private_launcher(compiled)
         else:
             run, between = launcher
-            run(programs, 1, 1, stream, *between, *arguments, *self.constants)
+            run(*grid, stream, *between, *arguments, *self.constants)
 
 
 def private_launcher(compiled: Any) -> tuple[Any, tuple[Any, ...]] | None:
@@ -106,17 +110,42 @@ def private_launcher(compiled: Any) -> tuple[Any, tuple[Any, ...]] | None:
 _plans: dict[Any, Plan] = {}
 
 
+def known_plan(key: Any) -> Plan | None:
+    """The plan that was kept for a key, or for its fields."""
+    return _plans.get(key)
+
+
+def keep_plan(key: Any, plan: Plan) -> Plan:
+    """Keep a plan for the next call."""
+    _plans[key] = plan
+    return plan
+
+
 def forget_plans() -> None:
     """Look every layout up again at its next use. What was compiled stays."""
     _plans.clear()
 
 
 def loss_and_gradients(
-    pred: Tensor, target: Tensor, call: PolygonCall, pred_grad: bool, target_grad: bool
+    pred: Tensor, target: Tensor, call: PolygonCall | BoxCall, pred_grad: bool, target_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss, and its gradient to each side that asks for one, in the loss's type."""
     loss, gradient = call.launch(pred, target, pred_grad)
     return loss, gradient, call.swapped().launch(target, pred, True)[1] if target_grad else None
+
+
+def _launch(
+    prepare: Callable[..., Any], pred: Tensor, target: Tensor, call: PolygonCall | BoxCall, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and its gradient to `pred` if asked for: one launch, on the device of `pred`."""
+    device = pred.get_device()  # -1 for the CPU
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _launch(prepare, pred, target, call, gradient)
+    stream = 0 if device < 0 else driver.active.get_current_stream(device)
+    plan, arguments, loss, grad = prepare(pred, target, call, gradient, stream)
+    plan.launch(pred.shape[0], stream, arguments)
+    return loss, grad
 
 
 def device_of(index: int) -> torch.device:
@@ -179,14 +208,7 @@ class PolygonCall(NamedTuple):
 
     def launch(self, pred: Tensor, target: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
         """The loss, and its gradient to `pred` in the loss's type if asked for: one launch."""
-        device = pred.get_device()  # -1 for the CPU
-        if device >= 0 and device != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self.launch(pred, target, gradient)
-        stream = 0 if device < 0 else driver.active.get_current_stream(device)
-        plan, arguments, loss, grad = prepare_polygons(pred, target, self, gradient, stream)
-        plan.launch(pred.shape[0], stream, arguments)
-        return loss, grad
+        return _launch(prepare_polygons, pred, target, self, gradient)
 
     def swapped(self) -> PolygonCall:
         """The call for the gradient to `target`: MGIoU is symmetric, and `target` is a constant of the other terms."""
@@ -283,7 +305,7 @@ def polygon_plan(key: PolygonKey) -> Plan:
     )
     dtype = torch.promote_types(torch.promote_types(key.pred_dtype, key.target_dtype), torch.float32)
     constants = {
-        "COMPUTE": _COMPUTE[dtype],
+        "COMPUTE": COMPUTE[dtype],
         "GRAD": key.gradient,
         "REDUCE": not key.per_sample,
         "AXIS_WEIGHT": AXIS_WEIGHTS.index(key.axis_weight),
@@ -333,3 +355,114 @@ def _as_words(polygons: Tensor) -> tuple[Tensor, int, int]:
         return polygons, stride_b // 2, stride_n // 2
     copy = torch.empty_like(polygons, memory_format=torch.contiguous_format).copy_(polygons)
     return copy, polygons.shape[1], 1
+
+
+# Boxes
+
+
+class BoxCall(NamedTuple):
+    """What is asked of the kernel of boxes, besides both sides."""
+
+    fmt: str
+    angle: str
+    clockwise: bool
+    reduction: Reduction
+    options: Options
+
+    def launch(self, pred: Tensor, target: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """The loss, and its gradient to `pred` in the loss's type if asked for: one launch."""
+        return _launch(prepare_boxes, pred, target, self, gradient)
+
+    def swapped(self) -> BoxCall:
+        """The call for the gradient to `target`: MGIoU is symmetric, and `target` is a constant of the other term."""
+        return self._replace(options=self.options._replace(boundary_weight=0.0))
+
+
+class BoxKey(NamedTuple):
+    """All that decides which variant of the kernel runs."""
+
+    device: int
+    pred_dtype: torch.dtype
+    target_dtype: torch.dtype
+    fmt: str
+    angle: str
+    clockwise: bool
+    weight: torch.dtype | None
+    per_sample: bool
+    axis_weight: str
+    axis_grad: bool
+    boundary: bool
+    gradient: bool
+    packed: bool  # boxes follow each other, and the first is aligned
+    batch: int  # whether it is large; the batch size itself in the interpreter
+
+
+def prepare_boxes(
+    pred: Tensor, target: Tensor, call: BoxCall, gradient: bool, stream: int
+) -> tuple[Plan, tuple[Any, ...], Tensor, Tensor | None]:
+    """The variant to launch, its arguments, and its outputs: the loss, and the gradient to `pred` if asked for."""
+    device = pred.get_device()
+    fmt, angle, clockwise, (weight, per_sample, divisor), options = call
+    batch = pred.shape[0]
+    fields = (
+        device,
+        pred.dtype,
+        target.dtype,
+        fmt,
+        angle,
+        clockwise,
+        None if weight is None else weight.dtype,
+        per_sample,
+        options.axis_weight,
+        options.axis_grad,
+        options.boundary_weight > 0,
+        gradient,
+        pred.is_contiguous() and target.is_contiguous() and (pred.data_ptr() | target.data_ptr()) % 16 == 0,
+        batch if INTERPRETED else batch >= layouts.LARGE_BOXES,
+    )
+    plan = _plans.get(fields)  # finds a key, and is faster to make
+    if plan is None:
+        key = BoxKey(*fields)
+        plan = _plans[key] = box_plan(key)
+    if per_sample:
+        loss, partial, counter = plan.scalar.new_empty(batch), None, None
+    else:
+        loss, (partial, counter) = torch.empty_like(plan.scalar), reduction_scratch(device, stream, plan.dtype)
+    grad = None
+    if gradient:
+        grad = torch.empty_like(pred, dtype=plan.dtype, memory_format=torch.contiguous_format)
+    arguments = (
+        pred, target, weight, loss, grad, partial, counter,
+        *_three_strides(pred), *_three_strides(target),
+        0 if weight is None else weight.stride(0),
+        batch, 1.0 if divisor is None else float(divisor), float(options.boundary_weight),
+    )  # fmt: skip
+    return plan, arguments, loss, grad
+
+
+def _three_strides(boxes: Tensor) -> tuple[int, ...]:
+    return boxes.stride() if boxes.dim() == 3 else (*boxes.stride(), 0)
+
+
+def box_plan(key: BoxKey) -> Plan:
+    """The variant of the kernel, not yet compiled."""
+    dtype = torch.promote_types(torch.promote_types(key.pred_dtype, key.target_dtype), torch.float32)
+    constants = {
+        "COMPUTE": COMPUTE[dtype],
+        "GRAD": key.gradient,
+        "REDUCE": not key.per_sample,
+        "FORMAT": KERNEL_FORMATS.index(key.fmt),
+        "DEGREES": key.angle == "degrees",
+        "CLOCKWISE": key.clockwise,
+        "AXIS_WEIGHT": AXIS_WEIGHTS.index(key.axis_weight),
+        "AXIS_GRAD": key.axis_grad,
+        "BOUNDARY": key.boundary,
+        "PACKED": key.packed,
+    }
+    numbers = math.prod(FORMATS[key.fmt].shape)
+    candidates = layouts.box_candidates(numbers, bool(key.batch))
+    if INTERPRETED:
+        candidates = [layouts.box_interpreter_layout(numbers, key.batch)]
+    flags = (f"{key.pred_dtype} {key.target_dtype}", *(f"{name}={value}" for name, value in constants.items()))
+    case = f"boxes {key.fmt}, batch {layouts.box_batches(bool(key.batch))}, {' '.join(flags)}"
+    return Plan(box_kernels.box_kernel, tuple(constants.values()), case, candidates, dtype, key.device)

@@ -1,15 +1,24 @@
-"""The loss as a module: `MGIoULoss` as mmdetection's heads call it, `PolygonLoss` for heads that predict keypoints."""
+"""The losses as modules: `MGIoULoss` and `BoxMGIoULoss` as mmdetection's heads call them, and `PolygonLoss`."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from triton_mgiou.arguments import check_avg_factor, check_choice, check_keypoints, check_real_numbers
-from triton_mgiou.functional import mgiou_loss, reduce
+from triton_mgiou.arguments import (
+    check_avg_factor,
+    check_box_format,
+    check_choice,
+    check_keypoints,
+    check_real_numbers,
+    check_weight,
+)
+from triton_mgiou.functional import box_mgiou_loss, mgiou_loss, reduce
 from triton_mgiou.options import PAPER, REDUCTIONS, Options
 from triton_mgiou.reference.polygons import compute_dtype
 
@@ -31,7 +40,8 @@ class MGIoULoss(nn.Module):
         ValueError: An unknown `reduction`. Other options are checked by the first call.
     """
 
-    OPTIONS = (*Options._fields, "backend")
+    OPTIONS: ClassVar[tuple[str, ...]] = (*Options._fields, "backend")
+    FUNCTION: ClassVar[Callable[..., Tensor]] = staticmethod(mgiou_loss)
 
     def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, **options: Any) -> None:
         super().__init__()
@@ -83,7 +93,7 @@ class MGIoULoss(nn.Module):
         if weight is not None and reduction != "none":
             check_real_numbers("weight", weight)
             weight = torch.where((weight > 0).any(), weight, 0)
-        return self.loss_weight * mgiou_loss(
+        return self.loss_weight * self.FUNCTION(
             pred,
             target,
             weight=weight,
@@ -98,33 +108,85 @@ class MGIoULoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
+class BoxMGIoULoss(MGIoULoss):
+    """`box_mgiou_loss` as a module that a detector built on mmdetection, mmrotate or mmdet3d takes as it is.
+
+    It is called as `MGIoULoss` is, with boxes.
+
+    Args:
+        reduction: "mean", "sum" or "none".
+        loss_weight: Factor on the result.
+        fmt: What the numbers of a box are, see `box_mgiou_loss`, whose docstring has a table of libraries.
+        **options: `angle`, `clockwise`, `axis_weight`, `axis_grad`, `convexity_weight`, `boundary_weight` and `backend`
+            of `box_mgiou_loss`, with its defaults, which are not the paper's: see `paper`.
+
+    Raises:
+        TypeError: An option that `box_mgiou_loss` does not have.
+        ValueError: An unknown `reduction`, or an unknown `fmt`, `angle` or `clockwise`, or an angle's that the format
+            does not have. Other options are checked by the first call.
+    """
+
+    OPTIONS = ("fmt", "angle", "clockwise", *MGIoULoss.OPTIONS)
+    FUNCTION = staticmethod(box_mgiou_loss)
+
+    def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, fmt: str = "cxcywhr", **options: Any) -> None:
+        super().__init__(reduction, loss_weight, fmt=fmt, **options)
+        check_box_format(fmt, options.get("angle", "radians"), options.get("clockwise", True))
+
+
 class PolygonLoss(nn.Module):
     """Loss of polygons that a head predicts as keypoints, vertex i for vertex i: `mgiou_loss`, an L2 term or both.
 
     The L2 term is that of pose heads, one minus an object keypoint similarity. A sample's is the mean over its
     visible vertices, d being a vertex's distance to its target:
 
-        1 - exp(-d^2 / area), the OKS of COCO with sigma = 1 / sqrt(8)
+        1 - exp(-d^2 / (8 sigma^2 area)), the OKS of COCO; in mode "l2" it is Ultralytics' own loss of keypoints
 
     Mode "hybrid" is alpha L2 + (1 - alpha) `mgiou_loss`. L2 tells every vertex where to go, whatever the others do, but
     knows no shape; `mgiou_loss` sees the shape, but not which vertex is which. So alpha should start high and fall: see
     `triton_mgiou.training.AlphaSchedule`.
+
+    A vertex that is not visible is taken out of both polygons, which is right for padding. A vertex out of the image,
+    which Ultralytics marks in the same way, is none: what is compared then is the visible part, with three visible
+    vertices a triangle, with two a segment, which still has a direction, with one a point, whose loss is 0. Where many
+    objects are cut off, "hybrid" keeps a gradient at each visible vertex.
 
     Args:
         mode: "mgiou", "l2" or "hybrid".
         alpha: The weight of L2 in "hybrid", without effect in the other modes: a number in 0..1, or a module that
             returns one when it is called, such as an `AlphaSchedule`. A module becomes part of this one, its state
             of this one's `state_dict`, and the caller steps it.
+        sigmas: Tolerance of each vertex in the L2 term, N numbers above 0, or one for all; None for 1 / N, which is
+            what Ultralytics takes for N vertices.
+        reduction: "mean", "sum" or "none".
+        return_parts: Whether a call returns the loss and its parts, or the loss alone, as the keypoint loss of a pose
+            head does.
         **options: The options of `MGIoULoss`, with its defaults; `**PAPER` for the paper's.
 
     Raises:
         TypeError: `alpha` is neither, or an option that `MGIoULoss` does not have.
-        ValueError: An unknown `mode`, or an `alpha` outside 0..1. Other options are checked by the first call.
+        ValueError: An unknown `mode` or `reduction`, an `alpha` outside 0..1, or `sigmas` that are not above 0. Other
+            options are checked by the first call.
     """
 
-    def __init__(self, mode: str = "mgiou", *, alpha: float | nn.Module | None = None, **options: Any) -> None:
+    sigmas: Tensor | None
+
+    def __init__(
+        self,
+        mode: str = "mgiou",
+        *,
+        alpha: float | nn.Module | None = None,
+        sigmas: float | Sequence[float] | Tensor | None = None,
+        reduction: str = "mean",
+        return_parts: bool = True,
+        **options: Any,
+    ) -> None:
         super().__init__()
         check_choice("mode", mode, MODES)
+        if sigmas is not None:
+            sigmas = torch.as_tensor(sigmas, dtype=torch.float32).detach().reshape(-1)
+            if not (sigmas.numel() and bool(((sigmas > 0) & sigmas.isfinite()).all())):
+                raise ValueError(f"sigmas must be finite numbers above 0, got {sigmas.tolist()}")
         if isinstance(alpha, Real) and not isinstance(alpha, bool):
             if not 0 <= alpha <= 1:
                 raise ValueError(f"alpha must be in 0..1, got {alpha}")
@@ -132,7 +194,10 @@ class PolygonLoss(nn.Module):
             raise TypeError(f"alpha must be a number or a module such as AlphaSchedule, got {type(alpha).__name__}")
         self.mode = mode
         self.alpha = alpha
-        self.mgiou = MGIoULoss("mean", 1.0, **options)
+        self.register_buffer("sigmas", sigmas, persistent=False)
+        self.reduction = reduction
+        self.return_parts = return_parts
+        self.mgiou = MGIoULoss(reduction, 1.0, **options)
 
     def forward(
         self,
@@ -141,7 +206,8 @@ class PolygonLoss(nn.Module):
         kpt_mask: Tensor,
         area: Tensor,
         avg_factor: float | Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        weight: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of the positives of a batch, and its parts.
 
         Args:
@@ -155,10 +221,13 @@ class PolygonLoss(nn.Module):
                 is below 1e-6 counts as 1e-6. Not used in mode "mgiou".
             avg_factor: Divides the sum of the samples' losses instead of B, as in `mgiou_loss`; see `mean_positives`
                 for several processes.
+            weight: Of each sample, shape (B,), or (B, k) to be averaged over k. If no entry is positive, a reduced loss
+                is 0 and connected to the graph.
 
         Returns:
-            The loss, a scalar, and its parts before alpha, "l2" and "mgiou", those that the mode has. The parts are
-            detached. All are float64 if a vertex is, else float32. For B = 0 the loss is 0 and connected to the graph.
+            The loss, a scalar, or shape (B,) for "none", and its parts before alpha, "l2" and "mgiou", those that the
+            mode has, unless `return_parts` is False. The parts are detached. All are float64 if a vertex is, else
+            float32. For B = 0 a reduced loss is 0 and connected to the graph.
 
         Raises:
             TypeError: An argument has the wrong type or dtype.
@@ -167,13 +236,18 @@ class PolygonLoss(nn.Module):
         check_keypoints(pred_kpts, gt_kpts, kpt_mask, area)
         dtype = compute_dtype(pred_kpts, gt_kpts)
         pred, target, visible = pred_kpts[..., :2].to(dtype), gt_kpts[..., :2].to(dtype), kpt_mask != 0
+        if weight is not None:
+            check_weight(weight, pred)
+            if self.reduction != "none":
+                weight = torch.where((weight > 0).any(), weight, 0)
         parts = {}
         if self.mode != "mgiou":
             if avg_factor is not None:
-                check_avg_factor(avg_factor, "mean", pred)
-            parts["l2"] = reduce(_l2(pred, target, visible, area), None, "mean", avg_factor)
+                check_avg_factor(avg_factor, self.reduction, pred)
+            losses = _l2(pred, target, visible, area, self._reach(pred))
+            parts["l2"] = reduce(losses, weight, self.reduction, avg_factor)
         if self.mode != "l2":
-            parts["mgiou"] = self.mgiou(pred, target, avg_factor=avg_factor, pred_mask=visible, target_mask=visible)
+            parts["mgiou"] = self.mgiou(pred, target, weight, avg_factor, pred_mask=visible, target_mask=visible)
         if self.mode == "hybrid":
             alpha: Any = self.alpha() if isinstance(self.alpha, nn.Module) else self.alpha
             if isinstance(alpha, Tensor):
@@ -181,20 +255,36 @@ class PolygonLoss(nn.Module):
             total = alpha * parts["l2"] + (1 - alpha) * parts["mgiou"]
         else:
             total = parts[self.mode]
-        return total, {name: part.detach() for name, part in parts.items()}
+        return (total, {name: part.detach() for name, part in parts.items()}) if self.return_parts else total
+
+    def _reach(self, pred: Tensor) -> Tensor | float:
+        """The distance at which a vertex has lost 1 - 1/e, in units of the square root of the area: (N,), or one."""
+        size = pred.shape[1]
+        if self.sigmas is None:
+            return math.sqrt(8) / size
+        if self.sigmas.numel() not in (1, size):
+            raise ValueError(f"sigmas must be one or {size} numbers, got {self.sigmas.numel()}")
+        return self.sigmas.to(pred.device, pred.dtype).unsqueeze(-1) * math.sqrt(8)
 
     def extra_repr(self) -> str:
-        """Show the mode, and alpha if it is a number."""
-        return f"mode={self.mode!r}" + (f", alpha={self.alpha}" if isinstance(self.alpha, Real) else "")
+        """Show the mode, and what else was given."""
+        shown: dict[str, Any] = {"mode": self.mode}
+        if isinstance(self.alpha, Real):
+            shown["alpha"] = self.alpha
+        if self.sigmas is not None:
+            shown["sigmas"] = self.sigmas.tolist()
+        if self.reduction != "mean":
+            shown["reduction"] = self.reduction
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
-def _l2(pred: Tensor, target: Tensor, visible: Tensor, area: Tensor) -> Tensor:
+def _l2(pred: Tensor, target: Tensor, visible: Tensor, area: Tensor, reach: Tensor | float) -> Tensor:
     """The L2 term of every sample, (B,)."""
     difference = pred / 2 - target / 2  # of halves, which does not overflow
     difference = torch.where(visible.unsqueeze(-1), difference, 0.0)
     difference = torch.where(difference.isfinite(), difference, 0 * difference)  # an Inf is not far away, but NaN
     area = torch.where(visible.any(1), area.detach().reshape(-1).to(pred.dtype), 1.0).clamp(min=MIN_AREA)
-    scaled = difference / (area.sqrt() / 2)[:, None, None]
+    scaled = difference / (area.sqrt() / 2)[:, None, None] / reach
     scaled = torch.where(scaled.abs() > 64, 64.0, scaled)  # where exp(-64^2) is 0 already, the square must not overflow
     losses = -torch.expm1(-scaled.square().sum(-1))
     return losses.sum(1) / visible.sum(1).clamp(min=1)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_mgiou.launch import PolygonCall, loss_and_gradients
+from triton_mgiou.launch import BoxCall, PolygonCall, loss_and_gradients
 from triton_mgiou.options import Options, Reduction
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # anything else, such as a fake tensor, needs PyTorch's dispatcher
@@ -25,7 +25,7 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
     """The loss of polygons, B at least 1."""
-    if not _is_traced(pred, target):
+    if not is_traced(pred, target):
         return _direct(pred, target, call)
     options = call.options
     weight, per_sample, divisor = call.reduction
@@ -49,6 +49,30 @@ def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
     return loss if divisor is None else loss / divisor
 
 
+def box_loss(pred: Tensor, target: Tensor, call: BoxCall) -> Tensor:
+    """The loss of boxes, B at least 1."""
+    if not is_traced(pred, target):
+        return _direct(pred, target, call)
+    options = call.options
+    weight, per_sample, divisor = call.reduction
+    boundary_weight, changing_boundary_weight = _constant_or_tensor(options.boundary_weight)
+    loss: Tensor = _box_operator(
+        pred,
+        target,
+        weight,
+        "none" if per_sample else "sum",
+        call.fmt,
+        call.angle,
+        call.clockwise,
+        options.axis_weight,
+        options.axis_grad,
+        boundary_weight,
+        changing_boundary_weight,
+        *_wants_gradient(pred, target),
+    )[0]
+    return loss if divisor is None else loss / divisor
+
+
 def _constant_or_tensor(weight: float) -> tuple[float, Tensor | None]:
     """The weight of a term as an operator takes it: a usual one as a constant of the graph, another as a tensor.
 
@@ -61,7 +85,8 @@ def _constant_or_tensor(weight: float) -> tuple[float, Tensor | None]:
     return 0.0, torch.full((), weight, dtype=torch.float64, device="cpu")
 
 
-def _is_traced(pred: Tensor, target: Tensor) -> bool:
+def is_traced(pred: Tensor, target: Tensor) -> bool:
+    """Whether PyTorch traces the call, and so needs an operator of its dispatcher."""
     return torch.compiler.is_compiling() or type(pred) not in _PLAIN or type(target) not in _PLAIN
 
 
@@ -69,7 +94,7 @@ def _wants_gradient(pred: Tensor, target: Tensor) -> tuple[bool, bool]:
     return (pred.requires_grad, target.requires_grad) if torch.is_grad_enabled() else (False, False)
 
 
-def _direct(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
+def _direct(pred: Tensor, target: Tensor, call: PolygonCall | BoxCall) -> Tensor:
     if (pred.requires_grad or target.requires_grad) and torch.is_grad_enabled():
         loss: Tensor = _Loss.apply(pred, target, call)  # type: ignore[no-untyped-call]
         return loss
@@ -80,7 +105,7 @@ class _Loss(torch.autograd.Function):
     """The kernel computes the gradient with the value; backward multiplies it by what comes from above."""
 
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
+    def forward(ctx: Any, pred: Tensor, target: Tensor, call: PolygonCall | BoxCall) -> Tensor:
         loss, *grads = loss_and_gradients(pred, target, call, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(*grads)
         ctx.dtypes = pred.dtype, target.dtype
@@ -92,9 +117,19 @@ class _Loss(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, upstream: Tensor, is_sole_owner: bool) -> tuple[Tensor | None, Tensor | None]:
+    check_backward(upstream)
+    (pred_grad, target_grad), (pred_dtype, target_dtype) = ctx.saved_tensors, ctx.dtypes
+    return (
+        None if pred_grad is None else _scaled(pred_grad, pred_dtype, upstream, is_sole_owner),
+        None if target_grad is None else _scaled(target_grad, target_dtype, upstream, is_sole_owner),
+    )
+
+
+def check_backward(upstream: Tensor) -> None:
+    """Refuse a backward pass that is to be differentiated again, or that is of many gradients at once."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            'the "triton" backend of mgiou_loss has no second derivative: expected create_graph=False, '
+            'the "triton" backend has no second derivative: expected create_graph=False, '
             'got create_graph=True; use backend="eager" for double backward'
         )
     if _is_batched(upstream) or _is_in_transform():
@@ -102,11 +137,6 @@ def _gradients(ctx: Any, upstream: Tensor, is_sole_owner: bool) -> tuple[Tensor 
             'backend="triton" cannot run: a batch of gradients is asked for at once, and the kernels know only '
             'autograd; expected vectorize=False and is_grads_batched=False, or backend "eager"'
         )
-    (pred_grad, target_grad), (pred_dtype, target_dtype) = ctx.saved_tensors, ctx.dtypes
-    return (
-        None if pred_grad is None else _scaled(pred_grad, pred_dtype, upstream, is_sole_owner),
-        None if target_grad is None else _scaled(target_grad, target_dtype, upstream, is_sole_owner),
-    )
 
 
 def _scaled(grad: Tensor, dtype: torch.dtype, upstream: Tensor, is_sole_owner: bool) -> Tensor:
@@ -150,6 +180,32 @@ def _polygon_operator(
     return loss, pred_out, target_out
 
 
+@torch.library.custom_op("triton_mgiou::box_loss", mutates_args=())
+def _box_operator(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    fmt: str,
+    angle: str,
+    clockwise: bool,
+    axis_weight: str,
+    axis_grad: bool,
+    boundary_weight: float,
+    changing_boundary_weight: Tensor | None,
+    pred_grad: bool,
+    target_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The launch: loss and gradients; a gradient that is not asked for is empty."""
+    if changing_boundary_weight is not None:
+        boundary_weight = changing_boundary_weight.item()
+    options = Options(axis_weight, axis_grad, 0.0, boundary_weight)
+    call = BoxCall(fmt, angle, clockwise, Reduction(weight, reduction == "none", None), options)
+    loss, *grads = loss_and_gradients(pred, target, call, pred_grad, target_grad)
+    pred_out, target_out = (loss.new_empty(0) if grad is None else grad for grad in grads)
+    return loss, pred_out, target_out
+
+
 def _register(operator: Any, reduction: int) -> None:
     """Tell PyTorch the shapes that an operator gives, and its backward; `reduction` is the place of that argument."""
 
@@ -182,3 +238,4 @@ def _backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tup
 
 
 _register(_polygon_operator, reduction=5)
+_register(_box_operator, reduction=3)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 REDUCTIONS = ("none", "mean", "sum")
 AXIS_WEIGHTS = ("uniform", "length", "soft")  # a kernel's code is the place in this tuple
 BACKENDS = ("auto", "eager", "triton")
+OVERS = ("mean", "min", "depth")  # what the matrix of all pairs takes over the axes
+ABSENT = -1.0  # in that matrix: one of the two is not there
 
 MIN_AXIS_LENGTH = 1e-6  # of the extent: a shorter edge is no axis under "uniform" weights (section 3)
 SOFT_AXIS_LENGTH = 0.01  # of the extent: the edge whose "soft" weight is 1 - 1/e (section 3)
@@ -23,8 +25,9 @@ SOFT_AXIS_LENGTH = 0.01  # of the extent: the edge whose "soft" weight is 1 - 1/
 TINY = {32: 2.0**-96, 64: 2.0**-800}
 RESOLUTION = {32: 2.0**-20, 64: 2.0**-48}
 
-# By the same bits: projections on an axis that differ by less than this times |a_x| + |a_y| are equal but for the
-# rounding of coordinates near 1, four units in their last place; and at most this part of the extent (section 4).
+# By the same bits: a polygon's projections on an axis that differ by less than this times |a_x| + |a_y| are equal but
+# for the rounding of coordinates near 1, four units in their last place; but never more than this part of the polygon's
+# own extent (section 4).
 TIE = {32: 2.0**-21, 64: 2.0**-50}
 WIDEST_TIE = 2.0**-15
 

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from bench.convergence import report
 from bench.convergence.losses import LOSSES, Loss
 from triton_mgiou import PAPER, __version__, demo, mgiou_loss
+from triton_mgiou.metrics import polygon_iou
 
 EPOCHS, BATCH_SIZE = 30, 64
 TARGETS, STEPS, STEP_SIZE = 24, 400, 0.02
@@ -76,7 +77,7 @@ def judge(polygons: Tensor, targets: Tensor, lengths: Tensor) -> dict[str, float
     shapely: Any = importlib.import_module("shapely")  # not where only the kernels are measured
     ious, hulls, crossing = [], [], []
     for polygon, target, length in zip(polygons.double().numpy(), targets.numpy(), lengths.tolist(), strict=True):
-        ious.append(demo.polygon_iou(polygon, target[:length]))
+        ious.append(polygon_iou(polygon, target[:length]))
         hull, goal = (shapely.convex_hull(shapely.multipoints(points)) for points in (polygon, target[:length]))
         hulls.append(shapely.area(shapely.intersection(hull, goal)) / shapely.area(shapely.union(hull, goal)))
         crossing.append(not shapely.is_simple(shapely.linearrings(polygon)))

@@ -95,7 +95,10 @@ def test_autograd_of_the_formula(backend, kind, axis_weight, axis_grad, convexit
 @axis_weights
 @pytest.mark.parametrize("shift", [0.0, 8192.0])
 def test_one_pixel_boxes(backend, shift, axis_weight, axis_grad):
-    """Turned boxes that keep their digits far from the origin; where rounding alone breaks a tie it stays one."""
+    """Turned boxes, so that opposite edges, which tie in exact arithmetic, are told apart by the input's rounding.
+
+    Where the axes are constants, boxes that are large for their coordinates stay tied: those samples are left out.
+    """
     rng = generator(24)
     batch = backend.batch(32)
     low, high = torch.tensor([0.0, 0, 1, 1, 0.1]), torch.tensor([2.0, 2, 2, 2, 1.4])
@@ -109,22 +112,22 @@ def test_one_pixel_boxes(backend, shift, axis_weight, axis_grad):
     leaf = pred.clone().requires_grad_()
     (expected,) = torch.autograd.grad(literal.per_sample_loss(leaf, target, **options).sum(), leaf)
     _, actual = backend.value_and_gradient(pred, target, reduction="sum", **options)
-    clear = ~nearly_tied(pred, target, 5e-7 * max(shift, 4))
-    assert clear.sum() > batch / 2
-    assert_gradient_close(actual.cpu()[clear], expected[clear], rtol=1e-4)
+    if not axis_grad and shift == 0:
+        clear = ~nearly_tied(pred, target, 2e-6)
+        assert clear.sum() > batch / 2
+        actual, expected = actual.cpu()[clear], expected[clear]
+    assert_gradient_close(actual, expected, rtol=1e-4)
 
 
 def nearly_tied(pred, target, rounding):
-    """Whether on some axis a vertex is almost, but not exactly, at an extreme of its polygon."""
-    sides = pred.double(), target.double()
-    edges = torch.cat([side.roll(-1, 1) - side for side in sides], dim=1)
+    """Whether on some axis a vertex of the prediction is almost, but not exactly, at an extreme."""
+    pred, target = pred.double(), target.double()
+    edges = torch.cat([side.roll(-1, 1) - side for side in (pred, target)], dim=1)
     axes = torch.stack((edges[..., 1], -edges[..., 0]), dim=-1)
-    tied = []
-    for side in sides:
-        projections = axes @ (side - side[:, :1]).mT
-        gaps = torch.cat((projections.amax(-1, True) - projections, projections - projections.amin(-1, True)), dim=1)
-        tied.append((gaps > 1e-9) & (gaps < rounding * axes.abs().sum(-1, keepdim=True).repeat(1, 2, 1)))
-    return torch.cat(tied, dim=1).flatten(1).any(1)
+    projections = axes @ (pred - pred[:, :1]).mT
+    gaps = torch.cat((projections.amax(-1, True) - projections, projections - projections.amin(-1, True)), dim=1)
+    near = (gaps > 1e-9) & (gaps < rounding * axes.abs().sum(-1, keepdim=True).repeat(1, 2, 1))
+    return near.flatten(1).any(1)
 
 
 @pytest.mark.parametrize(

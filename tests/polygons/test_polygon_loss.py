@@ -58,15 +58,16 @@ def value_and_gradient(loss, pred, *rest, **options):
     return total.detach(), gradient, parts
 
 
-def l2_by_hand(pred, gt, mask, area):
-    """The keypoint loss of pose heads with every sigma 1 / sqrt(8), one vertex after the other; a value a sample."""
+def l2_by_hand(pred, gt, mask, area, sigmas=None):
+    """The keypoint loss of pose heads, every sigma one over the number of vertices; a value a sample."""
     losses = []
+    sigmas = sigmas or [1 / pred.shape[1]] * pred.shape[1]
     for pred_row, gt_row, visible, box in zip(*map(numpy64, (pred, gt, mask, area.reshape(-1))), strict=True):
         total = 0.0
-        for p, g, v in zip(pred_row, gt_row, visible, strict=True):
+        for p, g, v, sigma in zip(pred_row, gt_row, visible, sigmas, strict=True):
             if v:
                 squared = (p[0] - g[0]) ** 2 + (p[1] - g[1]) ** 2
-                total += 1 - math.exp(-squared / ((2 / math.sqrt(8)) ** 2 * box * 2))
+                total += 1 - math.exp(-squared / ((2 * sigma) ** 2 * box * 2))
         losses.append(total / max(sum(visible != 0), 1))
     return losses
 
@@ -107,13 +108,68 @@ def test_gradient_is_that_of_the_formula(backend, mode):
 
     leaf = pred.double().requires_grad_()
     distance = (leaf - gt)[..., :2].norm(dim=-1)
-    l2 = sum((1 - (-d[m].square() / a).exp()).mean() for d, m, a in zip(distance, mask, area, strict=True) if m.any())
+    squared = distance.square() / (8 * 0.2**2)
+    l2 = sum((1 - (-d[m] / a).exp()).mean() for d, m, a in zip(squared, mask, area, strict=True) if m.any())
     masks = {"pred_mask": mask, "target_mask": mask}
     mgiou = mgiou_loss(leaf[..., :2], gt[..., :2].double(), avg_factor=4.0, backend="eager", **masks, **PAPER)
     total = {"mgiou": mgiou, "l2": l2 / 4, "hybrid": ALPHA * l2 / 4 + (1 - ALPHA) * mgiou}[mode]
     (expected,) = torch.autograd.grad(total, leaf)
     assert_gradient_close(gradient, expected, rtol=1e-4, atol=1e-7)
     assert_zero(gradient[..., 2], "gradient to the third number")
+
+
+SIGMAS = [0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+@pytest.mark.parametrize(("given", "each"), [(SIGMAS, SIGMAS), (torch.tensor(SIGMAS), SIGMAS), (0.3, [0.3] * 5)])
+def test_sigmas(given, each):
+    batch = sample()
+    total, _ = make("l2", sigmas=given)(*batch)
+    assert_close(total, sum(l2_by_hand(*batch, each)) / 6, atol=1e-6)
+
+
+def test_sigmas_follow_the_module_and_are_no_part_of_its_state():
+    loss = make("l2", sigmas=SIGMAS)
+    assert loss.state_dict() == {}
+    assert loss.to("meta").sigmas.device.type == "meta"
+    assert "sigmas=[0.1" in repr(make("l2", sigmas=0.1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_weight_and_reduction(backend, mode, reduction, weighted):
+    given = sample(device=backend.device)
+    weight = torch.tensor([0.5, 0.0, 2.0, 1.0, 0.3, 3.0], device=backend.device) if weighted else None
+    each = [by_hand(mode, *(tensor[k : k + 1] for tensor in given), 1) for k in range(6)]
+    factors = numpy64(weight) if weighted else [1.0] * 6
+    divisor = 6 if reduction == "mean" else 1
+
+    def reduced(values):
+        weighed = [factor * value for factor, value in zip(factors, values, strict=True)]
+        return weighed if reduction == "none" else sum(weighed) / divisor
+
+    total, parts = make(mode, backend, reduction=reduction)(*given, weight=weight)
+    assert_close(total, reduced([value for value, _ in each]), atol=1e-6)
+    for name, part in parts.items():
+        assert_close(part, reduced([of_sample[name] for _, of_sample in each]), atol=1e-6, what=name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_a_positive_weight_the_loss_is_0_and_connected(mode):
+    pred, *rest = sample()
+    total, gradient, _ = value_and_gradient(make(mode), pred, *rest, weight=torch.tensor([0.0, -1, 0, 0, -2, 0]))
+    assert_zero(total, "loss")
+    assert_zero(gradient, "gradient")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_loss_alone(mode):
+    given = sample()
+    total, _ = make(mode)(*given)
+    alone = make(mode, return_parts=False)(*given)
+    assert alone.shape == ()
+    assert_same(alone, total)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -138,7 +194,7 @@ def test_small_distances_keep_their_digits():
     gt = torch.zeros(1, 1, 2)
     pred = gt + torch.tensor([3e-5, 4e-5])
     total, _ = make("l2")(pred, gt, torch.ones(1, 1), torch.ones(1))
-    assert_close(total, 2.5e-9, atol=0, rtol=1e-5)
+    assert_close(total, 2.5e-9 / 8, atol=0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -441,6 +497,8 @@ WRONG = {
     "area elsewhere": ({"area": AREA.to("meta")}, ValueError, "area", ["device", "meta"]),
     "avg_factor negative": ({"avg_factor": -1}, ValueError, "avg_factor", ["0 or above"]),
     "avg_factor of two": ({"avg_factor": torch.ones(2)}, ValueError, "avg_factor", ["one element", "(2,)"]),
+    "weight of another batch": ({"weight": torch.ones(3)}, ValueError, "weight", ["(4,)", "(3,)"]),
+    "weight a list": ({"weight": [1.0] * 4}, TypeError, "weight", ["torch.Tensor", "list"]),
     "avg_factor a string": ({"avg_factor": "4"}, TypeError, "avg_factor", ["number", "str"]),
 }
 
@@ -469,8 +527,18 @@ def test_wrong_options():
                 PolygonLoss(mode, alpha=value)
         with pytest.raises(TypeError, match="axis_wieght"):
             PolygonLoss(mode, alpha=0.5, axis_wieght="soft")
-        with pytest.raises(TypeError, match="reduction"):
-            PolygonLoss(mode, alpha=0.5, reduction="sum")
+        with pytest.raises(ValueError, match=r"^reduction must be one of 'none', 'mean', 'sum', got 'max'"):
+            PolygonLoss(mode, alpha=0.5, reduction="max")
+        for sigmas in (0.0, -0.1, NAN, INF, [0.1, 0.0], []):
+            with pytest.raises(ValueError, match=r"^sigmas must be finite numbers above 0, got \["):
+                PolygonLoss(mode, alpha=0.5, sigmas=sigmas)
+
+
+@pytest.mark.parametrize("mode", ["l2", "hybrid"])
+def test_sigmas_of_another_number(mode):
+    loss = PolygonLoss(mode, alpha=0.5, sigmas=[0.1, 0.2, 0.3])
+    with pytest.raises(ValueError, match=r"^sigmas must be one or 5 numbers, got 3"):
+        loss(*sample())
 
 
 @pytest.mark.parametrize(

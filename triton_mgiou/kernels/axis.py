@@ -41,7 +41,7 @@ def edge_axis(edge, floor):
     squared = tl.fma(x, x, y * y)
     is_axis = squared > floor
     length = tl.where(is_axis, tl.sqrt(squared), 0.0)
-    return Axis(y, minus(x), Point(x, y), length, is_axis, tl.abs(x) + tl.abs(y))
+    return Axis(y, minus(x), Point(x, y), length, is_axis)
 
 
 @triton.jit
@@ -109,15 +109,27 @@ def own_interval(axis, edge, origin):
 
 
 @triton.jit
-def shares(projections, ends, derivatives, rounding):
+def tie(ends, edge_ends):
+    """Thresholds for `shares` by which both ends of the edge are at an extreme if one is."""
+    low = tl.where(edge_ends.low == ends.low, edge_ends.high, ends.low)
+    return Interval(low, tl.where(edge_ends.high == ends.high, edge_ends.low, ends.high))
+
+
+@triton.jit
+def rounded(ends, axis, slack):
+    """Thresholds for `shares` by which all projections that are at an extreme but for rounding are (section 4)."""
+    rounding = slack * (tl.abs(axis.x) + tl.abs(axis.y))
+    return Interval(ends.low + rounding, ends.high - rounding)
+
+
+@triton.jit
+def shares(projections, ends, derivatives):
     """Derivative of each slot's projection: that of the ends of the interval, in equal shares at a tie (section 4)."""
-    low = ends.low + rounding
-    high = ends.high - rounding
     at_low = ()
     at_high = ()
     for slot in tl.static_range(len(projections)):
-        at_low = at_low + ((projections[slot] <= low).to(ends.low.dtype),)
-        at_high = at_high + ((projections[slot] >= high).to(ends.low.dtype),)
+        at_low = at_low + ((projections[slot] <= ends.low).to(ends.low.dtype),)
+        at_high = at_high + ((projections[slot] >= ends.high).to(ends.low.dtype),)
     to_low = derivatives.low * rough_inverse(total(at_low))
     to_high = derivatives.high * rough_inverse(total(at_high))
     new = ()

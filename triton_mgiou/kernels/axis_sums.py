@@ -11,14 +11,17 @@ from triton_mgiou.kernels.axis import (
     axis_weight,
     compare,
     edge_axis,
+    own_interval,
+    rounded,
     shares,
     slopes,
+    tie,
 )
 from triton_mgiou.kernels.boundary import reach
 from triton_mgiou.kernels.convexity import convexity_along, convexity_gradient, convexity_of
 from triton_mgiou.kernels.edges import ends_in_slots, hand_over, handed_to
 from triton_mgiou.kernels.slots import add, dot, over_axes
-from triton_mgiou.kernels.types import AxisSums, Point, PredSums
+from triton_mgiou.kernels.types import AxisSums, Interval, Point, PredSums
 
 
 @triton.jit
@@ -42,9 +45,9 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
         )
         convexity += term.value
         if VARIANT.GRAD:
-            bent = convexity_gradient(term, axis.size * sample.tie)
+            bent = convexity_gradient(term)
     if VARIANT.BOUNDARY:
-        reached = reach(axis, sample.direction, sample.target_shape, axis.size * sample.tie)
+        reached = reach(axis, sample.direction, sample.target_shape)
         mixed += reached.length
         if VARIANT.GRAD:
             to_start = Point(reached.at.y, minus(reached.at.x))
@@ -53,10 +56,16 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
             by_area = hand_over(by_area, edge, ends, Point(axis.x, axis.y), Point(axis.x, axis.y), VARIANT.AXES)
     if VARIANT.GRAD:
         to_pred, to_target = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)
-        derivatives = shares(compared.on_pred, compared.pred, to_pred, axis.size * sample.tie)
+        pred_ends = compared.pred
+        if not VARIANT.AXIS_GRAD:
+            _, edge_ends = own_interval(axis, edge, sample.pred.origin)
+            own = tie(pred_ends, edge_ends)
+            pred_ends = rounded(pred_ends, axis, sample.pred_slack)
+            pred_ends = Interval(tl.maximum(own.low, pred_ends.low), tl.minimum(own.high, pred_ends.high))
+        derivatives = shares(compared.on_pred, pred_ends, to_pred)
         along = Point(tl.zeros_like(axis.length), tl.zeros_like(axis.length))  # derivative to the edge
         if VARIANT.AXIS_GRAD:
-            on_target = shares(compared.on_target, compared.target, to_target, axis.size * sample.tie)
+            on_target = shares(compared.on_target, compared.target, to_target)
             x = minus(dot(on_target + derivatives, sample.target.ys + sample.pred.ys))
             along = Point(x, dot(on_target + derivatives, sample.target.xs + sample.pred.xs))
         if VARIANT.CONVEXITY:
@@ -88,9 +97,10 @@ def target_axis(sums, edge, sample, VARIANT: tl.constexpr):
     gradient = sums.gradient
     if VARIANT.GRAD:
         to_pred, _ = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)
-        gradient = add_gradient(
-            gradient, axis, shares(compared.on_pred, compared.pred, to_pred, axis.size * sample.tie)
-        )
+        pred_ends = compared.pred
+        if not VARIANT.AXIS_GRAD:
+            pred_ends = rounded(pred_ends, axis, sample.pred_slack)
+        gradient = add_gradient(gradient, axis, shares(compared.on_pred, pred_ends, to_pred))
     reach = sums.reach
     if VARIANT.BOUNDARY:
         reach += tl.where(sample.target_direction > 0, compared.target.high, minus(compared.target.low))

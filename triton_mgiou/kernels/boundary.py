@@ -101,14 +101,13 @@ def _turn(vector):
 
 
 @triton.jit
-def reach(axis, direction, shape, rounding):
+def reach(axis, direction, shape):
     """How far a polygon reaches along an edge's outward normal, times the edge's length."""
     projections = project(direction * axis.x, direction * axis.y, shape)
     furthest = highest(projections)
-    threshold = furthest - rounding
     at = ()
     for slot in tl.static_range(len(projections)):
-        at = at + ((projections[slot] >= threshold).to(furthest.dtype),)
+        at = at + ((projections[slot] >= furthest).to(furthest.dtype),)
     share = inverse(total(at))
     return Reach(furthest, Point(dot(at, shape.xs) * share, dot(at, shape.ys) * share))
 
@@ -119,15 +118,16 @@ def boundary_term(mixed, pred, target, TINY: tl.constexpr, RESOLUTION: tl.conste
 
     Where G has no area, or the term is rounding only, it and its derivatives are 0.
     """
-    is_flat = target.doubled <= tl.maximum(TINY, target.squares * tl.full((1, 1, 1), SHORTEST, target.doubled.dtype))
+    is_flat = target.doubled <= tl.maximum(TINY, target.squares * tl.full(mixed.shape, SHORTEST, mixed.dtype))
     unit = tl.where(is_flat, 1.0, tl.maximum(mixed, target.doubled))
-    v = mixed / unit
-    a = target.doubled / unit
+    per_unit = 1.0 / unit
+    v = mixed * per_unit
+    a = target.doubled * per_unit
     is_point = v <= TINY
     share = 1.0 / tl.where(is_flat | is_point, 1.0, v * (v * v + a * a))
     per_area = tl.where(is_point, 0.0, 2.0 * a * a * share)
-    match = per_area * (pred.doubled / unit)
+    match = per_area * (pred.doubled * per_unit)
     term = 1.0 - match
     is_none = is_flat | (term <= RESOLUTION)
-    mixed_slope = tl.where(is_none | is_point, 0.0, match * (3.0 * v * v + a * a) * share / unit)
-    return BoundaryTerm(tl.where(is_none, 0.0, term), mixed_slope, tl.where(is_none, 0.0, minus(per_area) / unit))
+    mixed_slope = tl.where(is_none | is_point, 0.0, match * (3.0 * v * v + a * a) * share * per_unit)
+    return BoundaryTerm(tl.where(is_none, 0.0, term), mixed_slope, tl.where(is_none, 0.0, minus(per_area) * per_unit))

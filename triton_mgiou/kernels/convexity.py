@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import minus, sign
-from triton_mgiou.kernels.axis import own_interval, project, shares
+from triton_mgiou.kernels.axis import own_interval, project, shares, tie
 from triton_mgiou.kernels.slots import add, dot, highest, lowest, total
 from triton_mgiou.kernels.types import Convexity, ConvexityGradient, Interval, Point
 
@@ -40,16 +40,16 @@ def convexity_of(axis, edge, shape, places, factor, TINY: tl.constexpr, GRAD: tl
             side = tl.where(above[slot] > 0, above_wins, 0.0) - tl.where(below[slot] > 0, below_wins, 0.0)
             sides = sides + (side,)
     width_slope = tl.where(wide, value / tl.where(wide, width, 1.0), 0.0)
-    return Convexity(value, projections, ends, sides, width_slope)
+    return Convexity(value, projections, ends, edge_ends, sides, width_slope)
 
 
 @triton.jit
-def convexity_gradient(convexity, rounding):
+def convexity_gradient(convexity):
     """Its derivatives, those to P's interval included."""
+    ends = tie(convexity.ends, convexity.edge_ends)
     to_start = total(convexity.sides)
     width_slopes = Interval(convexity.width_slope, minus(convexity.width_slope))
-    by_width = shares(convexity.projections, convexity.ends, width_slopes, rounding)
-    return ConvexityGradient(add(convexity.sides, by_width), to_start)
+    return ConvexityGradient(add(convexity.sides, shares(convexity.projections, ends, width_slopes)), to_start)
 
 
 @triton.jit

@@ -144,7 +144,7 @@ def _measure_edge(sums, edge, measuring, VARIANT: tl.constexpr):
         sums.axes + axis.is_axis.to(axis.length.dtype),
         sums.weight + axis_weight(axis.length, axis.is_axis, measuring.rule.per_unit, VARIANT.AXIS_WEIGHT).value,
         tl.fma(axis.edge.x, axis.edge.x, tl.fma(axis.edge.y, axis.edge.y, sums.squares)),
-        sums.sizes + axis.size,
+        sums.sizes + tl.abs(axis.x) + tl.abs(axis.y),
         sums.starts + start,
         sums.lows + ends.low,
         sums.highs + ends.high,

@@ -211,12 +211,12 @@ def mgiou_kernel(
             direction = pred_area.direction
             target_direction = target_area.direction
 
-        tie = tl.minimum(joint.extent * WIDEST, tl.full((1, 1, 1), TIE, COMPUTE))
+        pred_slack = tl.minimum(joint.pred_extent * WIDEST, tl.full((1, 1, 1), TIE, COMPUTE))
         pred_places = pred.count
         if CONVEXITY:
             pred_places = number_of_zeros(pred_pads)
         sample = Sample(
-            pred_placed, target_placed, pred_shape, target_shape, pred_rule, target_rule, pred_places, lane, tie,
+            pred_placed, target_placed, pred_shape, target_shape, pred_rule, target_rule, pred_places, lane, pred_slack,
             convexity_factor, direction, target_direction,
         )  # fmt: skip
         no_slots = zeros(pred_placed.xs)

@@ -42,30 +42,29 @@ def _fold(values, COMBINE: tl.constexpr):
 
 
 @triton.jit
+def _over_lanes(values, REDUCE: tl.constexpr):
+    if len(values.shape) == 1:  # boxes: a lane has all of one
+        return values
+    else:
+        return values if values.shape[2] == 1 else REDUCE(values, axis=2, keep_dims=True)
+
+
+@triton.jit
 def lowest(values):
     """The lowest value of all slots and lanes, (POLYGONS, AXES, 1)."""
-    folded = _fold(values, _smaller)
-    if folded.shape[2] == 1:
-        return folded
-    return tl.min(folded, axis=2, keep_dims=True)
+    return _over_lanes(_fold(values, _smaller), tl.min)
 
 
 @triton.jit
 def highest(values):
     """The highest value of all slots and lanes, (POLYGONS, AXES, 1)."""
-    folded = _fold(values, _larger)
-    if folded.shape[2] == 1:
-        return folded
-    return tl.max(folded, axis=2, keep_dims=True)
+    return _over_lanes(_fold(values, _larger), tl.max)
 
 
 @triton.jit
 def total(values):
     """The sum over all slots and lanes, (POLYGONS, AXES, 1)."""
-    folded = _fold(values, _plus)
-    if folded.shape[2] == 1:
-        return folded
-    return tl.sum(folded, axis=2, keep_dims=True)
+    return _over_lanes(_fold(values, _plus), tl.sum)
 
 
 @triton.jit

@@ -70,6 +70,7 @@ class Frame(NamedTuple):
     scale: tl.tensor  # a power of two; NaN where a vertex is NaN or Inf
     low: Point  # the lower corner of the joint bounding box, scaled
     extent: tl.tensor  # its longer side, scaled
+    pred_extent: tl.tensor  # the same of P's own bounding box
     pred_is_point: tl.tensor
     target_is_point: tl.tensor
     target_around: tl.tensor  # the perimeter of the target's bounding box, scaled
@@ -134,7 +135,6 @@ class Axis(NamedTuple):
     edge: Point
     length: tl.tensor  # 0 if it is no axis
     is_axis: tl.tensor
-    size: tl.tensor  # sum of absolute values: the sample's `tie` times this is the rounding of a projection
 
 
 class Weight(NamedTuple):
@@ -237,7 +237,7 @@ class Sample(NamedTuple):
     target_rule: AxisRule
     pred_places: tl.tensor  # how many vertices count
     lane: tl.tensor
-    tie: tl.tensor  # how far apart projections on an axis of size 1 may be that are equal but for rounding
+    pred_slack: tl.tensor  # times |a_x| + |a_y| of an axis: by how much rounding tells equal projections of P apart
     convexity_factor: tl.tensor
     direction: tl.tensor  # the sign of P's area
     target_direction: tl.tensor
@@ -249,6 +249,7 @@ class Convexity(NamedTuple):
     value: tl.tensor
     projections: Slots
     ends: Interval  # of P
+    edge_ends: Interval
     sides: Slots  # derivatives to the distances of the vertices from the edge
     width_slope: tl.tensor  # derivative to the length of P's interval, negated
 

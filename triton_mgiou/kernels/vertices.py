@@ -145,12 +145,13 @@ def frame(pred, target):
     scale = inverse_power_of_two(tl.maximum(largest_x, largest_y)) + poison
     low = Point(low_x * scale, low_y * scale)
     extent = tl.maximum(high_x * scale - low.x, high_y * scale - low.y)
+    pred_extent = tl.maximum(pred_x.high * scale - pred_x.low * scale, pred_y.high * scale - pred_y.low * scale)
     # Not by `&`: the compiler makes vectors of bits of it, which need local memory.
     pred_is_point = tl.maximum(pred_x.high - pred_x.low, pred_y.high - pred_y.low) == 0
     target_is_point = tl.maximum(target_x.high - target_x.low, target_y.high - target_y.low) == 0
     width = target_x.high * scale - target_x.low * scale
     height = target_y.high * scale - target_y.low * scale
-    return Frame(scale, low, extent, pred_is_point, target_is_point, 2.0 * (width + height), poison)
+    return Frame(scale, low, extent, pred_extent, pred_is_point, target_is_point, 2.0 * (width + height), poison)
 
 
 @triton.jit

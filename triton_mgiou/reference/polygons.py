@@ -74,7 +74,7 @@ def per_sample_loss(
     weight = p_weight + g_weight
     loss = 0.5 * (p_sum + g_sum) / torch.where(weight == 0, 1.0, weight)
     if convexity_weight:
-        loss = loss + convexity_weight * _convexity(p_polygons, p_is_axis, extent)
+        loss = loss + convexity_weight * _convexity(p_polygons, p_is_axis)
     if boundary_weight:
         loss = loss + boundary_weight * _boundary(p_polygons, g_polygons, extent)
     return loss
@@ -146,6 +146,10 @@ class _Scale(torch.autograd.Function):
         scaled = grad * scale
         return torch.where(grad.isinf(), scaled, scaled.clamp(-largest, largest)), None
 
+
+class _ScaleBothModes(_Scale):
+    """The same with forward-mode derivatives, which `torch.compile` refuses to trace."""
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         scale: Tensor = ctx.saved_tensors[0]
@@ -153,7 +157,8 @@ class _Scale(torch.autograd.Function):
 
 
 def _scale(values: Tensor, scale: Tensor) -> Tensor:
-    return cast("Tensor", _Scale.apply(values, scale))  # type: ignore[no-untyped-call]
+    function: type[_Scale] = _Scale if torch.compiler.is_compiling() else _ScaleBothModes
+    return cast("Tensor", function.apply(values, scale))  # type: ignore[no-untyped-call]
 
 
 def _polygons(vertices: Tensor, real: Tensor, low: Tensor) -> _Polygons:
@@ -219,18 +224,37 @@ def _projections_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 _projections_operator.register_autograd(_projections_backward, setup_context=_save_projected)
 
 
-def _interval(polygons: _Polygons, projections: Tensor, axes: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
+def _interval(
+    polygons: _Polygons, projections: Tensor, axes: Tensor, *, is_own: bool = False, up_to_rounding: bool = False
+) -> tuple[Tensor, Tensor]:
     """The interval of the projections on each axis, low and high, both (B, K); the gradient is shared evenly at a tie.
 
-    The two ends of an edge have one projection on its normal, and so have those of a parallel one, but for the
-    rounding of coordinates. What is closer than that to an extreme is tied with it.
+    The two ends of an edge have one projection on its normal, so on a polygon's own axes (`is_own`) both are at an
+    extreme if one is. Those of a parallel edge are tied too, but the rounding of coordinates tells them apart:
+    `up_to_rounding` ties what is closer than that to an extreme.
     """
-    slack = (WIDEST_TIE * extent).clamp(max=_TIE[axes.dtype]).unsqueeze(-1) * axes.detach().abs().sum(-1, keepdim=True)
     values, distinct = projections.detach(), polygons.distinct.unsqueeze(1)
     low = values.masked_fill(~distinct, torch.inf).amin(-1, keepdim=True)
     high = values.masked_fill(~distinct, -torch.inf).amax(-1, keepdim=True)
-    at_low, at_high = distinct & (values <= low + slack), distinct & (values >= high - slack)
+    highest_low, lowest_high = low, high
+    if is_own:
+        ends = values.diagonal(dim1=1, dim2=2).unsqueeze(-1), values.gather(2, polygons.following)
+        edge_low, edge_high = torch.minimum(*ends), torch.maximum(*ends)
+        highest_low = torch.where(edge_low == low, edge_high, low)
+        lowest_high = torch.where(edge_high == high, edge_low, high)
+    if up_to_rounding:
+        slack = (WIDEST_TIE * _extent(polygons)).clamp(max=_TIE[axes.dtype]).unsqueeze(-1)
+        slack = slack * axes.detach().abs().sum(-1, keepdim=True)
+        highest_low, lowest_high = torch.maximum(highest_low, low + slack), torch.minimum(lowest_high, high - slack)
+    at_low, at_high = distinct & (values <= highest_low), distinct & (values >= lowest_high)
     return _extreme(low, at_low, projections), _extreme(high, at_high, projections)
+
+
+def _extent(polygons: _Polygons) -> Tensor:
+    """The longer side of a polygon's own bounding box, (B, 1)."""
+    vertices, real = polygons.vertices.detach(), polygons.real.unsqueeze(-1)
+    high, low = vertices.masked_fill(~real, -torch.inf).amax(1), vertices.masked_fill(~real, torch.inf).amin(1)
+    return (high - low).amax(1, keepdim=True)
 
 
 def _extreme(value: Tensor, tied: Tensor, projections: Tensor) -> Tensor:
@@ -263,18 +287,18 @@ def _sum_over_axes(
     edges = own.edges if axis_grad else own.edges.detach()
     weights, is_axis = _axis_weights(edges, extent, axis_weight)
     axes = _axes(edges)
-    own_low, own_high = _interval(own, _project(own.vertices, axes), axes, extent)
-    other_low, other_high = _interval(other, _project(other.vertices, axes), axes, extent)
+    own_low, own_high = _interval(own, _project(own.vertices, axes), axes, is_own=True, up_to_rounding=not axis_grad)
+    other_low, other_high = _interval(other, _project(other.vertices, axes), axes, up_to_rounding=not axis_grad)
     difference = (own_high - other_high).abs() + (own_low - other_low).abs()
     hull = torch.maximum(own_high, other_high) - torch.minimum(own_low, other_low)
     return (weights * _quotient(difference, hull)).sum(1), weights.sum(1), is_axis
 
 
-def _convexity(polygons: _Polygons, is_axis: Tensor, extent: Tensor) -> Tensor:
+def _convexity(polygons: _Polygons, is_axis: Tensor) -> Tensor:
     """The scale-free convexity term of section 7, (B,): 0 for a convex polygon whose vertices are in order."""
     axes = _axes(polygons.edges)
     projections = _project(polygons.shape, axes)
-    low, high = _interval(polygons, projections, axes, extent)
+    low, high = _interval(polygons, projections, axes, is_own=True)
     counts = polygons.distinct.unsqueeze(1) & ~polygons.on_edge
     distance = torch.where(counts, projections - projections.diagonal(dim1=1, dim2=2).unsqueeze(-1), 0.0)
     smaller_side = torch.minimum(distance.relu().sum(-1), (-distance).relu().sum(-1))
@@ -296,7 +320,7 @@ def _boundary(p: _Polygons, g: _Polygons, extent: Tensor) -> Tensor:
     """
     normals, p_area = _outward(p)
     g_area = _area_in_order(g, extent)
-    mixed = _interval(g, _project(g.shape.detach(), normals), normals, extent)[1].sum(1)
+    mixed = _interval(g, _project(g.shape.detach(), normals), normals)[1].sum(1)
     tiny = _TINY[mixed.dtype]
     flat = g_area <= (MIN_AXIS_LENGTH * g.edges.detach().square().sum((1, 2))).clamp(min=tiny)
     unit = torch.where(flat, 1.0, torch.maximum(mixed, g_area)).detach()

@@ -6,6 +6,7 @@ A layout of any kernel is a `NamedTuple` of integers with the methods of `Layout
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -26,9 +27,9 @@ class Layout(NamedTuple):
     num_warps: int
     registers: int
 
-    def programs(self, batch: int) -> int:
-        """How many programs a launch has."""
-        return min(-(-batch // self.polygons), MAX_PROGRAMS)
+    def grid(self, batch: int) -> tuple[int, int, int]:
+        """The grid of a launch."""
+        return min(-(-batch // self.polygons), MAX_PROGRAMS), 1, 1
 
     def sizes(self) -> dict[str, int]:
         """The kernel's last compile-time arguments."""
@@ -137,3 +138,119 @@ def _layout(
 
 def _slots(pred_bucket: int, target_bucket: int, lanes: int) -> tuple[int, int]:
     return max(1, pred_bucket // lanes), max(1, target_bucket // lanes)
+
+
+# Boxes
+
+LARGE_BOXES = 2**17  # from here on a lane of the kernel of boxes takes several
+
+
+class BoxLayout(NamedTuple):
+    """How the kernel of boxes works on a batch: a program's lanes, a lane's boxes, warps, registers of a thread."""
+
+    lanes: int
+    rows: int
+    num_warps: int
+    registers: int
+
+    def grid(self, batch: int) -> tuple[int, int, int]:
+        """The grid of a launch."""
+        return min(-(-batch // (self.lanes * self.rows)), MAX_PROGRAMS), 1, 1
+
+    def sizes(self) -> dict[str, int]:
+        """The kernel's last compile-time arguments."""
+        return {"LANES": self.lanes, "ROWS": self.rows}
+
+    def options(self) -> dict[str, Any]:
+        """Compiler options, as those of `Layout`."""
+        return {"num_warps": self.num_warps, "maxnreg": self.registers, "enable_fp_fusion": False}
+
+
+def box_batches(large_batch: bool) -> str:
+    """The batch sizes that a layout is for, in words."""
+    return f"{'>=' if large_batch else '<'} {LARGE_BOXES}"
+
+
+def box_candidates(numbers: int, large_batch: bool) -> list[AnyLayout]:
+    """The layouts to measure for boxes of so many numbers, the one to use without measurement first.
+
+    The numbers of a lane's boxes fill vectors of four where the batch is large. How many boxes that takes does not
+    depend on the layout, so that the sum over a batch has the same bits whatever strides its boxes have.
+    """
+    rows = 4 if large_batch and numbers % 4 else 1
+    registers = 255 if numbers > 5 else 208  # with these nothing spills; with fewer more warps run at once
+    fewer = (128, 168, registers) if rows > 1 else (registers,)
+    default = BoxLayout(128, rows, 4, registers)
+    others = [BoxLayout(32 * warps, rows, warps, most) for warps in (4, 2, 1) for most in fewer]
+    return list(dict.fromkeys([default, *others]))
+
+
+def box_interpreter_layout(numbers: int, batch: int) -> BoxLayout:
+    """A layout for Triton's interpreter: one program, unless there are many boxes."""
+    rows = 4 if batch >= 128 and numbers % 4 else 1
+    lanes = min(128, 1 << (-(-batch // rows) - 1).bit_length())
+    return BoxLayout(lanes, rows, 1, 255)
+
+
+# Pairs
+
+ENOUGH_PROGRAMS = 2048  # fill a GPU a few times over; with more of them each takes several tiles
+MOST_PROGRAMS = 65535  # in the second dimension of a grid
+
+
+class PairLayout(NamedTuple):
+    """How the kernels of pairs work on a matrix: its tiles, warps of a program, and registers of a thread."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    registers: int
+    gradient: int  # whether a program goes along whole rows
+
+    def grid(self, size: Any) -> tuple[int, int, int]:
+        """The grid of a launch for a matrix (B, P, T)."""
+        batch, rows, columns = size
+        along = -(-rows // self.rows)
+        if self.gradient:
+            return along, batch, 1
+        tiles = -(-columns // self.columns)
+        each = max(1, along * tiles * batch // ENOUGH_PROGRAMS)
+        return along, min(-(-tiles // each), MOST_PROGRAMS), batch
+
+    def sizes(self) -> dict[str, int]:
+        """The kernel's last compile-time arguments."""
+        return {"ROWS": self.rows, "COLUMNS": self.columns}
+
+    def options(self) -> dict[str, Any]:
+        """Compiler options, as those of `Layout`."""
+        return {"num_warps": self.num_warps, "maxnreg": self.registers, "enable_fp_fusion": False}
+
+
+AnyLayout = Layout | BoxLayout | PairLayout
+
+
+def pair_class(size: Sequence[int], gradient: bool) -> int:
+    """Matrices of one class have one layout: 1 of what fills a GPU with the larger tiles, else 0."""
+    batch, rows, columns = size
+    return int(batch * rows >= 4096 if gradient else batch * rows * columns >= 2**20)
+
+
+def pair_candidates(size_class: int, gradient: bool, interpreted: bool) -> list[AnyLayout]:
+    """The layouts to measure for pairs, the one to use without measurement first."""
+    if interpreted:
+        return [PairLayout(64, 64, 1, 255, int(gradient))]
+    if gradient:
+        few, many = PairLayout(1, 128, 4, 128, 1), PairLayout(4, 128, 4, 255, 1)
+        return [many, few, PairLayout(2, 128, 4, 168, 1)] if size_class else [few, many, PairLayout(1, 256, 8, 128, 1)]
+    others = [PairLayout(32, 16, 4, 128, 0), PairLayout(64, 32, 4, 255, 0), PairLayout(32, 32, 4, 168, 0)]
+    small, large = PairLayout(32, 32, 4, 168, 0), PairLayout(64, 16, 4, 168, 0)
+    first = large if size_class else small
+    return list(dict.fromkeys([first, small, large, *others]))
+
+
+def polygon_pair_candidates(corners: int, interpreted: bool) -> list[AnyLayout]:
+    """The same for the matrix of polygons, with `corners` each in registers or with vertices read again and again."""
+    if interpreted:
+        return [PairLayout(64, 64, 1, 255, 0)]
+    registers = 255 if corners else 168
+    return [PairLayout(*tile, 4, registers, 0) for tile in ((16, 16), (32, 8), (64, 8), (16, 32))]

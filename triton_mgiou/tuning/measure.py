@@ -13,7 +13,7 @@ import triton.testing
 from torch import Tensor
 
 from triton_mgiou.launch import INTERPRETED, Plan
-from triton_mgiou.tuning.layouts import Layout
+from triton_mgiou.tuning.layouts import AnyLayout
 from triton_mgiou.tuning.store import Entry
 
 REPETITIONS = 20  # in a graph
@@ -58,11 +58,11 @@ def fastest(
     """
     default, *others = plan.candidates
 
-    def run(layout: Layout) -> list[Tensor]:
-        plan.kernel[layout.programs(batch),](*arguments, *plan.flags, **_settings(layout))
+    def run(layout: AnyLayout) -> list[Tensor]:
+        plan.kernel[layout.grid(batch)](*arguments, *plan.flags, **_settings(layout))
         return outputs
 
-    def results(layout: Layout) -> list[Tensor]:
+    def results(layout: AnyLayout) -> list[Tensor]:
         return [output.clone() for output in run(layout)]
 
     layouts = [default, *_that_fit(plan, arguments, others)]
@@ -78,16 +78,16 @@ def fastest(
     return Entry(default._asdict(), us[default], us[default])
 
 
-def _settings(layout: Layout) -> dict[str, Any]:
+def _settings(layout: AnyLayout) -> dict[str, Any]:
     return layout.sizes() | layout.options()
 
 
-def _that_fit(plan: Plan, arguments: tuple[Any, ...], layouts: list[Layout]) -> list[Layout]:
+def _that_fit(plan: Plan, arguments: tuple[Any, ...], layouts: list[AnyLayout]) -> list[AnyLayout]:
     """Those that compile and do not spill. Triton compiles in threads where it can (from 3.5 on)."""
     return layouts if INTERPRETED else list(_compiled_that_fit(plan, arguments, layouts))
 
 
-def _compiled_that_fit(plan: Plan, arguments: tuple[Any, ...], layouts: list[Layout]) -> Iterator[Layout]:
+def _compiled_that_fit(plan: Plan, arguments: tuple[Any, ...], layouts: list[AnyLayout]) -> Iterator[AnyLayout]:
     mode = getattr(triton, "AsyncCompileMode", None)
     compiled = {}
     with ThreadPoolExecutor() as pool, mode(pool, ignore_errors=True) if mode else nullcontext():

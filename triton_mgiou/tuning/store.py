@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from triton_mgiou.tuning.layouts import Layout
+from triton_mgiou.tuning.layouts import AnyLayout
 
 FORMAT = "triton-mgiou tuning 1"
 LOCK_SECONDS = 300.0  # longer than tuning takes; a process that dies releases its lock at once
@@ -30,7 +30,7 @@ class Entry(NamedTuple):
     default_us: float | None
 
 
-def chosen_layout(case: str, candidates: list[Layout], device: int) -> Layout:
+def chosen_layout(case: str, candidates: Sequence[AnyLayout], device: int) -> AnyLayout:
     """The layout that the user's cache has for a case, or the first candidate.
 
     Args:

@@ -6,13 +6,15 @@ import inspect
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from triton_mgiou.functional import kernel_reduction, kernels_unavailable, mgiou_loss
+from triton_mgiou.arguments import check_choice
+from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS
+from triton_mgiou.functional import box_mgiou_loss, kernel_reduction, kernels_unavailable, mgiou_loss
 from triton_mgiou.options import Options, Reduction
 from triton_mgiou.tuning import layouts, store
 from triton_mgiou.tuning.store import Entry
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 LEAST_BATCH = 512  # to measure with
 
 _OPTIONS = [name for name in inspect.signature(mgiou_loss).parameters if name not in ("pred", "target", "backend")]
+_BOX_OPTIONS = [
+    name for name in inspect.signature(box_mgiou_loss).parameters if name not in ("pred", "target", "fmt", "backend")
+]
 _TENSORS = {
     "pred_lengths": torch.int64,
     "target_lengths": torch.int64,
@@ -35,7 +40,7 @@ _TENSORS = {
 class WarmupResult(NamedTuple):
     """One compiled variant of the kernel."""
 
-    pred_vertices: int  # the largest count that uses it
+    pred_vertices: int  # the largest count that uses it; 0 for boxes
     target_vertices: int
     batch: str
     dtype: str
@@ -44,6 +49,7 @@ class WarmupResult(NamedTuple):
     us: float | None  # on the GPU; None where it was not measured
     gain: float | None  # over the default configuration: 0.1 where that takes 1.1 times as long
     source: str  # "tuned", "cache" for an earlier run's file, "rank" for another rank's, or "default"
+    fmt: str | None = None  # of boxes
 
 
 def warmup(
@@ -53,6 +59,8 @@ def warmup(
     device: torch.device | str | None = None,
     options: Mapping[str, Any] | None = None,
     tune: bool = True,
+    boxes: Iterable[str] = (),
+    box_options: Mapping[str, Any] | None = None,
 ) -> list[WarmupResult]:
     """Compile the kernels that training will use, and tune them, so that no step has to wait for either.
 
@@ -68,9 +76,12 @@ def warmup(
         options: Options of `mgiou_loss` as training will use them. For a tensor, its dtype, or True for the usual
             one: `{"axis_weight": "length", "target_lengths": True}`. The gradient is that to `pred`.
         tune: Measure and keep the fastest configuration of each variant; if False, compile only.
+        boxes: Formats of `box_mgiou_loss` to do the same for, such as "cxcywhr"; not "xyxyxyxy", which is polygons
+            of four vertices. Batch sizes on the same side of 131072 share a variant. `vertices=()` leaves polygons out.
+        box_options: The options of `box_mgiou_loss` as training will use them, as `options`.
 
     Returns:
-        One result for each variant: with gradient and without, each vertex count, batch size and type.
+        One result for each variant: with gradient and without, each vertex count or format, batch size and type.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -86,7 +97,12 @@ def warmup(
     floating = torch.dtype, "floating dtypes", operator.attrgetter("is_floating_point")
     types = [_checked("dtypes", _pair(each), *floating) for each in dtypes]
     given = {} if options is None else dict(options)
-    _check_options(given)
+    _check_options("options", given, "mgiou_loss", _OPTIONS)
+    box_given = {} if box_options is None else dict(box_options)
+    _check_options("box_options", box_given, "box_mgiou_loss", _BOX_OPTIONS)
+    formats = list(boxes)
+    for fmt in formats:
+        check_choice("boxes", fmt, KERNEL_FORMATS)
     reason = kernels_unavailable(device)
     if reason is not None:
         raise RuntimeError(f"warmup cannot run: {reason}; expected a GPU that can")
@@ -94,18 +110,21 @@ def warmup(
 
     from triton_mgiou import launch  # noqa: PLC0415 - needs Triton
 
-    variants = [
+    variants: list[_Variant | _BoxVariant] = [
         _Variant(dtype, size, batch, gradient, device, given)
         for dtype, size, batch, gradient in itertools.product(types, sizes, batches, (True, False))
+    ]
+    variants += [
+        _BoxVariant(dtype, fmt, batch, gradient, device, box_given)
+        for dtype, fmt, batch, gradient in itertools.product(types, formats, batches, (True, False))
     ]
     results: dict[str, WarmupResult] = {}
     launch.forget_plans()  # their layouts may have been looked up before they were tuned
     for variant in tqdm(variants, desc="warm-up", unit="variant", disable=None):
         case, result = _tune(variant, measuring=tune)
         results.setdefault(case, result)
-        counts = [range(max(3, n - 2), n + 1) for n in map(layouts.bucket, variant.size)]
-        for size in (variant.size, *itertools.product(*counts)):  # odd, even, and full rows are different kernels
-            variant._replace(size=size).training_step()
+        for each in variant.kinds():
+            each.training_step()
     return list(results.values())
 
 
@@ -118,6 +137,18 @@ class _Variant(NamedTuple):
     gradient: bool
     device: torch.device
     options: Mapping[str, Any]
+
+    def kinds(self) -> Iterator[_Variant]:
+        """Itself, and those for odd, even, and full rows, which are different kernels."""
+        yield self
+        for size in itertools.product(*(range(max(3, n - 2), n + 1) for n in map(layouts.bucket, self.size))):
+            yield self._replace(size=size)
+
+    def describe(self, batch: int) -> dict[str, Any]:
+        """The first fields of the result, and the last."""
+        buckets = [layouts.bucket(n) for n in self.size]
+        words = layouts.batches(buckets[0], buckets[1], layouts.is_large(batch, buckets[0], buckets[1]))
+        return {"pred_vertices": buckets[0], "target_vertices": buckets[1], "batch": words, "fmt": None}
 
     def inputs(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Some star-shaped polygons, and the options with their tensors."""
@@ -157,7 +188,66 @@ class _Variant(NamedTuple):
         return plan, arguments, [loss] if grad is None else [loss, grad]
 
 
-def _tune(variant: _Variant, measuring: bool) -> tuple[str, WarmupResult]:
+class _BoxVariant(NamedTuple):
+    """The same for boxes of one format."""
+
+    dtype: tuple[torch.dtype, ...]
+    fmt: str
+    batch: int
+    gradient: bool
+    device: torch.device
+    options: Mapping[str, Any]
+    packed: bool = True
+
+    def kinds(self) -> Iterator[_BoxVariant]:
+        """Itself, and the one for boxes that do not follow each other, which is another kernel."""
+        yield self
+        yield self._replace(packed=False)
+
+    def describe(self, batch: int) -> dict[str, Any]:
+        """The first fields of the result, and the last."""
+        words = layouts.box_batches(batch >= layouts.LARGE_BOXES)
+        return {"pred_vertices": 0, "target_vertices": 0, "batch": words, "fmt": self.fmt}
+
+    def inputs(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Some boxes, and the options with their tensors."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        shape = FORMATS[self.fmt].shape
+        wide = (*shape[:-1], shape[-1] + (0 if self.packed else 1))
+        pred, target = (
+            torch.rand(self.batch, *wide, device=self.device, generator=generator).to(dtype)[..., : shape[-1]]
+            for dtype in self.dtype
+        )
+        options = dict(self.options)
+        kind = options.pop("weight", False)
+        if kind is not False:
+            dtype = torch.float32 if kind is True else kind
+            options["weight"] = torch.ones(self.batch, dtype=dtype, device=self.device)
+        return pred, target, options
+
+    def training_step(self) -> None:
+        """Compute the loss, and its gradient if asked for."""
+        pred, target, options = self.inputs()
+        with torch.enable_grad():
+            loss = box_mgiou_loss(pred.requires_grad_(self.gradient), target, fmt=self.fmt, backend="triton", **options)
+            if self.gradient:
+                loss.sum().backward()  # type: ignore[no-untyped-call]
+
+    def prepare(self) -> tuple[Plan, tuple[Any, ...], list[Tensor]]:
+        """What a launch on this input is: plan, arguments and outputs."""
+        from triton_mgiou import launch  # noqa: PLC0415 - needs Triton
+
+        pred, target, given = self.inputs()
+        convention = given.pop("angle", "radians"), given.pop("clockwise", True)
+        weight, reduction, avg_factor = (given.pop(name, None) for name in ("weight", "reduction", "avg_factor"))
+        inside = kernel_reduction(pred, target, weight, reduction or "mean", avg_factor)
+        options = FORMATS[self.fmt].defaults._replace(**{k: v for k, v in given.items() if v is not None})
+        call = launch.BoxCall(self.fmt, *convention, inside or Reduction(None, True, None), options)
+        plan, arguments, loss, grad = launch.prepare_boxes(pred, target, call, self.gradient, stream=0)
+        return plan, arguments, [loss] if grad is None else [loss, grad]
+
+
+def _tune(variant: _Variant | _BoxVariant, measuring: bool) -> tuple[str, WarmupResult]:
     """Find the layout of a variant, which the next launch will look up; what it is for, and the result."""
     from triton_mgiou import launch  # noqa: PLC0415 - needs Triton
     from triton_mgiou.tuning import measure  # noqa: PLC0415 - needs Triton
@@ -183,18 +273,15 @@ def _tune(variant: _Variant, measuring: bool) -> tuple[str, WarmupResult]:
         cache.put(plan.case, entry)
         launch.forget_plans()
     layout = store.chosen_layout(plan.case, plan.candidates, outputs[0].get_device())
-    pred_bucket, target_bucket = (layouts.bucket(n) for n in variant.size)
     us, default_us = (None, None) if entry is None else entry[1:]
     return plan.case, WarmupResult(
-        pred_bucket,
-        target_bucket,
-        layouts.batches(pred_bucket, target_bucket, layouts.is_large(batch, pred_bucket, target_bucket)),
-        " ".join(dict.fromkeys(str(each).removeprefix("torch.") for each in variant.dtype)),
-        variant.gradient,
-        layout._asdict(),
-        us,
-        None if us is None or default_us is None else default_us / us - 1,
-        source,
+        **variant.describe(batch),
+        dtype=" ".join(dict.fromkeys(str(each).removeprefix("torch.") for each in variant.dtype)),
+        gradient=variant.gradient,
+        configuration=layout._asdict(),
+        us=us,
+        gain=None if us is None or default_us is None else default_us / us - 1,
+        source=source,
     )
 
 
@@ -231,12 +318,12 @@ def _checked(
     return values
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
+def _check_options(argument: str, options: Mapping[str, Any], function: str, names: list[str]) -> None:
     for name, value in options.items():
-        if name not in _OPTIONS:
-            raise ValueError(f"options must hold options of mgiou_loss ({', '.join(_OPTIONS)}), got {name!r}")
+        if name not in names:
+            raise ValueError(f"{argument} must hold options of {function} ({', '.join(names)}), got {name!r}")
         if name in _TENSORS and not isinstance(value, bool | torch.dtype):
-            raise TypeError(f"options[{name!r}] must be a dtype or a bool, got {type(value).__name__}")
+            raise TypeError(f"{argument}[{name!r}] must be a dtype or a bool, got {type(value).__name__}")
 
 
 def _polygons(batch: int, vertices: int, device: torch.device, seed: int) -> Tensor:

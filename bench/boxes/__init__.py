@@ -1,0 +1,1 @@
+"""Boxes: which loss brings them to their target, and what it costs."""

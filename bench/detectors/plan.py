@@ -1,0 +1,152 @@
+"""Which trainings there are, in the order in which they matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from bench.detectors.scenes import BOXES
+
+SEEDS = (0, 1, 2)
+ABLATION = ("corners", 2)  # task and epochs
+
+
+class Size(NamedTuple):
+    """How large a run of the bench is."""
+
+    images: int  # for training
+    test_images: int
+    side: int
+    batch_size: int
+    keypoint_epochs: int
+    box_epochs: int
+    seeds: tuple[int, ...]
+    all_losses: bool = True  # else one of each kind
+
+
+FULL = Size(1500, 300, 320, 64, 36, 24, SEEDS)
+TOY = Size(24, 8, 96, 8, 1, 1, SEEDS[:1], all_losses=False)
+KINDS = {  # what the toy size trains, beside the table
+    ("reports", "reported"),
+    ("reports", "reported, float32"),
+    ("rest", "mgiou, L2 below 3 visible"),
+    ("rest", "hybrid, alpha .9 to 0"),
+    ("rest", "mgiou, smooth .1, twice"),
+}
+
+
+class Job(NamedTuple):
+    """A training."""
+
+    part: str  # "reports", "table" or "rest"
+    task: str
+    loss: str
+    seed: int
+    epochs: int
+    watch: bool = False  # judge it on the way too
+
+    @property
+    def name(self) -> str:
+        """Names its file."""
+        words = (self.part, self.task, self.loss, f"seed {self.seed}")
+        return "-".join("".join(c if c.isalnum() or c in ".+" else "_" for c in word) for word in words)
+
+
+# ---- the ablation of the reports: the loss of the reports, what is changed of it, and how the training computes
+
+REPORTED: dict[str, Mapping[str, Any]] = {
+    "reported": {},
+    "reported, no nan_to_num": {"nan_to_num": False},
+    "reported, no clamp": {"clamp": False},
+    "reported, conditional mask": {"mask": "conditional"},
+    "reported, soft mask": {"mask": "soft"},
+    "reported, epsilon 1e-3": {"epsilon": 1e-3},
+    "reported, float32 projections": {"full_precision": True},
+    "reported, not sorted": {"sort": False},
+}
+PRECISIONS: dict[str, str] = {
+    "reported, bfloat16": "bf16",
+    "reported, float32": "fp32",
+    "reported, no loss scale": "fp16 without scaler",
+}
+
+# ---- losses of keypoints: `PolygonLoss`'s mode and options; None for Ultralytics' own
+
+PAPER = {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.0}
+KEYPOINT_LOSSES: dict[str, Mapping[str, Any] | None] = {
+    "OKS": None,
+    "mgiou": {"mode": "mgiou"},
+    "hybrid": {"mode": "hybrid"},
+    "paper": {"mode": "mgiou", "options": PAPER},
+    "mgiou, L2 below 3 visible": {"mode": "mgiou", "few": True},
+    "hybrid, alpha .9 to 0": {"mode": "hybrid", "schedule": {"end": 0.0}},
+    "hybrid, alpha .5": {"mode": "hybrid", "alpha": 0.5},
+    "hybrid, sigma .35": {"mode": "hybrid", "sigmas": 0.35},
+    "mgiou, boundary .5": {"mode": "mgiou", "options": {"boundary_weight": 0.5}},
+}
+
+# ---- losses of boxes: options of `box_mgiou_loss`, and what is made of each box's loss; None for ProbIoU
+
+BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
+    "ProbIoU + angle": None,
+    "ProbIoU": None,
+    "mgiou + angle": {},
+    "mgiou": {},
+    "paper": {"options": PAPER},
+    "mgiou, smooth .1": {"smooth": 0.1},
+    "mgiou, smooth .3": {"smooth": 0.3},
+    "mgiou, twice": {"gain": 2.0},
+    "mgiou, smooth .1, twice": {"smooth": 0.1, "gain": 2.0},
+}
+
+
+def jobs(size: Size) -> list[Job]:
+    """All trainings, the most important ones first."""
+    task, epochs = ABLATION
+    found = [Job("reports", task, name, 0, epochs) for name in [*REPORTED, *PRECISIONS, "mgiou", "hybrid"]]
+    table = [
+        *(("hulls", name) for name in ("OKS", "mgiou")),
+        *(("corners", name) for name in ("OKS", "mgiou", "hybrid")),
+        *(("squares", name) for name in ("ProbIoU + angle", "mgiou", "mgiou, smooth .1")),
+        *(("boxes", name) for name in ("ProbIoU + angle", "mgiou + angle")),
+    ]
+    watched = {("corners", "reported"), ("corners", "mgiou"), ("corners", "hybrid"), ("corners", "OKS")}
+    for seed in size.seeds:
+        if seed == 0:
+            found.append(_job("table", "corners", "reported", 0, size, watch=True))
+        found += [
+            _job("table", task, name, seed, size, watch=seed == 0 and (task, name) in watched) for task, name in table
+        ]
+    rest = [
+        ("squares", "ProbIoU"),
+        ("squares", "mgiou + angle"),
+        ("squares", "mgiou, twice"),
+        ("squares", "mgiou, smooth .3"),
+        ("squares", "mgiou, smooth .1, twice"),
+        ("outlines", "OKS"),
+        ("outlines", "mgiou"),
+        ("outlines", "hybrid"),
+        ("long", "ProbIoU + angle"),
+        ("long", "mgiou + angle"),
+        ("long", "mgiou"),
+        ("boxes", "mgiou"),
+        ("boxes", "ProbIoU"),
+        ("hulls", "hybrid"),
+        ("hulls", "paper"),
+        ("corners", "paper"),
+        ("corners", "hybrid, sigma .35"),
+        ("corners", "hybrid, alpha .9 to 0"),
+        ("corners", "hybrid, alpha .5"),
+        ("corners", "mgiou, L2 below 3 visible"),
+        ("hulls", "mgiou, L2 below 3 visible"),
+        ("hulls", "mgiou, boundary .5"),
+        ("squares", "paper"),
+        ("boxes", "paper"),
+    ]
+    found += [_job("rest", task, name, 0, size) for task, name in rest]
+    return [job for job in found if size.all_losses or job.part == "table" or (job.part, job.loss) in KINDS]
+
+
+def _job(part: str, task: str, loss: str, seed: int, size: Size, *, watch: bool = False) -> Job:
+    epochs = size.box_epochs if task in BOXES else size.keypoint_epochs
+    return Job(part, task, loss, seed, epochs, watch)

@@ -1,0 +1,220 @@
+"""Tables (Markdown) and the figure of the trainings in a folder."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from bench.detectors import plan
+
+SPEED_TASKS = ("corners", "boxes")
+FIGURE = "curves.png"
+COLUMNS = ("AP50", "AP75", "AP90", "AP50-95", "hull AP50", "IoU", "crossing", "angle error")
+CURVES = {"reported": "tab:red", "OKS": "tab:blue", "mgiou": "tab:green", "hybrid": "tab:purple"}
+
+# What is to be reached: task, metric, our loss, Ultralytics' own or another of ours, by how much at least
+TARGETS = (
+    ("hulls", "AP75", "mgiou", "OKS", 0.10),
+    ("corners", "AP75", "hybrid", "OKS", 0.0),
+    ("corners", "AP75", "hybrid", "mgiou", 0.0),
+    ("corners", "AP90", "hybrid", "OKS", 0.0),
+    ("corners", "AP90", "hybrid", "mgiou", 0.0),
+    ("boxes", "AP75", "mgiou + angle", "ProbIoU + angle", 0.0),
+    ("boxes", "AP90", "mgiou + angle", "ProbIoU + angle", 0.0),
+    ("boxes", "AP50-95", "mgiou + angle", "ProbIoU + angle", 0.0),
+    ("squares", "AP90", "mgiou", "ProbIoU + angle", 0.0),
+    ("squares", "AP90", "mgiou, smooth .1", "ProbIoU + angle", 0.0),
+)
+
+Rows = list[dict[str, Any]]
+
+
+def read(folder: Path) -> Rows:
+    """All finished trainings, in the order of the plan."""
+    order = {name: place for place, name in enumerate(job.name for job in plan.jobs(plan.FULL))}
+    files = sorted((path for path in folder.glob("*.json") if path.stem in order), key=lambda path: order[path.stem])
+    return [json.loads(path.read_text(encoding="utf-8")) for path in files]
+
+
+def line(row: dict[str, Any]) -> str:
+    """A training in a line."""
+    job, last = row["job"], row["judged"][-1]
+    numbers = "  ".join(f"{name} {last[name]:.3f}" for name in ("AP50", "AP75", "AP90"))
+    name = f"{job['part']}: {job['task']}, {job['loss']}, seed {job['seed']}"
+    return f"{name:<58} {numbers}  {row['seconds']:.0f} s"
+
+
+def sections(folder: Path) -> dict[str, str]:
+    """The parts of the page by name; empty where there is no result."""
+    rows, speed = read(folder), folder / "speed.json"
+    times = json.loads(speed.read_text(encoding="utf-8"))["rows"] if speed.exists() else []
+    place = "/".join(("..", "results", "detectors", FIGURE))
+    figure = f"![Loss, box loss, loss scale and AP over the epochs]({place})"
+    return {
+        "reports": reports(rows),
+        "figure": figure if watched(rows) else "",
+        "tables": tables(rows),
+        "targets": targets(rows),
+        "speed": speeds(times),
+    }
+
+
+def write(folder: Path) -> None:
+    """Write the tables, as Markdown, and the figure into the folder."""
+    text = "\n\n".join(part for name, part in sections(folder).items() if part and name != "figure")
+    (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
+    draw(folder / FIGURE, read(folder))
+
+
+def fill(page: Path, folder: Path) -> None:
+    """Put the tables between their marks in a page."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in sections(folder).items():
+        begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}{table or 'Not run.'}\n{end}{rest.split(end)[1]}"
+    page.write_text(text, encoding="utf-8")
+
+
+def reports(rows: Rows) -> str:
+    """The ablation of the two reports."""
+    head = (
+        "loss",
+        "loss, first to last epoch",
+        "box loss",
+        "loss scale at the end",
+        "steps",
+        "skipped",
+        "bad gradients",
+    )
+    lines = []
+    for row in (each for each in rows if each["job"]["part"] == "reports"):
+        curves = row["curves"]
+        bad = f"{100 * statistics.mean(curves['bad_gradients']):.0f} %" if "bad_gradients" in curves else ""
+        lines.append(
+            (
+                row["job"]["loss"],
+                f"{curves['loss'][0]:.3g} to {curves['loss'][-1]:.3g}",
+                f"{curves['box_loss'][0]:.3g} to {curves['box_loss'][-1]:.3g}",
+                f"{curves['scale'][-1]:.3g}",
+                row["steps"],
+                row["skipped"],
+                bad,
+            )
+        )
+    return markdown("### Two epochs each, under AMP (float16) where nothing else is said", head, lines)
+
+
+def tables(rows: Rows) -> str:
+    """What the detectors find, a table for each task; means over the seeds, their number where it is not one."""
+    texts = []
+    for task in dict.fromkeys(row["job"]["task"] for row in rows if row["job"]["part"] != "reports"):
+        same = [row for row in rows if row["job"]["task"] == task and row["job"]["part"] != "reports"]
+        own = [key for key in same[0]["judged"][-1] if key.startswith("mAP")]
+        shown = [key for key in COLUMNS if any(key in row["judged"][-1] for row in same)]
+        lines = []
+        for loss in dict.fromkeys(row["job"]["loss"] for row in same):
+            group = [row for row in same if row["job"]["loss"] == loss]
+            numbers = [mean_of(group, key) for key in [*own, *shown]]
+            after = max(row["skipped_after_20"] for row in group)
+            lines.append((loss, len(group), *numbers, after))
+        head = ("loss", "seeds", *own, *shown, "skipped after 20 steps")
+        texts.append(markdown(f"### {task}", head, lines))
+    return "\n\n".join(texts)
+
+
+def targets(rows: Rows) -> str:
+    """Differences, paired by seed, with their standard error."""
+    lines = []
+    for task, metric, ours, other, least in TARGETS:
+        by_seed: list[dict[int, float]] = [
+            {
+                row["job"]["seed"]: row["judged"][-1].get(metric, 0.0)
+                for row in rows
+                if (row["job"]["task"], row["job"]["loss"]) == (task, loss) and row["job"]["part"] == "table"
+            }
+            for loss in (ours, other)
+        ]
+        seeds = sorted(set(by_seed[0]) & set(by_seed[1]))
+        if not seeds:
+            continue
+        differences = [by_seed[0][seed] - by_seed[1][seed] for seed in seeds]
+        mean = statistics.mean(differences)
+        told = ["", ""]  # of a single seed nothing can be said
+        if len(seeds) > 1:
+            error = statistics.stdev(differences) / len(seeds) ** 0.5
+            told = [f"{error:.4f}", "yes" if mean >= least - error else "no"]
+        lines.append(
+            (f"{task}: {ours} to {other}", metric, f"{mean:+.4f}", told[0], len(seeds), f"{least:+.2f}", told[1])
+        )
+    head = ("what", "metric", "difference", "standard error", "seeds", "at least", "reached")
+    return markdown("### What was to be reached", head, lines)
+
+
+def speeds(rows: Rows) -> str:
+    """Step times."""
+    head = ("task", "batch", "loss", "ms a step", "to Ultralytics' own")
+    lines = [(row["task"], row["batch"], row["loss"], f"{row['ms']:.2f}", f"{row['to_own']:.3f}") for row in rows]
+    return markdown("### Milliseconds", head, lines)
+
+
+def mean_of(rows: Rows, key: str) -> str:
+    """The mean over the rows that have a number."""
+    values = [row["judged"][-1][key] for row in rows if key in row["judged"][-1]]
+    return f"{statistics.mean(values):.3f}" if values else ""
+
+
+def markdown(title: str, head: tuple[str, ...], lines: list[tuple[Any, ...]]) -> str:
+    """A table below a heading; nothing without lines."""
+    if not lines:
+        return ""
+    rows = [head, ("---",) * len(head), *lines]
+    return "\n".join([title, "", *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def watched(rows: Rows) -> dict[str, dict[str, Any]]:
+    """The trainings that were judged on the way, by their loss."""
+    return {row["job"]["loss"]: row for row in rows if row["job"]["watch"] and row["job"]["loss"] in CURVES}
+
+
+def draw(path: Path, rows: Rows) -> None:
+    """Loss, box loss, loss scale and AP over the epochs, of the reported loss and of others on the same task."""
+    shown = watched(rows)
+    figure = Figure(figsize=(14, 3.6), layout="constrained")
+    panels: dict[str, Callable[[dict[str, Any]], tuple[list[float], list[float]]]] = {
+        "loss of the keypoints / its first epoch's": lambda row: relative(row["curves"]["loss"]),
+        "box loss": lambda row: over_epochs(row["curves"]["box_loss"]),
+        "loss scale of AMP": lambda row: over_epochs(row["curves"]["scale"]),
+        "AP50 by the polygons": lambda row: column(row["judged"], "epoch", "AP50"),
+    }
+    for axes, (title, points) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for loss, colour in CURVES.items():
+            if loss in shown:
+                axes.plot(*points(shown[loss]), color=colour, marker=".", label=loss)
+        axes.set(title=title, xlabel="epoch")
+        if "scale" in title:
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+    if shown:
+        axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def over_epochs(values: list[float]) -> tuple[list[float], list[float]]:
+    """Epochs from 1 on, and the values."""
+    return [float(epoch) for epoch in range(1, len(values) + 1)], values
+
+
+def relative(values: list[float]) -> tuple[list[float], list[float]]:
+    """Epochs from 1 on, and the values over the first one."""
+    return over_epochs([value / values[0] for value in values])
+
+
+def column(rows: Rows, first: str, second: str) -> tuple[list[float], list[float]]:
+    """Two numbers of each row."""
+    return [row[first] for row in rows], [row[second] for row in rows]

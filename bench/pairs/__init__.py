@@ -1,0 +1,1 @@
+"""The bench of the matrix of all pairs: `python -m bench.pairs`."""

@@ -1,0 +1,277 @@
+"""What the matrix of all pairs costs, and write one JSON.
+
+    python -m bench.pairs --out bench/results/h200_pairs.json
+
+First values and gradients on input of every size are held against the definition in float64 at places drawn by a fixed
+seed. Then launches as CUDA graphs, their memory, a step with the gradient to both sets, and a loop beside Ultralytics'
+`batch_probiou` (our transcription) and the nested vmap of `mgiou`. A short table comes last. Without a CUDA device the
+sizes are small and there are only wall times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench import measure
+from bench.machine import machine
+from tests.helpers import generator, rectangle_corners
+from tests.pairs import oracle
+from tests.pairs.helpers import random_boxes
+from triton_mgiou import box_mgiou, box_mgiou_loss, polygon_mgiou
+from triton_mgiou.functional import kernels_unavailable
+from triton_mgiou.reference import pairs as reference
+
+Boxes = tuple[Tensor, Tensor]
+
+VALUES = ((8400, 20), (8400, 100), (21504, 300), (4967, 8400), (256, 65536))
+SMALL = ((84, 20), (50, 84))  # without a CUDA device
+STEP = (400, 5000)
+QUADRANGLES = (21504, 300)
+LOOP = (8400, 20)
+AGENTS = (64, 256)
+CHECKED = 64  # pairs of each matrix
+VALUE_ERROR, GRADIENT_ERROR = 2e-6, 1e-4
+ROUNDS = 11
+
+
+def say(what: object) -> None:
+    """Write a line at once."""
+    sys.stdout.write(f"{what}\n")
+    sys.stdout.flush()
+
+
+def batch_probiou(first: Tensor, second: Tensor) -> Tensor:
+    """IoU of Gaussians of all pairs, (P, T), in eager PyTorch as in Ultralytics.
+
+    Llerena, Zeni, Kristen, Jung, "Gaussian Bounding Boxes and Probabilistic IoU", arXiv 2106.06072.
+    """
+    (x1, y1), (x2, y2) = (each[:, :2].T.unsqueeze(2) for each in (first, second))
+    (a1, b1, c1), (a2, b2, c2) = (_covariance(each) for each in (first, second))
+    x2, y2, a2, b2, c2 = (each.T for each in (x2, y2, a2, b2, c2))
+    determinant = (a1 + a2) * (b1 + b2) - (c1 + c2).square()
+    quadratic = (a1 + a2) * (y1 - y2).square() + (b1 + b2) * (x1 - x2).square()
+    distance = 0.25 * quadratic / (determinant + 1e-7)
+    distance = distance + 0.5 * (c1 + c2) * (x2 - x1) * (y1 - y2) / (determinant + 1e-7)
+    areas = ((a1 * b1 - c1.square()).clamp(min=0) * (a2 * b2 - c2.square()).clamp(min=0)).sqrt()
+    distance = distance + 0.5 * (determinant / (4 * areas + 1e-7) + 1e-7).log()
+    hellinger: Tensor = (1 - (-distance.clamp(1e-7, 100.0)).exp() + 1e-7).sqrt()
+    return 1 - hellinger
+
+
+def _covariance(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    w, h = boxes[:, 2:3].square() / 12, boxes[:, 3:4].square() / 12
+    cos, sin = boxes[:, 4:].cos(), boxes[:, 4:].sin()
+    return w * cos.square() + h * sin.square(), w * sin.square() + h * cos.square(), (w - h) * cos * sin
+
+
+def expanded(first: Tensor, second: Tensor) -> Tensor:
+    """The matrix as it is computed without this function: the loss of both sets, expanded."""
+    size = len(first), len(second)
+    pairs = first.unsqueeze(1).expand(*size, 5), second.unsqueeze(0).expand(*size, 5)
+    loss = box_mgiou_loss(*(each.reshape(-1, 5) for each in pairs), boundary_weight=0.0, reduction="none")
+    return 1 - 2 * loss.reshape(size)
+
+
+def boxes(size: tuple[int, int], device: torch.device) -> Boxes:
+    """Two sets of rotated boxes over a field of 20 x 20, with sides of 1/3 to 1."""
+    rng = generator(0)
+    first, second = (random_boxes(n, "cxcywhr", rng) for n in size)
+    for each in (first, second):
+        each[:, :2] *= 20
+    return first.float().to(device), second.float().to(device)
+
+
+def quadrangles(size: tuple[int, int], device: torch.device) -> Boxes:
+    """The corners of the same boxes."""
+    first, second = (rectangle_corners(each.double()).float() for each in boxes(size, device))
+    return first, second
+
+
+def check_values(name: str, matrix: Tensor, first: Tensor, second: Tensor, exact: Callable[..., float]) -> float:
+    """The largest error at some places; an error above what is allowed ends the run."""
+    rng = generator(1)
+    rows, columns = (torch.randint(n, (CHECKED,), generator=rng) for n in matrix.shape)
+    rows[0], columns[0] = matrix.shape[0] - 1, matrix.shape[1] - 1
+    pairs = zip(first.cpu()[rows].double().numpy(), second.cpu()[columns].double().numpy(), strict=True)
+    expected = torch.tensor([exact(*pair) for pair in pairs])
+    off: float = (
+        (matrix[rows.to(matrix.device), columns.to(matrix.device)].double().cpu() - expected).abs().max().item()
+    )
+    if not off <= VALUE_ERROR:
+        raise SystemExit(f"{name}: off by {off:.3g}, allowed {VALUE_ERROR}")
+    return float(off)
+
+
+def check_gradient(size: tuple[int, int], device: torch.device) -> float:
+    """The largest relative error of the gradient of the first 50 boxes of each set, against eager float64."""
+    first, second = (each[:50] for each in boxes(size, device))
+    upstream = torch.randn(len(first), len(second), generator=generator(2), dtype=torch.float64).to(device)
+    found = []
+    for kind in (torch.float32, torch.float64):
+        pair = [each.to(kind).requires_grad_() for each in (first, second)]
+        backend = "auto" if kind == torch.float32 else "eager"
+        value = box_mgiou(*pair, backend=backend)
+        found.append(torch.autograd.grad(value, pair, upstream.to(kind)))
+    off = max(((got - want).norm() / want.norm()).item() for got, want in zip(*found, strict=True))
+    if not off <= GRADIENT_ERROR:
+        raise SystemExit(f"gradient: off by {off:.3g}, allowed {GRADIENT_ERROR}")
+    return float(off)
+
+
+def exact_polygons(first: Any, second: Any) -> float:
+    """The oracle of two polygons."""
+    return float(oracle.polygon_pair([tuple(v) for v in first], [tuple(v) for v in second]))
+
+
+def exact_boxes(first: Any, second: Any) -> float:
+    """The oracle of two boxes."""
+    return float(oracle.box_pair(np.asarray(first), np.asarray(second)))
+
+
+def time_us(step: Callable[[], object], device: torch.device) -> float:
+    """Microseconds of a launch: in a CUDA graph, or by the wall."""
+    if device.type == "cuda":
+        return measure.graph_row_us(step)
+    return statistics.median(measure.wall_us({"step": step}, device, 3)["step"])
+
+
+def step_of(size: tuple[int, int], device: torch.device) -> Callable[[], object]:
+    """Value and gradient to both sets from a given upstream matrix."""
+    first, second = (each.requires_grad_() for each in boxes(size, device))
+    upstream = torch.randn(size, generator=generator(3)).to(device)
+    return lambda: torch.autograd.grad(box_mgiou(first, second), (first, second), upstream)
+
+
+def peer_of_vmap() -> tuple[torch.nn.Module | None, str | None]:
+    """`mgiou`'s loss that keeps boxes apart, or why it is missing."""
+    try:
+        module: torch.nn.Module = importlib.import_module("mgiou").MGIoU2DMinus()
+    except Exception as error:  # a broken installation is as good as none
+        return None, f"{type(error).__name__}: {error}"
+    return module, None
+
+
+def keep_apart(agents: Tensor) -> Tensor:
+    """The loss of `box_mgiou`'s docstring."""
+    n = len(agents)
+    pairs = torch.ones(n, n, dtype=torch.bool, device=agents.device).triu(1)
+    return ((0.1 + box_mgiou(agents, agents, over="depth")).relu() * pairs).sum()
+
+
+def gradient(loss: Callable[[Tensor], Tensor], agents: Tensor) -> Tensor:
+    """The gradient of a loss of one set."""
+    (found,) = torch.autograd.grad(loss(agents), agents)
+    return found
+
+
+def run(device: torch.device, rounds: int) -> dict[str, Any]:
+    """All checks and measurements."""
+    cuda = device.type == "cuda"
+    result: dict[str, Any] = {"kernel": kernels_unavailable(device) or "runs", "value": {}}
+    result["gradient off by"] = check_gradient(STEP, device)
+    for size in VALUES if cuda else SMALL:
+        first, second = boxes(size, device)
+        matrix = box_mgiou(first, second)
+        row: dict[str, Any] = {"off by": check_values(f"boxes {size}", matrix, first, second, exact_boxes)}
+        for over in ("mean", "min", "depth"):
+            row[f"us, {over}"] = time_us(partial(box_mgiou, first, second, over=over), device)
+        if cuda:
+            row["ps a pair"] = row["us, mean"] * 1e6 / matrix.numel()
+            row["bytes beside the matrix"] = measure.peak_bytes(partial(box_mgiou, first, second)) - matrix.nbytes
+            if matrix.numel() < 10**7:
+                row["us, expanded loss"] = time_us(partial(expanded, first, second), device)
+        result["value"][" x ".join(map(str, size))] = row
+        say(f"{size}: {row}")
+
+    size = QUADRANGLES if cuda else SMALL[0]
+    first, second = quadrangles(size, device)
+    matrix = polygon_mgiou(first, second)
+    result["quadrangles"] = {
+        "size": size,
+        "off by": check_values(f"quadrangles {size}", matrix, first, second, exact_polygons),
+        "us": time_us(lambda: polygon_mgiou(first, second), device),
+    }
+    say(result["quadrangles"])
+
+    size = STEP if cuda else SMALL[1]
+    step = step_of(size, device)
+    result["step with gradient to both"] = {"size": size, "us": time_us(step, device)}
+    if cuda:
+        bytes_of_matrix = size[0] * size[1] * 4
+        result["step with gradient to both"]["bytes beside the matrix"] = measure.peak_bytes(step) - bytes_of_matrix
+        result["step with gradient to both"]["launches"] = measure.launches(step)
+    say(result["step with gradient to both"])
+
+    first, second = boxes(LOOP if cuda else SMALL[0], device)
+    times = measure.wall_us(
+        {"box_mgiou": lambda: box_mgiou(first, second), "batch_probiou": lambda: batch_probiou(first, second)},
+        device,
+        rounds,
+    )
+    ratios = [ours / theirs for ours, theirs in zip(times["box_mgiou"], times["batch_probiou"], strict=True)]
+    result["loop"] = {name: statistics.median(each) for name, each in times.items()}
+    result["loop"]["to batch_probiou"] = statistics.median(ratios)
+    say(result["loop"])
+
+    peer, missing = peer_of_vmap()
+    result["keeping apart"] = {"mgiou's vmap": missing or "runs"}
+    for count in AGENTS if cuda else AGENTS[:1]:
+        agents = boxes((count, 1), device)[0].requires_grad_()
+        steps: dict[str, measure.Step] = {"ours": partial(gradient, keep_apart, agents)}
+        if peer is not None:
+            steps["mgiou's vmap"] = partial(gradient, peer.to(device), agents)
+        try:
+            times = measure.wall_us(steps, device, rounds)
+        except RuntimeError as error:
+            result["keeping apart"][f"{count}, mgiou's vmap"] = str(error).splitlines()[0]
+            times = measure.wall_us({"ours": steps["ours"]}, device, rounds)
+        result["keeping apart"][count] = {name: statistics.median(each) for name, each in times.items()}
+    say(result["keeping apart"])
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """The short table."""
+    lines = [f"| boxes | us, mean / min / depth | off by |{chr(10)}|---|---|---|"]
+    for size, row in result["value"].items():
+        times = " / ".join(f"{row[f'us, {over}']:.1f}" for over in ("mean", "min", "depth"))
+        lines.append(f"| {size} | {times} | {row['off by']:.1e} |")
+    quadrangle, step, loop = result["quadrangles"], result["step with gradient to both"], result["loop"]
+    lines.append(f"| quadrangles {' x '.join(map(str, quadrangle['size']))} | {quadrangle['us']:.1f} | |")
+    lines.append(f"| with gradient to both, {' x '.join(map(str, step['size']))} | {step['us']:.1f} | |")
+    lines.append(f"| in a loop, to batch_probiou | 1/{1 / loop['to batch_probiou']:.1f} | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    reference.MEMORY = 2**30  # the checks in eager PyTorch
+    result = {
+        "machine": machine(["python", "-m", "bench.pairs", *sys.argv[1:]], device),
+        **run(device, arguments.rounds),
+    }
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    say(table(result))
+
+
+if __name__ == "__main__":
+    main()

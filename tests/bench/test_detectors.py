@@ -1,0 +1,183 @@
+"""What the two reports saw, reproduced on a CPU, and the parts of bench/detectors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench.detectors import plan, report
+from bench.detectors.losses import FewVisible, Reported, Watched
+from tests.helpers import convex, generator
+from triton_mgiou import PolygonLoss
+
+SAMPLES = 64
+OURS = PolygonLoss("mgiou")
+
+
+def batch(seed=0):
+    """Predictions near targets of four vertices, one of them not visible, in grid cells, as a pose head has them."""
+    rng = generator(seed)
+    target = 20 * convex(SAMPLES, 4, rng).float()
+    pred = (target + torch.randn(target.shape, generator=rng)).requires_grad_()
+    mask = torch.ones(SAMPLES, 4, dtype=torch.bool)
+    mask[:, 3] = False
+    return pred, target, mask, torch.full((SAMPLES, 1), 400.0)
+
+
+def train_step(loss, dtype, scale=1.0):
+    """The value, and for each sample whether its gradient is finite, under autocast to `dtype` (None: none)."""
+    pred, target, mask, area = batch()
+    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        value = loss(pred, target, mask, area)
+        value = value[0] if isinstance(value, tuple) else value
+    (scale * value).backward()
+    return value.item(), pred.grad.flatten(1).isfinite().all(1)
+
+
+def test_the_reported_loss_hides_its_nan_under_float16():
+    """The value looks well, and no sample has a usable gradient: GradScaler would skip this step and every other."""
+    value, finite = train_step(Reported(), torch.float16)
+    assert 0 < value < 1
+    assert not finite.any()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_reported_loss_has_a_gradient_in_other_types(dtype):
+    value, finite = train_step(Reported(), dtype)
+    assert 0 < value < 1
+    assert finite.all()
+
+
+@pytest.mark.parametrize("options", [{"mask": "conditional"}, {"mask": "soft"}, {"clamp": False}, {"sort": False}])
+def test_no_other_mask_and_no_missing_clamp_cures_it(options):
+    assert not train_step(Reported(**options), torch.float16)[1].any()
+
+
+def test_without_nan_to_num_the_loss_is_nan_at_once():
+    """This was the first report; the "fix" made it the second."""
+    value, finite = train_step(Reported(nan_to_num=False), torch.float16)
+    assert value != value  # noqa: PLR0124
+    assert not finite.any()
+
+
+def test_an_epsilon_that_float16_has_or_float32_projections_cure_it():
+    assert train_step(Reported(epsilon=1e-3), torch.float16)[1].all()
+    assert train_step(Reported(full_precision=True), torch.float16)[1].all()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+def test_ours_has_a_gradient_under_every_autocast(dtype):
+    value, finite = train_step(OURS, dtype, scale=2.0**16)
+    assert 0 < value < 1
+    assert finite.all()
+
+
+def test_the_reported_loss_in_a_pose_head_takes_hidden_vertices_for_padding():
+    """It equals the loss of the visible vertices alone, wherever the hidden one is."""
+    pred, target, mask, area = batch()
+    expected = Reported()(pred, target, mask, area)
+    moved = Reported()(pred, target.roll(1, 1), mask.roll(1, 1), area)
+    torch.testing.assert_close(moved, expected)
+    hidden = target.clone()
+    hidden[:, 3] = torch.nan
+    torch.testing.assert_close(Reported()(pred, hidden, mask, area), expected)
+
+
+def test_watched_counts_the_samples_with_a_bad_gradient():
+    class Spoilt(torch.nn.Module):
+        def forward(self, pred, *_):
+            return (pred[:16] * torch.inf).sum() + pred.sum()
+
+    watched = Watched(Spoilt())
+    for seed in range(2):
+        watched(*batch(seed)).backward()
+    assert [share.item() for share in watched.bad] == [0.25, 0.25]
+    with torch.no_grad():
+        watched(*batch())
+    assert len(watched.bad) == 2
+
+
+def test_few_visible_vertices_get_the_other_loss():
+    pred, target, mask, area = batch()
+    mask[:16, 1:] = False  # one left
+    mask[16:32, 2:] = False  # two
+    few, many = PolygonLoss("l2", return_parts=False), PolygonLoss("mgiou", return_parts=False)
+    given = (pred, target, mask, area)
+    expected = (few(*(each[:32] for each in given)) + many(*(each[32:] for each in given))) / 2
+    torch.testing.assert_close(FewVisible(many, few)(pred, target, mask, area), expected)
+
+
+# ---- plan and report
+
+
+def test_the_plan_is_in_the_order_of_importance():
+    jobs = plan.jobs(plan.FULL)
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names)
+    parts = [job.part for job in jobs]
+    assert parts == sorted(parts, key=["reports", "table", "rest"].index)
+    seeds = [job.seed for job in jobs if job.part == "table"]
+    assert seeds == sorted(seeds)
+    for task, _, *losses, _ in report.TARGETS:
+        for loss in losses:
+            assert {job.seed for job in jobs if (job.task, job.loss) == (task, loss) and job.part == "table"} == {
+                0,
+                1,
+                2,
+            }
+    assert {job.name for job in plan.jobs(plan.TOY)} <= set(names)
+
+
+def finished(job, **judged):
+    return {
+        "job": job._asdict(),
+        "seconds": 1.0,
+        "steps": 10,
+        "skipped": 7,
+        "skipped_after_20": 0,
+        "curves": {"loss": [2.0, 1.0], "box_loss": [4.0, 3.0], "scale": [65536.0, 512.0], "bad_gradients": [0.0, 0.5]},
+        "judged": [{"epoch": 2, "AP50": 0.9, "AP75": 0.5, "AP90": 0.1, **judged}],
+    }
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    """+.1, +.2 and +.3 on seeds of their own: .2, with a standard error of .1 / sqrt(3)."""
+    for job in plan.jobs(plan.FULL):
+        if job.part == "table" and job.task == "hulls":
+            better = 0.1 * (job.seed + 1) if job.loss == "mgiou" else 0.0
+            row = finished(job, AP75=0.1 * (3 - job.seed) + better)
+            (tmp_path / f"{job.name}.json").write_text(json.dumps(row), encoding="utf-8")
+    report.write(tmp_path)
+    text = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if line.startswith("| hulls: mgiou to OKS"))
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
+    assert cells == ["AP75", "+0.2000", f"{0.1 / 3**0.5:.4f}", "3", "+0.10", "yes"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_reports_table(tmp_path):
+    job = next(job for job in plan.jobs(plan.FULL) if job.loss == "reported, no clamp")
+    (tmp_path / f"{job.name}.json").write_text(json.dumps(finished(job)), encoding="utf-8")
+    report.write(tmp_path)
+    text = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert "| reported, no clamp | 2 to 1 | 4 to 3 | 512 | 10 | 7 | 25 % |" in text
+
+
+def test_the_page_gets_the_tables_between_its_marks(tmp_path):
+    page = tmp_path / "page.md"
+    marks = "".join(
+        f"{name}: <!-- begin: {name} -->\nold\n<!-- end: {name} -->.\n" for name in report.sections(tmp_path)
+    )
+    page.write_text(marks, encoding="utf-8")
+    rows = [{"task": "boxes", "batch": 64, "loss": "mgiou", "ms": 12.345, "fastest": 12.0, "to_own": 0.9}]
+    (tmp_path / "speed.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    report.fill(page, tmp_path)
+    text = page.read_text(encoding="utf-8")
+    assert "old" not in text
+    assert text.count("\nNot run.\n") == 4
+    assert "speed: <!-- begin: speed -->\n### Milliseconds" in text
+    assert "| boxes | 64 | mgiou | 12.35 | 0.900 |\n<!-- end: speed -->.\n" in text
+    report.fill(page, tmp_path)
+    assert page.read_text(encoding="utf-8") == text

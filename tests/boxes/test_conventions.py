@@ -1,0 +1,196 @@
+"""What other libraries call a box: our loss of their numbers is that of the corners that they make of them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from tests.boxes.helpers import random_boxes
+from tests.helpers import assert_close, assert_zero, generator
+from triton_mgiou import box_mgiou_loss, mgiou_loss
+
+OPTIONS = {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25, "reduction": "none"}
+
+
+def imported(name):
+    """The module, or a skip where it is not installed or does not load."""
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        pytest.skip(f"{name} is not installed")
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # torchvision without its operators
+        pytest.skip(f"{name} does not load: {error}")
+
+
+def of_corners(pred, target):
+    return mgiou_loss(pred, target, backend="eager", **OPTIONS)
+
+
+def in_degrees(boxes):
+    return torch.cat((boxes[:, :4], torch.rad2deg(boxes[:, 4:])), dim=1)
+
+
+def pixels(rng, batch=40):
+    """Two batches of rotated boxes of some 10 pixels, in degrees."""
+    return [in_degrees(random_boxes("cxcywhr", batch, rng) * torch.tensor([10.0, 10, 10, 10, 0.4])) for _ in range(2)]
+
+
+def test_opencv_box_points():
+    pred, target = pixels(generator(81))
+    corners = [
+        torch.tensor(np.array([cv2.boxPoints(((x, y), (w, h), r)) for x, y, w, h, r in side.tolist()])).double()
+        for side in (pred, target)
+    ]
+    assert_close(box_mgiou_loss(pred, target, angle="degrees", **OPTIONS), of_corners(*corners), atol=1e-5)
+
+
+def test_opencv_min_area_rect_of_either_era():
+    """Until 4.5.0 the angle was in [-90, 0), since then it is in (0, 90]: a quarter turn and w, h swapped."""
+    rng = generator(82)
+    pred, target = pixels(rng)
+    for box, other in zip(pred.tolist(), target.tolist(), strict=True):
+        points = cv2.boxPoints((tuple(box[:2]), tuple(box[2:4]), box[4]))
+        (x, y), (w, h), angle = cv2.minAreaRect(points)
+        found = torch.tensor([[x, y, w, h, angle]], dtype=torch.float64)
+        eras = [found, torch.tensor([[x, y, h, w, angle - 90]], dtype=torch.float64)]
+        given = torch.tensor([box], dtype=torch.float64)
+        goal = torch.tensor([other], dtype=torch.float64)
+        want = box_mgiou_loss(given, goal, angle="degrees")
+        for era in eras:
+            assert_close(box_mgiou_loss(era, goal, angle="degrees"), want, atol=1e-4)
+            assert box_mgiou_loss(given, era, angle="degrees") < 1e-3
+        assert_zero(box_mgiou_loss(*eras, angle="degrees"), "loss")
+
+
+def test_ultralytics():
+    ops = imported("ultralytics.utils.ops")
+    rng = generator(83)
+    pred, target = random_boxes("cxcywhr", 40, rng), random_boxes("cxcywhr", 40, rng)
+    corners = ops.xywhr2xyxyxyxy(pred), ops.xywhr2xyxyxyxy(target)
+    assert_close(box_mgiou_loss(pred, target, **OPTIONS), of_corners(*corners), atol=1e-12)
+
+
+def test_torchvision_plain_tensors():
+    convert = imported("torchvision.ops").box_convert
+    pred, target = pixels(generator(84))
+    corners = [convert(side, "cxcywhr", "xyxyxyxy") for side in (pred, target)]
+    got = box_mgiou_loss(pred, target, angle="degrees", clockwise=False, **OPTIONS)
+    assert_close(got, of_corners(*(side.view(-1, 4, 2) for side in corners)), atol=1e-12)
+    got = box_mgiou_loss(*corners, fmt="xyxyxyxy", **OPTIONS)
+    assert_close(got, of_corners(*(side.view(-1, 4, 2) for side in corners)), atol=1e-12)
+    upright = [side[:, :4].abs() + 0.1 for side in (pred, target)]
+    ends = [convert(side, "cxcywh", "xyxy") for side in upright]
+    got = box_mgiou_loss(*upright, fmt="cxcywh", **OPTIONS)
+    assert_close(got, box_mgiou_loss(*ends, fmt="xyxy", **OPTIONS), atol=1e-12)
+
+
+@pytest.fixture
+def tv_tensors():
+    return imported("torchvision.tv_tensors")
+
+
+def bounding(tv_tensors, boxes, fmt):
+    return tv_tensors.BoundingBoxes(boxes, format=fmt, canvas_size=(100, 100))
+
+
+CONVENTIONS = [
+    ("cxcywhr", {}),
+    ("cxcywhr", {"clockwise": False}),
+    ("cxcywhr", {"angle": "degrees"}),
+    ("cxcywhr", {"angle": "degrees", "clockwise": False}),
+    ("xyxyxyxy", {}),
+]
+
+
+@pytest.mark.parametrize("own", ["CXCYWHR", "XYWHR", "XYXYXYXY"])
+@pytest.mark.parametrize(("fmt", "convention"), CONVENTIONS, ids=str)
+def test_rotated_bounding_boxes_know_their_own_format(tv_tensors, own, fmt, convention):
+    """Each side by itself: the plain one keeps the convention of the arguments."""
+    convert = imported("torchvision.ops").box_convert
+    pred, target = pixels(generator(85))
+    corners = [convert(side, "cxcywhr", "xyxyxyxy") for side in (pred, target)]
+    want = of_corners(*(side.view(-1, 4, 2) for side in corners))
+    theirs = [
+        bounding(tv_tensors, side if own == "CXCYWHR" else convert(side, "cxcywhr", own.lower()), own)
+        for side in (pred, target)
+    ]
+    options = OPTIONS | convention
+    assert_close(box_mgiou_loss(*theirs, fmt=fmt, **options), want, atol=1e-11)
+    if fmt == "xyxyxyxy":
+        plain = corners[1]
+    else:
+        turn = target[:, 4:] if convention.get("clockwise") is False else -target[:, 4:]
+        turn = turn if convention.get("angle") == "degrees" else torch.deg2rad(turn)
+        plain = torch.cat((target[:, :4], turn), dim=1)
+    assert_close(box_mgiou_loss(theirs[0], plain, fmt=fmt, **options), want, atol=1e-11)
+    loss = box_mgiou_loss(plain.clone().requires_grad_(), theirs[0], fmt=fmt, **options)
+    assert type(loss) is torch.Tensor
+    assert loss.requires_grad
+
+
+@pytest.mark.parametrize("own", ["XYXY", "XYWH", "CXCYWH"])
+@pytest.mark.parametrize("fmt", ["xyxy", "cxcywh", "cxcywhr", "xyxyxyxy"])
+def test_upright_bounding_boxes_know_their_own_format(tv_tensors, own, fmt):
+    convert = imported("torchvision.ops").box_convert
+    sides = [side[:, :4] * torch.tensor([1.0, 1, 1, 1]) for side in pixels(generator(86))]
+    want = box_mgiou_loss(*sides, fmt="cxcywh", **OPTIONS)
+    theirs = [
+        bounding(tv_tensors, side if own == "CXCYWH" else convert(side, "cxcywh", own.lower()), own) for side in sides
+    ]
+    assert_close(box_mgiou_loss(*theirs, fmt=fmt, **OPTIONS), want, atol=1e-11)
+
+
+def test_bounding_boxes_that_a_format_has_no_place_for(tv_tensors):
+    rotated = bounding(tv_tensors, pixels(generator(87))[0], "CXCYWHR")
+    for fmt in ("xyxy", "cxcywh", "cxcyczlwhr", "corners3d"):
+        with pytest.raises(ValueError, match=f"pred is a BoundingBoxes of format CXCYWHR.*{fmt}"):
+            box_mgiou_loss(rotated, rotated, fmt=fmt)
+
+
+def test_gravity_centre_of_boxes_by_their_bottom():
+    """What the docstring says of mmdet3d: its `.tensor` has the bottom's centre, which is half a height lower."""
+    rng = generator(88)
+    pred, target = random_boxes("cxcyczlwhr", 20, rng), random_boxes("cxcyczlwhr", 20, rng)
+    bottoms = [side.clone() for side in (pred, target)]
+    for side in bottoms:
+        side[:, 2] -= side[:, 5] / 2
+    raised = [torch.cat((side[:, :2], side[:, 2:3] + side[:, 5:6] / 2, side[:, 3:]), dim=1) for side in bottoms]
+    want = box_mgiou_loss(pred, target, fmt="cxcyczlwhr", reduction="none")
+    assert_close(box_mgiou_loss(*raised, fmt="cxcyczlwhr", reduction="none"), want, atol=1e-12)
+    assert (box_mgiou_loss(*bottoms, fmt="cxcyczlwhr", reduction="none") - want).abs().max() > 0.01
+
+
+LABELS = {  # the corners of half-sizes 1, as each library's source lists them
+    "mgiou": [(-1, -1, -1), (1, -1, -1), (1, 1, -1), (-1, 1, -1), (-1, -1, 1), (1, -1, 1), (1, 1, 1), (-1, 1, 1)],
+    "OpenPCDet": [(1, 1, -1), (1, -1, -1), (-1, -1, -1), (-1, 1, -1), (1, 1, 1), (1, -1, 1), (-1, -1, 1), (-1, 1, 1)],
+    "nuScenes": [(1, 1, 1), (1, -1, 1), (1, -1, -1), (1, 1, -1), (-1, 1, 1), (-1, -1, 1), (-1, -1, -1), (-1, 1, -1)],
+    "mmdet3d": [(-1, -1, -1), (-1, -1, 1), (-1, 1, 1), (-1, 1, -1), (1, -1, -1), (1, -1, 1), (1, 1, 1), (1, 1, -1)],
+}
+
+
+@pytest.mark.parametrize("library", LABELS)
+def test_labels_of_eight_corners(library):
+    rng = generator(89)
+    pred, target = random_boxes("cxcyczlwhr", 20, rng), random_boxes("cxcyczlwhr", 20, rng)
+    want = box_mgiou_loss(pred, target, fmt="cxcyczlwhr", reduction="none")
+    corners = []
+    for side in (pred, target):
+        local = torch.tensor(LABELS[library], dtype=torch.float64) * side[:, None, 3:6] / 2
+        cos, sin = side[:, 6:].cos(), side[:, 6:].sin()
+        x, y, z = local.unbind(2)
+        corners.append(torch.stack((x * cos - y * sin, x * sin + y * cos, z), dim=2) + side[:, None, :3])
+    assert_close(box_mgiou_loss(*corners, fmt="corners3d", reduction="none"), want, atol=1e-12)
+
+
+def test_clockwise_is_the_formula():
+    """A quarter turn of a long box takes u to y with clockwise=True, and to -y without; seen by a third box."""
+    long, target = torch.tensor([[0.0, 0.0, 4.0, 1.0, math.pi / 6]]), torch.tensor([[3.0, 1.7320508, 1.0, 1.0, 0.0]])
+    towards = box_mgiou_loss(long, target, clockwise=True)
+    away = box_mgiou_loss(long, target, clockwise=False)
+    assert towards < away

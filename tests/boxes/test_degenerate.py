@@ -1,0 +1,220 @@
+"""What the definition says about boxes that are no ordinary pair."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.boxes import oracle
+from tests.boxes.helpers import ANGLED, SPACE, closed_formats, formats, options_of, oracle_options, random_boxes
+from tests.helpers import AXIS_WEIGHTS, assert_close, assert_same, assert_zero, generator, numpy64
+from triton_mgiou import PAPER
+from triton_mgiou.box_formats import FORMATS as ALL_FORMATS
+
+BOTH = ("pred", "target")
+NAN, INF = math.nan, math.inf
+axis_weights = pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
+axis_grads = pytest.mark.parametrize("axis_grad", [True, False])
+
+
+def rotated(*boxes, dtype=torch.float32):
+    return torch.tensor(boxes, dtype=dtype)
+
+
+@axis_weights
+@axis_grads
+@pytest.mark.parametrize("boundary_weight", [0.0, 0.25])
+def test_two_points_have_no_axis(boxes, axis_weight, axis_grad, boundary_weight):
+    pred = rotated(
+        (1, 2, 0, 0, 0.3), (0, 0, 0, 0, 0), (3e38, 0, 0, 0, 1), (1e-45, 0, -0.0, 0, 5), (3e38, 3e38, 0, 0, 0)
+    )
+    target = rotated(
+        (3, 5, 0, 0, 1), (-0.0, 0, 0, 0, 0), (0, -3e38, 0, 0, 3e38), (0, 1e-45, 0, 0, 0), (-3e38, 0, 0, 0, 0)
+    )
+    value, *gradients = boxes.value_and_gradient(
+        pred, target, wrt=BOTH, axis_weight=axis_weight, axis_grad=axis_grad, boundary_weight=boundary_weight,
+        reduction="none",
+    )  # fmt: skip
+    assert_zero(value, "loss")
+    for gradient in gradients:
+        assert_zero(gradient)
+
+
+def test_two_points_in_space_have_no_axis(boxes):
+    pred, target = torch.tensor([[1.0, 2, 3, 0, 0, 0, 1]]), torch.tensor([[4.0, 5, 6, 0, 0, 0, 2]])
+    corners = [side[:, :3].unsqueeze(1).expand(1, 8, 3) for side in (pred, target)]
+    for sides, fmt in (((pred, target), "cxcyczlwhr"), (corners, "corners3d")):
+        value, *gradients = boxes.value_and_gradient(*sides, wrt=BOTH, fmt=fmt)
+        assert_zero(value, "loss")
+        for gradient in gradients:
+            assert_zero(gradient)
+
+
+@axis_grads
+@axis_weights
+def test_a_point_against_a_box(boxes, axis_weight, axis_grad):
+    """Only the box has axes. Inside it, GIoU1D is 0 / h + |g| / h - 1 = 0 on each."""
+    options = {"axis_weight": axis_weight, "axis_grad": axis_grad, "boundary_weight": 0.0, "reduction": "none"}
+    square, inside, outside = rotated((1, 1, 2, 2, 0)), rotated((0.5, 1.25, 0, 0, 7)), rotated((4, 1, 0, 0, 7))
+    for pred, target in [(inside, square), (square, inside)]:
+        value, *gradients = boxes.value_and_gradient(pred, target, wrt=BOTH, **options)
+        assert_close(value, [0.5], atol=0.0)
+        for gradient in gradients:
+            assert_zero(gradient)
+    # As for polygons: in x |p| + |g| = 2 and h = 4, so GIoU1D = -1/2, in y 0.
+    value, gradient = boxes.value_and_gradient(outside, square, **options)
+    assert_close(value, [(1 + 1 / 4) / 2], atol=1e-7)
+    assert_close(gradient, [[1 / 32, 0, 0, 0, 0]], atol=1e-8, what="gradient")
+
+
+def test_points_and_segments_of_the_boundary_term(boxes):
+    """Without an area of the target it is 0; of a point or a segment it is 1 against a real target."""
+    options = {"axis_weight": "uniform", "reduction": "none"}
+    real, point, segment = rotated((1, 1, 2, 3, 0.2)), rotated((1, 1, 0, 0, 0)), rotated((1, 1, 5, 0, 0.4))
+    for pred, target, term in [
+        (real, point, 0.0), (real, segment, 0.0), (point, segment, 0.0), (point, real, 1.0), (segment, real, 1.0),
+    ]:  # fmt: skip
+        plain = boxes.value_and_gradient(pred, target, boundary_weight=0.0, **options)[0]
+        value, gradient = boxes.value_and_gradient(pred, target, boundary_weight=0.25, **options)
+        assert_close(value - plain, [0.25 * term], atol=1e-7)
+        assert torch.isfinite(gradient).all()
+
+
+@axis_grads
+@axis_weights
+def test_segments(boxes, axis_weight, axis_grad):
+    """A box with one side of 0 has one axis, the normal of the other side."""
+    options = {"axis_weight": axis_weight, "axis_grad": axis_grad, "boundary_weight": 0.0, "reduction": "none"}
+    pred = rotated((2, 0, 4, 0, 0))
+    for target, expected in [
+        ((2, 0, 4, 0, 0), 0.0),  # equal
+        ((5, 0, 8, 0, 0), 0.0),  # on one line: all projections are equal
+        ((2, 1, 4, 0, 0), 1.0),  # parallel: two different points
+        ((1, 1, 0, 2, 0), 0.5),  # across: [0, 4] against a point inside, and a point at the end of [0, 2]
+    ]:
+        value, *gradients = boxes.value_and_gradient(pred, rotated(target), wrt=BOTH, **options)
+        assert_close(value, [expected], atol=1e-7, what=str(target))
+        for gradient in gradients:
+            assert torch.isfinite(gradient).all()
+
+
+@closed_formats
+@axis_weights
+def test_a_negative_size_counts_as_its_absolute_value(boxes, fmt, axis_weight):
+    rng = generator(51)
+    pred, target = random_boxes(fmt, 10, rng).float(), random_boxes(fmt, 10, rng).float()
+    options = options_of(fmt, axis_weight=axis_weight, boundary_weight=0.25)
+    value, gradient = boxes.value_and_gradient(pred, target, fmt=fmt, reduction="none", **options)
+    other, want = pred.clone(), gradient.clone()
+    if fmt == "xyxy":  # left and right change places
+        other[:, (0, 2)] = pred[:, (2, 0)]
+        want[:, (0, 2)] = gradient[:, (2, 0)]
+    else:
+        size = 3 if fmt in SPACE else 2
+        other[:, size] *= -1
+        want[:, size] *= -1
+    got = boxes.value_and_gradient(other, target, fmt=fmt, reduction="none", **options)
+    assert_close(got[0], value, atol=1e-7)
+    assert_close(got[1], want, atol=1e-6, what="gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@axis_weights
+@axis_grads
+def test_any_finite_number_gives_a_finite_loss_and_gradient(boxes, axis_weight, axis_grad, dtype):
+    largest, smallest = torch.finfo(dtype).max, 2.0**-149 if dtype == torch.float32 else 2.0**-1074
+    numbers = [0.0, smallest, -smallest, 1e-30, 1.0, -1.0, 1e20, -largest, largest, torch.finfo(dtype).tiny]
+    rng = generator(52)
+    for fmt in (*ALL_FORMATS,):
+        shape = ALL_FORMATS[fmt].shape
+        sides = [
+            torch.tensor(numbers, dtype=dtype)[torch.randint(len(numbers), (boxes.batch(400), *shape), generator=rng)]
+            for _ in range(2)
+        ]
+        options = options_of(fmt, axis_weight=axis_weight, axis_grad=axis_grad, boundary_weight=0.5)
+        value, *gradients = boxes.value_and_gradient(*sides, wrt=BOTH, fmt=fmt, reduction="none", **options)
+        assert ((value >= 0) & (value <= 1.5 + 1e-6)).all(), fmt
+        for gradient in gradients:
+            assert torch.isfinite(gradient).all(), fmt
+
+
+@closed_formats
+@pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
+def test_boxes_of_very_different_sizes(boxes, fmt, axis_weight):
+    """Aspect ratios and sizes from 1e-4 to 1e4, by the oracle."""
+    rng = generator(53)
+    pred, target = random_boxes(fmt, 30, rng), random_boxes(fmt, 30, rng)
+    sizes = slice(3, 6) if fmt in SPACE else slice(2, 4)
+    if fmt == "xyxy":
+        pred[:, 2] += 100.0
+    else:
+        pred[:, sizes] *= 10 ** (4 * torch.rand(pred[:, sizes].shape, generator=rng, dtype=torch.float64) - 2)
+    options = options_of(fmt, axis_weight=axis_weight, boundary_weight=0.0)
+    value, _ = boxes.value_and_gradient(pred, target, fmt=fmt, reduction="none", **options)
+    want = oracle.per_sample_loss(numpy64(pred), numpy64(target), fmt, **oracle_options(fmt, **options))
+    assert_close(value, want, atol=1e-12)
+
+
+@formats
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("side", BOTH)
+def test_nan_and_inf_stay_in_their_sample(boxes, fmt, side, bad):
+    rng = generator(54)
+    clean = {"pred": random_boxes(fmt, 5, rng).float(), "target": random_boxes(fmt, 5, rng).float()}
+    others = [0, 1, 3, 4]
+    shape = clean["pred"].shape[1:]
+    places = [(0,) * len(shape), tuple(n - 1 for n in shape), tuple(n // 2 for n in shape)]
+    for place in places:
+        spoilt = dict(clean)
+        spoilt[side] = clean[side].clone()
+        spoilt[side][(2, *place)] = bad
+        for reduction in ("none", "mean"):
+            want = boxes.value_and_gradient(**clean, wrt=BOTH, fmt=fmt, reduction=reduction)
+            got = boxes.value_and_gradient(**spoilt, wrt=BOTH, fmt=fmt, reduction=reduction)
+            if reduction == "none":
+                assert torch.isnan(got[0][2]), place
+                assert_same(got[0][others], want[0][others])
+            else:
+                assert torch.isnan(got[0]), place
+            for got_gradient, want_gradient in zip(got[1:], want[1:], strict=True):
+                assert_same(got_gradient[others], want_gradient[others], f"gradient with {bad} at {place}")
+                assert torch.isnan(got_gradient[2]).all(), place
+
+
+@pytest.mark.parametrize("fmt", ANGLED)
+def test_a_nan_angle_of_two_points_is_not_lost(boxes, fmt):
+    point = torch.zeros(1, ALL_FORMATS[fmt].shape[0])
+    turned = point.clone()
+    turned[:, -1] = NAN
+    for pred, target in ((turned, point), (point, turned)):
+        value, *gradients = boxes.value_and_gradient(pred, target, wrt=BOTH, fmt=fmt)
+        assert torch.isnan(value)
+        for gradient in gradients:
+            assert torch.isnan(gradient).all()
+
+
+@pytest.mark.parametrize("fmt", ALL_FORMATS)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_an_empty_batch_is_a_zero_in_the_graph(boxes, fmt, reduction):
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        pred = torch.zeros(0, *ALL_FORMATS[fmt].shape, dtype=dtype)
+        value, *gradients = boxes.value_and_gradient(pred, pred, wrt=BOTH, fmt=fmt, reduction=reduction)
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert value.shape == ((0,) if reduction == "none" else ())
+        assert_zero(value, "loss")
+        assert [gradient.shape for gradient in gradients] == [pred.shape] * 2
+    for factor in (0, 0.0, torch.tensor(0.0)):
+        assert_zero(boxes.value_and_gradient(pred, pred, fmt=fmt, avg_factor=factor)[0], "loss")
+
+
+def test_pixels_in_half_precision(boxes):
+    """Squares of 1000 pixels are past the largest float16."""
+    pred = torch.tensor([[1000, 900, 300, 200, 0.5]], dtype=torch.float16)
+    target = torch.tensor([[1100, 950, 280, 220, 0.25]], dtype=torch.float16)
+    value, gradient = boxes.value_and_gradient(pred, target, **PAPER)
+    want = oracle.per_sample_loss(numpy64(pred), numpy64(target), "cxcywhr", axis_weight="uniform")
+    assert_close(value, want[0], atol=1e-6)
+    assert torch.isfinite(gradient).all()
+    assert (gradient[:, :2] != 0).any()

@@ -1,0 +1,77 @@
+"""The kernel of boxes as an operator of PyTorch's, compiled, and warmed up."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from tests.boxes.helpers import FORMATS, SPACE, formats, options_of, random_boxes
+from tests.helpers import assert_close, assert_gradient_close, assert_same, generator
+from triton_mgiou import box_mgiou_loss
+
+
+@pytest.fixture
+def kernels(boxes):
+    if boxes.name != "triton":
+        pytest.skip("is about the kernels")
+    importlib.import_module("triton_mgiou.ops")  # registers the operator
+    return boxes
+
+
+@pytest.mark.parametrize("rule", ["sum", "none"])
+@formats
+def test_opcheck(kernels, fmt, rule):
+    rng = generator(5)
+    sides = [random_boxes(fmt, 6, rng).float().to(kernels.device).requires_grad_() for _ in range(2)]
+    weight = torch.rand(6, device=kernels.device)
+    boundary_weight = (0.0, None) if fmt in SPACE else (0.0, torch.tensor(0.3, dtype=torch.float64))
+    arguments = (*sides, weight, rule, fmt, "radians", True, "uniform", True, *boundary_weight, True, True)
+    torch.library.opcheck(torch.ops.triton_mgiou.box_loss.default, arguments)
+
+
+@formats
+def test_the_operator_is_the_direct_path(kernels, fmt):
+    rng = generator(6)
+    sides = [random_boxes(fmt, 6, rng).float().to(kernels.device).requires_grad_() for _ in range(2)]
+    options = options_of(fmt, axis_weight="uniform", axis_grad=True, boundary_weight=0.25)
+    direct = box_mgiou_loss(*sides, fmt=fmt, reduction="sum", backend="triton", **options)
+    boundary_weight = options["boundary_weight"]
+    operator = torch.ops.triton_mgiou.box_loss(
+        *sides, None, "sum", fmt, "radians", True, "uniform", True, boundary_weight, None, True, True
+    )[0]
+    assert_same(direct.detach(), operator.detach())
+    for got, want in zip(torch.autograd.grad(operator, sides), torch.autograd.grad(direct, sides), strict=True):
+        assert_same(got, want)
+
+
+def test_no_second_derivative(kernels):
+    rng = generator(7)
+    pred, target = (random_boxes("cxcywhr", 3, rng).float().to(kernels.device) for _ in range(2))
+    loss = box_mgiou_loss(pred.requires_grad_(), target, backend="triton")
+    with pytest.raises(RuntimeError, match=r'no second derivative.*backend="eager"'):
+        torch.autograd.grad(loss, pred, create_graph=True)
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS, "xyxyxyxy"])
+def test_compiled(boxes, fmt):
+    """Under torch.compile, without a break of the graph, at more than one batch size."""
+    rng = generator(8)
+    torch.compiler.reset()
+    options = {"fmt": fmt, "backend": boxes.name}
+    compiled = torch.compile(
+        lambda p, g, w: box_mgiou_loss(p, g, weight=w, **options), fullgraph=True, backend="aot_eager"
+    )
+    for batch in (4, 7, 9):
+        if fmt == "xyxyxyxy":
+            pred, target = (torch.rand(batch, 8, generator=rng) for _ in range(2))
+        else:
+            pred, target = (random_boxes(fmt, batch, rng).float() for _ in range(2))
+        pred, target = pred.to(boxes.device).requires_grad_(), target.to(boxes.device)
+        weight = torch.rand(batch, generator=rng).to(boxes.device)
+        want = box_mgiou_loss(pred, target, weight=weight, **options)
+        got = compiled(pred, target, weight)
+        assert_close(got, want, atol=1e-7)
+        (wanted,) = torch.autograd.grad(want, pred)
+        assert_gradient_close(torch.autograd.grad(got, pred)[0], wanted, rtol=1e-5)

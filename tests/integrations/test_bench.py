@@ -1,0 +1,101 @@
+"""bench/detectors at toy size, with the real Ultralytics: how it judges, and that it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.detectors import plan, training
+
+ROOT = Path(__file__).parents[2]
+SQUARE = np.array([[0.0, 0.0], [10.0, 0.0], [10.0, 10.0], [0.0, 10.0]])
+
+
+def judge(*images):
+    """A summary of images: predictions, their scores, targets."""
+    found = training.JudgeKeypoints.__new__(training.JudgeKeypoints)
+    found.images = [tuple(np.array(each) for each in image) for image in images]
+    return found.summary()
+
+
+def test_what_is_judged():
+    """A perfect polygon, one that crosses itself, one too unsure to be shown, and a missed target."""
+    crossing = SQUARE[[0, 1, 3, 2]]
+    result = judge(
+        ([SQUARE, crossing + 50, SQUARE + 200], [0.9, 0.8, 0.1], [SQUARE, SQUARE + 50]),
+        (np.zeros((0, 4, 2)), [], [SQUARE]),
+    )
+    assert result["AP75"] == pytest.approx(34 / 101, abs=1e-4)  # one of three targets, ranked first
+    assert result["AP50"] == pytest.approx(67 / 101, abs=1e-4)  # a bow-tie covers one half
+    assert result["hull AP50"] == pytest.approx(67 / 101, abs=1e-4)
+    assert result["crossing"] == pytest.approx(0.5)
+    assert result["IoU"] == pytest.approx(0.75)
+    assert result["angle error"] == pytest.approx(0)
+
+
+@pytest.mark.parametrize(("turn", "error"), [(10, 10), (50, 40), (90, 0), (-15, 15)])
+def test_the_error_of_an_angle_does_not_care_for_quarter_turns(turn, error):
+    cos, sin = np.cos(np.radians(turn)), np.sin(np.radians(turn))
+    middle = SQUARE - 5
+    pred = np.stack((cos * middle[:, 0] - sin * middle[:, 1], sin * middle[:, 0] + cos * middle[:, 1]), 1)
+    found = training.angle_errors(pred[None], middle[None], np.array([[0.7]]))
+    assert found == pytest.approx([error], abs=1e-6)
+
+
+def test_skipped_steps():
+    assert training.skipped_steps([65536.0, 32768.0, 32768.0, 16384.0, 32768.0]) == [0, 2]
+    assert training.skipped_steps([1e-45, 0.0, 0.0]) == [0, 1]
+    assert training.skipped_steps([1.0, 1.0]) == []
+
+
+def test_the_smooth_box_loss():
+    """Quadratic below .1 and parallel to the loss above, times the gain."""
+    pred = torch.tensor([[0.0, 0, 10, 10, 0], [8, 0, 10, 10, 0]])
+    target = torch.tensor([[0.1, 0.0, 10, 10, 0], [0, 0, 10, 10, 0]])
+    plain = training.adapter.box_loss(pred, target, reduction="none", **training.adapter.BOX_OPTIONS)
+    assert plain[0] < 0.1 < plain[1]
+    weight = torch.tensor([2.0, 3.0])
+    loss = training.Reshaped(16, training.adapter.BOX_OPTIONS, smooth=0.1, gain=2.0).boxes(pred, target, weight, 5)
+    expected = 2 * (2 * plain[0] ** 2 / 0.2 + 3 * (plain[1] - 0.05)) / 5
+    torch.testing.assert_close(loss, expected)
+
+
+def test_toy_size_and_going_on(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "bench.detectors",
+        "--toy",
+        "--out",
+        tmp_path,
+        "--processes",
+        "1",
+        "--only",
+        "boxes",
+    ]
+    names = {job.name for job in plan.jobs(plan.TOY) if "boxes" in job.name}
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"{len(names)} trainings, 0 done before" in first.stdout
+    files = {path.stem: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    assert set(files) == names
+    for name in names:
+        row = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
+        assert row["steps"] == 3
+        assert all(np.isfinite(values).all() for values in row["curves"].values())
+        assert {"AP50", "AP75", "AP90", "mAP50(B)"} <= set(row["judged"][-1])
+    gone = sorted(names)[0]
+    (tmp_path / "tables.md").unlink()
+    subprocess.run([*command, "--report"], cwd=ROOT, check=True)
+    assert (tmp_path / "tables.md").exists()
+    (tmp_path / f"{gone}.json").unlink()
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"{len(names)} trainings, {len(names) - 1} done before" in second.stdout
+    again = {path.stem: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    assert {name for name in names if again[name] != files[name]} == {gone}
+    assert "### boxes" in (tmp_path / "tables.md").read_text(encoding="utf-8")

@@ -1,0 +1,131 @@
+"""The adapter of mmengine's registries, with the real mmengine, built from a config as mmdetection's assigners do."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("mmengine")
+
+from mmengine.config import Config
+from mmengine.registry import MODELS, TASK_UTILS, Registry
+from mmengine.structures import InstanceData
+from scipy.optimize import linear_sum_assignment
+
+from tests.helpers import assert_close, generator
+from tests.pairs.helpers import random_boxes
+from triton_mgiou import box_mgiou, box_mgiou_loss
+
+CONFIG = """
+custom_imports = dict(imports=["triton_mgiou.integrations.openmmlab"], allow_failed_imports=False)
+loss_bbox = dict(type="BoxMGIoULoss", fmt="cxcywhr", loss_weight=2.0, reduction="mean")
+loss_polygon = dict(type="MGIoULoss", loss_weight=0.5)
+match_cost = dict(type="MGIoUCost", fmt="cxcywhr", weight=3.0)
+iou_calculator = dict(type="MGIoUOverlaps2D", fmt="cxcywhr")
+"""
+
+
+class RotatedBoxes:
+    """As mmdetection's `BaseBoxes`: a tensor and operations on it."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __len__(self):
+        return len(self.tensor)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    sys.modules.pop("triton_mgiou.integrations.openmmlab", None)
+    for registry, names in ((MODELS, ("MGIoULoss", "BoxMGIoULoss")), (TASK_UTILS, ("MGIoUCost", "MGIoUOverlaps2D"))):
+        for name in names:
+            registry.module_dict.pop(name, None)
+    path = tmp_path_factory.mktemp("config") / "config.py"
+    path.write_text(CONFIG)
+    return Config.fromfile(path)
+
+
+@pytest.fixture
+def sets():
+    rng = generator(0)
+    return random_boxes(7, "cxcywhr", rng).float(), random_boxes(4, "cxcywhr", rng).float()
+
+
+def test_losses_are_built_from_a_config(config, sets):
+    loss = MODELS.build(config.loss_bbox)
+    pred, target = sets[0][:4].requires_grad_(), sets[1]
+    value = loss(pred, target, avg_factor=2.0)
+    assert_close(value, 2 * box_mgiou_loss(pred, target, reduction="sum") / 2, atol=1e-6)
+    assert torch.autograd.grad(value, pred)[0].abs().sum() > 0
+    assert MODELS.build(config.loss_polygon).loss_weight == 0.5
+
+
+def test_the_cost_is_minus_the_matrix(config, sets):
+    cost = TASK_UTILS.build(config.match_cost)
+    predictions = InstanceData(bboxes=sets[0], scores=torch.rand(7, 3))
+    for boxes in (sets[1], RotatedBoxes(sets[1])):
+        truth = InstanceData(bboxes=boxes, labels=torch.zeros(4))
+        found = cost(predictions, truth, img_meta={"img_shape": (640, 640)}, extra=1)
+        assert_close(found, -3 * box_mgiou(*sets), atol=0)
+
+
+def test_a_prediction_with_nan_is_matched_last(config, sets):
+    pred, gt = sets[1].clone(), sets[0][:4].clone()
+    pred[2, 1] = float("nan")
+    found = TASK_UTILS.build(config.match_cost)(InstanceData(bboxes=pred), InstanceData(bboxes=gt[:3]))
+    assert_close(found[2], torch.full((3,), 3.0), atol=0)
+    rows, _ = linear_sum_assignment(found)
+    assert 2 not in rows
+
+
+def test_a_matching_finds_who_moved_where(config, sets):
+    truth = sets[0]
+    order = torch.randperm(7, generator=generator(1))
+    predictions = truth[order] + 0.02
+    found = TASK_UTILS.build(config.match_cost)(InstanceData(bboxes=predictions), InstanceData(bboxes=truth))
+    rows, columns = linear_sum_assignment(found)
+    assert torch.equal(torch.from_numpy(columns), order[torch.from_numpy(rows)])
+
+
+def test_overlaps_are_those_of_an_assigner(config, sets):
+    overlaps = TASK_UTILS.build(config.iou_calculator)
+    first, second = sets
+    second = second.clone()
+    second[1, 0] = float("nan")
+    matrix = overlaps(first, RotatedBoxes(second))
+    assert_close(matrix, box_mgiou(first, second).nan_to_num(nan=0).clamp(min=0), atol=0)
+    assert ((matrix >= 0) & (matrix <= 1)).all()
+    aligned = overlaps(first[:4], second, mode="giou", is_aligned=True)
+    assert_close(aligned, matrix[:4].diagonal(), atol=0)
+    assert overlaps(first, second[:0]).shape == (7, 0)
+    assert overlaps(first[:0], second[:0], is_aligned=True).shape == (0,)
+    with pytest.raises(ValueError, match=r"mode must be .* got 'iof'"):
+        overlaps(first, second, mode="iof")
+
+
+def test_a_child_registry_builds_them_too(config):
+    """Mmdetection's registries are children of mmengine's."""
+    child = Registry("task util", parent=TASK_UTILS, scope="a_detector", locations=[])
+    assert type(child.build(config.match_cost)).__name__ == "MGIoUCost"
+
+
+@pytest.mark.usefixtures("config")
+def test_registering_again_changes_nothing():
+    adapter = importlib.import_module("triton_mgiou.integrations.openmmlab")
+    adapter.register()
+    assert TASK_UTILS.get("MGIoUCost") is adapter.MGIoUCost
+    TASK_UTILS.module_dict["MGIoUCost"] = dict
+    try:
+        with pytest.raises(KeyError, match="MGIoUCost"):
+            adapter.register()
+    finally:
+        TASK_UTILS.module_dict["MGIoUCost"] = adapter.MGIoUCost
+
+
+def test_a_wrong_format_is_told_when_the_config_is_built(config):
+    with pytest.raises(ValueError, match="fmt must be one of"):
+        TASK_UTILS.build(dict(config.match_cost, fmt="rbox"))
+    with pytest.raises(TypeError, match="weight must be a number"):
+        TASK_UTILS.build(dict(config.match_cost, weight="3"))

@@ -1,0 +1,511 @@
+"""The adapter in the real Ultralytics: criteria, trainings at toy size, resume, checkpoints without us, validators."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ultralytics import YOLO
+from ultralytics.cfg import get_cfg
+from ultralytics.nn.tasks import OBBModel, PoseModel
+from ultralytics.utils.loss import KeypointLoss, RotatedBboxLoss
+from ultralytics.utils.metrics import probiou
+
+from tests.oracle import loss as oracle_loss
+from triton_mgiou import PolygonLoss, mgiou_loss
+from triton_mgiou.integrations import ultralytics as adapter
+from triton_mgiou.integrations.ultralytics import (
+    MGIoUOBBTrainer,
+    MGIoUPoseTrainer,
+    PolygonOBBValidator,
+    PolygonPoseValidator,
+)
+from triton_mgiou.training import AlphaSchedule
+
+HEADS = ("yolov8n", "yolo11n", "yolo26n")
+TRAINERS = {"pose": MGIoUPoseTrainer, "obb": MGIoUOBBTrainer}
+ROOT = Path(__file__).parents[2]
+
+
+class MGIoUMode(MGIoUPoseTrainer):
+    mode = "mgiou"
+
+
+class AllIn(MGIoUPoseTrainer):
+    mode = "hybrid"
+    alpha = 0.25
+    options = {"boundary_weight": 0.5}  # noqa: RUF012
+
+
+def settings(data, task, folder, head="yolo11n", **more):
+    return {
+        "model": f"{head}-{task}.yaml",
+        "data": str(data[task]),
+        "project": str(folder),
+        "name": "run",
+        "exist_ok": True,
+        "imgsz": 64,
+        "batch": 3,
+        "epochs": 1,
+        "workers": 0,
+        "device": "cpu",
+        "plots": False,
+        **more,
+    }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A second thread gains nothing on images this small, and stalls where its core is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(task, head, trainer_class=None, objects=(2, 1, 0)):
+    """A model with our criterion, its parts, and a batch with these numbers of objects in its images."""
+    torch.manual_seed(0)
+    hyp = get_cfg(overrides={"epochs": 10})
+    if task == "pose":
+        model = PoseModel(f"{head}-pose.yaml", nc=2, data_kpt_shape=(4, 3), verbose=False)
+    else:
+        model = OBBModel(f"{head}-obb.yaml", nc=2, verbose=False)
+    model.args = hyp
+    trainer_class = trainer_class or TRAINERS[task]
+    trainer = trainer_class.__new__(trainer_class)
+    trainer.model, trainer.ema, trainer.epochs, trainer.epoch = model, None, 10, 3
+    adapter.set_losses(trainer)
+    count = sum(objects)
+    turn = torch.rand(count, generator=torch.Generator().manual_seed(1)) - 0.5
+    boxes = torch.rand(count, 4, generator=torch.Generator().manual_seed(2)) * 0.2 + 0.3
+    batch = {
+        "img": torch.rand(len(objects), 3, 128, 128),
+        "batch_idx": torch.tensor([float(image) for image, n in enumerate(objects) for _ in range(n)]),
+        "cls": torch.arange(count).remainder(2).float().unsqueeze(1),
+        "bboxes": boxes if task == "pose" else torch.cat((boxes, turn[:, None]), 1),
+    }
+    if task == "pose":
+        corners = torch.tensor([[-1.0, -1], [1, -1], [1, 1], [-1, 1]]) / 2
+        keypoints = boxes[:, None, :2] + corners * boxes[:, None, 2:]
+        batch["keypoints"] = torch.cat((keypoints, torch.full((count, 4, 1), 2.0)), 2)
+        if count:
+            batch["keypoints"][0, 3] = 0  # not visible
+    both = (getattr(model.criterion, "one2many", None), getattr(model.criterion, "one2one", None))
+    return model, trainer, [part for part in both if part] or [model.criterion], batch
+
+
+def corners_of(boxes):
+    """Corners of (cx, cy, w, h, radians), in order."""
+    x, y, w, h, turn = boxes.double().unbind(-1)
+    u, v = torch.stack((turn.cos(), turn.sin()), -1), torch.stack((-turn.sin(), turn.cos()), -1)
+    signs = ((-1, -1), (1, -1), (1, 1), (-1, 1))
+    centre = torch.stack((x, y), -1)
+    return torch.stack([centre + (a * w[..., None] * u + b * h[..., None] * v) / 2 for a, b in signs], -2)
+
+
+# ---- criteria
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_pose_criterion(head):
+    """The pose part is the gain times the loss of what Ultralytics hands over, and every sample has a gradient."""
+    model, trainer, parts, batch = make("pose", head, AllIn)
+    seen = []
+    trainer.polygon_loss.register_forward_hook(lambda _, given, value: seen.append((given, value)))
+    loss, items = model.loss(batch)
+    loss.sum().backward()
+    assert loss.sum().isfinite()
+    assert len(seen) == len(parts)
+    pred, target, mask, area = (each.detach() for each in seen[-1][0])
+    options = {"pred_mask": mask, "target_mask": mask, "boundary_weight": 0.5}
+    shape = mgiou_loss(pred[..., :2], target[..., :2], reduction="none", **options)
+    away = (pred[..., :2] - target[..., :2]).square().sum(-1)
+    hidden = ~mask
+    assert hidden.any()
+    assert hidden.sum(1).max() == 1
+    sigmas = 0.25
+    l2 = (1 - torch.exp(-away / (8 * sigmas**2 * area))).masked_fill(hidden, 0).sum(1) / mask.sum(1)
+    expected = (0.25 * l2 + 0.75 * shape).mean()
+    torch.testing.assert_close(seen[-1][1].detach(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(items["pose_loss"], 12 * expected, rtol=1e-5, atol=1e-6)
+    branch = model.model[-1].cv4 if len(parts) == 1 else model.model[-1].one2one_cv4
+    gradients = [p.grad for p in branch.parameters()]
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+    assert any(g.abs().max() > 0 for g in gradients)
+
+
+def test_l2_is_ultralytics_own_loss():
+    """Mode "l2" with their tolerances is their loss of keypoints."""
+    rng = torch.Generator().manual_seed(3)
+    target = torch.rand(20, 4, 3, generator=rng) * 6
+    pred, area = target + torch.randn(20, 4, 3, generator=rng), torch.full((20, 1), 30.0)
+    mask = torch.rand(20, 4, generator=rng) < 0.7
+    own = KeypointLoss(torch.full((4,), 0.25))(pred, target, mask, area)
+    torch.testing.assert_close(PolygonLoss("l2", return_parts=False)(pred, target, mask, area), own)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_obb_criterion(head, monkeypatch):
+    """The box part is the oracle's loss of the corners by the weights, the others are Ultralytics' own."""
+    seen = []
+    stock = RotatedBboxLoss.forward
+
+    def spy(self, *given):
+        seen.append((given, stock(self, *given)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(RotatedBboxLoss, "forward", spy)
+    model, _, parts, batch = make("obb", head)
+    loss, items = model.loss(batch)
+    loss.sum().backward()
+    assert len(seen) == len(parts)
+    (_, pred, _, target, scores, total, positive, *_), (_, distribution) = seen[-1]
+    values = oracle_loss(
+        *(corners_of(boxes[positive].detach()) for boxes in (pred, target)),
+        axis_weight="uniform",
+        boundary_weight=0.25,
+        reduction="none",
+    )
+    weight = scores[positive].sum(-1).double()
+    expected = 7.5 * (torch.as_tensor(values) * weight).sum() / total
+    torch.testing.assert_close(items["box_loss"].double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(items[parts[0].loss_names[2]], 1.5 * distribution.detach())
+    gradients = [p.grad for p in model.model[-1].parameters() if p.requires_grad]
+    assert all(g is None or g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("task", TRAINERS)
+@pytest.mark.parametrize("head", HEADS)
+def test_a_batch_without_objects(task, head):
+    model, _, _, batch = make(task, head, objects=(0, 0))
+    loss, _ = model.loss(batch)
+    loss.sum().backward()
+    assert loss.sum().isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_assigner_of_obb_takes_mgiou():
+    """1 for equal boxes, 0 for boxes far apart, never below, and a square's angle counts."""
+    _, _, (part,), _ = make("obb", "yolo11n")
+    box = torch.tensor([[50.0, 40, 20, 20, 0.3]])
+    others = torch.cat((box, box + torch.tensor([0, 0, 0, 0, torch.pi / 4]), box + torch.tensor([500.0, 0, 0, 0, 0])))
+    overlap = part.assigner.iou_calculation(box.expand(3, -1), others)
+    assert overlap.shape == (3,)
+    # On each of the four axes one square's interval lies inside the other's, whose length is sqrt(2) times as long.
+    torch.testing.assert_close(overlap, torch.tensor([1.0, 0.5**0.5, 0.0]), atol=1e-5, rtol=0)
+    assert probiou(box, others[1:2]).item() > 0.95
+
+
+def test_the_assigner_of_yolo26_takes_mgiou_where_the_first_vertex_is_arbitrary():
+    """A perfect polygon that starts elsewhere overlaps by 1; with fewer than three vertices the box decides."""
+    model, trainer, parts, batch = make("pose", "yolo26n", MGIoUMode)
+    target = torch.cat((batch["keypoints"][1:2], batch["keypoints"][1:2]))[None] * 100  # (1, 2, 4, 3)
+    target[0, 1, :2, 2] = 0
+    boxes = torch.tensor([[[10.0, 10, 40, 40], [10, 10, 40, 40]]])
+    pred = target[..., :2].roll(1, 2)
+    zero = torch.zeros(2, dtype=torch.long)
+    indices = (zero, torch.arange(2), torch.arange(2))
+    for part in parts:
+        overlap = part.assigner.pair_overlaps(indices, boxes, boxes, pd_kpts=pred, gt_kpts=target)
+        torch.testing.assert_close(overlap, torch.ones(2), atol=1e-5, rtol=0)
+        pred_far = pred + 1000
+        far = part.assigner.pair_overlaps(indices, boxes, boxes, pd_kpts=pred_far, gt_kpts=target)
+        torch.testing.assert_close(far, torch.tensor([0.0, 1.0]), atol=1e-5, rtol=0)
+    loss, _ = model.loss(batch)
+    assert loss.sum().isfinite()
+    assert trainer.polygon_loss is parts[0].keypoint_loss is parts[1].keypoint_loss
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(KeypointLoss, "forward"), (adapter.tal.RotatedTaskAlignedAssigner, "iou_calculation")]
+)
+def test_a_changed_signature_names_both_versions(monkeypatch, owner, name):
+    function = getattr(owner, name)
+    known = adapter.CALLS.pop(function)
+
+    def changed(self, pred, target):
+        raise AssertionError(self, pred, target)
+
+    monkeypatch.setitem(adapter.CALLS, changed, known)
+    try:
+        with pytest.raises(RuntimeError, match=r"ultralytics 8\.4\.\d+ has .*changed\(self, pred, target\).*8\.4\.190"):
+            MGIoUPoseTrainer(overrides={"model": "yolo11n-pose.yaml"})
+    finally:
+        adapter.CALLS[function] = known
+
+
+def test_a_renamed_part_of_a_criterion_names_both_versions():
+    """It must not be set beside what Ultralytics calls, and nothing said."""
+    model, trainer, (part,), _ = make("pose", "yolo11n")
+    part.kpt_loss = part.__dict__.pop("keypoint_loss")
+    with pytest.raises(RuntimeError, match=r"ultralytics 8\.4\.\d+ has a v8PoseLoss without keypoint_loss.*8\.4\.190"):
+        adapter.set_losses(trainer)
+    assert not hasattr(model.criterion, "keypoint_loss")
+
+
+# ---- trainings
+
+
+@pytest.mark.parametrize(("head", "task"), list(itertools.product(HEADS, TRAINERS)))
+def test_train(data, tmp_path, head, task):
+    """An epoch with validation: finite losses, those of the average by our loss, metrics by polygons choose best.pt."""
+    chosen = settings(data, task, tmp_path, head)
+    model, seen = YOLO(chosen.pop("model")), []
+    model.add_callback("on_train_epoch_end", lambda t: seen.append((t.model.criterion, t.ema.ema.criterion)))
+    model.train(trainer=TRAINERS[task], **chosen)
+    trainer = model.trainer
+    assert all(np.isfinite(value) for value in trainer.metrics.values())
+    assert {"metrics/mAP50(G)", "metrics/mAP50-95(G)", "metrics/mAP50-95(B)"} <= set(trainer.metrics)
+    for criterion in seen[0]:
+        part = getattr(criterion, "one2one", criterion)
+        if task == "pose":
+            assert part.keypoint_loss is trainer.polygon_loss
+        else:
+            assert isinstance(part.bbox_loss, adapter.MGIoUBoxLoss)
+    assert trainer.best.exists()
+    assert model(np.zeros((64, 64, 3), dtype=np.uint8), verbose=False)
+
+
+@pytest.mark.parametrize("task", TRAINERS)
+def test_train_with_one_class_several_sizes_and_plots(data, tmp_path, task):
+    more = {"single_cls": True, "multi_scale": 0.5, "plots": True, "epochs": 2, "close_mosaic": 1}
+    trainer = TRAINERS[task](overrides=settings(data, task, tmp_path, **more))
+    trainer.train()
+    assert all(np.isfinite(value) for value in trainer.metrics.values())
+    assert trainer.validator.metrics.nt_per_class.tolist() == [6]
+    for name in ("train_batch0.jpg", "val_batch0_labels.jpg", "val_batch0_pred.jpg", "PolygonPR_curve.png"):
+        assert (trainer.save_dir / name).stat().st_size > 0
+
+
+class InterruptedTrainingError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("head", ["yolo11n", "yolo26n"])
+def test_resume(data, tmp_path, head):
+    """An interrupted training goes on with our loss, and its schedule where it was."""
+    alphas = []
+
+    def note(trainer):
+        (schedule,) = (m for m in trainer.polygon_loss.modules() if isinstance(m, AlphaSchedule))
+        alphas.append(schedule().item())
+
+    def stop(trainer):
+        if trainer.epoch == 1:
+            raise InterruptedTrainingError
+
+    trainer = MGIoUPoseTrainer(overrides=settings(data, "pose", tmp_path, head, epochs=4, val=False))
+    trainer.add_callback("on_train_epoch_end", note)
+    trainer.add_callback("on_fit_epoch_end", stop)
+    with pytest.raises(InterruptedTrainingError):
+        trainer.train()
+    model = YOLO(trainer.last)
+    model.add_callback("on_train_epoch_end", note)
+    model.train(resume=True, trainer=MGIoUPoseTrainer)
+    expected = AlphaSchedule(4)
+    for alpha in alphas:
+        assert alpha == pytest.approx(expected().item(), abs=1e-6)
+        expected.step()
+    assert len(alphas) == 4
+    if head == "yolo26n":
+        assert model.trainer.model.criterion.updates == 4
+
+
+ELSEWHERE = """
+    import sys
+    sys.modules["triton_mgiou"] = None  # an import of it raises
+    from bench.detectors.nms import provide_nms
+    provide_nms()
+    from importlib.util import find_spec
+    import numpy as np
+    from ultralytics import YOLO
+    has_onnx = all(map(find_spec, ("onnx", "onnxruntime", "onnxslim")))
+    for path in sys.argv[1:]:
+        model = YOLO(path)
+        (result,) = model(np.zeros((64, 64, 3), dtype=np.uint8), verbose=False, conf=0.0001, imgsz=64)
+        exported = YOLO(model.export(format="onnx" if has_onnx else "torchscript", imgsz=64), task=model.task)
+        (again,) = exported(np.zeros((64, 64, 3), dtype=np.uint8), verbose=False, conf=0.0001, imgsz=64)
+        found = (result.obb if result.obb is not None else result.boxes).data
+        assert len(found) and len(again)
+        model.save("copy.pt")
+        YOLO("copy.pt")
+    print("plain")
+"""
+
+
+def test_checkpoints_load_predict_and_export_where_this_package_is_not_installed(data, tmp_path):
+    paths = []
+    for task, head in (("pose", "yolo26n"), ("obb", "yolo11n")):
+        trainer = TRAINERS[task](overrides=settings(data, task, tmp_path / task, head))
+        trainer.train()
+        paths += [trainer.last, trainer.best]
+    script = tmp_path / "elsewhere.py"
+    script.write_text(textwrap.dedent(ELSEWHERE), encoding="utf-8")
+    command = [sys.executable, script, *paths]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "YOLO_OFFLINE": "true", "PATH": "/usr/bin:/bin", "HOME": str(Path.home())},
+        check=False,
+    )
+    assert done.stdout.endswith("plain\n"), done.stdout + done.stderr
+
+
+def test_a_trainer_of_another_process_has_the_callback_once(data, tmp_path):
+    """Other processes of a training on several GPUs are handed the callbacks of the first."""
+    overrides = settings(data, "pose", tmp_path)
+    first = MGIoUPoseTrainer(overrides=dict(overrides))
+    other = MGIoUPoseTrainer(overrides=dict(overrides), _callbacks=first.callbacks)
+    for trainer in (first, other):
+        assert trainer.callbacks["on_train_epoch_start"].count(adapter.set_losses) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head", "task"), list(itertools.product(HEADS, TRAINERS)))
+def test_train_on_a_gpu_with_amp(data, tmp_path, head, task):
+    """The scaler finds its scale, and after that skips no step."""
+    more = {"device": "0", "epochs": 20, "amp": "fp16", "nbs": 3, "val": False}  # nbs: a step of the optimizer a batch
+    trainer = TRAINERS[task](overrides=settings(data, task, tmp_path, head, **more))
+    scales = []
+    trainer.add_callback("on_train_batch_end", lambda t: scales.append(t.scaler.get_scale()))
+    trainer.train()
+    assert trainer.amp
+    assert all(after >= before for before, after in itertools.pairwise(scales[20:]))
+    assert all(np.isfinite(value) for value in trainer.metrics.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("task", TRAINERS)
+def test_train_on_two_gpus(data, tmp_path, task):
+    model = YOLO(f"yolo11n-{task}.yaml")
+    chosen = settings(data, task, tmp_path, device="0,1", batch=4)
+    model.train(trainer=TRAINERS[task], **{key: value for key, value in chosen.items() if key != "model"})
+    assert (tmp_path / "run" / "weights" / "best.pt").exists()
+
+
+# ---- validators
+
+
+def predictions(**tensors):
+    return {"cls": torch.zeros(len(next(iter(tensors.values())))), **tensors}
+
+
+def test_polygons_are_matched_whatever_their_first_vertex(tmp_path):
+    """The same polygons rolled: right for the polygon metric at .95, wrong for Ultralytics' own at .5."""
+    validator = PolygonPoseValidator(args={"task": "pose", "save_dir": str(tmp_path)}, save_dir=tmp_path)
+    validator.sigma = np.full(4, 0.25)
+    square = torch.tensor([[10.0, 10], [40, 10], [40, 40], [10, 40]])
+    targets = torch.stack((square, square + 50, square + 100))
+    keypoints = torch.cat((targets, torch.full((3, 4, 1), 2.0)), 2)
+    boxes = torch.cat((targets.amin(1), targets.amax(1)), 1)
+    pred = torch.cat((targets, torch.ones(3, 4, 1)), 2)
+    pred[1] = pred[1].roll(1, 0)
+    pred[2] = pred[2][[0, 1, 3, 2]]  # crosses itself, covers half
+    given = {"bboxes": boxes, "conf": torch.tensor([0.9, 0.8, 0.7])}
+    found = validator._process_batch(
+        predictions(keypoints=pred, **given), predictions(keypoints=keypoints, bboxes=boxes)
+    )
+    assert found["tp"].all()
+    assert found["tp_g"][:2].all()
+    assert not found["tp_g"][2, 1:].any()
+    assert found["tp_p"].all(1).tolist() == [True, False, False]
+
+
+def test_vertices_that_are_not_there_are_left_out(tmp_path):
+    """A triangle in a head of four vertices; a target of two vertices matches nothing."""
+    validator = PolygonPoseValidator(args={"task": "pose"}, save_dir=tmp_path)
+    validator.sigma = np.full(4, 0.25)
+    triangle = torch.tensor([[10.0, 10, 2], [40, 10, 2], [40, 40, 2], [0, 0, 0]])
+    segment = torch.tensor([[10.0, 10, 2], [40, 10, 2], [0, 0, 0], [0, 0, 0]])
+    pred = triangle.clone()
+    pred[:, 2] = torch.tensor([0.9, 0.8, 0.7, 0.1])
+    pred[3, :2] = 1000
+    boxes = torch.tensor([[10.0, 10, 40, 40], [10, 10, 40, 10]])
+    found = validator._process_batch(
+        predictions(keypoints=pred[None], bboxes=boxes[:1], conf=torch.ones(1)),
+        predictions(keypoints=torch.stack((triangle, segment)), bboxes=boxes),
+    )
+    assert found["tp_g"].all()
+
+
+def test_the_angle_of_a_square_counts(tmp_path):
+    """Turned by 45 degrees ProbIoU calls a square right at .95; the corners' IoU is 1 / sqrt(2)."""
+    validator = PolygonOBBValidator(args={"task": "obb"}, save_dir=tmp_path)
+    target = torch.tensor([[50.0, 50, 30, 30, 0.2]])
+    found = validator._process_batch(
+        predictions(bboxes=target + torch.tensor([0, 0, 0, 0, torch.pi / 4]), conf=torch.ones(1)),
+        predictions(bboxes=target),
+    )
+    assert found["tp"].all()
+    assert found["tp_g"][0].tolist() == [limit < 0.5**0.5 for limit in np.arange(0.5, 1, 0.05)]
+
+
+@pytest.mark.parametrize("validator_class", [PolygonPoseValidator, PolygonOBBValidator])
+def test_without_predictions_or_targets(validator_class, tmp_path):
+    task = "pose" if validator_class is PolygonPoseValidator else "obb"
+    validator = validator_class(args={"task": task}, save_dir=tmp_path)
+    validator.sigma = np.full(4, 0.25)
+
+    def some(count):
+        width = 4 if task == "pose" else 5
+        return predictions(keypoints=torch.ones(count, 4, 3), bboxes=torch.ones(count, width), conf=torch.ones(count))
+
+    for preds, targets in ((0, 2), (3, 0), (0, 0)):
+        assert validator._process_batch(some(preds), some(targets))["tp_g"].shape == (preds, 10)
+
+
+def test_fitness_is_that_of_the_polygons():
+    metrics = adapter.PolygonPoseMetrics({0: "a"})
+    right = np.ones((2, 10), dtype=bool)
+    half = right.copy()
+    half[:, 5:] = False
+    shared = {"conf": np.array([0.9, 0.8]), "pred_cls": np.zeros(2), "target_cls": np.zeros(2), "im_name": "a.png"}
+    metrics.update_stats({"tp": ~right, "tp_p": ~right, "tp_g": half, "target_img": np.zeros(1), **shared})
+    metrics.process()
+    results = metrics.results_dict
+    assert results["metrics/mAP50(G)"] == pytest.approx(0.995, abs=1e-3)
+    assert results["metrics/mAP50-95(G)"] == pytest.approx(0.5 * 0.995, abs=1e-3)
+    assert results["metrics/mAP50(B)"] == results["metrics/mAP50(P)"] == 0
+    assert results["fitness"] == metrics.polygon.fitness() > 0.4
+    assert len(metrics.keys) == len(metrics.mean_results()) == len(metrics.class_result(0)) == 12
+    assert len(metrics.curves) == len(metrics.curves_results)
+
+
+def test_plots_show_the_polygons(monkeypatch, tmp_path):
+    """As masks that cover what the polygons cover: a triangle, and nothing of an image that is not shown."""
+    drawn = {}
+    monkeypatch.setattr(adapter, "plot_images", lambda **given: drawn.update(given))
+    keypoints = torch.tensor([[[0.25, 0.25, 2], [0.75, 0.25, 2], [0.75, 0.75, 2], [0, 0, 0]]]).repeat(2, 1, 1)
+    labels = {
+        "cls": torch.zeros(2, 1),
+        "bboxes": torch.full((2, 4), 0.5),
+        "keypoints": keypoints,
+        "batch_idx": torch.tensor([0.0, 16.0]),
+    }
+    owner = SimpleNamespace(data={"names": {0: "a"}}, on_plot=None)
+    adapter._plot_polygons(labels, torch.zeros(17, 3, 80, 80), ["x"] * 17, tmp_path / "a.jpg", owner)
+    assert drawn["labels"]["masks"].shape == (1, 80, 80)
+    assert drawn["labels"]["masks"][0].sum() == pytest.approx(40 * 40 / 2, rel=0.1)
+    assert drawn["labels"]["masks"][0, 25, 55] == 1
+    assert drawn["labels"]["masks"][0, 55, 25] == 0
+    assert "keypoints" not in drawn["labels"]
+
+
+def test_validate_by_yolo(data, tmp_path):
+    """`YOLO.val(validator=...)` with a model that was made without us."""
+    metrics = YOLO("yolo11n-pose.yaml").val(
+        validator=PolygonPoseValidator,
+        **{key: value for key, value in settings(data, "pose", tmp_path).items() if key not in {"model", "epochs"}},
+    )
+    assert metrics.results_dict["metrics/mAP50(G)"] == 0

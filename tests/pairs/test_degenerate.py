@@ -1,0 +1,220 @@
+"""Pairs that are points, lines, plates, absent or not finite: what the matrix makes of them, on every backend."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import assert_close, assert_finite, assert_zero, generator
+from tests.pairs import oracle
+from tests.pairs.helpers import FORMATS, OVER, corners_in_space, needs_kernel, random_boxes
+from tests.pairs.test_value import matrix
+from triton_mgiou import box_mgiou, polygon_mgiou
+
+NAN, INF = math.nan, math.inf
+A = 0.3  # an angle
+C, S = math.cos(A), math.sin(A)
+
+# What: two boxes (x, y, w, h, angle), the MGIoU of the pair.
+PLANE = {
+    "two points apart": ([0, 0, 0, 0, 0], [100, 0, 0, 0, 0], -1),
+    "two points apart, turned": ([0, 0, 0, 0, A], [3, 4, 0, 0, 1], -1),
+    "two points in one place": ([5, 5, 0, 0, 0], [5, 5, 0, 0, 1], 1),
+    "two points at the origin": ([0, 0, 0, 0, 0], [0, 0, 0, 0, 0], 1),
+    "a point in a box": ([0, 0, 2, 4, A], [0, 0, 0, 0, 0], 0),
+    "a point outside a box": ([0, 0, 2, 2, 0], [9, 0, 0, 0, 0], (2 / 10 - 1 + 0) / 2),
+    "zero padding and a box far away": ([0, 0, 0, 0, 0], [1e4, 1e4, 2, 2, 0], 2 / 10001 - 1),
+    "collinear segments apart": ([0, 0, 2, 0, 0], [8, 0, 2, 0, 0], 4 / 10 - 1),
+    "collinear segments apart, upwards": ([0, 0, 0, 2, 0], [0, 8, 0, 2, 0], 4 / 10 - 1),
+    "collinear segments apart, turned": ([0, 0, 2, 0, A], [8 * C, 8 * S, 2, 0, A], 4 / 10 - 1),
+    "collinear segments that overlap": ([0, 0, 2, 0, A], [C, S, 2, 0, A], 4 / 3 - 1),
+    "collinear segments about one centre": ([1, 1, 2, 0, A], [1, 1, 8, 0, A], 10 / 8 - 1),
+    "collinear, one along its height": ([0, 0, 2, 0, 0], [8, 0, 0, 2, math.pi / 2], 4 / 10 - 1),
+    "equal segments": ([3, 1, 2, 0, A], [3, 1, 2, 0, A], 1),
+    "parallel segments side by side": ([0, 0, 2, 0, A], [-5 * S, 5 * C, 2, 0, A], -1),
+    "a segment and a point on it": ([0, 0, 2, 0, 0], [0.5, 0, 0, 0, 1], 0),
+    "a segment and a point on its line": ([0, 0, 2, 0, 0], [3, 0, 0, 0, 1], 2 / 4 - 1),
+    "tiny boxes that are points at this distance": ([0, 0, 1, 1, 0], [1e8, 0, 1, 1, 0], -1),
+    "hairs on a line": ([0, 0, 2, 1e-9, A], [8 * C, 8 * S, 2, 1e-9, A], 4 / 10 - 1),
+    "negative sides count as positive": ([1, 2, -3, 2, A], [1, 2, 3, -2, A], 1),
+}
+
+# Two boxes (x, y, z, l, w, h, yaw).
+SPACE = {
+    "points apart": ([0, 0, 0, 0, 0, 0, 0], [1, 2, 3, 0, 0, 0, 1], -1),
+    "points in one place": ([1, 2, 3, 0, 0, 0, 0], [1, 2, 3, 0, 0, 0, 1], 1),
+    "plates, one above the other": ([0, 0, 0, 2, 2, 0, A], [0, 0, 5, 2, 2, 0, A], (4 - 2) / 6),
+    "one plate": ([0, 0, 1, 2, 2, 0, A], [0, 0, 1, 2, 2, 0, A], 1),
+    "plates in one plane": ([0, 0, 1, 2, 2, 0, 0], [8, 0, 1, 2, 2, 0, 0], (4 / 10 - 1 + 1) / 2),
+    "rods side by side": ([0, 0, 0, 2, 0, 0, A], [-5 * S, 5 * C, 0, 2, 0, 0, A], 0),
+    "rods on a line": ([0, 0, 0, 2, 0, 0, A], [8 * C, 8 * S, 0, 2, 0, 0, A], 4 / 10 - 1),
+    "poles apart": ([0, 0, 0, 0, 0, 2, A], [3, 0, 0, 0, 0, 2, 0], None),
+    "zero padding and a box": ([0, 0, 0, 0, 0, 0, 0], [9, 9, 9, 2, 2, 2, 0], 2 / 10 - 1),
+}
+
+# Two polygons by their vertices.
+POLYGONS = {
+    "two points apart": ([(0, 0)], [(100, 0)], -1),
+    "two points by repetition": ([(1, 1)] * 4, [(3, 4)] * 3, -1),
+    "two points in one place": ([(7, 7)] * 4, [(7, 7)], 1),
+    "a point in a square": ([(0, 0), (2, 0), (2, 2), (0, 2)], [(1, 1)] * 4, 0),
+    "collinear segments apart": ([(0, 0), (2, 0)], [(8, 0), (10, 0)], 4 / 10 - 1),
+    "collinear segments apart, turned": ([(0, 0), (2 * C, 2 * S)], [(8 * C, 8 * S), (10 * C, 10 * S)], 4 / 10 - 1),
+    "collinear by repetition": ([(0, 0), (2, 0), (2, 0), (0, 0)], [(1, 0), (1, 0), (4, 0)], 5 / 4 - 1),
+    "equal segments": ([(1, 2), (3, 5)], [(3, 5), (1, 2)], 1),
+    "a segment and a point on its line": ([(0, 0), (0, 2)], [(0, 4)], 2 / 4 - 1),
+    "parallel segments side by side": ([(0, 0), (2, 0)], [(0, 5), (2, 5)], -1),
+    "three points on a line and a point": ([(0, 0), (1, 1), (3, 3)], [(2, 2)], 0),
+}
+
+
+DEEP = -1e4  # the depth of two points apart is that of extents of a millionth; which axis says so does not matter
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("fmt", ["cxcywhr", "cxcyczlwhr"])
+def test_degenerate_boxes(backend, fmt, over):
+    rows = PLANE if fmt == "cxcywhr" else SPACE
+    first, second = (torch.tensor([row[side] for row in rows.values()], dtype=torch.float32) for side in (0, 1))
+    for dtype in (torch.float32, torch.float64):
+        there = matrix(backend, first.to(dtype), second.to(dtype), fmt=fmt, over=over).diagonal().cpu()
+        back = matrix(backend, second.to(dtype), first.to(dtype), fmt=fmt, over=over).diagonal().cpu()
+        assert_close(back, there, atol=0)
+        for value, (name, (p, g, expected)) in zip(there, rows.items(), strict=True):
+            exact = oracle.box_pair(np.float64(p), np.float64(g), fmt, over=over)
+            if over == "mean" and expected is not None:
+                assert exact == pytest.approx(expected, abs=3e-6), f"the oracle: {name}"
+            assert_close(value.clamp(min=DEEP), max(exact, DEEP), atol=3e-6, rtol=1e-5, what=f"{name}, {dtype}")
+
+
+@pytest.mark.parametrize("over", OVER)
+def test_degenerate_polygons(backend, over):
+    for name, (p, g, expected) in POLYGONS.items():
+        exact = oracle.polygon_pair(p, g, over)
+        if over == "mean":
+            assert exact == pytest.approx(expected, abs=3e-6), f"the oracle: {name}"
+        first, second = torch.tensor([p], dtype=torch.float32), torch.tensor([g], dtype=torch.float32)
+        for pair in ((first, second), (second, first)):
+            value = matrix(backend, *pair, over=over).clamp(min=DEEP)
+            assert_close(value, [[max(exact, DEEP)]], atol=3e-6, rtol=1e-5, what=name)
+
+
+@pytest.mark.parametrize("axis_weight", ["length", "soft"])
+@pytest.mark.parametrize("name", [name for name, row in PLANE.items() if "points" in name or "egments" in name])
+def test_weights_make_no_match_of_points_and_lines(backend, name, axis_weight):
+    first, second, expected = PLANE[name]
+    actual = matrix(backend, torch.tensor([first]).float(), torch.tensor([second]).float(), axis_weight=axis_weight)
+    if "tiny" in name or "hairs" in name:  # no threshold under these weights
+        assert actual.item() < 0.5
+    else:
+        assert_close(actual, [[expected]], atol=3e-6)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_zero_padding_matches_nothing(backend, fmt):
+    boxes = random_boxes(30, fmt, generator(0)).float()
+    padding = torch.zeros(3, *boxes.shape[1:])
+    for over in OVER:
+        assert (matrix(backend, boxes, padding, fmt=fmt, over=over) <= (1 if over == "depth" else 1e-6)).all()
+    assert (matrix(backend, boxes + 3, padding, fmt=fmt) < 0).all()
+
+
+def test_plates_and_rods_by_their_corners(backend):
+    """The corners of a plate do not say where its third edge looks."""
+    first, second = (torch.tensor([row[side] for row in SPACE.values()], dtype=torch.float64) for side in (0, 1))
+    by_corners = matrix(backend, *(corners_in_space(each) for each in (first, second)), fmt="corners3d").diagonal()
+    for value, (name, (_, _, expected)) in zip(by_corners.tolist(), SPACE.items(), strict=True):
+        if expected == 1:
+            assert value == 1, name
+        else:
+            assert value < 0.9, name
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("scale", [3e38, 1e30, 1e-30, 1e-38, 1e-44])
+def test_any_finite_float32_is_finite(backend, fmt, scale, over):
+    needs_kernel(backend, fmt)
+    boxes = random_boxes(8, fmt, generator(1))
+    boxes[..., : boxes.shape[-1] - fmt.endswith("r")] *= scale / boxes.abs().amax()
+    if fmt.endswith("r"):
+        boxes[:, -1] = torch.tensor([0, 3e38, -3e38, 1e30, 1e10, 1e5, 1e-38, 100.0])
+    boxes[3] = 0
+    boxes = boxes.float()
+    first, second = boxes[:4].clone().to(backend.device), boxes[4:].clone().to(backend.device)
+    has_gradient = backend.name == "eager" or fmt != "xyxyxyxy"
+    first.requires_grad_(has_gradient), second.requires_grad_(has_gradient)
+    value = box_mgiou(first, second, fmt=fmt, over=over, backend=backend.name)
+    assert_finite(value)
+    assert (value <= 1).all()
+    assert (value >= (-2e6 if over == "depth" else -1)).all()
+    if has_gradient:
+        for grad in torch.autograd.grad(value.sum(), (first, second)):
+            assert_finite(grad, "gradient")
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_what_is_not_finite_stays_in_its_box(backend, fmt, bad):
+    rng = generator(2)
+    first, second = random_boxes(4, fmt, rng).float(), random_boxes(5, fmt, rng).float()
+    clean = value_and_gradients(backend, first, second, torch.ones(4, 5), fmt)
+    without = torch.ones(4, 5)
+    without[1] = 0
+    rest = value_and_gradients(backend, first, second, without, fmt)
+    first.flatten(1)[1, 2] = bad
+    value, first_grad, second_grad = value_and_gradients(backend, first, second, torch.ones(4, 5), fmt)
+    assert value[1].isnan().all()
+    assert first_grad[1].isnan().all()
+    others = [0, 2, 3]
+    assert_close(value[others], clean[0][others], atol=0)
+    assert_close(first_grad[others], clean[1][others], atol=0)
+    assert_close(second_grad, rest[2], atol=1e-6)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_what_is_not_there_is_minus_1_and_has_no_gradient(backend, fmt):
+    rng = generator(3)
+    first, second = random_boxes(4, fmt, rng).float(), random_boxes(5, fmt, rng).float()
+    first.flatten(1)[2] = NAN
+    second.flatten(1)[0] = INF
+    mask1, mask2 = torch.tensor([1, 1, 0, 1]).bool(), torch.tensor([0, 1, 1, 0, 1]).bool()
+    value, *grads = value_and_gradients(backend, first, second, torch.ones(4, 5), fmt, mask1=mask1, mask2=mask2)
+    kept, *kept_grads = value_and_gradients(backend, first[mask1], second[mask2], torch.ones(3, 3), fmt)
+    both = mask1[:, None] & mask2
+    assert_close(value[~both], -np.ones(11), atol=0)
+    assert_close(value[both].reshape(3, 3), kept, atol=0)
+    for grad, kept_grad, mask in zip(grads, kept_grads, (mask1, mask2), strict=True):
+        assert_zero(grad[~mask])
+        assert_close(grad[mask], kept_grad, atol=1e-6)
+
+
+def test_polygons_without_a_vertex_are_not_there(backend):
+    rng = generator(4)
+    first, second = (random_boxes(n, "xyxyxyxy", rng).reshape(n, 4, 2).float() for n in (3, 4))
+    lengths1, lengths2 = torch.tensor([4, 0, -3]), torch.tensor([4, 3, 0, 4])
+    first[1] = NAN
+    value = matrix(backend, first, second, lengths1=lengths1, lengths2=lengths2)
+    assert_close(value[1:], -np.ones((2, 4)), atol=0)
+    assert value[0, 2] == -1
+    assert (value[0, [0, 1, 3]] > -1).all()
+
+
+def value_and_gradients(backend, first, second, upstream, fmt, **options):
+    options = {name: v.to(backend.device) for name, v in options.items()}
+    needs_kernel(backend, fmt, gradient=True)
+    leaves = [each.clone().to(backend.device).requires_grad_() for each in (first, second)]
+    function = box_mgiou
+    value = function(*leaves, fmt=fmt, backend=backend.name, **options)
+    grads = torch.autograd.grad(value, leaves, upstream.to(backend.device))
+    return value.detach().cpu(), *(grad.cpu() for grad in grads)
+
+
+def test_padded_vertices_may_hold_anything(backend):
+    rng = generator(5)
+    first, second = (random_boxes(n, "xyxyxyxy", rng).reshape(n, 4, 2).float() for n in (3, 4))
+    wide = torch.cat((first, torch.full((3, 2, 2), NAN)), dim=1)
+    lengths = torch.full((3,), 4)
+    assert_close(matrix(backend, wide, second, lengths1=lengths), matrix(backend, first, second), atol=0)
+    assert polygon_mgiou(wide, second).isnan().all()

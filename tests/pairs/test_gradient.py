@@ -1,0 +1,249 @@
+"""Gradients to both sets: against differences of the oracle, for any upstream, in blocks, under transforms."""
+
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from tests.helpers import AXIS_WEIGHTS, assert_close, assert_gradient_close, assert_same, assert_zero, convex, generator
+from tests.pairs import oracle
+from tests.pairs.helpers import FORMATS, OVER, PLANE, needs_kernel, random_boxes, uniform
+from triton_mgiou import box_mgiou, polygon_mgiou
+from triton_mgiou.reference import pairs
+
+IN_KERNEL = ("cxcywhr", "cxcywh", "xyxy", "cxcyczlwhr")
+
+
+def gradients(backend, first, second, upstream, **options):
+    needs_kernel(backend, "polygons" if first.dim() > 2 and first.shape[-1] == 2 else options.get("fmt"), gradient=True)
+    leaves = [each.detach().clone().to(backend.device).requires_grad_() for each in (first, second)]
+    function = polygon_mgiou if first.dim() > 2 and first.shape[-1] == 2 else box_mgiou
+    value = function(*leaves, backend=backend.name, **options)
+    return [grad.cpu() for grad in torch.autograd.grad(value, leaves, upstream.to(backend.device))]
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("fmt", IN_KERNEL)
+def test_boxes_match_differences_of_the_oracle(backend, fmt, over):
+    rng = generator(1)
+    first, second = random_boxes(3, fmt, rng), random_boxes(4, fmt, rng)
+    upstream = uniform((3, 4), -1, 1, rng)
+    actual = gradients(backend, first, second, upstream, fmt=fmt, over=over)
+    for side in (0, 1):
+        expected = oracle.gradient(
+            oracle.box_matrix, first.numpy(), second.numpy(), upstream.numpy(), side=side, fmt=fmt, over=over
+        )
+        assert_gradient_close(actual[side], expected, rtol=1e-6)
+        single = gradients(backend, first.float(), second.float(), upstream.float(), fmt=fmt, over=over)[side]
+        assert_gradient_close(single, actual[side], rtol=3e-5)
+
+
+@pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
+@pytest.mark.parametrize("fmt", PLANE)
+def test_axis_weights_have_their_gradient(backend, fmt, axis_weight):
+    """The extent is a constant of the weights: float64 by PyTorch, which differences would take for a variable."""
+    rng = generator(2)
+    first, second = random_boxes(3, fmt, rng), random_boxes(19, fmt, rng)
+    upstream = uniform((3, 19), -1, 1, rng)
+    leaves = [each.clone().requires_grad_() for each in (first, second)]
+    value = box_mgiou(*leaves, fmt=fmt, axis_weight=axis_weight, backend="eager")
+    expected = torch.autograd.grad(value, leaves, upstream)
+    actual = gradients(backend, first, second, upstream, fmt=fmt, axis_weight=axis_weight)
+    for side in (0, 1):
+        assert_gradient_close(actual[side], expected[side], rtol=1e-12)
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_gradcheck(fmt, over):
+    rng = generator(3)
+    boxes = [random_boxes(n, fmt, rng) for n in (2, 3)]
+    if fmt == "corners3d":  # the corners of a box tie; free ones do not
+        boxes = [each + uniform(each.shape, -0.05, 0.05, rng) for each in boxes]
+    boxes = [each.requires_grad_() for each in boxes]
+    assert torch.autograd.gradcheck(lambda *pair: box_mgiou(*pair, fmt=fmt, over=over), boxes, eps=1e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("angle", ["radians", "degrees"])
+@pytest.mark.parametrize("clockwise", [True, False])
+def test_angles_have_their_gradient(backend, angle, clockwise):
+    rng = generator(4)
+    first, second = random_boxes(3, "cxcywhr", rng), random_boxes(4, "cxcywhr", rng)
+    if angle == "degrees":
+        first[:, 4], second[:, 4] = (each[:, 4].rad2deg() for each in (first, second))
+    options = {"angle": angle, "clockwise": clockwise}
+    upstream = uniform((3, 4), -1, 1, rng)
+    actual = gradients(backend, first, second, upstream, **options)
+    for side in (0, 1):
+        expected = oracle.gradient(
+            oracle.box_matrix, first.numpy(), second.numpy(), upstream.numpy(), side=side, **options
+        )
+        assert_gradient_close(actual[side], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("over", OVER)
+def test_polygons_match_differences_of_the_oracle(backend, over):
+    rng = generator(5)
+    first, second = convex(3, 4, rng), convex(4, 6, rng)
+    upstream = uniform((3, 4), -1, 1, rng)
+    actual = gradients(backend, first, second, upstream, over=over)
+    for side in (0, 1):
+        expected = oracle.gradient(
+            oracle.polygon_matrix, first.numpy(), second.numpy(), upstream.numpy(), side=side, over=over
+        )
+        assert_gradient_close(actual[side], expected, rtol=1e-5)
+
+
+def upstreams(rng):
+    values = uniform((5, 70), -1, 1, rng).float()
+    few = torch.zeros(5, 70)
+    few[[0, 3], [69, 2]] = values[[0, 3], [69, 2]]
+    yield "few entries", few
+    yield "zeros", torch.zeros(5, 70)
+    yield "one number, expanded", torch.tensor(0.5).expand(5, 70)
+    yield "rows, expanded", values[:, :1].expand(5, 70)
+    yield "transposed", values.T.contiguous().T
+    yield "every second", values.repeat_interleave(2, 1)[:, ::2]
+
+
+def test_any_upstream(backend):
+    rng = generator(6)
+    first, second = random_boxes(5, "cxcywhr", rng).float(), random_boxes(70, "cxcywhr", rng).float()
+    eager = replace(backend, name="eager")
+    for name, upstream in upstreams(rng):
+        actual = gradients(backend, first, second, upstream)
+        expected = gradients(eager, first.double(), second.double(), upstream.double().contiguous())
+        for side in (0, 1):
+            assert_gradient_close(actual[side], expected[side], rtol=1e-4, what=name)
+
+
+def test_zero_upstream_is_no_gradient_even_beside_overflow(backend):
+    boxes = torch.tensor([[0, 0, 1e-44, 1e-44, 0], [1e38, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
+    for grad in gradients(backend, boxes, boxes, torch.zeros(3, 3)):
+        assert_zero(grad)
+
+
+def test_one_side_alone(backend):
+    rng = generator(7)
+    first, second = random_boxes(3, "cxcywhr", rng), random_boxes(4, "cxcywhr", rng)
+    both = gradients(backend, first, second, torch.ones(3, 4, dtype=torch.float64))
+    for side in (0, 1):
+        pair = [first.clone().to(backend.device), second.clone().to(backend.device)]
+        pair[side].requires_grad_()
+        (alone,) = torch.autograd.grad(box_mgiou(*pair, backend=backend.name).sum(), pair[side])
+        assert_same(alone.cpu(), both[side])
+
+
+def test_a_set_with_itself(backend):
+    """Both gradients arrive at the one leaf."""
+    rng = generator(8)
+    boxes = random_boxes(5, "cxcywhr", rng)
+    upstream = uniform((5, 5), -1, 1, rng)
+    leaf = boxes.clone().to(backend.device).requires_grad_()
+    (grad,) = torch.autograd.grad(box_mgiou(leaf, leaf, backend=backend.name), leaf, upstream.to(backend.device))
+    first, second = gradients(backend, boxes, boxes, upstream)
+    assert_close(grad, first + second, atol=1e-14)
+
+
+def test_equal_boxes_have_no_gradient(backend):
+    boxes = random_boxes(20, "cxcywhr", generator(9), 20).float()
+    for over in OVER:
+        for grad in gradients(backend, boxes, boxes, torch.eye(20), over=over):
+            assert_zero(grad, over)
+
+
+def test_half_types_get_their_gradient_in_kind(backend):
+    rng = generator(10)
+    first, second = random_boxes(3, "cxcywhr", rng).half(), random_boxes(4, "cxcywhr", rng).bfloat16()
+    grads = gradients(backend, first, second, torch.ones(3, 4))
+    full = gradients(backend, first.float(), second.float(), torch.ones(3, 4))
+    for grad, exact, dtype in zip(grads, full, (torch.float16, torch.bfloat16), strict=True):
+        assert grad.dtype == dtype
+        assert_close(grad, exact.to(dtype), atol=0)
+
+
+def test_the_same_input_gives_the_same_bits(backend):
+    rng = generator(11)
+    first, second = random_boxes(40, "cxcywhr", rng).float(), random_boxes(300, "cxcywhr", rng).float()
+    upstream = uniform((40, 300), -1, 1, rng).float()
+    runs = [gradients(backend, first, second, upstream) for _ in range(2)]
+    for a, b in zip(*runs, strict=True):
+        assert_same(a, b)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of storage that were alive at a time of what operators made."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(result)[0]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.seen:
+                    self.seen.add(key)
+                    self.live += size
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._free, key, size)
+        return result
+
+    def _free(self, key, size):
+        self.seen.discard(key)
+        self.live -= size
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_blocks_change_nothing_and_keep_to_their_memory(fmt, monkeypatch):
+    rng = generator(12)
+    batch = [random_boxes(2 * n, fmt, rng).unflatten(0, (2, n)) for n in (50, 60)]
+    upstream = uniform((2, 50, 60), -1, 1, rng)
+    backend = type("Eager", (), {"device": "cpu", "name": "eager"})
+    whole = box_mgiou(*batch, fmt=fmt)
+    whole_grads = gradients(backend, *batch, upstream, fmt=fmt)
+    for memory in (2**22, 2**20):
+        monkeypatch.setattr(pairs, "MEMORY", memory)
+        with LiveBytes() as live:
+            value = box_mgiou(*batch, fmt=fmt)
+            grads = gradients(backend, *batch, upstream, fmt=fmt)
+        assert live.peak <= memory + 4 * value.nbytes
+        assert live.peak >= memory / 8, "the estimate wastes what it may take"
+        assert_same(value, whole)
+        for grad, expected in zip(grads, whole_grads, strict=True):
+            assert_close(grad, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_blocks_refuse_a_second_derivative(monkeypatch):
+    monkeypatch.setattr(pairs, "MEMORY", 2**12)
+    boxes = random_boxes(8, "cxcywhr", generator(13)).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"second derivative.*MEMORY"):
+        torch.autograd.grad(box_mgiou(boxes, boxes, over="depth").sum(), boxes, create_graph=True)
+
+
+def test_transforms_of_the_eager_matrix():
+    rng = generator(14)
+    first, second = random_boxes(12, "cxcywhr", rng).reshape(3, 4, 5), random_boxes(6, "cxcywhr", rng)
+    mapped = torch.vmap(box_mgiou, in_dims=(0, None))(first, second)
+    for b in range(3):
+        assert_same(mapped[b], box_mgiou(first[b], second))
+    columns = torch.vmap(lambda box: box_mgiou(first[0], box.unsqueeze(0)).squeeze(1), out_dims=1)(second)
+    assert_same(columns, box_mgiou(first[0], second))
+    per_sample = torch.vmap(torch.func.grad(lambda a: box_mgiou(a, second).sum()))(first)
+    leaf = first.clone().requires_grad_()
+    for b in range(3):
+        (grad,) = torch.autograd.grad(box_mgiou(leaf[b], second).sum(), leaf)
+        assert_close(per_sample[b], grad[b], atol=1e-14)
+    forward = torch.func.jacfwd(lambda boxes: box_mgiou(boxes, second))(first[0])
+    assert_close(forward, torch.func.jacrev(lambda boxes: box_mgiou(boxes, second))(first[0]), atol=1e-14)
+    polygons = [convex(n, 4, rng) for n in (6, 5)]
+    mapped = torch.vmap(polygon_mgiou, in_dims=(0, None))(polygons[0].reshape(2, 3, 4, 2), polygons[1])
+    assert_same(mapped.reshape(6, 5), polygon_mgiou(*polygons))
+    assert np.isfinite(mapped.numpy()).all()

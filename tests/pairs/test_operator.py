@@ -1,0 +1,194 @@
+"""The matrix as an operator: torch.compile, opcheck, inference mode, autocast, graphs, large and odd sizes, errors."""
+
+import pytest
+import torch
+
+from tests.helpers import assert_close, assert_does_not_wait, assert_same, generator
+from tests.pairs.helpers import random_boxes
+from tests.pairs.test_gradient import gradients
+from tests.pairs.test_value import matrix
+from triton_mgiou import box_mgiou, polygon_mgiou
+
+
+def sets(backend, rows=4, columns=6, fmt="cxcywhr"):
+    rng = generator(0)
+    return [random_boxes(n, fmt, rng).float().to(backend.device) for n in (rows, columns)]
+
+
+def test_compiles_whole(backend):
+    first, second = (each.requires_grad_() for each in sets(backend))
+    mask = torch.tensor([1, 0, 1, 1, 1, 1], device=backend.device).bool()
+
+    def loss(first, second, mask):
+        value = box_mgiou(first, second, over="depth", mask2=mask, backend=backend.name)
+        return (0.1 + value).relu().sum()
+
+    expected = torch.autograd.grad(loss(first, second, mask), (first, second))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for actual, want in zip(torch.autograd.grad(compiled(first, second, mask), (first, second)), expected, strict=True):
+        assert_close(actual, want, atol=1e-6)
+
+
+def test_the_operators_are_sound(backend):
+    if backend.name != "triton":
+        pytest.skip("eager has no operator of its own")
+    from triton_mgiou import pairs  # noqa: PLC0415 - needs Triton
+
+    first, second = (each.unsqueeze(0).requires_grad_() for each in sets(backend))
+    options = ("cxcywhr", "radians", True, "mean", "uniform")
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(pairs._matrix_operator, (first, second, None, None, *options), test_utils=tests)
+    upstream = torch.ones(1, 4, 6, device=backend.device)
+    arguments = (first.detach(), second.detach(), None, None, upstream, *options)
+    torch.library.opcheck(pairs._gradient_operator, arguments, test_utils=tests)
+    quadrangles = [each.detach()[..., :4, None].expand(-1, -1, -1, 2).contiguous() for each in (first, second)]
+    arguments = (*quadrangles, None, None, None, None, "mean", "uniform")
+    torch.library.opcheck(pairs._polygon_operator, arguments, test_utils=tests)
+
+
+def test_inference_mode_and_autocast_change_nothing(backend):
+    first, second = sets(backend)
+    expected = box_mgiou(first, second, backend=backend.name)
+    with torch.inference_mode():
+        assert_same(box_mgiou(first, second, backend=backend.name), expected)
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        assert_same(box_mgiou(first, second, backend=backend.name), expected)
+
+
+def test_a_second_derivative_is_refused_by_the_kernel(backend):
+    first, second = (each.requires_grad_() for each in sets(backend))
+    value = box_mgiou(first, second, backend=backend.name).sum()
+    if backend.name == "triton":
+        with pytest.raises(RuntimeError, match="second derivative"):
+            torch.autograd.grad(value, first, create_graph=True)
+    else:
+        (grad,) = torch.autograd.grad(value, first, create_graph=True)
+        assert torch.autograd.grad(grad.square().sum(), second)[0].abs().sum() > 0
+
+
+def test_the_gradient_of_polygons_is_never_dropped(backend):
+    rng = generator(1)
+    first, second = (random_boxes(n, "xyxyxyxy", rng).reshape(n, 4, 2).to(backend.device) for n in (3, 4))
+    first.requires_grad_()
+    if backend.name == "triton":
+        with pytest.raises(RuntimeError, match="no kernel for the gradient of pairs of polygons"):
+            polygon_mgiou(first, second, backend="triton")
+    assert torch.autograd.grad(polygon_mgiou(first, second).sum(), first)[0].abs().sum() > 0
+
+
+def test_shapes_of_no_kernel_are_told(backend):
+    if backend.name != "triton":
+        pytest.skip("of the kernels")
+    corners = random_boxes(2, "corners3d", generator(2)).to(backend.device)
+    with pytest.raises(RuntimeError, match="no kernel for pairs of 'corners3d'"):
+        box_mgiou(corners, corners, fmt="corners3d", backend="triton")
+
+
+BOXES = torch.ones(3, 5)
+ERRORS = {
+    "first is no tensor": (TypeError, "boxes1 must be a torch.Tensor, got list", ([1.0], BOXES), {}),
+    "second is integer": (TypeError, "boxes2 must be floating .*, got torch.int64", (BOXES, BOXES.long()), {}),
+    "four numbers": (ValueError, r"boxes2 must have shape .*5.* got \(3, 4\)", (BOXES, BOXES[:, :4]), {}),
+    "one box": (ValueError, r"boxes1 must have shape .* got \(5,\)", (BOXES[0], BOXES), {}),
+    "one batch": (ValueError, "boxes2 must have a batch if and only if", (BOXES[None], BOXES), {}),
+    "batches": (ValueError, "batch size 1, got 2", (BOXES[None], BOXES[None].repeat(2, 1, 1)), {}),
+    "over": (ValueError, "over must be one of .*'depth', got 'max'", (BOXES, BOXES), {"over": "max"}),
+    "weights": (ValueError, "axis_weight must be one of", (BOXES, BOXES), {"axis_weight": "none"}),
+    "backend": (ValueError, "backend must be one of", (BOXES, BOXES), {"backend": "cuda"}),
+    "format": (ValueError, "fmt must say which of two", (BOXES, BOXES), {"fmt": "xywhr"}),
+    "mask of floats": (TypeError, "mask1 must be torch.bool", (BOXES, BOXES), {"mask1": torch.ones(3)}),
+    "long mask": (ValueError, r"mask2 must have shape \(3,\)", (BOXES, BOXES), {"mask2": torch.ones(4).bool()}),
+    "space": (
+        ValueError,
+        "axis_weight must be one of 'uniform', got 'length'",
+        (torch.ones(2, 7), torch.ones(2, 7)),
+        {"fmt": "cxcyczlwhr", "axis_weight": "length"},
+    ),
+}
+POLYGONS = torch.ones(3, 4, 2)
+POLYGON_ERRORS = {
+    "no vertex": (ValueError, "polygons1 must have shape .* N >= 1", (POLYGONS[:, :0], POLYGONS), {}),
+    "space": (ValueError, "polygons2 must have shape", (POLYGONS, torch.ones(3, 4, 3)), {}),
+    "lengths": (TypeError, "lengths1 must be integers", (POLYGONS, POLYGONS), {"lengths1": torch.ones(3)}),
+    "few": (ValueError, r"lengths2 must have shape \(3,\)", (POLYGONS, POLYGONS), {"lengths2": torch.tensor([4])}),
+    "mask": (ValueError, r"mask1 must have shape \(3,\)", (POLYGONS, POLYGONS), {"mask1": torch.ones(3, 4).bool()}),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_wrong_boxes_are_told(name):
+    error, message, arguments, options = ERRORS[name]
+    with pytest.raises(error, match=message):
+        box_mgiou(*arguments, **options)
+
+
+@pytest.mark.parametrize("name", POLYGON_ERRORS)
+def test_wrong_polygons_are_told(name):
+    error, message, arguments, options = POLYGON_ERRORS[name]
+    with pytest.raises(error, match=message):
+        polygon_mgiou(*arguments, **options)
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_and_a_graph_holds_it():
+    backend = type("Gpu", (), {"device": "cuda", "name": "triton"})
+    first, second = (each.requires_grad_() for each in sets(backend, 400, 500))
+    upstream = torch.randn(400, 500, device="cuda")
+
+    def step():
+        value = box_mgiou(first, second, backend="triton")
+        return (value, *torch.autograd.grad(value, (first, second), upstream))
+
+    expected = step()
+    assert_does_not_wait(step)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    with torch.no_grad():
+        first.copy_(first.flip(0))
+    graph.replay()
+    for actual, want in zip(result[:2], expected[:2], strict=True):
+        assert_same(actual.detach().flip(0).cpu(), want.detach().cpu())
+
+
+@pytest.mark.gpu
+def test_only_the_matrix_takes_memory():
+    backend = type("Gpu", (), {"device": "cuda", "name": "triton"})
+    first, second = (each.requires_grad_() for each in sets(backend, 2000, 5000))
+    upstream = torch.ones(2000, 5000, device="cuda")
+    for measured in (False, True):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        value = box_mgiou(first, second, backend="triton")
+        torch.autograd.grad(value, (first, second), upstream)
+        if measured:
+            assert torch.cuda.max_memory_allocated() - before <= value.nbytes + 2**20
+        del value
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_pairs():
+    backend = type("Gpu", (), {"device": "cuda", "name": "triton"})
+    rows, columns = 70000, 31000
+    first, second = sets(backend, rows, columns)
+    value = box_mgiou(first, second, backend="triton")
+    for row, column in ((0, 0), (rows - 1, columns - 1), (rows // 2, 17)):
+        assert_same(value[row, column], box_mgiou(first[row : row + 1], second[column : column + 1])[0, 0])
+
+
+@pytest.mark.gpu
+def test_the_interpreters_sizes_are_not_the_only_ones():
+    """Several tiles of rows and columns, and rows of the matrix that start anywhere."""
+    backend = type("Gpu", (), {"device": "cuda", "name": "triton"})
+    for rows, columns in ((1, 1), (63, 257), (1025, 1030), (3000, 700)):
+        first, second = sets(backend, rows, columns)
+        eager = box_mgiou(first.double().cpu(), second.double().cpu(), backend="eager")
+        assert_close(matrix(backend, first, second), eager, atol=2e-6)
+        upstream = torch.ones(rows, columns)
+        for actual, want in zip(
+            gradients(backend, first, second, upstream),
+            gradients(type("Eager", (), {"device": "cpu", "name": "eager"}), first.cpu(), second.cpu(), upstream),
+            strict=True,
+        ):
+            assert_close(actual, want, atol=1e-3 * rows**0.5, rtol=1e-3)

@@ -1,0 +1,183 @@
+"""Values of the matrix: against the oracle, against the loss, and what swapping and ordering must not change."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helpers import AXIS_WEIGHTS, assert_close, assert_same, convex, generator, star
+from tests.pairs import oracle
+from tests.pairs.helpers import FORMATS, OVER, PLANE, ULP, needs_kernel, random_boxes
+from triton_mgiou import PAPER, box_mgiou, box_mgiou_loss, polygon_mgiou
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def matrix(backend, first, second, **options):
+    options = {name: v.to(backend.device) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
+    function = polygon_mgiou if first.dim() > 2 and first.shape[-1] == 2 else box_mgiou
+    needs_kernel(backend, options.get("fmt"))
+    return function(first.to(backend.device), second.to(backend.device), backend=backend.name, **options)
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_boxes_match_the_oracle(backend, fmt, over, dtype):
+    rng = generator(1)
+    first, second = random_boxes(9, fmt, rng).to(dtype), random_boxes(20, fmt, rng).to(dtype)
+    expected = oracle.box_matrix(first.double().numpy(), second.double().numpy(), fmt=fmt, over=over)
+    tolerance = 8 * torch.finfo(dtype).eps
+    assert_close(matrix(backend, first, second, fmt=fmt, over=over), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
+@pytest.mark.parametrize("fmt", PLANE)
+def test_axis_weights_match_the_oracle(backend, fmt, axis_weight, over):
+    rng = generator(2)
+    first, second = random_boxes(5, fmt, rng), random_boxes(18, fmt, rng)
+    second[:, 2:4] *= 0.01 if fmt != "xyxy" else 1.0  # short edges, whose weights differ
+    expected = oracle.box_matrix(first.numpy(), second.numpy(), fmt=fmt, over=over, axis_weight=axis_weight)
+    assert_close(
+        matrix(backend, first, second, fmt=fmt, over=over, axis_weight=axis_weight), expected, atol=1e-14, rtol=1e-14
+    )
+
+
+@pytest.mark.parametrize("angle", ["radians", "degrees"])
+@pytest.mark.parametrize("clockwise", [True, False])
+def test_conventions_of_the_angle_match_the_oracle(backend, angle, clockwise):
+    rng = generator(3)
+    first, second = random_boxes(5, "cxcywhr", rng), random_boxes(18, "cxcywhr", rng)
+    if angle == "degrees":
+        first[:, 4], second[:, 4] = (each[:, 4].rad2deg() for each in (first, second))
+    options = {"angle": angle, "clockwise": clockwise}
+    expected = oracle.box_matrix(first.numpy(), second.numpy(), **options)
+    assert_close(matrix(backend, first, second, **options), expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
+@pytest.mark.parametrize("sizes", [(4, 4), (3, 9)])
+def test_polygons_match_the_oracle(backend, sizes, axis_weight, over):
+    rng = generator(4)
+    first, second = convex(5, sizes[0], rng), star(6, sizes[1], rng)
+    lengths1 = torch.tensor([sizes[0], 3, 2, 1, sizes[0]])
+    lengths2 = torch.tensor([sizes[1], 3, sizes[1] + 5, 2, sizes[1] - 1, 3])
+    first[4] += 3
+    options = {"over": over, "axis_weight": axis_weight}
+    expected = oracle.polygon_matrix(
+        first.numpy(), second.numpy(), lengths1=lengths1.numpy(), lengths2=lengths2.numpy(), **options
+    )
+    actual = matrix(backend, first, second, lengths1=lengths1, lengths2=lengths2, **options)
+    assert_close(actual, expected, atol=1e-13, rtol=1e-13)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@given(seed=SEEDS)
+def test_mean_is_the_loss_entry_by_entry(backend, fmt, seed):
+    rng = generator(seed)
+    first, second = random_boxes(5, fmt, rng, 20).float(), random_boxes(7, fmt, rng, 20).float()
+    pairs = first.repeat_interleave(7, 0), second.repeat(5, *[1] * (second.dim() - 1))
+    pairs = (each.to(backend.device) for each in pairs)
+    loss = box_mgiou_loss(*pairs, fmt=fmt, reduction="none", backend=backend.name, **PAPER)
+    expected = 1 - 2 * loss.reshape(5, 7)
+    assert_close(matrix(backend, first, second, fmt=fmt), expected, atol=4 * ULP)
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("fmt", FORMATS)
+@given(seed=SEEDS)
+def test_swapping_the_sets_changes_no_bit(backend, fmt, over, seed):
+    rng = generator(seed)
+    first, second = random_boxes(5, fmt, rng).float(), random_boxes(18, fmt, rng).float()
+    there = matrix(backend, first, second, fmt=fmt, over=over)
+    back = matrix(backend, second, first, fmt=fmt, over=over)
+    assert_same(back.T, there)
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_ordering_a_set_changes_no_bit(backend, fmt, over):
+    rng = generator(6)
+    first, second = random_boxes(70, fmt, rng).float(), random_boxes(19, fmt, rng).float()
+    rows, columns = torch.randperm(70, generator=rng), torch.randperm(19, generator=rng)
+    plain = matrix(backend, first, second, fmt=fmt, over=over).cpu()
+    assert_same(matrix(backend, first[rows], second[columns], fmt=fmt, over=over).cpu(), plain[rows][:, columns])
+    assert_same(matrix(backend, first[3:4], second[5:6], fmt=fmt, over=over).cpu(), plain[3:4, 5:6])
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("fmt", FORMATS)
+@given(seed=SEEDS, shift=st.sampled_from([0.0, 4e4]))
+def test_equal_boxes_are_exactly_1(backend, fmt, over, seed, shift):
+    boxes = random_boxes(8, fmt, generator(seed), 50)
+    if shift:
+        boxes[..., : 2 if fmt.startswith("cxcy") else None] += shift
+    boxes = boxes.float()
+    diagonal = matrix(backend, boxes, boxes, fmt=fmt, over=over).diagonal()
+    assert_close(diagonal, np.ones(8), atol=0)
+
+
+@pytest.mark.parametrize("exponent", [-100, -30, 60, 110])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_power_of_two_changes_no_bit(backend, fmt, exponent):
+    rng = generator(8)
+    first, second = random_boxes(4, fmt, rng).float(), random_boxes(17, fmt, rng).float()
+    plain = matrix(backend, first, second, fmt=fmt)
+    for boxes in (first, second):
+        boxes[..., : boxes.shape[-1] - fmt.endswith("r")] *= 2.0**exponent
+    assert_same(matrix(backend, first, second, fmt=fmt), plain)
+
+
+def test_degrees_know_their_turns_exactly(backend):
+    rng = generator(9)
+    boxes = random_boxes(6, "cxcywhr", rng).float()
+    boxes[:, 4] = torch.tensor([0, 30, -45, 90, 179.5, 12.25])
+    half, quarter = boxes.clone(), boxes[:, [0, 1, 3, 2, 4]]
+    half[:, 4] += 180
+    quarter[:, 4] += 90
+    for turned in (half, quarter):
+        assert_close(matrix(backend, boxes, turned, angle="degrees").diagonal(), np.ones(6), atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_are_computed_in_float32(backend, dtype):
+    rng = generator(10)
+    first, second = (random_boxes(n, "cxcywhr", rng).to(dtype) for n in (4, 20))
+    first[:, :4] *= 256  # their squares overflow float16
+    second[:, :4] *= 256
+    actual = matrix(backend, first, second)
+    assert actual.dtype == torch.float32
+    assert_same(actual, matrix(backend, first.float(), second.float()))
+
+
+def test_batches_are_their_matrices(backend):
+    rng = generator(11)
+    first, second = (
+        random_boxes(12, "cxcywhr", rng).reshape(3, 4, 5),
+        random_boxes(51, "cxcywhr", rng).reshape(3, 17, 5),
+    )
+    batched = matrix(backend, first, second)
+    assert batched.shape == (3, 4, 17)
+    for b in range(3):
+        assert_same(batched[b], matrix(backend, first[b], second[b]))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
+def test_no_boxes_make_an_empty_matrix(backend, shape):
+    first, second = (torch.ones(n, 5, device=backend.device, requires_grad=True) for n in shape)
+    value = matrix(backend, first, second)
+    assert value.shape == shape
+    assert value.dtype == torch.float32
+    for leaf, grad in zip((first, second), torch.autograd.grad(value.sum(), (first, second)), strict=True):
+        assert_close(grad, np.zeros(tuple(leaf.shape)), atol=0)
+
+
+def test_strides_do_not_matter(backend):
+    rng = generator(12)
+    first, second = random_boxes(5, "cxcywhr", rng).float(), random_boxes(18, "cxcywhr", rng).float()
+    spread = torch.full((10, 11), torch.nan)[::2, ::2]
+    spread = spread[:, :5].copy_(first)
+    assert_same(matrix(backend, spread, second.T.contiguous().T), matrix(backend, first, second))

@@ -1,0 +1,128 @@
+"""IoU of polygons and average precision, against a raster, pair by pair, and COCO's definition by loops."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triton_mgiou.metrics import COCO_THRESHOLDS, average_precision, polygon_iou, polygon_iou_matrix
+
+SQUARE = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+BOW_TIE = SQUARE[[0, 1, 3, 2]]
+
+
+def even_odd(points, polygon):
+    """Whether the outline runs an odd number of times around each point, by the angles that it is seen under."""
+    start = polygon - points[:, None]
+    end = np.roll(start, -1, axis=1)
+    cross = start[..., 0] * end[..., 1] - start[..., 1] * end[..., 0]
+    turned = np.arctan2(cross, (start * end).sum(-1)).sum(1)
+    return np.round(turned / math.tau).astype(int) % 2 == 1
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 8, 16])
+def test_matrix_against_a_raster(size):
+    rng = np.random.default_rng(size)
+    grid = (np.stack(np.meshgrid(np.arange(200), np.arange(200)), axis=-1).reshape(-1, 2) + 0.5) / 200
+    preds = [rng.random((size, 2)) for _ in range(4)]
+    targets = [SQUARE * 0.6 + 0.2, rng.random((6, 2)), BOW_TIE * 0.9]
+    expected = np.empty((4, 3))
+    for i, pred in enumerate(preds):
+        for j, target in enumerate(targets):
+            a, b = even_odd(grid, pred), even_odd(grid, target)
+            expected[i, j] = (a & b).sum() / (a | b).sum()
+    np.testing.assert_allclose(polygon_iou_matrix(preds, targets), expected, atol=0.006)
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=3, max_size=7), max_size=3),
+    st.lists(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=3, max_size=7), max_size=3),
+)
+def test_matrix_is_every_pair(preds, targets):
+    """On a coarse grid, where vertices repeat and edges overlap all the time."""
+    matrix = polygon_iou_matrix(preds, targets)
+    assert matrix.shape == (len(preds), len(targets))
+    for i, pred in enumerate(preds):
+        for j, target in enumerate(targets):
+            assert matrix[i, j] == pytest.approx(polygon_iou(pred, target), abs=1e-9)
+
+
+def test_matrix_of_polygons_of_several_sizes_and_without_an_area():
+    nan = SQUARE.copy()
+    nan[1, 1] = math.nan
+    matrix = polygon_iou_matrix([SQUARE, SQUARE[:3], np.zeros((5, 2)), nan, SQUARE + 5], [SQUARE, nan])
+    np.testing.assert_allclose(matrix, [[1, 0], [0.5, 0], [0, 0], [0, 0], [0, 0]], atol=1e-12)
+
+
+@pytest.mark.parametrize("polygon", [np.zeros((2, 2)), np.zeros((4, 3)), np.zeros(4)])
+def test_a_wrong_shape_is_named(polygon):
+    with pytest.raises(ValueError, match=r"target must have shape \(N, 2\) with N >= 3, got"):
+        polygon_iou(SQUARE, polygon)
+    with pytest.raises(ValueError, match=r"pred\[1\] must have shape \(N, 2\) with N >= 3, got"):
+        polygon_iou_matrix([SQUARE, polygon], [SQUARE])
+
+
+def test_without_shapely(monkeypatch):
+    monkeypatch.setitem(sys.modules, "shapely", None)
+    with pytest.raises(ImportError, match=r"triton-mgiou\[demo\]"):
+        polygon_iou(SQUARE, SQUARE)
+
+
+def literal_average_precision(images, threshold):
+    """COCO's definition, one prediction after the other."""
+    ranked, total = [], 0
+    for ious, scores in images:
+        taken = set()
+        total += ious.shape[1]
+        for row in sorted(range(len(scores)), key=lambda row: -scores[row]):
+            candidates = [j for j in range(ious.shape[1]) if j not in taken and ious[row, j] >= threshold]
+            if candidates:
+                taken.add(max(candidates, key=lambda j: ious[row, j]))
+            ranked.append((scores[row], bool(candidates)))
+    ranked.sort(key=lambda pair: -pair[0])
+    points, hits = [], 0
+    for rank, (_, correct) in enumerate(ranked, 1):
+        hits += correct
+        points.append((hits / total, hits / rank))
+    levels = [max((p for r, p in points if r >= step / 100), default=0.0) for step in range(101)]
+    return sum(levels) / 101
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_average_precision_against_its_definition(seed):
+    rng = np.random.default_rng(seed)
+    images = []
+    for _ in range(12):
+        shape = rng.integers(0, 9), rng.integers(0, 5)
+        images.append((rng.random(shape) ** 0.5, rng.permutation(1000)[: shape[0]] / 1000))
+    found = average_precision(images)
+    np.testing.assert_allclose(found, [literal_average_precision(images, t) for t in COCO_THRESHOLDS], atol=1e-12)
+    assert found[0] > found[-1]
+
+
+def test_average_precision_by_hand():
+    """Two targets. The best prediction is right, the second wrong, the third right at .5 only."""
+    ious = np.array([[0.96, 0.0], [0.3, 0.2], [0.0, 0.6]])
+    ap = average_precision([(ious, [0.9, 0.8, 0.7])], thresholds=(0.5, 0.95))
+    np.testing.assert_allclose(ap, [(51 + 50 * 2 / 3) / 101, 51 / 101])
+
+
+def test_a_target_is_matched_once():
+    """A second prediction of the same target is a false one, and the higher score chooses first."""
+    ious = np.array([[0.8], [0.9]])
+    assert average_precision([(ious, [0.6, 0.5])], (0.5,)) == pytest.approx([1.0])
+    assert average_precision([(ious, [0.5, 0.6])], (0.85,)) == pytest.approx([1.0])
+    assert average_precision([(ious, [0.6, 0.5])], (0.85,)) == pytest.approx([0.5])
+
+
+def test_average_precision_without_predictions_or_targets():
+    assert average_precision([(np.zeros((0, 3)), [])], (0.5,)) == pytest.approx([0.0])
+    assert np.isnan(average_precision([(np.zeros((2, 0)), [0.5, 0.6])], (0.5,))).all()
+    assert np.isnan(average_precision([], (0.5,))).all()
+    with pytest.raises(ValueError, match=r"images\[1\] must be IoUs of shape \(P, T\)"):
+        average_precision([(np.zeros((1, 1)), [0.5]), (np.zeros((2, 1)), [0.5])])

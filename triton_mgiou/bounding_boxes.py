@@ -1,0 +1,79 @@
+"""Read `tv_tensors.BoundingBoxes` of torchvision, which know their own format. Does not import torchvision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ROTATED = ("XYWHR", "CXCYWHR", "XYXYXYXY")
+
+
+def is_bounding_boxes(value: object) -> bool:
+    """Whether this is a `tv_tensors.BoundingBoxes`."""
+    return isinstance(value, Tensor) and type(value).__name__ == "BoundingBoxes" and hasattr(value, "format")
+
+
+def plain_boxes(name: str, boxes: Any, fmt: str, angle: str, clockwise: bool) -> Tensor:
+    """The boxes as a plain tensor of this format.
+
+    Torchvision's angles are degrees, counter-clockwise on a screen. Its "XYWHR" has the corner that is the upper left
+    one at no turn. Corners are taken for those of a rectangle where its sides are asked for, as torchvision does.
+
+    Raises:
+        ValueError: The format has no place for them: for their angle, or for boxes in the plane.
+    """
+    kind = boxes.format.name
+    numbers: Tensor = boxes.as_subclass(Tensor)
+    if kind.lower() == fmt and fmt in ("xyxy", "cxcywh", "xyxyxyxy"):
+        return numbers
+    expected = ("cxcywhr", "xyxyxyxy") if kind in _ROTATED else ("cxcywhr", "cxcywh", "xyxy", "xyxyxyxy")
+    if fmt not in expected:
+        raise ValueError(
+            f"{name} is a BoundingBoxes of format {kind}: expected fmt {' or '.join(map(repr, expected))}, got {fmt!r}"
+        )
+    x, y, w, h, degrees = _centre(kind, numbers)
+    if fmt == "cxcywh":
+        return torch.stack((x, y, w, h), dim=-1)
+    if fmt == "xyxy":
+        return torch.stack((x - w / 2, y - h / 2, x + w / 2, y + h / 2), dim=-1)
+    if fmt == "xyxyxyxy":
+        return _corners(x, y, w, h, degrees)
+    turn = -degrees if clockwise else degrees
+    return torch.stack((x, y, w, h, turn if angle == "degrees" else torch.deg2rad(turn)), dim=-1)
+
+
+def _centre(kind: str, numbers: Tensor) -> tuple[Tensor, ...]:
+    """Centre, width, height and degrees, counter-clockwise on a screen."""
+    first, second, third, fourth, *rest = numbers.unbind(-1)
+    none = torch.zeros_like(first)
+    if kind == "XYXY":
+        return (first + third) / 2, (second + fourth) / 2, third - first, fourth - second, none
+    if kind == "XYWH":
+        return first + third / 2, second + fourth / 2, third, fourth, none
+    if kind == "CXCYWH":
+        return first, second, third, fourth, none
+    if kind == "CXCYWHR":
+        return first, second, third, fourth, rest[0]
+    if kind == "XYWHR":
+        along, across = _half_sides(third, fourth, rest[0])
+        return first + along[0] + across[0], second + along[1] + across[1], third, fourth, rest[0]
+    x, y = numbers[..., 0::2].mean(-1), numbers[..., 1::2].mean(-1)
+    w, h = torch.hypot(third - first, fourth - second), torch.hypot(rest[0] - third, rest[1] - fourth)
+    return x, y, w, h, torch.rad2deg(torch.atan2(second - fourth, third - first))
+
+
+def _half_sides(w: Tensor, h: Tensor, degrees: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Half of the width and half of the height as vectors: to the right and down at no turn."""
+    turn = torch.deg2rad(degrees)
+    cos, sin = turn.cos() / 2, turn.sin() / 2
+    return (w * cos, -w * sin), (h * sin, h * cos)
+
+
+def _corners(x: Tensor, y: Tensor, w: Tensor, h: Tensor, degrees: Tensor) -> Tensor:
+    """From the upper left one at no turn, clockwise on a screen."""
+    along, across = _half_sides(w, h, degrees)
+    signs = ((-1, -1), (1, -1), (1, 1), (-1, 1))
+    corners = [(x + i * along[0] + j * across[0], y + i * along[1] + j * across[1]) for i, j in signs]
+    return torch.stack([number for corner in corners for number in corner], dim=-1)

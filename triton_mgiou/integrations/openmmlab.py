@@ -1,0 +1,126 @@
+"""MGIoU in mmengine's registries, for configs of mmdetection, mmrotate and mmdetection3d.
+
+One line of a config makes the names below known, and no code:
+
+    custom_imports = dict(imports=["triton_mgiou.integrations.openmmlab"], allow_failed_imports=False)
+
+    loss_bbox = dict(type="BoxMGIoULoss", fmt="cxcywhr", loss_weight=2.0)              # a head's
+    match_costs = [dict(type="MGIoUCost", fmt="cxcywhr", weight=2.0)]                  # of a HungarianAssigner
+    iou_calculator = dict(type="MGIoUOverlaps2D", fmt="cxcywhr")                       # of a MaxIoUAssigner
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mmengine.registry import MODELS, TASK_UTILS  # type: ignore[import-not-found, unused-ignore]
+from torch import Tensor
+
+from triton_mgiou.arguments import check_box_format, check_number
+from triton_mgiou.functional import box_mgiou
+from triton_mgiou.modules import BoxMGIoULoss, MGIoULoss
+
+
+class MGIoUCost:
+    """Cost of matching predictions with ground truth, in mmdetection's protocol: `-weight` times their MGIoU.
+
+    Args:
+        weight: Factor on the cost.
+        fmt: What the numbers of a box are, as in `box_mgiou`: "xyxy" for mmdetection, "cxcywhr" for mmrotate.
+        angle: "radians" or "degrees".
+        clockwise: As in `box_mgiou`.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: There is no such format.
+    """
+
+    def __init__(self, weight: float = 1.0, fmt: str = "xyxy", angle: str = "radians", clockwise: bool = True) -> None:
+        check_number("weight", weight)
+        check_box_format(fmt, angle, clockwise)
+        self.weight = weight
+        self.options: dict[str, Any] = {"fmt": fmt, "angle": angle, "clockwise": clockwise}
+
+    def __call__(
+        self,
+        pred_instances: Any,
+        gt_instances: Any,
+        img_meta: dict[str, Any] | None = None,  # noqa: ARG002 - of the protocol
+        **_: Any,
+    ) -> Tensor:
+        """Return the costs.
+
+        Args:
+            pred_instances: Has `bboxes`, (num_preds, n): a tensor, or boxes that have one in `tensor`.
+            gt_instances: The same, (num_gts, n).
+            img_meta: Not used.
+
+        Returns:
+            Shape (num_preds, num_gts). A pair with NaN has the highest cost, since no solver takes a NaN.
+        """
+        mgiou = box_mgiou(_tensor(pred_instances.bboxes), _tensor(gt_instances.bboxes), **self.options)
+        return self.weight * -torch.where(mgiou.isnan(), -1.0, mgiou)
+
+
+class MGIoUOverlaps2D:
+    """MGIoU as an assigner's overlap: in [0, 1], as assigners take what is below 0 for boxes to be ignored.
+
+    Args:
+        fmt: As in `MGIoUCost`.
+        angle: "radians" or "degrees".
+        clockwise: As in `box_mgiou`.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: There is no such format.
+    """
+
+    def __init__(self, fmt: str = "xyxy", angle: str = "radians", clockwise: bool = True) -> None:
+        check_box_format(fmt, angle, clockwise)
+        self.options: dict[str, Any] = {"fmt": fmt, "angle": angle, "clockwise": clockwise}
+
+    def __call__(self, bboxes1: Any, bboxes2: Any, mode: str = "iou", is_aligned: bool = False) -> Tensor:
+        """Return the overlaps.
+
+        Args:
+            bboxes1: Boxes, (P, n): a tensor, or boxes that have one in `tensor`.
+            bboxes2: Boxes, (T, n).
+            mode: "iou" or "giou", which are the same here.
+            is_aligned: Whether to compare each box with that of its number only.
+
+        Returns:
+            Shape (P, T), or (P,) if `is_aligned`; 0 for a pair with NaN, and for one whose MGIoU is below 0.
+
+        Raises:
+            ValueError: Another mode: MGIoU is no share of one of the boxes.
+        """
+        if mode not in ("iou", "giou"):
+            raise ValueError(f"mode must be 'iou' or 'giou', got {mode!r}")
+        first, second = _tensor(bboxes1), _tensor(bboxes2)
+        if is_aligned:
+            mgiou = box_mgiou(first.unsqueeze(1), second.unsqueeze(1), **self.options).flatten()
+        else:
+            mgiou = box_mgiou(first, second, **self.options)
+        return torch.where(mgiou > 0, mgiou, 0.0)
+
+
+def _tensor(boxes: Any) -> Tensor:
+    """The tensor of mmdetection's `BaseBoxes`."""
+    tensor: Tensor = boxes if isinstance(boxes, Tensor) else boxes.tensor
+    return tensor
+
+
+def register() -> None:
+    """Put the losses, the cost and the overlaps into mmengine's registries. Importing this module has done it.
+
+    Raises:
+        KeyError: Another class has one of the names.
+    """
+    for registry, classes in ((MODELS, (MGIoULoss, BoxMGIoULoss)), (TASK_UTILS, (MGIoUCost, MGIoUOverlaps2D))):
+        for each in classes:
+            if registry.module_dict.get(each.__name__) is not each:
+                registry.register_module(module=each)
+
+
+register()

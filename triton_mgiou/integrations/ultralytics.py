@@ -1,0 +1,501 @@
+"""MGIoU in Ultralytics YOLO 8.4: trainers and validators for polygons (pose heads) and oriented boxes (OBB heads).
+
+    from ultralytics import YOLO
+    from triton_mgiou.integrations.ultralytics import MGIoUOBBTrainer, MGIoUPoseTrainer
+
+    YOLO("yolo11n-pose.yaml").train(trainer=MGIoUPoseTrainer, data="polygons.yaml", epochs=100)
+    YOLO("yolo11n-obb.yaml").train(trainer=MGIoUOBBTrainer, data="boxes.yaml", epochs=100)
+
+Heads of YOLOv8, YOLO11 and YOLO26. Options are class attributes of a subclass, which has to stand in a module that can
+be imported, since a training on several GPUs starts other processes that import it by name:
+
+    class MyTrainer(MGIoUPoseTrainer):
+        mode = "mgiou"
+
+A checkpoint holds nothing of this package: it loads, predicts and exports without it, and resumes with
+`YOLO("last.pt").train(resume=True, trainer=...)`, schedule included.
+
+Needs `pip install "triton-mgiou[ultralytics]"`. Ultralytics is licensed under AGPL-3.0, this module under MIT: it calls
+and subclasses, and copies nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import triton_mgiou
+from triton_mgiou.functional import PAPER, box_mgiou_loss, mgiou_loss
+from triton_mgiou.metrics import polygon_iou_matrix
+from triton_mgiou.modules import PolygonLoss
+from triton_mgiou.training.schedules import AlphaSchedule
+
+TESTED = "8.4.190"
+
+try:
+    import cv2
+    import ultralytics
+except ModuleNotFoundError as error:
+    raise ImportError(
+        'this adapter needs ultralytics; install it with: pip install "triton-mgiou[ultralytics]"'
+    ) from error
+
+
+def _other_version(found: str, known: str) -> str:
+    return (
+        f"ultralytics {ultralytics.__version__} {found}, but triton-mgiou {triton_mgiou.__version__} was made for "
+        f"ultralytics {TESTED}, which {known}"
+    )
+
+
+try:
+    from ultralytics.models.yolo.obb import OBBTrainer, OBBValidator
+    from ultralytics.models.yolo.pose import PoseTrainer, PoseValidator
+    from ultralytics.utils import DEFAULT_CFG, LOGGER, ops, tal
+    from ultralytics.utils.loss import KeypointLoss, RotatedBboxLoss
+    from ultralytics.utils.metrics import Metric, OBBMetrics, PoseMetrics, ap_per_class
+    from ultralytics.utils.plotting import plot_images
+    from ultralytics.utils.torch_utils import unwrap_model
+except ImportError as error:
+    raise ImportError(_other_version(f"lacks something ({error})", "has it")) from error
+
+BOX_OPTIONS: Mapping[str, Any] = {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25}
+SHOWN_IMAGES = 16  # of a batch, in a plot
+SHOWN_CONFIDENCE = 0.25
+VISIBLE = 0.5  # a predicted vertex is there from this confidence on
+
+# What is called here, or called by Ultralytics with these arguments.
+PoseAssigner = getattr(tal, "PoseTaskAlignedAssigner", None)  # not in 8.4.120 yet
+CALLS: dict[Callable[..., Any], tuple[str, ...]] = {
+    KeypointLoss.forward: ("self", "pred_kpts", "gt_kpts", "kpt_mask", "area"),
+    RotatedBboxLoss.forward: (
+        *("self", "pred_dist", "pred_bboxes", "anchor_points", "target_bboxes", "target_scores"),
+        *("target_scores_sum", "fg_mask", "imgsz", "stride"),
+    ),
+    tal.RotatedTaskAlignedAssigner.iou_calculation: ("self", "gt_bboxes", "pd_bboxes"),
+}
+if PoseAssigner is not None:
+    CALLS[PoseAssigner.pair_overlaps] = ("self", "indices", "gt_bboxes", "pd_bboxes", "pd_kpts", "gt_kpts")
+
+
+def check_version() -> None:
+    """Raise a RuntimeError that names both versions if this Ultralytics calls its losses in another way."""
+    for function, known in CALLS.items():
+        found = tuple(inspect.signature(function).parameters)
+        if found != known:
+            name = function.__qualname__
+            raise RuntimeError(_other_version(f"has {name}({', '.join(found)})", f"has {name}({', '.join(known)})"))
+
+
+# ---- losses
+
+
+class MGIoUBoxLoss(RotatedBboxLoss):
+    """Ultralytics' loss of oriented boxes with MGIoU in the place of ProbIoU; the distribution's part is theirs."""
+
+    def __init__(self, reg_max: int, options: Mapping[str, Any]) -> None:
+        super().__init__(reg_max)
+        self.options = options
+
+    def forward(
+        self,
+        pred_dist: Tensor,
+        pred_bboxes: Tensor,
+        anchor_points: Tensor,
+        target_bboxes: Tensor,
+        target_scores: Tensor,
+        target_scores_sum: Tensor | int,
+        fg_mask: Tensor,
+        imgsz: Tensor,
+        stride: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of the boxes and that of the distribution, both over the sum of the scores.
+
+        Args:
+            pred_dist: Predicted distributions of the sides, (B, A, 4 bins), for A anchors.
+            pred_bboxes: Predicted boxes, (B, A, 5): centre, size, angle in radians, in grid cells.
+            anchor_points: Centres of the grid cells, (A, 2).
+            target_bboxes: Target boxes, (B, A, 5), likewise.
+            target_scores: Scores of the targets, (B, A, classes); their sum over the classes is a box's weight.
+            target_scores_sum: What the sums are divided by.
+            fg_mask: The positives, (B, A), bool.
+            imgsz: Height and width of the images in pixels.
+            stride: Pixels of a grid cell, (A, 1).
+        """
+        _, distribution = super().forward(
+            *(pred_dist, pred_bboxes, anchor_points, target_bboxes, target_scores),
+            *(target_scores_sum, fg_mask, imgsz, stride),
+        )
+        positive = fg_mask.nonzero(as_tuple=True)
+        weight = target_scores[positive].sum(-1)
+        return self.boxes(pred_bboxes[positive], target_bboxes[positive], weight, target_scores_sum), distribution
+
+    def boxes(self, pred: Tensor, target: Tensor, weight: Tensor, total: Tensor | int) -> Tensor:
+        """Return the weighted sum of the losses of paired boxes (P, 5) over `total`."""
+        return box_loss(pred, target, weight=weight, avg_factor=total, **self.options)
+
+
+def box_loss(pred: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """The loss of paired boxes (P, 5): centre, size, angle in radians; options of `box_mgiou_loss`."""
+    return box_mgiou_loss(pred, target, **options)
+
+
+def _box_overlap(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
+    """MGIoU of paired boxes (P, 5), without terms and at least 0, for the assigner."""
+    return _overlap(box_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER))
+
+
+def _polygon_overlap(
+    assigner: Any, indices: tuple[Tensor, ...], gt_bboxes: Tensor, pd_bboxes: Tensor, pd_kpts: Tensor, gt_kpts: Tensor
+) -> Tensor:
+    """MGIoU of paired polygons, at least 0, for YOLO26's assigner, which else compares vertex i with vertex i.
+
+    Targets with fewer than three visible vertices keep the IoU of the upright boxes.
+    """
+    box: Tensor = tal.TaskAlignedAssigner.pair_overlaps(assigner, indices, gt_bboxes, pd_bboxes)
+    image, target, anchor = indices
+    vertices, visible = gt_kpts[image, target, :, :2], gt_kpts[image, target, :, 2] > 0
+    losses = mgiou_loss(
+        pd_kpts[image, anchor].float(), vertices, pred_mask=visible, target_mask=visible, reduction="none", **PAPER
+    )
+    return torch.where(visible.sum(-1) >= 3, _overlap(losses).to(box.dtype), box)
+
+
+def _overlap(losses: Tensor) -> Tensor:
+    return (1 - 2 * losses).clamp(min=0)
+
+
+class _Places(nn.Module):
+    """Hands a loss the places of the vertices alone: a YOLO26 head predicts a deviation of each beside them."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, pred_kpts: Tensor, *rest: Tensor) -> Tensor:
+        """Return the loss of pred_kpts, shape (P, K, 2 or more), and what Ultralytics hands over besides."""
+        value: Tensor = self.loss(pred_kpts[..., :2], *rest)
+        return value
+
+
+# ---- trainers
+
+
+class _MGIoUTrainer:
+    """What both trainers share: the criteria of the model and of its average get another loss before each epoch.
+
+    Before each epoch, and not once, since a resumed training, one that recovers from NaN or from a lack of memory makes
+    new ones. They belong to no model's class and are not saved, which keeps checkpoints plain.
+    """
+
+    def __init__(self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: Any = None) -> None:
+        check_version()
+        super().__init__(cfg, overrides, _callbacks)  # type: ignore[call-arg]
+        trainer: Any = self
+        if set_losses not in trainer.callbacks["on_train_epoch_start"]:  # other processes get those of the first
+            trainer.add_callback("on_train_epoch_start", set_losses)
+
+    def set_loss(self, criterion: Any) -> None:
+        """Put the loss into an Ultralytics criterion; called before each epoch for each criterion.
+
+        Args:
+            criterion: A `v8PoseLoss`, `PoseLoss26` or `v8OBBLoss`.
+        """
+        raise NotImplementedError
+
+
+def set_losses(trainer: Any) -> None:
+    """Put the loss of one of our trainers into the criteria of its model and of the model's average."""
+    models = [unwrap_model(trainer.model)] + ([trainer.ema.ema] if trainer.ema else [])
+    for model in models:
+        if getattr(model, "criterion", None) is None:
+            model.criterion = model.init_criterion()
+        both = (getattr(model.criterion, "one2many", None), getattr(model.criterion, "one2one", None))
+        for criterion in both if all(both) else (model.criterion,):
+            for part in trainer.PARTS:
+                if not hasattr(criterion, part):
+                    kind = type(criterion).__name__
+                    raise RuntimeError(_other_version(f"has a {kind} without {part}", f"has {kind}.{part}"))
+            trainer.set_loss(criterion)
+
+
+class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
+    """Train a pose head whose keypoints are the vertices of a polygon, in order along its outline, by `PolygonLoss`.
+
+    `PolygonPoseValidator` judges it and chooses `best.pt`. Set these in a subclass:
+
+    Attributes:
+        mode: "hybrid" where vertex i has a meaning, such as a certain corner; "mgiou" where the first vertex is
+            arbitrary; "l2". A YOLO26 head has two more parts that compare vertex i with vertex i: in "mgiou" its
+            assigner takes MGIoU instead, and its RLE loss should be turned off (`rle=0`).
+        alpha: The weight of L2 in "hybrid"; None for an `AlphaSchedule` over the epochs.
+        schedule: Options of that `AlphaSchedule`: `kind`, `start`, `end`.
+        sigmas: Tolerances of the vertices in L2; None for Ultralytics' own (`kpt_oks_sigmas` of the data set, or one
+            over the number of vertices).
+        options: Options of the MGIoU part, those of `MGIoULoss`.
+    """
+
+    PARTS = ("keypoint_loss", "assigner")
+    mode: ClassVar[str] = "hybrid"
+    alpha: ClassVar[float | None] = None
+    schedule: ClassVar[Mapping[str, Any]] = {}
+    sigmas: ClassVar[float | Sequence[float] | None] = None
+    options: ClassVar[Mapping[str, Any]] = {}
+    polygon_loss: nn.Module | None = None
+
+    def make_loss(self, sigmas: Tensor) -> nn.Module:
+        """Make the loss; called once.
+
+        Args:
+            sigmas: What Ultralytics takes for the tolerances of the keypoints, shape (K,).
+
+        Returns:
+            A module with Ultralytics' calling convention: (pred_kpts, gt_kpts, kpt_mask, area) to a scalar.
+        """
+        trainer: Any = self
+        alpha: float | nn.Module | None = self.alpha
+        if self.mode == "hybrid" and alpha is None:
+            alpha = AlphaSchedule(trainer.epochs, **self.schedule)
+        tolerances = sigmas if self.sigmas is None else self.sigmas
+        loss = PolygonLoss(self.mode, alpha=alpha, sigmas=tolerances, return_parts=False, **self.options)
+        return _Places(loss).to(sigmas.device)
+
+    def set_loss(self, criterion: Any) -> None:
+        """Put the loss into a `v8PoseLoss` or `PoseLoss26`."""
+        trainer: Any = self
+        if self.polygon_loss is None:
+            self.polygon_loss = self.make_loss(criterion.keypoint_loss.sigmas)
+            if self.mode == "mgiou" and getattr(criterion, "rle_loss", None) is not None and criterion.hyp.rle > 0:
+                LOGGER.warning('mode "mgiou" and the RLE loss, which compares vertex i with vertex i: rle=0 is better')
+        for schedule in self.polygon_loss.modules():
+            if isinstance(schedule, AlphaSchedule):
+                schedule.total_steps = trainer.epochs  # which a training by time estimates after each epoch
+                schedule.set(trainer.epoch)
+        criterion.keypoint_loss = self.polygon_loss
+        if self.mode == "mgiou" and PoseAssigner is not None and isinstance(criterion.assigner, PoseAssigner):
+            criterion.assigner.pair_overlaps = partial(_polygon_overlap, criterion.assigner)
+
+    def get_validator(self) -> PolygonPoseValidator:
+        """Return a `PolygonPoseValidator`."""
+        validator: PolygonPoseValidator = _validator(PolygonPoseValidator, self)
+        return validator
+
+    def plot_training_samples(self, batch: dict[str, Any], ni: int) -> None:
+        """Draw the polygons of a batch into `train_batch{ni}.jpg`."""
+        trainer: Any = self
+        _plot_polygons(batch, batch["img"], batch["im_file"], trainer.save_dir / f"train_batch{ni}.jpg", trainer)
+
+
+class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
+    """Train an OBB head with MGIoU in the place of ProbIoU, in the loss and in the assigner.
+
+    `PolygonOBBValidator` judges it by the IoU of the corners and chooses `best.pt`. Ultralytics' angle loss and its
+    loss of the distribution stay as they are; `angle=0` turns the first off. Set these in a subclass:
+
+    Attributes:
+        options: Options of the loss: `axis_weight`, `axis_grad`, `boundary_weight`.
+    """
+
+    PARTS = ("bbox_loss", "assigner", "reg_max")
+    options: ClassVar[Mapping[str, Any]] = BOX_OPTIONS
+
+    def make_loss(self, reg_max: int) -> MGIoUBoxLoss:
+        """Make the loss of a criterion whose distributions have `reg_max` bins."""
+        return MGIoUBoxLoss(reg_max, self.options)
+
+    def set_loss(self, criterion: Any) -> None:
+        """Put the loss into a `v8OBBLoss`."""
+        if not isinstance(criterion.bbox_loss, MGIoUBoxLoss):
+            criterion.bbox_loss = self.make_loss(criterion.reg_max).to(criterion.device)
+            criterion.assigner.iou_calculation = _box_overlap
+
+    def get_validator(self) -> PolygonOBBValidator:
+        """Return a `PolygonOBBValidator`."""
+        validator: PolygonOBBValidator = _validator(PolygonOBBValidator, self)
+        return validator
+
+
+def _validator(kind: Any, trainer: Any) -> Any:
+    return kind(trainer.test_loader, save_dir=trainer.save_dir, args=copy(trainer.args), _callbacks=trainer.callbacks)
+
+
+# ---- validators
+
+
+class _PolygonMetrics:
+    """Ultralytics' metrics of a task, and precision, recall and mAP by the IoU of polygons, marked (G)."""
+
+    def __init__(self, names: dict[int, str] | None = None) -> None:
+        super().__init__(names)  # type: ignore[call-arg]
+        self.polygon = Metric()
+        self.stats: dict[str, list[Any]]
+        self.names: dict[int, str]
+        self.stats["tp_g"] = []
+
+    def process(self, save_dir: Path = Path(), plot: bool = False, on_plot: Any = None) -> dict[str, NDArray[Any]]:
+        """Compute all metrics from what was seen."""
+        stats: dict[str, NDArray[Any]] = super().process(save_dir, plot, on_plot=on_plot)  # type: ignore[misc]
+        self.polygon.nc = len(self.names)
+        self.polygon.update(
+            ap_per_class(
+                *(stats[name] for name in ("tp_g", "conf", "pred_cls", "target_cls")),
+                plot=plot,
+                on_plot=on_plot,
+                save_dir=save_dir,
+                names=self.names,
+                prefix="Polygon",
+            )[2:]
+        )
+        return stats
+
+    @property
+    def keys(self) -> list[str]:
+        """The names of `mean_results`."""
+        own = [f"metrics/{name}(G)" for name in ("precision", "recall", "mAP50", "mAP50-95")]
+        return [*super().keys, *own]  # type: ignore[misc]
+
+    def mean_results(self) -> list[float]:
+        """Return the means over the classes."""
+        return [*super().mean_results(), *self.polygon.mean_results()]  # type: ignore[misc]
+
+    def class_result(self, i: int) -> list[float]:
+        """Return the results of one class."""
+        return [*super().class_result(i), *self.polygon.class_result(i)]  # type: ignore[misc]
+
+    @property
+    def fitness(self) -> float:
+        """What chooses `best.pt`: Ultralytics' fitness of the polygons alone."""
+        return float(self.polygon.fitness())
+
+    @property
+    def curves(self) -> list[str]:
+        """The names of `curves_results`."""
+        own = [f"{name}(G)" for name in ("Precision-Recall", "F1-Confidence", "Precision-Confidence")]
+        return [*super().curves, *own, "Recall-Confidence(G)"]  # type: ignore[misc]
+
+    @property
+    def curves_results(self) -> list[list[Any]]:
+        """The curves."""
+        return [*super().curves_results, *self.polygon.curves_results]  # type: ignore[misc]
+
+
+class PolygonPoseMetrics(_PolygonMetrics, PoseMetrics):
+    """Metrics of boxes (B), keypoints (P) and polygons (G)."""
+
+
+class PolygonOBBMetrics(_PolygonMetrics, OBBMetrics):
+    """Metrics of oriented boxes by ProbIoU (B) and by the IoU of their corners (G)."""
+
+
+class _PolygonValidator:
+    """Matches predictions with targets by the IoU of their polygons too."""
+
+    def _polygons(self, objects: Mapping[str, Tensor]) -> list[NDArray[np.float64]]:
+        raise NotImplementedError
+
+    def get_desc(self) -> str:
+        """The heading of the table of results."""
+        columns = ("Polygon(P", "R", "mAP50", "mAP50-95)")
+        return str(super().get_desc()) + ("%11s" * len(columns)) % columns  # type: ignore[misc]
+
+    def _process_batch(self, preds: dict[str, Tensor], batch: dict[str, Any]) -> dict[str, NDArray[Any]]:
+        validator: Any = self
+        found: dict[str, NDArray[Any]] = super()._process_batch(preds, batch)  # type: ignore[misc]
+        iou = torch.from_numpy(_ious(self._polygons(batch), self._polygons(preds))).to(preds["cls"].device)
+        found["tp_g"] = validator.match_predictions(preds["cls"], batch["cls"], iou).cpu().numpy()
+        return found
+
+
+def _ious(targets: Sequence[NDArray[np.float64]], preds: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """IoU of each target with each prediction, (T, P); 0 for what has fewer than three vertices."""
+    ious = np.zeros((len(targets), len(preds)))
+    rows, columns = ([k for k, each in enumerate(polygons) if len(each) >= 3] for polygons in (targets, preds))
+    ious[np.ix_(rows, columns)] = polygon_iou_matrix([targets[k] for k in rows], [preds[k] for k in columns])
+    return ious
+
+
+class PolygonPoseValidator(_PolygonValidator, PoseValidator):
+    """Ultralytics' validation of a pose head, and precision, recall, mAP50 and mAP50-95 by the IoU of the polygons.
+
+    Keypoints are the vertices of a polygon, read in their order by the even-odd rule (`polygon_iou`). A target's
+    invisible vertices are left out, and so are predicted ones with a confidence below one half, where the head predicts
+    one. What has fewer than three vertices left matches nothing. Ultralytics' own metric of keypoints compares vertex i
+    with vertex i and says nothing about polygons whose first vertex is arbitrary. Plots show the polygons.
+    """
+
+    def __init__(self, dataloader: Any = None, save_dir: Any = None, args: Any = None, _callbacks: Any = None) -> None:
+        super().__init__(dataloader, save_dir, args, _callbacks)
+        self.metrics = PolygonPoseMetrics()
+
+    def _polygons(self, objects: Mapping[str, Tensor]) -> list[NDArray[np.float64]]:
+        keypoints = objects["keypoints"].double().cpu().numpy()
+        if keypoints.shape[-1] == 2:
+            return list(keypoints)
+        # A target's third number is 0, 1 or 2.
+        return [polygon[polygon[:, 2] >= VISIBLE, :2] for polygon in keypoints]
+
+    def plot_val_samples(self, batch: dict[str, Any], ni: int) -> None:
+        """Draw the targets of a batch into `val_batch{ni}_labels.jpg`."""
+        _plot_polygons(batch, batch["img"], batch["im_file"], self.save_dir / f"val_batch{ni}_labels.jpg", self)
+
+    def plot_predictions(
+        self, batch: dict[str, Any], preds: list[dict[str, Tensor]], ni: int, max_det: int | None = None
+    ) -> None:
+        """Draw the predictions for a batch into `val_batch{ni}_pred.jpg`."""
+        parts = []
+        for image, pred in enumerate(preds[:SHOWN_IMAGES]):
+            most = max_det or self.args.max_det
+            sure = pred["conf"][:most] > SHOWN_CONFIDENCE
+            shown = {name: pred[name][:most][sure] for name in ("cls", "conf", "bboxes", "keypoints")}
+            parts.append({**shown, "batch_idx": torch.full_like(shown["conf"], image)})
+        if not parts:
+            return
+        labels = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        labels["bboxes"] = ops.xyxy2xywh(labels["bboxes"])
+        _plot_polygons(labels, batch["img"], batch["im_file"], self.save_dir / f"val_batch{ni}_pred.jpg", self)
+
+
+class PolygonOBBValidator(_PolygonValidator, OBBValidator):
+    """Ultralytics' validation of an OBB head, and precision, recall and mAP by the IoU of the corners.
+
+    Its own metric is ProbIoU, which takes a square for a circle: a detector that has learnt no angle at all passes.
+    """
+
+    def __init__(self, dataloader: Any = None, save_dir: Any = None, args: Any = None, _callbacks: Any = None) -> None:
+        super().__init__(dataloader, save_dir, args, _callbacks)
+        self.metrics = PolygonOBBMetrics()
+
+    def _polygons(self, objects: Mapping[str, Tensor]) -> list[NDArray[np.float64]]:
+        return list(ops.xywhr2xyxyxyxy(objects["bboxes"].double()).cpu().numpy())
+
+
+def _plot_polygons(labels: Mapping[str, Any], images: Tensor, paths: Sequence[str], name: Path, owner: Any) -> None:
+    """Let Ultralytics draw boxes and, as masks, the polygons that the keypoints are."""
+    first = labels["batch_idx"] < SHOWN_IMAGES
+    shown = {key: labels[key][first] for key in ("cls", "bboxes", "batch_idx", "keypoints", "conf") if key in labels}
+    keypoints = shown.pop("keypoints").float().cpu().numpy()
+    height, width = images.shape[2:]
+    if len(keypoints) and keypoints[..., :2].max() <= 1.01:  # relative, as targets are
+        keypoints[..., :2] *= (width, height)
+    masks = np.zeros((len(keypoints), height, width), dtype=np.uint8)
+    for mask, polygon in zip(masks, keypoints, strict=True):
+        kept = polygon if polygon.shape[1] == 2 else polygon[polygon[:, 2] >= VISIBLE, :2]
+        if len(kept):
+            cv2.fillPoly(mask, [kept.round().astype(np.int32)], 1)
+    plot_images(
+        labels={**shown, "masks": masks},
+        images=images[:SHOWN_IMAGES],
+        paths=paths,
+        fname=name,
+        names=owner.data["names"],
+        on_plot=owner.on_plot,
+    )

@@ -1,0 +1,191 @@
+"""How predicted polygons are judged: their IoU, read in the order of their vertices, and COCO's average precision.
+
+Needs Shapely (`pip install "triton-mgiou[demo]"`), which is imported by the first call.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+COCO_THRESHOLDS = tuple(threshold / 100 for threshold in range(50, 100, 5))
+
+Floats = NDArray[np.float64]
+
+
+def polygon_iou(pred: ArrayLike, target: ArrayLike) -> float:
+    """Intersection over union of two polygons, each read in the order of its vertices, by the even-odd rule.
+
+    Both outlines together cut the plane into faces; each face lies wholly inside or outside of either polygon. So
+    there is nothing to repair in a polygon that crosses itself: a bow-tie covers its two lobes, the inside of a loop
+    that runs around twice is outside. Where neither polygon covers any area, or a coordinate is not finite, it is 0.
+
+    Args:
+        pred: Vertices, shape (N, 2), N >= 3.
+        target: Vertices, shape (M, 2), M >= 3.
+
+    Returns:
+        The IoU, in 0..1.
+
+    Raises:
+        ImportError: Shapely is not installed.
+        ValueError: A polygon has another shape.
+    """
+    p, g = _vertices("pred", pred), _vertices("target", target)
+    if not (np.isfinite(p).all() and np.isfinite(g).all()):
+        return 0.0
+    faces, (in_p, in_g) = _faces(p, g)
+    areas = _shapely().area(faces)
+    union = areas[in_p | in_g].sum()
+    return float(areas[in_p & in_g].sum() / union) if union > 0 else 0.0
+
+
+def polygon_iou_matrix(pred: Sequence[ArrayLike] | NDArray[Any], target: Sequence[ArrayLike] | NDArray[Any]) -> Floats:
+    """`polygon_iou` of every polygon of one set with every one of another, for the many pairs of a validation.
+
+    Args:
+        pred: P polygons, shapes (N, 2), N >= 3; N may differ.
+        target: T polygons, likewise.
+
+    Returns:
+        The IoUs, shape (P, T).
+
+    Raises:
+        ImportError: Shapely is not installed.
+        ValueError: A polygon has another shape.
+    """
+    shapely = _shapely()
+    sets = [
+        [_vertices(f"{name}[{k}]", polygon) for k, polygon in enumerate(polygons)]
+        for name, polygons in (("pred", pred), ("target", target))
+    ]
+    p, g = (np.array([_region(polygon) for polygon in polygons], dtype=object) for polygons in sets)
+    ious = np.zeros((len(p), len(g)))
+    if not ious.size:
+        return ious
+    (p_low, p_high), (g_low, g_high) = (_bounds(regions) for regions in (p, g))
+    # NaN, the bounds of a polygon without an area, overlaps nothing.
+    overlap = (p_low[:, None] < g_high) & (g_low < p_high[:, None])
+    row, column = np.nonzero(overlap.all(2))
+    inter = shapely.area(shapely.intersection(p[row], g[column]))
+    union = shapely.area(p)[row] + shapely.area(g)[column] - inter
+    ious[row, column] = inter / union
+    return ious
+
+
+def average_precision(
+    images: Iterable[tuple[ArrayLike, ArrayLike]], thresholds: Sequence[float] = COCO_THRESHOLDS
+) -> Floats:
+    """COCO's average precision of one class.
+
+    In each image the predictions choose in the order of their scores, each the free target with the highest IoU that
+    reaches the threshold. Then all predictions of all images are ranked by score, and the precision, made
+    non-increasing from the right, is averaged over the recalls 0, 0.01 .. 1. Unlike COCO's, the number of predictions
+    in an image is not limited.
+
+    Args:
+        images: For each image the IoUs of its predictions with its targets, shape (P, T), and the predictions'
+            scores, shape (P,). An image without predictions is given as (0, T): its targets count as missed.
+        thresholds: IoUs from which on a prediction is right.
+
+    Returns:
+        The average precision at each threshold, in 0..1; NaN if there is no target at all.
+
+    Raises:
+        ValueError: IoUs and scores of an image do not fit together.
+    """
+    limits = np.asarray(thresholds, dtype=np.float64)
+    all_scores, all_correct, total = [np.zeros(0)], [np.zeros((0, len(limits)), dtype=bool)], 0
+    for index, (iou, score) in enumerate(images):
+        ious, scores = np.asarray(iou, dtype=np.float64), np.asarray(score, dtype=np.float64)
+        if ious.ndim != 2 or scores.shape != ious.shape[:1]:
+            raise ValueError(
+                f"images[{index}] must be IoUs of shape (P, T) and scores of shape (P,), "
+                f"got {ious.shape} and {scores.shape}"
+            )
+        all_scores.append(scores)
+        all_correct.append(_match(ious, scores, limits))
+        total += ious.shape[1]
+    if total == 0:
+        return np.full(len(limits), np.nan)
+    order = np.argsort(-np.concatenate(all_scores), kind="stable")
+    correct = np.concatenate(all_correct)[order]
+    hits = correct.cumsum(0)
+    recall = hits / total
+    precision = hits / np.arange(1, len(hits) + 1)[:, None]
+    precision = np.maximum.accumulate(precision[::-1])[::-1]
+    result = np.zeros(len(limits))
+    for k in range(len(limits)):
+        place = np.searchsorted(recall[:, k], np.arange(101) / 100, side="left")
+        result[k] = np.append(precision[:, k], 0.0)[place].mean()
+    return result
+
+
+def _match(ious: Floats, scores: Floats, limits: Floats) -> NDArray[np.bool_]:
+    """Whether each prediction is right at each limit, (P, L)."""
+    correct = np.zeros((len(ious), len(limits)), dtype=bool)
+    if not ious.size:
+        return correct
+    for k, limit in enumerate(limits):
+        free = np.ones(ious.shape[1], dtype=bool)
+        for row in np.argsort(-scores, kind="stable"):
+            best = int(np.where(free, ious[row], -1.0).argmax())
+            if free[best] and ious[row, best] >= limit:
+                correct[row, k] = True
+                free[best] = False
+    return correct
+
+
+def _faces(*outlines: Floats) -> tuple[NDArray[Any], list[NDArray[np.bool_]]]:
+    """The faces that the outlines together cut the plane into, and for each outline which of them it covers."""
+    shapely = _shapely()
+    lines = shapely.union_all([shapely.linearrings(outline) for outline in outlines])  # cut at all crossings
+    faces = shapely.get_parts(shapely.polygonize(shapely.get_parts(lines)))
+    points = shapely.get_coordinates(shapely.point_on_surface(faces))  # one inside each face
+    return faces, [_is_inside(points, outline) for outline in outlines]
+
+
+def _region(outline: Floats) -> Any:
+    """What an outline covers by the even-odd rule, as a valid geometry: empty where a coordinate is not finite."""
+    shapely = _shapely()
+    if not np.isfinite(outline).all():
+        return shapely.Polygon()
+    polygon = shapely.polygons(outline)
+    if shapely.is_valid(polygon):
+        return polygon
+    faces, (inside,) = _faces(outline)
+    return shapely.union_all(faces[inside])
+
+
+def _bounds(regions: NDArray[Any]) -> tuple[Floats, Floats]:
+    bounds = _shapely().bounds(regions)
+    return bounds[:, :2], bounds[:, 2:]
+
+
+def _is_inside(points: Floats, polygon: Floats) -> NDArray[np.bool_]:
+    """Whether a ray from each point, (K, 2), to the right crosses the polygon's outline an odd number of times."""
+    x, y = points[:, :1], points[:, 1:]  # (K, 1), against (N,) edges
+    start, end = polygon.T, np.roll(polygon, -1, axis=0).T
+    spans = (start[1] > y) != (end[1] > y)
+    rise = np.where(start[1] == end[1], 1.0, end[1] - start[1])  # a level edge spans nothing
+    crosses = spans & (start[0] + (y - start[1]) * (end[0] - start[0]) / rise > x)
+    inside: NDArray[np.bool_] = crosses.sum(axis=1) % 2 == 1
+    return inside
+
+
+def _vertices(name: str, polygon: ArrayLike) -> Floats:
+    vertices = np.asarray(polygon, dtype=np.float64)
+    if vertices.ndim != 2 or vertices.shape[1] != 2 or len(vertices) < 3:
+        raise ValueError(f"{name} must have shape (N, 2) with N >= 3, got {vertices.shape}")
+    return vertices
+
+
+def _shapely() -> Any:
+    try:
+        return importlib.import_module("shapely")
+    except ModuleNotFoundError as error:
+        raise ImportError('polygon metrics need shapely; install it with: pip install "triton-mgiou[demo]"') from error

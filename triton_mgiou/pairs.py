@@ -1,0 +1,333 @@
+"""The matrix of all pairs by the kernels: its launches, and the operators that are differentiable.
+
+Value and gradient are launches of their own: the gradient is made from the upstream matrix, so that nothing of the
+matrix's size is kept but itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.runtime import driver
+
+from triton_mgiou import launch
+from triton_mgiou.box_formats import KERNEL_FORMATS
+from triton_mgiou.kernels import pairs as kernels
+from triton_mgiou.kernels import polygon_pairs as polygon_kernels
+from triton_mgiou.launch import COMPUTE, INTERPRETED, Plan
+from triton_mgiou.ops import check_backward, is_traced
+from triton_mgiou.options import AXIS_WEIGHTS, OVERS
+from triton_mgiou.reference.polygons import compute_dtype
+from triton_mgiou.tuning import layouts
+
+MOST_BATCHES = 65535  # of one launch: what CUDA's second and third dimensions have
+
+
+class BoxPairs(NamedTuple):
+    """What is asked for, besides both sets."""
+
+    fmt: str
+    angle: str
+    clockwise: bool
+    over: str
+    axis_weight: str
+
+
+class PolygonPairs(NamedTuple):
+    """The same of polygons, with the rest of what belongs to the sets."""
+
+    lengths1: Tensor | None
+    lengths2: Tensor | None
+    mask1: Tensor | None
+    mask2: Tensor | None
+    over: str
+    axis_weight: str
+
+
+class PairKey(NamedTuple):
+    """All that decides which variant of a kernel of boxes runs."""
+
+    device: int
+    first_dtype: torch.dtype
+    second_dtype: torch.dtype
+    call: BoxPairs
+    first_masked: bool
+    second_masked: bool
+    first_packed: bool
+    second_packed: bool
+    gradient: bool
+    vectors: bool  # rows of the matrix start at multiples of four numbers
+    size: int  # class of the matrix's size
+
+
+def box_matrix(boxes1: Tensor, boxes2: Tensor, mask1: Tensor | None, mask2: Tensor | None, call: BoxPairs) -> Tensor:
+    """The matrix (B, P, T) of boxes (B, P, n) and (B, T, n); none of these sizes is 0."""
+    if is_traced(boxes1, boxes2):
+        matrix: Tensor = _matrix_operator(boxes1, boxes2, mask1, mask2, *call)
+        return matrix
+    if (boxes1.requires_grad or boxes2.requires_grad) and torch.is_grad_enabled():
+        matrix = _Matrix.apply(boxes1, boxes2, mask1, mask2, call)  # type: ignore[no-untyped-call]
+        return matrix
+    return _values(boxes1, boxes2, mask1, mask2, call)
+
+
+class _Matrix(torch.autograd.Function):
+    """The value by one launch, the gradient to each side by one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, boxes1: Tensor, boxes2: Tensor, mask1: Tensor | None, mask2: Tensor | None, call: BoxPairs
+    ) -> Tensor:
+        ctx.save_for_backward(boxes1, boxes2, mask1, mask2)
+        ctx.call = call
+        return _values(boxes1, boxes2, mask1, mask2, call)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        check_backward(upstream)
+        return (*_gradients(_gradient, ctx, upstream, ctx.call), None, None, None)
+
+
+def _gradients(gradient: Any, ctx: Any, upstream: Tensor, call: BoxPairs) -> list[Tensor | None]:
+    boxes1, boxes2, mask1, mask2 = ctx.saved_tensors
+    sides = (boxes1, boxes2, mask1, mask2, upstream), (boxes2, boxes1, mask2, mask1, upstream.transpose(1, 2))
+    needs = ctx.needs_input_grad
+    return [gradient(*side, call) if needed else None for side, needed in zip(sides, needs[:2], strict=True)]
+
+
+def _values(boxes1: Tensor, boxes2: Tensor, mask1: Tensor | None, mask2: Tensor | None, call: BoxPairs) -> Tensor:
+    batch, rows, columns = boxes1.shape[0], boxes1.shape[1], boxes2.shape[1]
+    plan = _plan(boxes1, boxes2, mask1, mask2, call, gradient=False)
+    matrix = plan.scalar.new_empty((batch, rows, columns))
+    for part in _parts(batch):
+        bytes1, bytes2 = _as_bytes(mask1, part), _as_bytes(mask2, part)
+        arguments = (
+            boxes1[part], boxes2[part], bytes1, bytes2, matrix[part],
+            *_strides(boxes1, 3), *_strides(boxes2, 3), *_strides(bytes1, 2), *_strides(bytes2, 2), rows, columns,
+        )  # fmt: skip
+        _launch(plan, matrix[part].shape, arguments)
+    return matrix
+
+
+def _gradient(
+    own: Tensor,
+    other: Tensor,
+    own_mask: Tensor | None,
+    other_mask: Tensor | None,
+    upstream: Tensor,
+    call: BoxPairs,
+) -> Tensor:
+    """The gradient to `own` from the upstream matrix (B, own, other) of any strides, in the type of `own`."""
+    batch, rows, columns = upstream.shape
+    plan = _plan(own, other, own_mask, other_mask, call, gradient=True)
+    grad = torch.empty_like(own, dtype=plan.dtype, memory_format=torch.contiguous_format)
+    largest = torch.finfo(plan.dtype).max / (1 << (columns - 1).bit_length())
+    for part in _parts(batch):
+        own_bytes, other_bytes = _as_bytes(own_mask, part), _as_bytes(other_mask, part)
+        arguments = (
+            own[part], other[part], own_bytes, other_bytes, upstream[part], grad[part],
+            *_strides(own, 3), *_strides(other, 3), *_strides(own_bytes, 2), *_strides(other_bytes, 2),
+            *upstream.stride(), rows, columns, largest,
+        )  # fmt: skip
+        _launch(plan, upstream[part].shape, arguments)
+    return grad.to(own.dtype)
+
+
+def polygon_matrix(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -> Tensor:
+    """The matrix (B, P, T) of polygons (B, P, N, 2) and (B, T, M, 2), without a gradient; no size is 0."""
+    if is_traced(polygons1, polygons2):
+        matrix: Tensor = _polygon_operator(polygons1, polygons2, *call)
+        return matrix
+    return _polygon_values(polygons1, polygons2, call)
+
+
+def _polygon_values(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -> Tensor:
+    batch, rows, size1, _ = polygons1.shape
+    columns, size2 = polygons2.shape[1:3]
+    sets = (call.lengths1, call.lengths2, call.mask1, call.mask2)
+    kinds = tuple(None if each is None else each.dtype for each in sets)
+    size_class = layouts.pair_class((batch, rows, columns), gradient=False)
+    corners = 4 if size1 == size2 == 4 and call.lengths1 is call.lengths2 is None else 0
+    options = (call.over, call.axis_weight, corners, size_class)
+    fields = (polygons1.get_device(), polygons1.dtype, polygons2.dtype, *kinds, *options)
+    plan = launch.known_plan(fields)
+    if plan is None:
+        dtype = compute_dtype(polygons1, polygons2)
+        constants = (COMPUTE[dtype], OVERS.index(call.over), AXIS_WEIGHTS.index(call.axis_weight), corners)
+        case = f"pairs of polygons {' '.join(map(str, fields[1:]))}"
+        candidates = layouts.polygon_pair_candidates(corners, INTERPRETED)
+        plan = launch.keep_plan(
+            fields,
+            Plan(polygon_kernels.polygon_pairs_kernel, constants, case, candidates, dtype, polygons1.get_device()),
+        )
+    matrix = plan.scalar.new_empty((batch, rows, columns))
+    for part in _parts(batch):
+        lengths = [None if each is None else each[part] for each in sets[:2]]
+        masks = [_as_bytes(each, part) for each in sets[2:]]
+        arguments = (
+            polygons1[part], polygons2[part], *lengths, *masks, matrix[part], *polygons1.stride(), *polygons2.stride(),
+            *_strides(lengths[0], 2), *_strides(lengths[1], 2), *_strides(masks[0], 2), *_strides(masks[1], 2),
+            size1, size2, rows, columns,
+        )  # fmt: skip
+        _launch(plan, matrix[part].shape, arguments)
+    return matrix
+
+
+def _launch(plan: Plan, size: torch.Size, arguments: tuple[Any, ...]) -> None:
+    device = arguments[0].get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _launch(plan, size, arguments)
+    plan.launch(size, 0 if device < 0 else driver.active.get_current_stream(device), arguments)
+    return None
+
+
+def _parts(batch: int) -> list[slice]:
+    return [slice(start, start + MOST_BATCHES) for start in range(0, batch, MOST_BATCHES)]
+
+
+def _as_bytes(mask: Tensor | None, part: slice) -> Tensor | None:
+    return None if mask is None else mask[part].view(torch.uint8)
+
+
+def _strides(values: Tensor | None, count: int) -> tuple[int, ...]:
+    return (0,) * count if values is None else values.stride()
+
+
+def _is_packed(boxes: Tensor) -> bool:
+    """Whether the boxes of each sample follow each other, and 32 bits count their numbers."""
+    _, rows, numbers = boxes.shape
+    return boxes.stride(2) == 1 and (boxes.stride(1) == numbers or rows == 1) and rows * numbers < 2**31
+
+
+def _plan(
+    first: Tensor,
+    second: Tensor,
+    first_mask: Tensor | None,
+    second_mask: Tensor | None,
+    call: BoxPairs,
+    gradient: bool,
+) -> Plan:
+    size = torch.Size((first.shape[0], first.shape[1], second.shape[1]))
+    fields = (
+        first.get_device(),
+        first.dtype,
+        second.dtype,
+        call,
+        first_mask is not None,
+        second_mask is not None,
+        _is_packed(first),
+        _is_packed(second),
+        gradient,
+        not gradient and size[2] % 4 == 0,
+        layouts.pair_class(size, gradient),
+    )
+    plan = launch.known_plan(fields)
+    return launch.keep_plan(fields, pair_plan(PairKey(*fields))) if plan is None else plan
+
+
+def pair_plan(key: PairKey) -> Plan:
+    """The variant of a kernel, not yet compiled."""
+    dtype = torch.promote_types(torch.promote_types(key.first_dtype, key.second_dtype), torch.float32)
+    constants = {
+        "COMPUTE": COMPUTE[dtype],
+        "FORMAT": KERNEL_FORMATS.index(key.call.fmt),
+        "DEGREES": key.call.angle == "degrees",
+        "CLOCKWISE": key.call.clockwise,
+        "OVER": OVERS.index(key.call.over),
+        "AXIS_WEIGHT": AXIS_WEIGHTS.index(key.call.axis_weight),
+        "PACKED1": key.first_packed,
+        "PACKED2": key.second_packed,
+    }
+    if not key.gradient:
+        constants["VECTORS"] = key.vectors
+    candidates = layouts.pair_candidates(key.size, key.gradient, INTERPRETED)
+    masks = f"masks {key.first_masked:d}{key.second_masked:d}"
+    flags = (f"{key.first_dtype} {key.second_dtype} {masks}", *(f"{name}={value}" for name, value in constants.items()))
+    kind = "gradient of pairs" if key.gradient else "pairs"
+    case = f"{kind} of boxes {key.call.fmt}, size {key.size}, {' '.join(flags)}"
+    kernel = kernels.box_pairs_gradient_kernel if key.gradient else kernels.box_pairs_kernel
+    return Plan(kernel, tuple(constants.values()), case, candidates, dtype, key.device)
+
+
+@torch.library.custom_op("triton_mgiou::box_matrix", mutates_args=())
+def _matrix_operator(
+    boxes1: Tensor,
+    boxes2: Tensor,
+    mask1: Tensor | None,
+    mask2: Tensor | None,
+    fmt: str,
+    angle: str,
+    clockwise: bool,
+    over: str,
+    axis_weight: str,
+) -> Tensor:
+    """The launch of the value."""
+    return _values(boxes1, boxes2, mask1, mask2, BoxPairs(fmt, angle, clockwise, over, axis_weight))
+
+
+@_matrix_operator.register_fake
+def _(boxes1: Tensor, boxes2: Tensor, *_: Any) -> Tensor:
+    size = (boxes1.shape[0], boxes1.shape[1], boxes2.shape[1])
+    return boxes1.new_empty(size, dtype=compute_dtype(boxes1, boxes2))
+
+
+@torch.library.custom_op("triton_mgiou::box_matrix_gradient", mutates_args=())
+def _gradient_operator(
+    own: Tensor,
+    other: Tensor,
+    own_mask: Tensor | None,
+    other_mask: Tensor | None,
+    upstream: Tensor,
+    fmt: str,
+    angle: str,
+    clockwise: bool,
+    over: str,
+    axis_weight: str,
+) -> Tensor:
+    """The launch of the gradient to one side."""
+    call = BoxPairs(fmt, angle, clockwise, over, axis_weight)
+    return _gradient(own, other, own_mask, other_mask, upstream, call)
+
+
+@_gradient_operator.register_fake
+def _(own: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(own, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs[:4])
+    ctx.call = BoxPairs(*inputs[4:])
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    check_backward(upstream)
+    gradients = _gradients(lambda *inputs: _gradient_operator(*inputs[:-1], *inputs[-1]), ctx, upstream, ctx.call)
+    return (*gradients, *[None] * (2 + len(BoxPairs._fields)))
+
+
+_matrix_operator.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("triton_mgiou::polygon_matrix", mutates_args=())
+def _polygon_operator(
+    polygons1: Tensor,
+    polygons2: Tensor,
+    lengths1: Tensor | None,
+    lengths2: Tensor | None,
+    mask1: Tensor | None,
+    mask2: Tensor | None,
+    over: str,
+    axis_weight: str,
+) -> Tensor:
+    """The launch."""
+    call = PolygonPairs(lengths1, lengths2, mask1, mask2, over, axis_weight)
+    return _polygon_values(polygons1, polygons2, call)
+
+
+@_polygon_operator.register_fake
+def _(polygons1: Tensor, polygons2: Tensor, *_: Any) -> Tensor:
+    size = (polygons1.shape[0], polygons1.shape[1], polygons2.shape[1])
+    return polygons1.new_empty(size, dtype=compute_dtype(polygons1, polygons2))
