@@ -14,8 +14,9 @@ from triton.runtime import driver
 
 from triton_mgiou import launch
 from triton_mgiou.box_formats import KERNEL_FORMATS
-from triton_mgiou.kernels import pairs as kernels
-from triton_mgiou.kernels import polygon_pairs as polygon_kernels
+from triton_mgiou.kernels.pairs import box_pairs_kernel
+from triton_mgiou.kernels.pairs_gradient import box_pairs_gradient_kernel
+from triton_mgiou.kernels.polygon_pairs import polygon_pairs_kernel
 from triton_mgiou.launch import COMPUTE, INTERPRETED, Plan
 from triton_mgiou.ops import check_backward, is_traced
 from triton_mgiou.options import AXIS_WEIGHTS, OVERS
@@ -160,7 +161,7 @@ def _polygon_values(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) ->
         candidates = layouts.polygon_pair_candidates(corners, INTERPRETED)
         plan = launch.keep_plan(
             fields,
-            Plan(polygon_kernels.polygon_pairs_kernel, constants, case, candidates, dtype, polygons1.get_device()),
+            Plan(polygon_pairs_kernel, constants, case, candidates, dtype, polygons1.get_device()),
         )
     matrix = plan.scalar.new_empty((batch, rows, columns))
     for part in _parts(batch):
@@ -256,7 +257,7 @@ def pair_plan(key: PairKey) -> Plan:
     flags = (f"{key.first_dtype} {key.second_dtype} {masks}", *(f"{name}={value}" for name, value in constants.items()))
     kind = "gradient of pairs" if key.gradient else "pairs"
     case = f"{kind} of boxes {key.call.fmt}, size {key.size}, {' '.join(flags)}"
-    kernel = kernels.box_pairs_gradient_kernel if key.gradient else kernels.box_pairs_kernel
+    kernel = box_pairs_gradient_kernel if key.gradient else box_pairs_kernel
     return Plan(kernel, tuple(constants.values()), case, candidates, dtype, key.device)
 
 
