@@ -137,9 +137,16 @@ def signed_area(polygon: Polygon) -> float:
     )
 
 
+def in_order(polygon: Polygon) -> Polygon:
+    """Return the vertices by their angle about their mean: the outline of a convex polygon, however they are listed."""
+    mean_x = math.fsum(x for x, _ in polygon) / len(polygon)
+    mean_y = math.fsum(y for _, y in polygon) / len(polygon)
+    return sorted(polygon, key=lambda vertex: math.atan2(vertex[1] - mean_y, vertex[0] - mean_x))
+
+
 def boundary_term(pred: Polygon, target: Polygon) -> float:
     """Return how far the outline of `pred` is from the target's but for a shift: 0 if it is the same."""
-    target_area = abs(signed_area(target))
+    target_area = abs(signed_area(in_order(target)))
     if 2 * target_area <= SHORTEST_EDGE * sum(x * x + y * y for x, y in polygon_edges(target)):
         return 0.0  # the target is a line
     area = signed_area(pred)

@@ -80,17 +80,17 @@ class Plan:
 
     def launch(self, size: Any, stream: int, arguments: tuple[Any, ...]) -> None:
         """Launch on the current device. Only the first time Triton looks for the compiled code, or makes it."""
-        programs = self.layout.programs(size)
+        grid = self.layout.grid(size)
         launcher = self._launcher
         enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         if launcher is None or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's hooks
-            compiled = self.kernel[programs](*arguments, *self.constants, **self.layout.options())
+            compiled = self.kernel[grid](*arguments, *self.constants, **self.layout.options())
             if self.compiled is None and not INTERPRETED:
                 self.compiled = compiled
                 self._launcher = private_launcher(compiled)
         else:
             run, between = launcher
-            run(*programs, stream, *between, *arguments, *self.constants)
+            run(*grid, stream, *between, *arguments, *self.constants)
 
 
 def private_launcher(compiled: Any) -> tuple[Any, tuple[Any, ...]] | None:

@@ -186,6 +186,96 @@ def test_exactly_zero_at_the_target(backend, dtype):
     assert_zero(gradient)
 
 
+def shuffled(polygons, rng):
+    """Each polygon's vertices in an order of its own."""
+    order = torch.rand(polygons.shape[:2], generator=rng).argsort(1)
+    return polygons.gather(1, order.unsqueeze(-1).expand(-1, -1, 2))
+
+
+@pytest.mark.parametrize("size", range(4, 13))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_convex_target_in_any_order(backend, dtype, size):
+    """0 at its outline; elsewhere value and slopes are those of the oracle, whose area is that of the hull."""
+    rng = generator(214 + size)
+    ordered = either_way(convex(8, size, rng), rng).to(dtype)
+    target = shuffled(ordered, rng)
+    for scale, move in [(1, 0), (2.0**-60, 0), (2.0**60, 0), (1, 1024)]:
+        pair = ordered * scale + move, target * scale + move
+        value, gradient = backend.value_and_gradient(*pair, reduction="none", boundary_weight=0.5)
+        assert_zero(value, f"loss at {scale}, {move}")
+        assert_zero(gradient, f"gradient at {scale}, {move}")
+    pred = either_way(star(8, 5, rng), rng).to(dtype)
+    value, gradient = backend.value_and_gradient(pred, target, reduction="none", boundary_weight=0.8)
+    arrays = numpy64(pred), numpy64(target)
+    expected = oracle.loss(*arrays, reduction="none", boundary_weight=0.8)
+    assert_close(value, expected, atol=2e-6 if dtype == torch.float32 else 1e-12)
+    slopes = oracle.gradient(*arrays, boundary_weight=0.8)
+    assert_gradient_close(gradient, slopes, rtol=1e-4 if dtype == torch.float32 else 1e-6)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
+def test_a_quadrangle_in_any_order(backend, order):
+    pred = torch.tensor([[[0.0, 0.0], [12.0, 1.0], [9.0, 7.0], [3.0, 5.0]]])
+    value, gradient = backend.value_and_gradient(pred, pred[:, list(order)], boundary_weight=0.25)
+    assert_zero(value)
+    assert_zero(gradient)
+
+
+@pytest.mark.parametrize("turns", [2, 3, 5])
+def test_a_target_that_goes_around_more_than_once(backend, turns):
+    """Its area in its own order counts every turn: that of a star polygon exceeds its hull's."""
+    pred = regular(11, torch.float32)
+    for target in (pred[:, [turns * k % 11 for k in range(11)]], pred.repeat(1, turns, 1)):
+        for size in (1.0, 1.25):
+            term_of = [
+                backend.loss(pred * size, each, boundary_weight=1.0) - backend.loss(pred * size, each)
+                for each in (target, pred)
+            ]
+            assert_close(term_of[0], numpy64(term_of[1]), atol=2e-6)
+
+
+def test_targets_in_any_order_with_lengths_masks_and_copies(backend):
+    rng = generator(215)
+    ordered = convex(6, 7, rng).float()
+    target = shuffled(ordered, rng)
+    padded = torch.cat((target, torch.full((6, 4, 2), math.nan)), dim=1)
+    mask = torch.tensor([True, True, False, True, False, True, True, False, True, True])
+    spread = torch.full((6, 10, 2), math.nan)
+    spread[:, mask] = target
+    pairs = [
+        (padded, {"target_lengths": torch.full((6,), 7)}),
+        (spread, {"target_mask": mask.expand(6, -1)}),
+        (target.repeat_interleave(torch.tensor([1, 3, 1, 2, 1, 1, 2]), dim=1), {}),
+        (shuffled(target.repeat(1, 3, 1), rng), {}),  # copies that are not in a row
+    ]
+    pred = star(6, 6, rng).float()
+    plain = backend.value_and_gradient(pred, target, reduction="none", axis_weight="length")
+    fine = backend.value_and_gradient(pred, target, reduction="none", axis_weight="length", boundary_weight=0.5)
+    for given_target, real in pairs:
+        options = real | {"reduction": "none", "axis_weight": "length"}
+        value, gradient = backend.value_and_gradient(ordered, given_target, boundary_weight=0.5, **options)
+        assert_zero(value)
+        assert_zero(gradient)
+        without = backend.value_and_gradient(pred, given_target, **options)
+        value, gradient = backend.value_and_gradient(pred, given_target, boundary_weight=0.5, **options)
+        assert_close(value - without[0], fine[0] - plain[0], atol=2e-6)
+        assert_gradient_close(gradient - without[1], fine[1] - plain[1], rtol=1e-4)
+
+
+def test_ordered_and_crossed_targets_in_one_batch(backend):
+    """A sample gets the bits that it gets alone, whatever the others make the program do."""
+    rng = generator(216)
+    pred = star(9, 6, rng).float()
+    target = torch.cat((convex(3, 6, rng), shuffled(convex(3, 6, rng), rng), star(3, 6, rng))).float()
+    target = target[torch.randperm(9, generator=rng)]
+    batch = backend.value_and_gradient(pred, target, reduction="none", boundary_weight=1.0)
+    for b in range(9):
+        one = slice(b, b + 1)
+        alone = backend.value_and_gradient(pred[one], target[one], reduction="none", boundary_weight=1.0)
+        for got, want in zip(alone, batch, strict=True):
+            assert_same(got, want[one])
+
+
 @given(data=st.data(), pair=pairs(least=4, kinds=("convex",)))
 def test_any_other_order_of_the_targets_vertices_is_above_zero(data, pair):
     """Hull and MGIoU are those of the target; only the order tells."""

@@ -101,7 +101,10 @@ def target_axis(sums, edge, sample, VARIANT: tl.constexpr):
         if not VARIANT.AXIS_GRAD:
             pred_ends = rounded(pred_ends, axis, sample.pred_slack)
         gradient = add_gradient(gradient, axis, shares(compared.on_pred, pred_ends, to_pred))
-    return AxisSums(mean, gradient)
+    reach = sums.reach
+    if VARIANT.BOUNDARY:
+        reach += tl.where(sample.target_direction > 0, compared.target.high, minus(compared.target.low))
+    return AxisSums(mean, gradient, reach)
 
 
 @triton.jit

@@ -5,7 +5,8 @@ With doubled areas p of P, a of G and v, their mixed area:
     boundary = 1 - f,   f = 2 p a^2 / (v (v^2 + a^2))
     d f / d p = f / p,  d f / d v = -f (3 v^2 + a^2) / (v (v^2 + a^2))
 
-v is the sum over the edges of P of the edge's length times how far G reaches along the edge's outward normal.
+v is the sum over the edges of P of the edge's length times how far G reaches along the edge's outward normal, and a is
+the area with the vertices of G sorted by their angle about their mean.
 """
 
 import triton
@@ -13,8 +14,9 @@ import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import inverse, minus, sign
 from triton_mgiou.kernels.axis import SHORTEST, project
-from triton_mgiou.kernels.slots import dot, highest, total
+from triton_mgiou.kernels.slots import dot, highest, lowest, over_axes, total
 from triton_mgiou.kernels.types import Area, BoundaryTerm, Point, Reach
+from triton_mgiou.kernels.vertices import addresses_of, flags_of, is_real, load_scaled
 
 
 @triton.jit
@@ -23,6 +25,79 @@ def area(measured):
     above = tl.where(measured.starts > 0, measured.highs, 0.0)
     below = tl.where(measured.starts < 0, minus(measured.lows), 0.0)
     return Area(tl.maximum(above, below), sign(measured.starts), measured.squares)
+
+
+@triton.jit
+def put_in_order(
+    area, reach, sizes, frame, source, vertices, lanes, REAL: tl.constexpr, RESOLUTION: tl.constexpr,
+    VARIANT: tl.constexpr,
+):  # fmt: skip
+    """The area of G in whatever order its vertices are.
+
+    A polygon that is convex in its order reaches along each edge's outward normal no further than the edge, and goes
+    around its bounding box once. Only where a sample of the program is another one are the vertices sorted.
+    """
+    rounding = tl.full((1, 1, 1), RESOLUTION, frame.extent.dtype) * frame.extent * sizes
+    doubled = area.doubled + tl.zeros_like(rounding)
+    other = (reach - doubled > rounding) | (sizes > 1.5 * frame.target_around)
+    if tl.max(other.to(tl.int32)) > 0:
+        ordered = _area_in_order(source, vertices, lanes, frame.scale, REAL, VARIANT)
+        doubled = tl.where(other & (tl.abs(ordered - doubled) > rounding), ordered, doubled)
+    return Area(doubled, area.direction, area.squares)
+
+
+@triton.jit
+def _area_in_order(source, vertices, lanes, scale, REAL: tl.constexpr, VARIANT: tl.constexpr):
+    """Twice the area with the vertices sorted by their angle about their mean.
+
+    Vertices are loaded again each time: the few that need this pay for it, and no register is kept for it.
+    """
+    origin = load_scaled(source, addresses_of(source, vertices.last), vertices.count > 0, scale)
+    x = scale * tl.zeros(lanes.lane.shape, scale.dtype)
+    y = x
+    for first in range(0, source.size, VARIANT.LANES):
+        vertex, _ = _vertex(source, vertices, first + lanes.lane, lanes, origin, scale, REAL)
+        x += vertex.x
+        y += vertex.y
+    number = tl.maximum(vertices.count.to(scale.dtype), 1.0)
+    origin = Point(origin.x + total((x,)) / number, origin.y + total((y,)) / number)
+    doubled = tl.zeros_like(scale)
+    for k in range(0, source.size, VARIANT.AXES):
+        here, real = _vertex(source, vertices, k + lanes.axis, lanes, origin, scale, REAL)
+        turn = _turn(here)
+        nearest = scale * 0.0 + tl.full(lanes.lane.shape, float("inf"), scale.dtype)
+        x = tl.zeros_like(nearest)
+        y = x
+        copies = x
+        for first in range(0, source.size, VARIANT.LANES):
+            other, counts = _vertex(source, vertices, first + lanes.lane, lanes, origin, scale, REAL)
+            to_other = _turn(other)
+            copies += tl.where(counts & (to_other == turn), 1.0, 0.0)
+            to_other = tl.where(to_other > turn, to_other, to_other + 4.0)
+            nearer = counts & (to_other < nearest)
+            nearest = tl.where(nearer, to_other, nearest)
+            x = tl.where(nearer, other.x, x)
+            y = tl.where(nearer, other.y, y)
+        following = (nearest == lowest((nearest,))).to(scale.dtype)
+        cross = tl.fma(here.x, dot((following,), (y,)), minus(here.y * dot((following,), (x,))))
+        doubled += tl.where(real, cross / (total((following,)) * tl.maximum(total((copies,)), 1.0)), 0.0)
+    return over_axes(doubled)
+
+
+@triton.jit
+def _vertex(source, vertices, index, lanes, origin, scale, REAL: tl.constexpr):
+    """Vertices number `index` relative to a point, 0 where they are not real, and whether they are."""
+    real = is_real(source, flags_of(source, index, REAL), index, vertices.count, lanes.inside, REAL)
+    vertex = load_scaled(source, addresses_of(source, index), real, scale)
+    return Point(tl.where(real, vertex.x - origin.x, 0.0), tl.where(real, vertex.y - origin.y, 0.0)), real
+
+
+@triton.jit
+def _turn(vector):
+    """A number that grows with the angle of a vector, from -2 to 2."""
+    size = tl.abs(vector.x) + tl.abs(vector.y)
+    turn = 1.0 - vector.x * inverse(tl.where(size > 0, size, 1.0))
+    return tl.where(vector.y < 0, minus(turn), turn)
 
 
 @triton.jit

@@ -121,13 +121,14 @@ def _add_moved(moved, edge, lane, VARIANT: tl.constexpr):
 def measure(source, vertices, lanes, scale, origin, rule, REAL: tl.constexpr, VARIANT: tl.constexpr):
     """`EdgeSums` of one side; projections are relative to `origin`."""
     none = tl.zeros_like(rule.floor)
-    sums = EdgeSums(none, none, none, none, none, none, none)
+    sums = EdgeSums(none, none, none, none, none, none, none, none)
     sums = over_edges(_measure_edge, sums, source, vertices, lanes, scale, Measuring(origin, rule), REAL, VARIANT)
     return EdgeSums(
         over_axes(sums.length),
         over_axes(sums.axes),
         over_axes(sums.weight),
         over_axes(sums.squares),
+        over_axes(sums.sizes),
         over_axes(sums.starts),
         over_axes(sums.lows),
         over_axes(sums.highs),
@@ -143,6 +144,7 @@ def _measure_edge(sums, edge, measuring, VARIANT: tl.constexpr):
         sums.axes + axis.is_axis.to(axis.length.dtype),
         sums.weight + axis_weight(axis.length, axis.is_axis, measuring.rule.per_unit, VARIANT.AXIS_WEIGHT).value,
         tl.fma(axis.edge.x, axis.edge.x, tl.fma(axis.edge.y, axis.edge.y, sums.squares)),
+        sums.sizes + tl.abs(axis.x) + tl.abs(axis.y),
         sums.starts + start,
         sums.lows + ends.low,
         sums.highs + ends.high,

@@ -25,7 +25,7 @@ import triton.language as tl
 from triton_mgiou.kernels.arithmetic import saturate
 from triton_mgiou.kernels.axis import LENGTH, SOFT, UNIFORM, axis_rule
 from triton_mgiou.kernels.axis_sums import gradient_of, pred_axis, target_axis
-from triton_mgiou.kernels.boundary import area, boundary_term
+from triton_mgiou.kernels.boundary import area, boundary_term, put_in_order
 from triton_mgiou.kernels.edges import distinct, measure, over_edges
 from triton_mgiou.kernels.reduction import reduce_programs
 from triton_mgiou.kernels.slots import number_of_zeros, over_axes, zeros
@@ -187,6 +187,7 @@ def mgiou_kernel(
         none = tl.zeros_like(rule.floor)
         convexity_factor = none
         direction = none
+        target_direction = none
         if MEASURE:
             pred_measured = measure(pred_source, pred, lanes, scale, pred_shape.origin, rule, PRED_REAL, VARIANT)
             target_measured = measure(
@@ -208,6 +209,7 @@ def mgiou_kernel(
             pred_area = area(pred_measured)
             target_area = area(target_measured)
             direction = pred_area.direction
+            target_direction = target_area.direction
 
         pred_slack = tl.minimum(joint.pred_extent * WIDEST, tl.full((1, 1, 1), TIE, COMPUTE))
         pred_places = pred.count
@@ -215,14 +217,14 @@ def mgiou_kernel(
             pred_places = number_of_zeros(pred_pads)
         sample = Sample(
             pred_placed, target_placed, pred_shape, target_shape, pred_rule, target_rule, pred_places, lane, pred_slack,
-            convexity_factor, direction,
+            convexity_factor, direction, target_direction,
         )  # fmt: skip
         no_slots = zeros(pred_placed.xs)
         no_mean = Mean(none, none)
         handed = Handed(no_slots, no_slots, Point(none, none))
         sums = PredSums(no_mean, none, none, Gradient(no_slots, no_slots), handed, handed, handed, handed)
         sums = over_edges(pred_axis, sums, pred_source, pred, lanes, scale, sample, PRED_REAL, VARIANT)
-        axes = AxisSums(no_mean, sums.gradient)
+        axes = AxisSums(no_mean, sums.gradient, none)
         axes = over_edges(target_axis, axes, target_source, target, lanes, scale, sample, TARGET_REAL, VARIANT)
         pred_distance, pred_weight = over_axes(sums.mean.distance), over_axes(sums.mean.weight)
         convexity = over_axes(sums.convexity)
@@ -235,6 +237,10 @@ def mgiou_kernel(
         by_mixed = none
         by_area = none
         if BOUNDARY:
+            target_area = put_in_order(
+                target_area, over_axes(axes.reach), target_measured.sizes, joint, target_source, target, lanes,
+                TARGET_REAL, RESOLUTION, VARIANT,
+            )  # fmt: skip
             boundary = boundary_term(mixed, pred_area, target_area, TINY, RESOLUTION)
             factor = tl.full((1, 1, 1), boundary_weight, COMPUTE)
             loss += factor * boundary.value

@@ -73,6 +73,7 @@ class Frame(NamedTuple):
     pred_extent: tl.tensor  # the same of P's own bounding box
     pred_is_point: tl.tensor
     target_is_point: tl.tensor
+    target_around: tl.tensor  # the perimeter of the target's bounding box, scaled
     poison: tl.tensor  # 0, or NaN where a vertex is NaN or Inf
 
 
@@ -168,6 +169,7 @@ class EdgeSums(NamedTuple):
     axes: tl.tensor  # their number
     weight: tl.tensor
     squares: tl.tensor  # of the lengths
+    sizes: tl.tensor  # of |x| + |y|
     starts: tl.tensor  # projections of edges' starts on the edges' normals: twice the signed area
     lows: tl.tensor  # the same of the lower of each edge's two ends
     highs: tl.tensor
@@ -200,6 +202,7 @@ class AxisSums(NamedTuple):
 
     mean: Mean
     gradient: Gradient  # through the projections of P
+    reach: tl.tensor  # how far G reaches along its edges' outward normals: twice the mixed area with its hull
 
 
 class Handed(NamedTuple):
@@ -237,6 +240,7 @@ class Sample(NamedTuple):
     pred_slack: tl.tensor  # times |a_x| + |a_y| of an axis: by how much rounding tells equal projections of P apart
     convexity_factor: tl.tensor
     direction: tl.tensor  # the sign of P's area
+    target_direction: tl.tensor
 
 
 class Convexity(NamedTuple):

@@ -148,7 +148,9 @@ def frame(pred, target):
     pred_extent = tl.maximum(pred_x.high * scale - pred_x.low * scale, pred_y.high * scale - pred_y.low * scale)
     pred_is_point = (pred_x.low == pred_x.high) & (pred_y.low == pred_y.high)
     target_is_point = (target_x.low == target_x.high) & (target_y.low == target_y.high)
-    return Frame(scale, low, extent, pred_extent, pred_is_point, target_is_point, poison)
+    width = target_x.high * scale - target_x.low * scale
+    height = target_y.high * scale - target_y.low * scale
+    return Frame(scale, low, extent, pred_extent, pred_is_point, target_is_point, 2.0 * (width + height), poison)
 
 
 @triton.jit

@@ -76,7 +76,7 @@ def per_sample_loss(
     if convexity_weight:
         loss = loss + convexity_weight * _convexity(p_polygons, p_is_axis)
     if boundary_weight:
-        loss = loss + boundary_weight * _boundary(p_polygons, g_polygons)
+        loss = loss + boundary_weight * _boundary(p_polygons, g_polygons, extent)
     return loss
 
 
@@ -306,7 +306,7 @@ def _convexity(polygons: _Polygons, is_axis: Tensor) -> Tensor:
     return terms.sum(1) / (polygons.distinct.sum(1) * is_axis.sum(1).clamp(min=1))
 
 
-def _boundary(p: _Polygons, g: _Polygons) -> Tensor:
+def _boundary(p: _Polygons, g: _Polygons, extent: Tensor) -> Tensor:
     """How far the outline of P, read in its order, is from being G up to a shift, (B,), in [0, 1].
 
     With the areas |P| and |G| and their mixed area V, which is half the sum over the edges of P of how far G reaches
@@ -315,10 +315,11 @@ def _boundary(p: _Polygons, g: _Polygons) -> Tensor:
         boundary = 1 - |P| |G| / V^2 * 2 V |G| / (V^2 + |G|^2)
 
     By Minkowski's inequality the first quotient is at most 1, and 1 only for a convex P in order that is a scaled G.
-    The second one is 1 only where V = |G|. Where G has no area the term is 0. G is a constant of it.
+    The second one is 1 only where V = |G|. Where G has no area the term is 0. G is a constant of it, and
+    the order of its vertices does not count.
     """
     normals, p_area = _outward(p)
-    g_area = _outward(g)[1].detach()
+    g_area = _area_in_order(g, extent)
     mixed = _interval(g, _project(g.shape.detach(), normals), normals)[1].sum(1)
     tiny = _TINY[mixed.dtype]
     flat = g_area <= (MIN_AXIS_LENGTH * g.edges.detach().square().sum((1, 2))).clamp(min=tiny)
@@ -329,6 +330,23 @@ def _boundary(p: _Polygons, g: _Polygons) -> Tensor:
     match = 2.0 * p_area * g_area.square() / torch.where(flat, 1.0, denominator)
     term = 1.0 - torch.where(shrunk, 0.0, match)
     return torch.where(flat | (term <= _RESOLUTION[term.dtype]), 0.0, term)
+
+
+def _area_in_order(polygons: _Polygons, extent: Tensor) -> Tensor:
+    """Twice the area with the vertices sorted by their angle about their mean, (B,), without a gradient.
+
+    Where that is the area in their own order but for rounding it is that one, to the bit: `_outward` says why.
+    """
+    shape, real = polygons.shape.detach(), polygons.real
+    x, y = (shape - shape.sum(1, keepdim=True) / real.sum(1)[:, None, None]).unbind(-1)
+    order = torch.atan2(y, x).masked_fill(~real, torch.inf).argsort(1)
+    x, y = x.masked_fill(~real, 0.0).gather(1, order), y.masked_fill(~real, 0.0).gather(1, order)
+    last = real.sum(1, keepdim=True) - 1
+    cross = (x[:, :-1] * y[:, 1:] - y[:, :-1] * x[:, 1:]).sum(1)
+    ordered = cross + (x.gather(1, last) * y[:, :1] - y.gather(1, last) * x[:, :1]).squeeze(1)
+    area = _outward(polygons)[1].detach()
+    rounding = _RESOLUTION[area.dtype] * extent.squeeze(1) * polygons.edges.detach().abs().sum((1, 2))
+    return torch.where((ordered - area).abs() > rounding, ordered, area)
 
 
 def _outward(polygons: _Polygons) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ class Layout(NamedTuple):
     num_warps: int
     registers: int
 
-    def programs(self, batch: int) -> tuple[int, int, int]:
+    def grid(self, batch: int) -> tuple[int, int, int]:
         """The grid of a launch."""
         return min(-(-batch // self.polygons), MAX_PROGRAMS), 1, 1
 
@@ -153,7 +153,7 @@ class BoxLayout(NamedTuple):
     num_warps: int
     registers: int
 
-    def programs(self, batch: int) -> tuple[int, int, int]:
+    def grid(self, batch: int) -> tuple[int, int, int]:
         """The grid of a launch."""
         return min(-(-batch // (self.lanes * self.rows)), MAX_PROGRAMS), 1, 1
 
@@ -207,7 +207,7 @@ class PairLayout(NamedTuple):
     registers: int
     gradient: int  # whether a program goes along whole rows
 
-    def programs(self, size: Any) -> tuple[int, int, int]:
+    def grid(self, size: Any) -> tuple[int, int, int]:
         """The grid of a launch for a matrix (B, P, T)."""
         batch, rows, columns = size
         along = -(-rows // self.rows)

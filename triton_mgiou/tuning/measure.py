@@ -59,7 +59,7 @@ def fastest(
     default, *others = plan.candidates
 
     def run(layout: AnyLayout) -> list[Tensor]:
-        plan.kernel[layout.programs(batch)](*arguments, *plan.flags, **_settings(layout))
+        plan.kernel[layout.grid(batch)](*arguments, *plan.flags, **_settings(layout))
         return outputs
 
     def results(layout: AnyLayout) -> list[Tensor]:
