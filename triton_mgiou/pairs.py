@@ -14,15 +14,16 @@ from triton.runtime import driver
 
 from triton_mgiou import launch
 from triton_mgiou.box_formats import KERNEL_FORMATS
-from triton_mgiou.kernels import pairs as kernels
-from triton_mgiou.kernels import polygon_pairs as polygon_kernels
+from triton_mgiou.kernels.pairs import box_pairs_kernel
+from triton_mgiou.kernels.pairs_gradient import box_pairs_gradient_kernel
+from triton_mgiou.kernels.polygon_pairs import polygon_pairs_kernel
 from triton_mgiou.launch import COMPUTE, INTERPRETED, Plan
 from triton_mgiou.ops import check_backward, is_traced
 from triton_mgiou.options import AXIS_WEIGHTS, OVERS
 from triton_mgiou.reference.polygons import compute_dtype
 from triton_mgiou.tuning import layouts
 
-MOST_BATCHES = 65535  # of one launch: what CUDA's second and third dimensions have
+MOST_BATCHES = 65532  # of one launch: CUDA's second and third dimensions have 65535, and parts stay aligned
 
 
 class BoxPairs(NamedTuple):
@@ -104,10 +105,10 @@ def _values(boxes1: Tensor, boxes2: Tensor, mask1: Tensor | None, mask2: Tensor 
     for part in _parts(batch):
         bytes1, bytes2 = _as_bytes(mask1, part), _as_bytes(mask2, part)
         arguments = (
-            boxes1[part], boxes2[part], bytes1, bytes2, matrix[part],
+            _part(boxes1, part), _part(boxes2, part), bytes1, bytes2, _part(matrix, part),
             *_strides(boxes1, 3), *_strides(boxes2, 3), *_strides(bytes1, 2), *_strides(bytes2, 2), rows, columns,
         )  # fmt: skip
-        _launch(plan, matrix[part].shape, arguments)
+        _launch(plan, _part(matrix, part).shape, arguments)
     return matrix
 
 
@@ -127,11 +128,11 @@ def _gradient(
     for part in _parts(batch):
         own_bytes, other_bytes = _as_bytes(own_mask, part), _as_bytes(other_mask, part)
         arguments = (
-            own[part], other[part], own_bytes, other_bytes, upstream[part], grad[part],
+            _part(own, part), _part(other, part), own_bytes, other_bytes, _part(upstream, part), _part(grad, part),
             *_strides(own, 3), *_strides(other, 3), *_strides(own_bytes, 2), *_strides(other_bytes, 2),
             *upstream.stride(), rows, columns, largest,
         )  # fmt: skip
-        _launch(plan, upstream[part].shape, arguments)
+        _launch(plan, _part(upstream, part).shape, arguments)
     return grad.to(own.dtype)
 
 
@@ -160,18 +161,19 @@ def _polygon_values(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) ->
         candidates = layouts.polygon_pair_candidates(corners, INTERPRETED)
         plan = launch.keep_plan(
             fields,
-            Plan(polygon_kernels.polygon_pairs_kernel, constants, case, candidates, dtype, polygons1.get_device()),
+            Plan(polygon_pairs_kernel, constants, case, candidates, dtype, polygons1.get_device()),
         )
     matrix = plan.scalar.new_empty((batch, rows, columns))
     for part in _parts(batch):
-        lengths = [None if each is None else each[part] for each in sets[:2]]
+        lengths = [_part(each, part) for each in sets[:2]]
         masks = [_as_bytes(each, part) for each in sets[2:]]
         arguments = (
-            polygons1[part], polygons2[part], *lengths, *masks, matrix[part], *polygons1.stride(), *polygons2.stride(),
+            _part(polygons1, part), _part(polygons2, part), *lengths, *masks, _part(matrix, part),
+            *polygons1.stride(), *polygons2.stride(),
             *_strides(lengths[0], 2), *_strides(lengths[1], 2), *_strides(masks[0], 2), *_strides(masks[1], 2),
             size1, size2, rows, columns,
         )  # fmt: skip
-        _launch(plan, matrix[part].shape, arguments)
+        _launch(plan, _part(matrix, part).shape, arguments)
     return matrix
 
 
@@ -184,12 +186,19 @@ def _launch(plan: Plan, size: torch.Size, arguments: tuple[Any, ...]) -> None:
     return None
 
 
-def _parts(batch: int) -> list[slice]:
+def _parts(batch: int) -> list[slice | None]:
+    """The launches that a batch takes: None for the whole one."""
+    if batch <= MOST_BATCHES:
+        return [None]
     return [slice(start, start + MOST_BATCHES) for start in range(0, batch, MOST_BATCHES)]
 
 
-def _as_bytes(mask: Tensor | None, part: slice) -> Tensor | None:
-    return None if mask is None else mask[part].view(torch.uint8)
+def _part(tensor: Tensor | None, part: slice | None) -> Any:
+    return tensor if tensor is None or part is None else tensor[part]
+
+
+def _as_bytes(mask: Tensor | None, part: slice | None) -> Tensor | None:
+    return None if mask is None else _part(mask, part).view(torch.uint8)
 
 
 def _strides(values: Tensor | None, count: int) -> tuple[int, ...]:
@@ -248,7 +257,7 @@ def pair_plan(key: PairKey) -> Plan:
     flags = (f"{key.first_dtype} {key.second_dtype} {masks}", *(f"{name}={value}" for name, value in constants.items()))
     kind = "gradient of pairs" if key.gradient else "pairs"
     case = f"{kind} of boxes {key.call.fmt}, size {key.size}, {' '.join(flags)}"
-    kernel = kernels.box_pairs_gradient_kernel if key.gradient else kernels.box_pairs_kernel
+    kernel = box_pairs_gradient_kernel if key.gradient else box_pairs_kernel
     return Plan(kernel, tuple(constants.values()), case, candidates, dtype, key.device)
 
 

@@ -84,6 +84,26 @@ def test_shapes_of_no_kernel_are_told(backend):
         box_mgiou(corners, corners, fmt="corners3d", backend="triton")
 
 
+def test_more_batches_than_a_grid_has(backend, monkeypatch):
+    if backend.name != "triton":
+        pytest.skip("of the kernels")
+    from triton_mgiou import pairs  # noqa: PLC0415 - needs Triton
+
+    rng = generator(3)
+    batches = [random_boxes(10 * n, "cxcywhr", rng).reshape(10, n, 5).float() for n in (3, 4)]
+    first, second = (each.to(backend.device).requires_grad_() for each in batches)
+    mask = torch.rand(10, 3, generator=rng).to(backend.device) > 0.3
+    results = []
+    for most in (pairs.MOST_BATCHES, 4):
+        monkeypatch.setattr(pairs, "MOST_BATCHES", most)
+        value = box_mgiou(first, second, mask1=mask, backend="triton")
+        results.append((value.detach(), *torch.autograd.grad(value.square().sum(), (first, second))))
+        corners = first.detach()[..., :4].unflatten(-1, (2, 2))
+        results[-1] += (polygon_mgiou(corners, corners, mask2=mask, backend="triton"),)
+    for one, parts in zip(*results, strict=True):
+        assert_same(parts, one)
+
+
 BOXES = torch.ones(3, 5)
 ERRORS = {
     "first is no tensor": (TypeError, "boxes1 must be a torch.Tensor, got list", ([1.0], BOXES), {}),

@@ -242,8 +242,8 @@ def pair_candidates(size_class: int, gradient: bool, interpreted: bool) -> list[
     if gradient:
         few, many = PairLayout(1, 128, 4, 128, 1), PairLayout(4, 128, 4, 255, 1)
         return [many, few, PairLayout(2, 128, 4, 168, 1)] if size_class else [few, many, PairLayout(1, 256, 8, 128, 1)]
-    others = [PairLayout(32, 16, 4, 128, 0), PairLayout(64, 32, 4, 255, 0), PairLayout(32, 32, 4, 168, 0)]
-    small, large = PairLayout(32, 32, 4, 168, 0), PairLayout(64, 16, 4, 168, 0)
+    small, large = PairLayout(32, 16, 4, 128, 0), PairLayout(64, 16, 8, 128, 0)
+    others = [PairLayout(64, 16, 4, 255, 0), PairLayout(32, 32, 8, 128, 0), PairLayout(64, 32, 8, 255, 0)]
     first = large if size_class else small
     return list(dict.fromkeys([first, small, large, *others]))
 
