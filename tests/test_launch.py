@@ -46,7 +46,7 @@ def launched(parameters, times=2):
 
 
 ARGUMENTS = ("argument", "FLAG", 4, 1, 2, 2, 2)
-BY_GRID = ((3,), ARGUMENTS, {"num_warps": 1, "maxnreg": 168, "enable_fp_fusion": False})
+BY_GRID = ((3, 1, 1), ARGUMENTS, {"num_warps": 1, "maxnreg": 168, "enable_fp_fusion": False})
 OLD = ("gridX", "gridY", "gridZ", "stream", "function", "*args")
 NEW = (
     *("gridX", "gridY", "gridZ", "stream", "function", "kernel_metadata"),
