@@ -167,6 +167,7 @@ def steps(device: torch.device, left_out: list[str]) -> list[dict[str, Any]]:
 
 
 def _step(loss: Loss, leaf: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    leaf = leaf.detach().requires_grad_()  # of this step alone: a graph must not capture what waits for another stream
     return torch.autograd.grad(loss(leaf, target), leaf)
 
 

@@ -275,6 +275,8 @@ def test_the_loss_is_symmetric_but_for_the_term(boxes, fmt):
 @formats
 def test_strides_change_no_bit(boxes, fmt):
     """Packed or not, of any batch size that the kernel treats in its own way."""
+    if (boxes.name, boxes.device) == ("eager", "cuda"):
+        pytest.skip("PyTorch's sums on a GPU go in an order that depends on the strides")
     rng = generator(26)
     for batch in (3, 131):
         # On the device from the start: a copy to it would be packed.

@@ -41,7 +41,7 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
     ends = ends_in_slots(edge, sample.lane, len(gradient.xs), VARIANT.LANES)
     if VARIANT.CONVEXITY:
         term = convexity_of(
-            axis, edge, sample.pred_shape, sample.pred_places, sample.convexity_factor, VARIANT.TINY, VARIANT.GRAD
+            axis, edge, sample.pred_shape, sample.pred_count, sample.convexity_factor, VARIANT.TINY, VARIANT.GRAD
         )
         convexity += term.value
         if VARIANT.GRAD:

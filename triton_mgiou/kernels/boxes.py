@@ -540,58 +540,57 @@ def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V:
         loss = tl.fma(term.value, tl.full(weight.shape, boundary_weight, weight.dtype), loss)
         mixed_slope = term.mixed_slope * one_more
         area_slope = 2.0 * term.area_slope * one_more
-    if not V.GRAD:
-        return Row(loss, factor, scale, ())
-
-    # To the half-sizes of P, and to the offset, by its components along the coordinates or along the directions of G.
-    to_x, to_y, along_1, along_2 = slopes_1.pred, slopes_2.pred, slopes_1.offset, slopes_2.offset
-    by_turn, turn_1, turn_2 = none, none, none
-    if V.HAS_ANGLE:
-        along_1 = tl.fma(turn.cos, slopes_1.offset, tl.fma(minus(turn.sin), slopes_2.offset, slopes_3.offset))
-        along_2 = tl.fma(turn.sin, slopes_1.offset, tl.fma(turn.cos, slopes_2.offset, slopes_4.offset))
-        cos, sin = tl.abs(turn.cos), tl.abs(turn.sin)
-        to_x = tl.fma(cos, slopes_3.pred, tl.fma(sin, slopes_4.pred, to_x))
-        to_y = tl.fma(sin, slopes_3.pred, tl.fma(cos, slopes_4.pred, to_y))
-        # Derivatives of half-lengths by the turn, but for its sign: |cos| becomes -|sin| and |sin| becomes |cos|.
-        by_turn = slopes_3.pred * tl.fma(y.pred, cos, minus(x.pred) * sin)
-        by_turn = tl.fma(slopes_4.pred, tl.fma(x.pred, cos, minus(y.pred) * sin), by_turn)
-        turn_1 = tl.fma(y.target, cos, minus(x.target) * sin)
-        turn_2 = tl.fma(x.target, cos, minus(y.target) * sin)
-        if V.AXIS_GRAD:
-            by_turn = tl.fma(slopes_1.target, turn_1, tl.fma(slopes_2.target, turn_2, by_turn))
-    if V.AXIS_GRAD and V.AXIS_WEIGHT != UNIFORM:
-        # Of the axes that the weights are shares of: with LENGTH those of P, whose weights add up to one.
-        mean = on_p.distance if V.AXIS_WEIGHT == LENGTH else total * factor
-        to_y = tl.fma(2.0 * w_p.slope_x, apart_1 - mean, to_y)
-        to_x = tl.fma(2.0 * w_p.slope_y, apart_2 - mean, to_x)
-    if V.BOUNDARY:
-        to_x = tl.fma(mixed_slope, g_on_p2, tl.fma(area_slope, y.pred, to_x))
-        to_y = tl.fma(mixed_slope, g_on_p1, tl.fma(area_slope, x.pred, to_y))
+    gradient = ()
+    if V.GRAD:
+        # To the half-sizes of P, and to the offset, by its components along the coordinates or along the directions of G.
+        to_x, to_y, along_1, along_2 = slopes_1.pred, slopes_2.pred, slopes_1.offset, slopes_2.offset
+        by_turn, turn_1, turn_2 = none, none, none
         if V.HAS_ANGLE:
-            by_turn = tl.fma(mixed_slope, tl.fma(x.pred, turn_2, y.pred * turn_1), by_turn)
-    grad_x, grad_y, grad_angle = along_1, along_2, none
-    if V.HAS_ANGLE:
-        grad_x = tl.fma(target_turn.cos, along_1, minus(target_turn.sin) * along_2)
-        grad_y = tl.fma(target_turn.sin, along_1, target_turn.cos * along_2)
-        grad_angle = _times_sign(by_turn, turn.cos * turn.sin)
-        if V.AXIS_GRAD:
-            grad_angle += tl.fma(slopes_1.offset, p2, minus(slopes_2.offset) * p1)
-        if V.DEGREES:
-            grad_angle *= tl.full(grad_angle.shape, math.pi / 180, grad_angle.dtype)
-        if not V.CLOCKWISE:
-            grad_angle = minus(grad_angle)
-    to_x = 0.5 * _times_sign(to_x, x.pred_size)
-    to_y = 0.5 * _times_sign(to_y, y.pred_size)
-    if V.FORMAT == XYXY:
-        grad_x, grad_y = 0.5 * grad_x, 0.5 * grad_y
-        gradient = (grad_x - to_x, grad_y - to_y, grad_x + to_x, grad_y + to_y)
-    elif V.FORMAT == CXCYWH:
-        gradient = (grad_x, grad_y, to_x, to_y)
-    elif V.FORMAT == CXCYWHR:
-        gradient = (grad_x, grad_y, to_x, to_y, grad_angle)
-    else:
-        to_z = 0.5 * _times_sign(slopes_z.pred, z.pred_size)
-        gradient = (grad_x, grad_y, slopes_z.offset, to_x, to_y, to_z, grad_angle)
+            along_1 = tl.fma(turn.cos, slopes_1.offset, tl.fma(minus(turn.sin), slopes_2.offset, slopes_3.offset))
+            along_2 = tl.fma(turn.sin, slopes_1.offset, tl.fma(turn.cos, slopes_2.offset, slopes_4.offset))
+            cos, sin = tl.abs(turn.cos), tl.abs(turn.sin)
+            to_x = tl.fma(cos, slopes_3.pred, tl.fma(sin, slopes_4.pred, to_x))
+            to_y = tl.fma(sin, slopes_3.pred, tl.fma(cos, slopes_4.pred, to_y))
+            # Derivatives of half-lengths by the turn, but for its sign: |cos| becomes -|sin| and |sin| becomes |cos|.
+            by_turn = slopes_3.pred * tl.fma(y.pred, cos, minus(x.pred) * sin)
+            by_turn = tl.fma(slopes_4.pred, tl.fma(x.pred, cos, minus(y.pred) * sin), by_turn)
+            turn_1 = tl.fma(y.target, cos, minus(x.target) * sin)
+            turn_2 = tl.fma(x.target, cos, minus(y.target) * sin)
+            if V.AXIS_GRAD:
+                by_turn = tl.fma(slopes_1.target, turn_1, tl.fma(slopes_2.target, turn_2, by_turn))
+        if V.AXIS_GRAD and V.AXIS_WEIGHT != UNIFORM:
+            # Of the axes that the weights are shares of: with LENGTH those of P, whose weights add up to one.
+            mean = on_p.distance if V.AXIS_WEIGHT == LENGTH else total * factor
+            to_y = tl.fma(2.0 * w_p.slope_x, apart_1 - mean, to_y)
+            to_x = tl.fma(2.0 * w_p.slope_y, apart_2 - mean, to_x)
+        if V.BOUNDARY:
+            to_x = tl.fma(mixed_slope, g_on_p2, tl.fma(area_slope, y.pred, to_x))
+            to_y = tl.fma(mixed_slope, g_on_p1, tl.fma(area_slope, x.pred, to_y))
+            if V.HAS_ANGLE:
+                by_turn = tl.fma(mixed_slope, tl.fma(x.pred, turn_2, y.pred * turn_1), by_turn)
+        grad_x, grad_y, grad_angle = along_1, along_2, none
+        if V.HAS_ANGLE:
+            grad_x = tl.fma(target_turn.cos, along_1, minus(target_turn.sin) * along_2)
+            grad_y = tl.fma(target_turn.sin, along_1, target_turn.cos * along_2)
+            grad_angle = _times_sign(by_turn, turn.cos * turn.sin)
+            if V.AXIS_GRAD:
+                grad_angle += tl.fma(slopes_1.offset, p2, minus(slopes_2.offset) * p1)
+            if V.DEGREES:
+                grad_angle *= tl.full(grad_angle.shape, math.pi / 180, grad_angle.dtype)
+            if not V.CLOCKWISE:
+                grad_angle = minus(grad_angle)
+        to_x = 0.5 * _times_sign(to_x, x.pred_size)
+        to_y = 0.5 * _times_sign(to_y, y.pred_size)
+        if V.FORMAT == XYXY:
+            grad_x, grad_y = 0.5 * grad_x, 0.5 * grad_y
+            gradient = (grad_x - to_x, grad_y - to_y, grad_x + to_x, grad_y + to_y)
+        elif V.FORMAT == CXCYWH:
+            gradient = (grad_x, grad_y, to_x, to_y)
+        elif V.FORMAT == CXCYWHR:
+            gradient = (grad_x, grad_y, to_x, to_y, grad_angle)
+        else:
+            to_z = 0.5 * _times_sign(slopes_z.pred, z.pred_size)
+            gradient = (grad_x, grad_y, slopes_z.offset, to_x, to_y, to_z, grad_angle)
     return Row(loss, factor, scale, gradient)
 
 

@@ -14,8 +14,8 @@ from triton_mgiou.kernels.types import Convexity, ConvexityGradient, Interval, P
 
 
 @triton.jit
-def convexity_of(axis, edge, shape, places, factor, TINY: tl.constexpr, GRAD: tl.constexpr):
-    """`factor` times the term of one edge of P, of which `places` vertices count."""
+def convexity_of(axis, edge, shape, count, factor, TINY: tl.constexpr, GRAD: tl.constexpr):
+    """`factor` times the term of one edge of P, which has `count` vertices."""
     _, edge_ends = own_interval(axis, edge, shape.origin)
     projections = project(axis.x, axis.y, shape)
     ends = Interval(lowest(projections), highest(projections))
@@ -29,7 +29,7 @@ def convexity_of(axis, edge, shape, places, factor, TINY: tl.constexpr, GRAD: tl
     sum_below = total(below)
     width = ends.high - ends.low
     wide = width > TINY
-    inverse = tl.where(wide, 1.0 / (tl.where(wide, width, 1.0) * places.to(width.dtype)), 0.0) * factor
+    inverse = tl.where(wide, 1.0 / (tl.where(wide, width, 1.0) * count.to(width.dtype)), 0.0) * factor
     value = tl.minimum(sum_above, sum_below) * inverse
     sides = ()
     if GRAD:

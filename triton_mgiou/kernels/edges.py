@@ -10,17 +10,7 @@ import triton.language as tl
 from triton_mgiou.kernels.axis import axis_weight, edge_axis, own_interval
 from triton_mgiou.kernels.slots import add, highest, over_axes, put, zeros
 from triton_mgiou.kernels.types import Edge, EdgeSums, Ends, Handed, Measuring, Point, Step
-from triton_mgiou.kernels.vertices import (
-    FULL,
-    MASK,
-    addresses_of,
-    flags_of,
-    is_real,
-    load,
-    load_scaled,
-    next_addresses,
-    pads,
-)
+from triton_mgiou.kernels.vertices import MASK, addresses_of, flags_of, is_real, load_scaled, next_addresses
 
 
 @triton.jit
@@ -83,38 +73,6 @@ def _edge_of_slots(vertices, k: tl.constexpr, inside, scale):
     end = Point(vertices.xs[k] * scale, vertices.ys[k] * scale)
     start = Point(vertices.xs[before] * scale, vertices.ys[before] * scale)
     return Edge(end, k, start, before, inside | True)
-
-
-@triton.jit
-def distinct(source, vertices, is_point, lanes, scale, REAL: tl.constexpr, VARIANT: tl.constexpr):
-    """Pads that leave out real vertices that are where the one before them is, unless all are there (section 4)."""
-    SLOTS: tl.constexpr = len(vertices.xs)
-    moved = zeros(vertices.xs)
-    if REAL == MASK:
-        moved = over_edges(_add_moved, moved, source, vertices, lanes, scale, lanes.lane, REAL, VARIANT)
-    counts = ()
-    for slot in tl.static_range(SLOTS):
-        if REAL == MASK:
-            moves = over_axes(moved[slot]) > 0
-        elif REAL == FULL and VARIANT.LANES == 1:
-            x, y = vertices.xs[(slot + SLOTS - 1) % SLOTS], vertices.ys[(slot + SLOTS - 1) % SLOTS]
-            moves = (vertices.xs[slot] != x) | (vertices.ys[slot] != y)
-        else:
-            index = slot * VARIANT.LANES + lanes.lane
-            addresses = next_addresses(source, addresses_of(source, index), -1)
-            if slot == 0:
-                addresses = tl.where(index == 0, addresses_of(source, vertices.last), addresses)
-            before = load(source, addresses, vertices.real[slot], scale.dtype)
-            moves = (vertices.xs[slot] != before.x) | (vertices.ys[slot] != before.y)
-        counts = counts + (vertices.real[slot] & (moves | is_point),)
-    return pads(counts, scale.dtype)
-
-
-@triton.jit
-def _add_moved(moved, edge, lane, VARIANT: tl.constexpr):
-    """Mark the vertices at which an edge that is not of length 0 ends."""
-    moves = (edge.end.x != edge.start.x) | (edge.end.y != edge.start.y)
-    return put(moved, moves.to(edge.end.x.dtype), ends_in_slots(edge, lane, len(moved), VARIANT.LANES).end)
 
 
 @triton.jit

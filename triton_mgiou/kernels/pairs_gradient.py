@@ -15,7 +15,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from triton_mgiou.kernels.arithmetic import minus, sign
+from triton_mgiou.kernels.arithmetic import minus, saturate, sign
 from triton_mgiou.kernels.axis import LENGTH, UNIFORM
 from triton_mgiou.kernels.boxes import CXCYCZLWHR, CXCYWHR, NO_LENGTH_32, NO_LENGTH_64, XYXY, _with_sign
 from triton_mgiou.kernels.pair_axes import (
@@ -292,7 +292,7 @@ def box_pairs_gradient_kernel(
         gradient = (x, y, to_width, to_height)
     addresses = grad_ptr + (batch * rows + row) * COUNT
     for number in tl.static_range(COUNT):
-        value = tl.where(p_there, tl.where(p_finite, gradient[number], float("nan")), 0.0)
+        value = tl.where(p_there, tl.where(p_finite, saturate(gradient[number]), float("nan")), 0.0)
         tl.store(addresses + number, value, mask=row < rows)
 
 

@@ -26,9 +26,9 @@ from triton_mgiou.kernels.arithmetic import saturate
 from triton_mgiou.kernels.axis import LENGTH, SOFT, UNIFORM, axis_rule
 from triton_mgiou.kernels.axis_sums import gradient_of, pred_axis, target_axis
 from triton_mgiou.kernels.boundary import area, boundary_term, put_in_order
-from triton_mgiou.kernels.edges import distinct, measure, over_edges
+from triton_mgiou.kernels.edges import measure, over_edges
 from triton_mgiou.kernels.reduction import reduce_programs
-from triton_mgiou.kernels.slots import number_of_zeros, over_axes, zeros
+from triton_mgiou.kernels.slots import over_axes, zeros
 from triton_mgiou.kernels.types import (
     AxisRule,
     AxisSums,
@@ -43,7 +43,7 @@ from triton_mgiou.kernels.types import (
     Source,
     Variant,
 )
-from triton_mgiou.kernels.vertices import FULL, frame, load_vertices, pads, place, place_at_last, row_start, store
+from triton_mgiou.kernels.vertices import FULL, frame, load_vertices, place, place_at_last, row_start, store
 from triton_mgiou.options import RESOLUTION, TIE, TINY, WIDEST_TIE
 
 TINY_32 = tl.constexpr(TINY[32])
@@ -166,20 +166,14 @@ def mgiou_kernel(
         present = (pred.count > 0) & (target.count > 0)
         joint = frame(pred, target)
         scale = joint.scale
-        pred_pads = pads(pred.real, COMPUTE)
-        target_pads = pads(target.real, COMPUTE)
-        if GRAD or CONVEXITY:
-            pred_pads = distinct(pred_source, pred, joint.pred_is_point, lanes, scale, PRED_REAL, VARIANT)
-        if GRAD and (AXIS_GRAD or BOUNDARY):
-            target_pads = distinct(target_source, target, joint.target_is_point, lanes, scale, TARGET_REAL, VARIANT)
-        pred_placed = place(pred, pred_pads, joint.low, scale)
-        target_placed = place(target, target_pads, joint.low, scale)
+        pred_placed = place(pred, joint.low, scale)
+        target_placed = place(target, joint.low, scale)
         pred_shape = pred_placed
         target_shape = target_placed
         if CONVEXITY or BOUNDARY:
-            pred_shape = place_at_last(pred_source, pred, pred_pads, scale)
+            pred_shape = place_at_last(pred_source, pred, scale)
         if BOUNDARY:
-            target_shape = place_at_last(target_source, target, target_pads, scale)
+            target_shape = place_at_last(target_source, target, scale)
 
         rule = axis_rule(joint.extent, TINY, AXIS_WEIGHT)
         pred_rule = rule
@@ -212,11 +206,8 @@ def mgiou_kernel(
             target_direction = target_area.direction
 
         pred_slack = tl.minimum(joint.pred_extent * WIDEST, tl.full((1, 1, 1), TIE, COMPUTE))
-        pred_places = pred.count
-        if CONVEXITY:
-            pred_places = number_of_zeros(pred_pads)
         sample = Sample(
-            pred_placed, target_placed, pred_shape, target_shape, pred_rule, target_rule, pred_places, lane, pred_slack,
+            pred_placed, target_placed, pred_shape, target_shape, pred_rule, target_rule, pred.count, lane, pred_slack,
             convexity_factor, direction, target_direction,
         )  # fmt: skip
         no_slots = zeros(pred_placed.xs)

@@ -68,15 +68,6 @@ def total(values):
 
 
 @triton.jit
-def number_of_zeros(values):
-    """How many values are 0 over all slots and lanes, (POLYGONS, AXES, 1)."""
-    numbers = ()
-    for slot in tl.static_range(len(values)):
-        numbers = numbers + ((values[slot] == 0).to(tl.int32),)
-    return total(numbers)
-
-
-@triton.jit
 def dot(left, right):
     """The sum of products over all slots and lanes, (POLYGONS, AXES, 1)."""
     products = left[0] * right[0]

@@ -71,8 +71,6 @@ class Frame(NamedTuple):
     low: Point  # the lower corner of the joint bounding box, scaled
     extent: tl.tensor  # its longer side, scaled
     pred_extent: tl.tensor  # the same of P's own bounding box
-    pred_is_point: tl.tensor
-    target_is_point: tl.tensor
     target_around: tl.tensor  # the perimeter of the target's bounding box, scaled
     poison: tl.tensor  # 0, or NaN where a vertex is NaN or Inf
 
@@ -82,7 +80,7 @@ class Placed(NamedTuple):
 
     xs: Slots
     ys: Slots
-    pads: Slots  # 0, or NaN for a vertex that does not count: `min`, `max` and `<=` pass over its projections
+    pads: Slots  # 0, or NaN where no real vertex is: added to projections, which `min`, `max` and `==` then pass over
     origin: Point
 
 
@@ -235,7 +233,7 @@ class Sample(NamedTuple):
     target_shape: Placed
     pred_rule: AxisRule
     target_rule: AxisRule
-    pred_places: tl.tensor  # how many vertices count
+    pred_count: tl.tensor
     lane: tl.tensor
     pred_slack: tl.tensor  # times |a_x| + |a_y| of an axis: by how much rounding tells equal projections of P apart
     convexity_factor: tl.tensor

@@ -1,13 +1,13 @@
 """Vertices in memory and in registers: load, store, scale and move.
 
-A slot without a vertex that counts has some coordinates, and NaN to add to its projections.
+A slot without a real vertex has some coordinates, and NaN to add to its projections.
 """
 
 import triton
 import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import inverse_power_of_two, minus
-from triton_mgiou.kernels.slots import bounds, highest, number_of_zeros, total
+from triton_mgiou.kernels.slots import bounds, highest, total
 from triton_mgiou.kernels.types import Frame, Placed, Point, Vertices
 
 # What says which vertices are real.
@@ -109,6 +109,7 @@ def load_vertices(source, lanes, SLOTS: tl.constexpr, LANES: tl.constexpr, REAL:
     xs = ()
     ys = ()
     reals = ()
+    counts = ()
     places = ()
     for slot in tl.static_range(SLOTS):
         index = slot * LANES + lanes.lane
@@ -117,9 +118,10 @@ def load_vertices(source, lanes, SLOTS: tl.constexpr, LANES: tl.constexpr, REAL:
         xs = xs + (vertex.x,)
         ys = ys + (vertex.y,)
         reals = reals + (real,)
+        counts = counts + (real.to(tl.int32),)
         places = places + (tl.where(real, index, -1),)
     if REAL == MASK:
-        count, last = number_of_zeros(pads(reals, COMPUTE)), tl.maximum(highest(places), 0)
+        count, last = total(counts), tl.maximum(highest(places), 0)
     return Vertices(xs, ys, reals, places, count, last)
 
 
@@ -147,35 +149,26 @@ def frame(pred, target):
     extent = tl.maximum(high_x * scale - low.x, high_y * scale - low.y)
     pred_extent = tl.maximum(pred_x.high * scale - pred_x.low * scale, pred_y.high * scale - pred_y.low * scale)
     # Not by `&`: the compiler makes vectors of bits of it, which need local memory.
-    pred_is_point = tl.maximum(pred_x.high - pred_x.low, pred_y.high - pred_y.low) == 0
-    target_is_point = tl.maximum(target_x.high - target_x.low, target_y.high - target_y.low) == 0
     width = target_x.high * scale - target_x.low * scale
     height = target_y.high * scale - target_y.low * scale
-    return Frame(scale, low, extent, pred_extent, pred_is_point, target_is_point, 2.0 * (width + height), poison)
+    return Frame(scale, low, extent, pred_extent, 2.0 * (width + height), poison)
 
 
 @triton.jit
-def pads(counts, COMPUTE: tl.constexpr):
-    """0, or NaN for a vertex that does not count."""
-    new = ()
-    for slot in tl.static_range(len(counts)):
-        new = new + (tl.where(counts[slot], 0.0, float("nan")).to(COMPUTE),)
-    return new
-
-
-@triton.jit
-def place(vertices, pads, origin, scale):
+def place(vertices, origin, scale):
     """Scale vertices, and move the origin to 0 (section 6)."""
     xs = ()
     ys = ()
+    pads = ()
     for slot in tl.static_range(len(vertices.xs)):
         xs = xs + (tl.fma(vertices.xs[slot], scale, minus(origin.x)),)
         ys = ys + (tl.fma(vertices.ys[slot], scale, minus(origin.y)),)
+        pads = pads + (tl.where(vertices.real[slot], 0.0, float("nan")).to(scale.dtype),)
     return Placed(xs, ys, pads, origin)
 
 
 @triton.jit
-def place_at_last(source, vertices, pads, scale):
+def place_at_last(source, vertices, scale):
     """The same relative to the last real vertex: the common origin may be far away."""
     origin = load_scaled(source, addresses_of(source, vertices.last), vertices.count > 0, scale)
-    return place(vertices, pads, origin, scale)
+    return place(vertices, origin, scale)

@@ -33,7 +33,6 @@ class _Polygons(NamedTuple):
     vertices: Tensor  # (B, N, 2), the real ones first; 0 behind them
     shape: Tensor  # (B, N, 2), the same relative to the polygon's first vertex
     real: Tensor  # (B, N), True for a real vertex
-    distinct: Tensor  # (B, N), True for a real vertex that is no copy of the one before it
     following: Tensor  # (B, N, 1), the index of the next real vertex of each real one
     edges: Tensor  # (B, N, 2), edge k runs from vertex k to the next real one; 0 behind the real ones
     on_edge: Tensor  # (B, N, N), [b, k, j] is True where vertex j is an end of edge k
@@ -170,15 +169,7 @@ def _polygons(vertices: Tensor, real: Tensor, low: Tensor) -> _Polygons:
     following = torch.where(is_last, 0, (index + 1).clamp(max=index.shape[0] - 1)).unsqueeze(-1)
     on_edge = (index == index.unsqueeze(-1)) | (index == following)
     moved, shape = (torch.where(real.unsqueeze(-1), vertices - to, 0.0) for to in (low, vertices[:, :1].detach()))
-    return _Polygons(moved, shape, real, _distinct(edges, real, is_last), following, edges, on_edge)
-
-
-def _distinct(edges: Tensor, real: Tensor, is_last: Tensor) -> Tensor:
-    """Which real vertices are not where the one before them is, (B, N); all, if that is where every one is."""
-    is_edge = real & (edges != 0).any(-1)
-    closes = (is_edge & is_last).any(1, keepdim=True)  # the edge from the last vertex to the first
-    follows_edge = torch.cat((closes, is_edge[:, :-1]), dim=1)
-    return real & (follows_edge | ~is_edge.any(1, keepdim=True))
+    return _Polygons(moved, shape, real, following, edges, on_edge)
 
 
 def _axes(edges: Tensor) -> Tensor:
@@ -233,9 +224,9 @@ def _interval(
     extreme if one is. Those of a parallel edge are tied too, but the rounding of coordinates tells them apart:
     `up_to_rounding` ties what is closer than that to an extreme.
     """
-    values, distinct = projections.detach(), polygons.distinct.unsqueeze(1)
-    low = values.masked_fill(~distinct, torch.inf).amin(-1, keepdim=True)
-    high = values.masked_fill(~distinct, -torch.inf).amax(-1, keepdim=True)
+    values, real = projections.detach(), polygons.real.unsqueeze(1)
+    low = values.masked_fill(~real, torch.inf).amin(-1, keepdim=True)
+    high = values.masked_fill(~real, -torch.inf).amax(-1, keepdim=True)
     highest_low, lowest_high = low, high
     if is_own:
         ends = values.diagonal(dim1=1, dim2=2).unsqueeze(-1), values.gather(2, polygons.following)
@@ -246,7 +237,7 @@ def _interval(
         slack = (WIDEST_TIE * _extent(polygons)).clamp(max=_TIE[axes.dtype]).unsqueeze(-1)
         slack = slack * axes.detach().abs().sum(-1, keepdim=True)
         highest_low, lowest_high = torch.maximum(highest_low, low + slack), torch.minimum(lowest_high, high - slack)
-    at_low, at_high = distinct & (values <= highest_low), distinct & (values >= lowest_high)
+    at_low, at_high = real & (values <= highest_low), real & (values >= lowest_high)
     return _extreme(low, at_low, projections), _extreme(high, at_high, projections)
 
 
@@ -299,11 +290,11 @@ def _convexity(polygons: _Polygons, is_axis: Tensor) -> Tensor:
     axes = _axes(polygons.edges)
     projections = _project(polygons.shape, axes)
     low, high = _interval(polygons, projections, axes, is_own=True)
-    counts = polygons.distinct.unsqueeze(1) & ~polygons.on_edge
+    counts = polygons.real.unsqueeze(1) & ~polygons.on_edge
     distance = torch.where(counts, projections - projections.diagonal(dim1=1, dim2=2).unsqueeze(-1), 0.0)
     smaller_side = torch.minimum(distance.relu().sum(-1), (-distance).relu().sum(-1))
     terms = torch.where(is_axis, _quotient(smaller_side, high - low), 0.0)
-    return terms.sum(1) / (polygons.distinct.sum(1) * is_axis.sum(1).clamp(min=1))
+    return terms.sum(1) / (polygons.real.sum(1) * is_axis.sum(1).clamp(min=1))
 
 
 def _boundary(p: _Polygons, g: _Polygons, extent: Tensor) -> Tensor:
