@@ -10,7 +10,7 @@ import types
 import pytest
 
 HAS_ULTRALYTICS = importlib.util.find_spec("ultralytics") is not None
-collect_ignore_glob = [] if HAS_ULTRALYTICS else ["test_*.py"]
+collect_ignore = [] if HAS_ULTRALYTICS else ["test_bench.py", "test_ultralytics.py"]
 
 if HAS_ULTRALYTICS:
     os.environ.setdefault("YOLO_OFFLINE", "true")

@@ -542,7 +542,7 @@ def _box_row(pred, target, pred_direction, target_direction, boundary_weight, V:
         area_slope = 2.0 * term.area_slope * one_more
     gradient = ()
     if V.GRAD:
-        # To the half-sizes of P, and to the offset, by its components along the coordinates or along the directions of G.
+        # To the half-sizes of P, and to the offset, by its components along the coordinates or the directions of G.
         to_x, to_y, along_1, along_2 = slopes_1.pred, slopes_2.pred, slopes_1.offset, slopes_2.offset
         by_turn, turn_1, turn_2 = none, none, none
         if V.HAS_ANGLE:
