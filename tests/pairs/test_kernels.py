@@ -46,6 +46,7 @@ def box_kernel(capability, *, fmt="cxcywhr", over="mean", axis_weight="uniform",
     return compiled(plan.kernel, capability, constants, plan.layout, POINTERS[dtype], masks)
 
 
+@pytest.mark.skipif(triton.__version__ < "3.6", reason="the assembler of Triton 3.4 takes 8 bytes of stack")
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_of_rotated_boxes_do_not_spill(capability, gradient, tmp_path):

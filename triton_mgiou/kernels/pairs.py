@@ -133,6 +133,8 @@ def box_pairs_kernel(
     COLUMNS: tl.constexpr,
 ):
     """The matrix of the values of all pairs. Programs: (rows of tiles, some tiles of each, batch)."""
+    TURNS: tl.constexpr = HAS_ANGLE[FORMAT]
+    IN_SPACE: tl.constexpr = IS_IN_SPACE[FORMAT]
     V: tl.constexpr = PairVariant(
         NO_LENGTH=NO_LENGTH_64 if COMPUTE == tl.float64 else NO_LENGTH_32,
         FORMAT=FORMAT,
@@ -140,8 +142,8 @@ def box_pairs_kernel(
         CLOCKWISE=CLOCKWISE,
         OVER=OVER,
         AXIS_WEIGHT=AXIS_WEIGHT,
-        TURNS=HAS_ANGLE[FORMAT],
-        IN_SPACE=IS_IN_SPACE[FORMAT],
+        TURNS=TURNS,
+        IN_SPACE=IN_SPACE,
     )
     COUNT: tl.constexpr = NUMBERS[FORMAT]
     batch = tl.program_id(2).to(tl.int64)

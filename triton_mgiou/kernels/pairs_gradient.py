@@ -226,6 +226,8 @@ def box_pairs_gradient_kernel(
     COLUMNS: tl.constexpr,
 ):
     """The gradient to one set. Programs: (rows of boxes, batch)."""
+    TURNS: tl.constexpr = HAS_ANGLE[FORMAT]
+    IN_SPACE: tl.constexpr = IS_IN_SPACE[FORMAT]
     V: tl.constexpr = PairVariant(
         NO_LENGTH=NO_LENGTH_64 if COMPUTE == tl.float64 else NO_LENGTH_32,
         FORMAT=FORMAT,
@@ -233,8 +235,8 @@ def box_pairs_gradient_kernel(
         CLOCKWISE=CLOCKWISE,
         OVER=OVER,
         AXIS_WEIGHT=AXIS_WEIGHT,
-        TURNS=HAS_ANGLE[FORMAT],
-        IN_SPACE=IS_IN_SPACE[FORMAT],
+        TURNS=TURNS,
+        IN_SPACE=IN_SPACE,
     )
     COUNT: tl.constexpr = NUMBERS[FORMAT]
     batch = tl.program_id(1).to(tl.int64)
