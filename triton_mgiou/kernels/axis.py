@@ -116,9 +116,8 @@ def tie(ends, edge_ends):
 
 
 @triton.jit
-def rounded(ends, axis, slack):
+def rounded(ends, rounding):
     """Thresholds for `shares` by which all projections that are at an extreme but for rounding are (section 4)."""
-    rounding = slack * (tl.abs(axis.x) + tl.abs(axis.y))
     return Interval(ends.low + rounding, ends.high - rounding)
 
 

@@ -60,7 +60,7 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
         if not VARIANT.AXIS_GRAD:
             _, edge_ends = own_interval(axis, edge, sample.pred.origin)
             own = tie(pred_ends, edge_ends)
-            pred_ends = rounded(pred_ends, axis, sample.pred_slack)
+            pred_ends = rounded(pred_ends, sample.pred_slack * (tl.abs(axis.x) + tl.abs(axis.y)))
             pred_ends = Interval(tl.maximum(own.low, pred_ends.low), tl.minimum(own.high, pred_ends.high))
         derivatives = shares(compared.on_pred, pred_ends, to_pred)
         along = Point(tl.zeros_like(axis.length), tl.zeros_like(axis.length))  # derivative to the edge
@@ -99,7 +99,7 @@ def target_axis(sums, edge, sample, VARIANT: tl.constexpr):
         to_pred, _ = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)
         pred_ends = compared.pred
         if not VARIANT.AXIS_GRAD:
-            pred_ends = rounded(pred_ends, axis, sample.pred_slack)
+            pred_ends = rounded(pred_ends, sample.pred_slack * (tl.abs(axis.x) + tl.abs(axis.y)))
         gradient = add_gradient(gradient, axis, shares(compared.on_pred, pred_ends, to_pred))
     reach = sums.reach
     if VARIANT.BOUNDARY:

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from triton_mgiou.box_formats import KERNEL_FORMATS
 from triton_mgiou.kernels.arithmetic import inverse, inverse_power_of_two, minus, saturate
-from triton_mgiou.kernels.axis import LENGTH, SHORTEST, SOFT, SOFT_UNIT, UNIFORM, axis_weight, shares
+from triton_mgiou.kernels.axis import LENGTH, SHORTEST, SOFT, SOFT_UNIT, UNIFORM, axis_weight, rounded, shares
 from triton_mgiou.kernels.axis import distance as interval_distance
 from triton_mgiou.kernels.axis import slopes as interval_slopes
 from triton_mgiou.kernels.boundary import boundary_term
@@ -632,12 +632,6 @@ def _put(numbers, value, at: tl.constexpr):
 
 
 @triton.jit
-def _rounded(ends, rounding):
-    """Thresholds for `shares` by which all projections that are at an extreme but for rounding are (section 4)."""
-    return Interval(ends.low + rounding, ends.high - rounding)
-
-
-@triton.jit
 def _corners_axis(
     state, corners, END: tl.constexpr, p, g, floor, p_slack, g_slack, scale, OWN: tl.constexpr, V: tl.constexpr
 ):
@@ -653,13 +647,13 @@ def _corners_axis(
     if V.GRAD:
         to_p, to_g = interval_slopes(p_ends, g_ends, apart, weight * per_hull)
         size = tl.abs(x) + tl.abs(y) + tl.abs(z)
-        p_shares = shares(on_p, _rounded(p_ends, p_slack * size), to_p)
+        p_shares = shares(on_p, rounded(p_ends, p_slack * size), to_p)
         grad_x, grad_y, grad_z = gradient
         grad_x = add_scaled(grad_x, x, p_shares)
         grad_y = add_scaled(grad_y, y, p_shares)
         grad_z = add_scaled(grad_z, z, p_shares)
         if OWN and V.AXIS_GRAD:
-            both = p_shares + shares(on_g, _rounded(g_ends, g_slack * size), to_g)
+            both = p_shares + shares(on_g, rounded(g_ends, g_slack * size), to_g)
             along_x, along_y, along_z = dot(both, p[0] + g[0]), dot(both, p[1] + g[1]), dot(both, p[2] + g[2])
             grad_x = _put(_put(grad_x, along_x, END), minus(along_x), 0)
             grad_y = _put(_put(grad_y, along_y, END), minus(along_y), 0)
