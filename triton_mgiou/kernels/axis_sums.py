@@ -56,12 +56,11 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
             by_area = hand_over(by_area, edge, ends, Point(axis.x, axis.y), Point(axis.x, axis.y), VARIANT.AXES)
     if VARIANT.GRAD:
         to_pred, to_target = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)
-        pred_ends = compared.pred
+        _, edge_ends = own_interval(axis, edge, sample.pred.origin)
+        pred_ends = tie(compared.pred, edge_ends)
         if not VARIANT.AXIS_GRAD:
-            _, edge_ends = own_interval(axis, edge, sample.pred.origin)
-            own = tie(pred_ends, edge_ends)
-            pred_ends = rounded(pred_ends, sample.pred_slack * (tl.abs(axis.x) + tl.abs(axis.y)))
-            pred_ends = Interval(tl.maximum(own.low, pred_ends.low), tl.minimum(own.high, pred_ends.high))
+            near = rounded(compared.pred, sample.pred_slack * (tl.abs(axis.x) + tl.abs(axis.y)))
+            pred_ends = Interval(tl.maximum(pred_ends.low, near.low), tl.minimum(pred_ends.high, near.high))
         derivatives = shares(compared.on_pred, pred_ends, to_pred)
         along = Point(tl.zeros_like(axis.length), tl.zeros_like(axis.length))  # derivative to the edge
         if VARIANT.AXIS_GRAD:

@@ -35,7 +35,6 @@ class _Polygons(NamedTuple):
     real: Tensor  # (B, N), True for a real vertex
     following: Tensor  # (B, N, 1), the index of the next real vertex of each real one
     edges: Tensor  # (B, N, 2), edge k runs from vertex k to the next real one; 0 behind the real ones
-    on_edge: Tensor  # (B, N, N), [b, k, j] is True where vertex j is an end of edge k
 
 
 def compute_dtype(pred: Tensor, target: Tensor) -> torch.dtype:
@@ -167,9 +166,8 @@ def _polygons(vertices: Tensor, real: Tensor, low: Tensor) -> _Polygons:
     end = torch.where(is_last.unsqueeze(-1), vertices[:, :1], vertices.roll(-1, dims=1))
     edges = torch.where(real.unsqueeze(-1), end - vertices, 0.0)
     following = torch.where(is_last, 0, (index + 1).clamp(max=index.shape[0] - 1)).unsqueeze(-1)
-    on_edge = (index == index.unsqueeze(-1)) | (index == following)
     moved, shape = (torch.where(real.unsqueeze(-1), vertices - to, 0.0) for to in (low, vertices[:, :1].detach()))
-    return _Polygons(moved, shape, real, following, edges, on_edge)
+    return _Polygons(moved, shape, real, following, edges)
 
 
 def _axes(edges: Tensor) -> Tensor:
@@ -290,7 +288,13 @@ def _convexity(polygons: _Polygons, is_axis: Tensor) -> Tensor:
     axes = _axes(polygons.edges)
     projections = _project(polygons.shape, axes)
     low, high = _interval(polygons, projections, axes, is_own=True)
-    counts = polygons.real.unsqueeze(1) & ~polygons.on_edge
+    vertex, start, end = (
+        polygons.shape.unsqueeze(1),
+        polygons.shape.unsqueeze(2),
+        polygons.shape.gather(1, polygons.following.expand(-1, -1, 2)).unsqueeze(2),
+    )
+    on_edge = (vertex == start).all(-1) | (vertex == end).all(-1)  # (B, N, N), the edge's ends and their copies
+    counts = polygons.real.unsqueeze(1) & ~on_edge
     distance = torch.where(counts, projections - projections.diagonal(dim1=1, dim2=2).unsqueeze(-1), 0.0)
     smaller_side = torch.minimum(distance.relu().sum(-1), (-distance).relu().sum(-1))
     terms = torch.where(is_axis, _quotient(smaller_side, high - low), 0.0)
