@@ -252,7 +252,11 @@ def pair_plan(key: PairKey) -> Plan:
     }
     if not key.gradient:
         constants["VECTORS"] = key.vectors
-    candidates = layouts.pair_candidates(key.size, key.gradient, INTERPRETED)
+    candidates = (
+        layouts.pair_gradient_candidates(key.size, INTERPRETED)
+        if key.gradient
+        else layouts.pair_candidates(key.vectors, INTERPRETED)
+    )
     masks = f"masks {key.first_masked:d}{key.second_masked:d}"
     flags = (f"{key.first_dtype} {key.second_dtype} {masks}", *(f"{name}={value}" for name, value in constants.items()))
     kind = "gradient of pairs" if key.gradient else "pairs"

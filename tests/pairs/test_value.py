@@ -181,3 +181,21 @@ def test_strides_do_not_matter(backend):
     spread = torch.full((10, 11), torch.nan)[::2, ::2]
     spread = spread[:, :5].copy_(first)
     assert_same(matrix(backend, spread, second.T.contiguous().T), matrix(backend, first, second))
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_neighbour_of_any_kind_changes_no_bit(backend, fmt, over):
+    """A point, a speck, a huge and a distant box, and one that is not finite, among ordinary ones on either side."""
+    rng = generator(13)
+    first, second = random_boxes(9, fmt, rng).float(), random_boxes(35, fmt, rng).float()
+    kinds = torch.tensor([0.0, 1e-9, 1e30, 1e-42, torch.nan])
+    odd = (first[:5].flatten(1) * kinds.unsqueeze(1)).reshape(first[:5].shape)
+    plain = matrix(backend, first, second, fmt=fmt, over=over)
+    for place in (0, 4, 9):
+        mixed = torch.cat((first[:place], odd, first[place:]))
+        rows = (torch.arange(14) < place) | (torch.arange(14) >= place + 5)
+        assert_same(matrix(backend, mixed, second, fmt=fmt, over=over)[rows], plain)
+    mixed = torch.cat((second[:17], odd, second[17:]))
+    columns = (torch.arange(40) < 17) | (torch.arange(40) >= 22)
+    assert_same(matrix(backend, first, mixed, fmt=fmt, over=over)[:, columns], plain)

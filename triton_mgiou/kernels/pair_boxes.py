@@ -23,7 +23,7 @@ from triton_mgiou.kernels.boxes import (
     Direction,
     _directions,
     _quarters,
-    _with_sign,
+    _turn,
 )
 
 NUMBERS = tl.constexpr(tuple(math.prod(FORMATS[fmt].shape) for fmt in KERNEL_FORMATS))
@@ -150,6 +150,16 @@ def largest_number(numbers, V: tl.constexpr):
 
 
 @triton.jit
+def size_of_numbers(numbers, V: tl.constexpr):
+    """The sum of the absolute values, the angle apart: not finite where one of them is not."""
+    LINEAR: tl.constexpr = 6 if V.IN_SPACE else 4
+    total = tl.abs(numbers[0])
+    for number in tl.static_range(1, LINEAR):
+        total += tl.abs(numbers[number])
+    return total
+
+
+@triton.jit
 def scale_of(numbers, V: tl.constexpr):
     """By the largest number."""
     down = inverse_power_of_two(largest_number(numbers, V))
@@ -185,9 +195,16 @@ def boxes_of(numbers, direction, V: tl.constexpr):
     cos, sin = a, a
     if V.TURNS:
         a, b = tl.where(direction.is_odd, b, a), tl.where(direction.is_odd, a, b)
-        cos, sin = cos_sin(direction.rest, V.DEGREES)
-        sin = _with_sign(sin, direction.rest)
+        cos, sin = _turn(Direction(tl.zeros_like(direction.is_odd), direction.rest), V.DEGREES)
     return Boxes(numbers[0], numbers[1], numbers[2], numbers[2], numbers[3], a, b, c, direction.rest, cos, sin)
+
+
+@triton.jit
+def named(boxes):
+    """`boxes` out of a tuple, in which Triton 3.6 forgets the names of their fields."""
+    return Boxes(
+        boxes[0], boxes[1], boxes[2], boxes[3], boxes[4], boxes[5], boxes[6], boxes[7], boxes[8], boxes[9], boxes[10]
+    )
 
 
 @triton.jit

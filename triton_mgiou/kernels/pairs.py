@@ -2,11 +2,11 @@
 
     value = 1 - 2 sum_k w_k D_k / sum_k w_k,  or  1 - 2 max_k D_k,  or  1 - max_k apart_k
 
-with the distances of `pair_axes`. A program takes a tile of ROWS boxes of one set and COLUMNS of the other. What a box
-has by itself is computed once for its row or column, (ROWS, 1) or (1, COLUMNS).
+with the distances of `pair_axes`. A program is one warp. It keeps GROUPS columns of each lane in registers, with all
+that these boxes have by themselves, and goes along the rows, ROWS at a time; the next rows are loaded meanwhile.
 
-Most tiles are plain: all their boxes are finite, and none so small beside another that an edge is no axis or a number
-leaves its range. These take half the instructions, and give the same bits.
+Most rows are plain: with all boxes of the columns they are finite, and none is so small beside another that an edge is
+no axis or a number leaves its range. These take a fraction of the instructions, and give the same bits.
 """
 
 import triton
@@ -33,16 +33,19 @@ from triton_mgiou.kernels.pair_boxes import (
     PairVariant,
     boxes_of,
     is_there,
-    largest_number,
     load_boxes,
+    named,
     plain_direction,
     poison_of,
     reciprocal,
+    size_of_numbers,
     sizes_of,
 )
 
-# A tile is plain if its sizes are above the first of its largest number and above the second, and its numbers and
-# angles below the others.
+GROUPS = tl.constexpr(4)  # columns of a lane: one store of four numbers
+
+# A row is plain if its sizes and those of the columns are above the first of the numbers of both, and above the second,
+# and its numbers and angle are below the others.
 PLAIN_RATIO = tl.constexpr(1e-5)
 PLAIN_SIZE = tl.constexpr(2.0**-40)
 PLAIN_NUMBER = tl.constexpr(2.0**40)
@@ -54,45 +57,55 @@ def _value(pair, rule, PLAIN: tl.constexpr, V: tl.constexpr):
     AXES: tl.constexpr = 6 if V.IN_SPACE else 4
     if V.OVER == MEAN:
         p, g = sums_over_axes(pair, rule, PLAIN, V)
-        each = tl.full((p + g).shape, 1.0 / AXES, p.dtype)
+        each = tl.full((p + g).shape, -2.0 / AXES, p.dtype)
         if not PLAIN:
             weight = total_weight(rule)
-            each = tl.where(weight == AXES, each, reciprocal(weight))
-        return tl.fma((p + g) * each, -2.0, 1.0)
+            each = tl.where(weight == AXES, each, -2.0 * reciprocal(weight))
+        return tl.fma(p + g, each, 1.0)
     else:
         return tl.fma(largest_distance(pair, rule, PLAIN, V), -1.0 if V.OVER == DEPTH else -2.0, 1.0)
 
 
 @triton.jit
-def _plain_rule(pair):
-    """What stands in the place of a rule where every axis counts alike."""
-    any = pair.p1.hull  # noqa: A001
-    return Rule(any, any, any, any, any, any, any, any, any)
+def _plain_value(p, g, V: tl.constexpr):
+    pair = pair_of(p, g, V)
+    any = pair.p1.hull  # noqa: A001 - in the place of a rule where every axis counts alike
+    return _value(pair, Rule(any, any, any, any, any, any, any, any, any), True, V)
 
 
 @triton.jit
-def _plain_values(p, g_numbers, V: tl.constexpr):
-    pair = pair_of(p, boxes_of(g_numbers, plain_direction(g_numbers, V), V), V)
-    return _value(pair, _plain_rule(pair), True, V)
-
-
-@triton.jit
-def _any_values(p_numbers, g_numbers, V: tl.constexpr):
+def _any_value(p_numbers, g_numbers, V: tl.constexpr):
     pair, _ = scaled_pair(p_numbers, g_numbers, V)
     return _value(pair, rule_of(pair, V), False, V) + (poison_of(p_numbers) + poison_of(g_numbers))
 
 
 @triton.jit
-def _range(numbers, there, V: tl.constexpr):
-    """The least size and the largest number of those that are there; -1 and 0 where one is not finite or too large."""
+def _least_and_total(numbers, V: tl.constexpr):
+    """The least size, and the sum of the numbers' absolute values: NaN or Inf where one is; the least is then -1."""
     width, height, depth = sizes_of(numbers, V)
-    least = tl.minimum(tl.minimum(tl.abs(width), tl.abs(height)), tl.abs(depth))
-    largest = largest_number(numbers, V)
-    is_plain = largest + poison_of(numbers) < PLAIN_NUMBER
+    least = tl.minimum(tl.abs(width), tl.abs(height))
+    if V.IN_SPACE:
+        least = tl.minimum(least, tl.abs(depth))
+    total = size_of_numbers(numbers, V)
+    is_plain = total < PLAIN_NUMBER
     if V.TURNS:
         is_plain = is_plain & (tl.abs(numbers[len(numbers) - 1]) < PLAIN_ANGLE)
-    least = tl.where(is_plain, least, -1.0)
-    return tl.min(tl.where(there, least, PLAIN_NUMBER)), tl.max(tl.where(there & is_plain, largest, 0.0))
+    return tl.where(is_plain, least, -1.0), total
+
+
+@triton.jit
+def _store(addresses, values, lane, left, is_row, VECTORS: tl.constexpr):
+    """Four tiles (ROWS, LANES), of `left` columns in all. In VECTORS a lane's four follow each other."""
+    LANES: tl.constexpr = values[0].shape[1]
+    if VECTORS:
+        tile = tl.join(tl.join(values[0], values[2]), tl.join(values[1], values[3]))
+        column = tl.arange(0, 4 * LANES)[None, :]
+        tile = tl.reshape(tile, (values[0].shape[0], 4 * LANES))
+        tl.store(addresses + column, tile, mask=is_row & (column < left))
+    else:
+        for group in tl.static_range(4):
+            column = LANES * group + lane
+            tl.store(addresses + column, values[group], mask=is_row & (column < left))
 
 
 @triton.jit(
@@ -132,48 +145,88 @@ def box_pairs_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The matrix of the values of all pairs. Programs: (rows of tiles, some tiles of each, batch)."""
+    """The matrix of the values of all pairs. Programs: (tiles of columns, some tiles of rows, batch)."""
     TURNS: tl.constexpr = HAS_ANGLE[FORMAT]
     IN_SPACE: tl.constexpr = IS_IN_SPACE[FORMAT]
-    V: tl.constexpr = PairVariant(
-        NO_LENGTH=NO_LENGTH_64 if COMPUTE == tl.float64 else NO_LENGTH_32,
-        FORMAT=FORMAT,
-        DEGREES=DEGREES,
-        CLOCKWISE=CLOCKWISE,
-        OVER=OVER,
-        AXIS_WEIGHT=AXIS_WEIGHT,
-        TURNS=TURNS,
-        IN_SPACE=IN_SPACE,
-    )
+    NO_LENGTH: tl.constexpr = NO_LENGTH_64 if COMPUTE == tl.float64 else NO_LENGTH_32
+    V: tl.constexpr = PairVariant(NO_LENGTH, FORMAT, DEGREES, CLOCKWISE, OVER, AXIS_WEIGHT, TURNS, IN_SPACE)
     COUNT: tl.constexpr = NUMBERS[FORMAT]
+    LANES: tl.constexpr = COLUMNS // GROUPS
+    if VECTORS:
+        columns = columns // 4 * 4
     batch = tl.program_id(2).to(tl.int64)
     boxes1_ptr += batch * stride1_b
     boxes2_ptr += batch * stride2_b
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    p_index = tl.minimum(row, rows - 1)  # the last box once more, instead of none
-    p_numbers = load_boxes(boxes1_ptr, p_index, stride1_n, stride1_c, COUNT, PACKED1, COMPUTE)
-    p_there = row >= 0
     if mask1_ptr is not None:
-        p_there = is_there(mask1_ptr + batch * mask1_stride_b, p_index, mask1_stride_n)
-    p_least, p_largest = _range(p_numbers, p_there, V)
-    p = boxes_of(p_numbers, plain_direction(p_numbers, V), V)
-    matrix_rows = matrix_ptr + (batch * rows + row) * (columns // 4 * 4 if VECTORS else columns)
+        mask1_ptr += batch * mask1_stride_b
+    if mask2_ptr is not None:
+        mask2_ptr += batch * mask2_stride_b
+    lane = tl.arange(0, LANES)[None, :]
+    first_column = tl.program_id(0) * COLUMNS
 
-    for tile in range(tl.program_id(1), tl.cdiv(columns, COLUMNS), tl.num_programs(1)):
-        column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        g_index = tl.minimum(column, columns - 1)
-        g_numbers = load_boxes(boxes2_ptr, g_index, stride2_n, stride2_c, COUNT, PACKED2, COMPUTE)
-        g_there = column >= 0
-        if mask2_ptr is not None:
-            g_there = is_there(mask2_ptr + batch * mask2_stride_b, g_index, mask2_stride_n)
-        g_least, g_largest = _range(g_numbers, g_there, V)
-        least, largest = tl.minimum(p_least, g_least), tl.maximum(p_largest, g_largest)
-        if AXIS_WEIGHT == UNIFORM and (least > PLAIN_RATIO * largest) and (least > PLAIN_SIZE):
-            values = _plain_values(p, g_numbers, V)
+    g = ()
+    g_there = ()
+    g_least = tl.full((1, LANES), PLAIN_NUMBER, COMPUTE)
+    g_total = tl.zeros((1, LANES), COMPUTE)
+    if AXIS_WEIGHT == UNIFORM:
+        for group in tl.static_range(GROUPS):
+            column = first_column + (GROUPS * lane + group if VECTORS else LANES * group + lane)
+            g_index = tl.minimum(column, columns - 1)  # the last box once more, instead of none
+            g_numbers = load_boxes(boxes2_ptr, g_index, stride2_n, stride2_c, COUNT, PACKED2, COMPUTE)
+            g = g + (boxes_of(g_numbers, plain_direction(g_numbers, V), V),)
+            there = column >= 0
+            if mask2_ptr is not None:
+                there = is_there(mask2_ptr, g_index, mask2_stride_n)
+            g_there = g_there + (there,)
+            least, total = _least_and_total(g_numbers, V)
+            g_least = tl.minimum(g_least, tl.where(there, least, PLAIN_NUMBER))
+            g_total = tl.maximum(g_total, tl.where(there, total, 0.0))
+    g_least = tl.min(g_least)
+    smallest = tl.full((ROWS, 1), PLAIN_SIZE, COMPUTE) + tl.max(g_total) * PLAIN_RATIO
+    ratio = tl.full((ROWS, 1), PLAIN_RATIO, COMPUTE)
+
+    last_tile = tl.cdiv(rows, ROWS) - 1
+    first_tile = tl.program_id(1)
+    p_index = tl.minimum(first_tile * ROWS + tl.arange(0, ROWS)[:, None], rows - 1)
+    p_next = load_boxes(boxes1_ptr, p_index, stride1_n, stride1_c, COUNT, PACKED1, COMPUTE)
+    row = first_tile * ROWS + tl.arange(0, ROWS)[:, None]
+    addresses = matrix_ptr + (batch * rows + row) * columns + first_column
+    for tile in range(first_tile, last_tile + 1, tl.num_programs(1)):
+        p_numbers = p_next
+        next_row = tl.minimum(tile + tl.num_programs(1), last_tile) * ROWS + tl.arange(0, ROWS)[:, None]
+        p_next = load_boxes(boxes1_ptr, tl.minimum(next_row, rows - 1), stride1_n, stride1_c, COUNT, PACKED1, COMPUTE)
+        row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+        p_index = tl.minimum(row, rows - 1)
+        p_there = row < rows
+        if mask1_ptr is not None:
+            p_there = p_there & is_there(mask1_ptr, p_index, mask1_stride_n)
+        is_plain = False
+        if AXIS_WEIGHT == UNIFORM:
+            p_least, p_total = _least_and_total(p_numbers, V)
+            is_any = (tl.minimum(p_least, g_least) > tl.fma(p_total, ratio, smallest)) == 0
+            is_any = tl.broadcast_to(is_any & p_there, (ROWS, LANES))  # by all lanes, and so by one instruction
+            is_plain = tl.max(is_any.to(tl.int32)) == 0
+        if AXIS_WEIGHT == UNIFORM and is_plain:
+            p = boxes_of(p_numbers, plain_direction(p_numbers, V), V)
+            values = ()
+            for group in tl.static_range(GROUPS):
+                value = _plain_value(p, named(g[group]), V)
+                if mask1_ptr is not None or mask2_ptr is not None:
+                    value = tl.where(p_there & g_there[group], value, NOT_THERE)
+                values = values + (value,)
+            _store(addresses, values, lane, columns - first_column, row < rows, VECTORS)
         else:
-            # Loaded once more: what every tile would have to keep in registers makes the plain ones slow.
-            p_again = load_boxes(boxes1_ptr, p_index, stride1_n, stride1_c, COUNT, PACKED1, COMPUTE)
-            values = _any_values(p_again, g_numbers, V)
-        if mask1_ptr is not None or mask2_ptr is not None:
-            values = tl.where(p_there & g_there, values, NOT_THERE)
-        tl.store(matrix_rows + column, values, mask=(row < rows) & (column < columns))
+            # One column of a lane after the other, all loaded once more: these pairs need more registers, and what
+            # every program has to keep makes the others slow.
+            for piece in range(GROUPS):
+                g_column = first_column + LANES * piece + lane
+                g_index = tl.minimum(g_column, columns - 1)
+                p_again = load_boxes(boxes1_ptr, p_index, stride1_n, stride1_c, COUNT, PACKED1, COMPUTE)
+                g_again = load_boxes(boxes2_ptr, g_index, stride2_n, stride2_c, COUNT, PACKED2, COMPUTE)
+                any_value = _any_value(p_again, g_again, V)
+                if mask1_ptr is not None:
+                    any_value = tl.where(p_there, any_value, NOT_THERE)
+                if mask2_ptr is not None:
+                    any_value = tl.where(is_there(mask2_ptr, g_index, mask2_stride_n), any_value, NOT_THERE)
+                tl.store(addresses + LANES * piece + lane, any_value, mask=(row < rows) & (g_column < columns))
+        addresses += tl.num_programs(1).to(tl.int64) * ROWS * columns

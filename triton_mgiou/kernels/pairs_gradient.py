@@ -228,16 +228,8 @@ def box_pairs_gradient_kernel(
     """The gradient to one set. Programs: (rows of boxes, batch)."""
     TURNS: tl.constexpr = HAS_ANGLE[FORMAT]
     IN_SPACE: tl.constexpr = IS_IN_SPACE[FORMAT]
-    V: tl.constexpr = PairVariant(
-        NO_LENGTH=NO_LENGTH_64 if COMPUTE == tl.float64 else NO_LENGTH_32,
-        FORMAT=FORMAT,
-        DEGREES=DEGREES,
-        CLOCKWISE=CLOCKWISE,
-        OVER=OVER,
-        AXIS_WEIGHT=AXIS_WEIGHT,
-        TURNS=TURNS,
-        IN_SPACE=IN_SPACE,
-    )
+    NO_LENGTH: tl.constexpr = NO_LENGTH_64 if COMPUTE == tl.float64 else NO_LENGTH_32
+    V: tl.constexpr = PairVariant(NO_LENGTH, FORMAT, DEGREES, CLOCKWISE, OVER, AXIS_WEIGHT, TURNS, IN_SPACE)
     COUNT: tl.constexpr = NUMBERS[FORMAT]
     batch = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]

@@ -194,28 +194,28 @@ def box_interpreter_layout(numbers: int, batch: int) -> BoxLayout:
 
 # Pairs
 
-ENOUGH_PROGRAMS = 2048  # fill a GPU a few times over; with more of them each takes several tiles
+ENOUGH_PROGRAMS = 2048  # of a warp fill a GPU once; with more of them each takes several tiles
+MOST_TILES = 24  # of a program, that the last ones to start do not keep the others waiting
 MOST_PROGRAMS = 65535  # in the second dimension of a grid
 
 
 class PairLayout(NamedTuple):
-    """How the kernels of pairs work on a matrix: its tiles, warps of a program, and registers of a thread."""
+    """How a kernel of pairs works on a matrix: its tiles, warps of a program, and registers of a thread.
+
+    A program goes down its columns, as many tiles as this class says.
+    """
 
     rows: int
     columns: int
     num_warps: int
     registers: int
-    gradient: int  # whether a program goes along whole rows
 
     def grid(self, size: Any) -> tuple[int, int, int]:
         """The grid of a launch for a matrix (B, P, T)."""
         batch, rows, columns = size
-        along = -(-rows // self.rows)
-        if self.gradient:
-            return along, batch, 1
-        tiles = -(-columns // self.columns)
-        each = max(1, along * tiles * batch // ENOUGH_PROGRAMS)
-        return along, min(-(-tiles // each), MOST_PROGRAMS), batch
+        across, tiles = -(-columns // self.columns), -(-rows // self.rows)
+        each = min(-(-across * tiles * batch // ENOUGH_PROGRAMS), MOST_TILES)
+        return across, min(-(-tiles // each), MOST_PROGRAMS), batch
 
     def sizes(self) -> dict[str, int]:
         """The kernel's last compile-time arguments."""
@@ -226,31 +226,63 @@ class PairLayout(NamedTuple):
         return {"num_warps": self.num_warps, "maxnreg": self.registers, "enable_fp_fusion": False}
 
 
+class PolygonPairLayout(PairLayout):
+    """The same where a program goes along its rows."""
+
+    def grid(self, size: Any) -> tuple[int, int, int]:
+        """The grid of a launch for a matrix (B, P, T)."""
+        batch, rows, columns = size
+        along, tiles = -(-rows // self.rows), -(-columns // self.columns)
+        each = max(1, along * tiles * batch // ENOUGH_PROGRAMS)
+        return along, min(-(-tiles // each), MOST_PROGRAMS), batch
+
+
+class PairGradientLayout(PairLayout):
+    """The same where a program takes whole rows."""
+
+    def grid(self, size: Any) -> tuple[int, int, int]:
+        """The grid of a launch for a matrix (B, P, T)."""
+        batch, rows, _ = size
+        return -(-rows // self.rows), batch, 1
+
+
 AnyLayout = Layout | BoxLayout | PairLayout
 
 
 def pair_class(size: Sequence[int], gradient: bool) -> int:
-    """Matrices of one class have one layout: 1 of what fills a GPU with the larger tiles, else 0."""
+    """Matrices of one class have one layout: 1 of what fills a GPU a few times over, else 0."""
     batch, rows, columns = size
     return int(batch * rows >= 4096 if gradient else batch * rows * columns >= 2**20)
 
 
-def pair_candidates(size_class: int, gradient: bool, interpreted: bool) -> list[AnyLayout]:
-    """The layouts to measure for pairs, the one to use without measurement first."""
+def pair_candidates(vectors: bool, interpreted: bool) -> list[AnyLayout]:
+    """The layouts to measure for the matrix of boxes, the one to use without measurement first.
+
+    A lane has four columns. Small tiles leave little of them empty behind the last column, and `vectors` store 64 bytes
+    of a row at once even so; numbers one by one need 8 lanes for whole sectors of 32 bytes. With 112 registers 18
+    programs run on a multiprocessor at once.
+    """
     if interpreted:
-        return [PairLayout(64, 64, 1, 255, int(gradient))]
-    if gradient:
-        few, many = PairLayout(1, 128, 4, 128, 1), PairLayout(4, 128, 4, 255, 1)
-        return [many, few, PairLayout(2, 128, 4, 168, 1)] if size_class else [few, many, PairLayout(1, 256, 8, 128, 1)]
-    small, large = PairLayout(32, 16, 4, 128, 0), PairLayout(64, 16, 8, 128, 0)
-    others = [PairLayout(64, 16, 4, 255, 0), PairLayout(32, 32, 8, 128, 0), PairLayout(64, 32, 8, 255, 0)]
-    first = large if size_class else small
-    return list(dict.fromkeys([first, small, large, *others]))
+        return [PairLayout(64, 64, 1, 255)]
+    default = PairLayout(8, 16, 1, 112) if vectors else PairLayout(4, 32, 1, 112)
+    tiles = ((8, 16), (4, 32), (1, 128))
+    others = [PairLayout(*tile, 1, registers) for tile in tiles for registers in (112, 96, 128)]
+    return list(dict.fromkeys([default, *others]))
+
+
+def pair_gradient_candidates(size_class: int, interpreted: bool) -> list[AnyLayout]:
+    """The same for its gradient to one side, of few or many boxes."""
+    if interpreted:
+        return [PairGradientLayout(64, 64, 1, 255)]
+    few, many = PairGradientLayout(1, 128, 4, 128), PairGradientLayout(4, 128, 4, 255)
+    if size_class:
+        return [many, few, PairGradientLayout(2, 128, 4, 168)]
+    return [few, many, PairGradientLayout(1, 256, 8, 128)]
 
 
 def polygon_pair_candidates(corners: int, interpreted: bool) -> list[AnyLayout]:
     """The same for the matrix of polygons, with `corners` each in registers or with vertices read again and again."""
     if interpreted:
-        return [PairLayout(64, 64, 1, 255, 0)]
+        return [PolygonPairLayout(64, 64, 1, 255)]
     registers = 255 if corners else 168
-    return [PairLayout(*tile, 4, registers, 0) for tile in ((16, 16), (32, 8), (64, 8), (16, 32))]
+    return [PolygonPairLayout(*tile, 4, registers) for tile in ((16, 16), (32, 8), (64, 8), (16, 32))]
