@@ -52,10 +52,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _warmup(args: argparse.Namespace) -> int:
-    boxes = {"boxes": args.boxes, "box_options": args.box_options} if args.boxes else {}
+    more = {"boxes": args.boxes, "box_options": args.box_options} if args.boxes else {}
+    if args.pairs:
+        more |= {"pairs": args.pairs, "pair_sizes": args.pair_sizes, "pair_options": args.pair_options}
     try:
         results = triton_mgiou.warmup(
-            args.vertices, args.batch, args.dtype, args.device, args.options, tune=not args.no_tune, **boxes
+            args.vertices, args.batch, args.dtype, args.device, args.options, tune=not args.no_tune, **more
         )
         sys.stdout.write(f"{table(results)}\n")
         if args.json is not None:
@@ -85,8 +87,10 @@ def table(results: list[WarmupResult]) -> str:
         if r.fmt is None:
             slots = "/".join(dict.fromkeys(str(c[side]) for side in ("pred_slots", "target_slots")))
             tile = f"{c['polygons']} x {c['axes']} x {c['lanes']} x {slots}"
-        else:
+        elif "lanes" in c:
             tile = f"{c['lanes']} lanes x {c['rows']} boxes"
+        else:
+            tile = f"{c['rows']} x {c['columns']} pairs"
         rows.append(
             (
                 r.fmt or "/".join(dict.fromkeys((str(r.pred_vertices), str(r.target_vertices)))),
@@ -174,6 +178,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--box-options", type=_options, default="{}", metavar="JSON", help="options of box_mgiou_loss, as --options"
     )
+    command.add_argument("--pairs", nargs="+", default=[], metavar="FMT", help='formats of box_mgiou, or "polygons"')
+    command.add_argument(
+        "--pair-sizes", type=_pair_of(_integer_from(1)), nargs="+", default=[(8400, 100)], metavar="P:T",
+        help="sizes of matrices to measure with",
+    )  # fmt: skip
+    command.add_argument(
+        "--pair-options", type=_options, default="{}", metavar="JSON",
+        help="options of box_mgiou and polygon_mgiou, as --options",
+    )  # fmt: skip
     command.add_argument("--no-tune", action="store_true", help="compile only")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
 

@@ -59,8 +59,8 @@ class PairKey(NamedTuple):
     first_packed: bool
     second_packed: bool
     gradient: bool
-    vectors: bool  # rows of the matrix start at multiples of four numbers
-    size: int  # class of the matrix's size
+    vectors: bool  # rows of the matrix start at multiples of four numbers; not of the gradient
+    many: bool  # whether the gradient is that to many boxes
 
 
 def box_matrix(boxes1: Tensor, boxes2: Tensor, mask1: Tensor | None, mask2: Tensor | None, call: BoxPairs) -> Tensor:
@@ -98,18 +98,35 @@ def _gradients(gradient: Any, ctx: Any, upstream: Tensor, call: BoxPairs) -> lis
     return [gradient(*side, call) if needed else None for side, needed in zip(sides, needs[:2], strict=True)]
 
 
+class Launch(NamedTuple):
+    """One launch of a plan: the matrix's size, (B, P, T), and the kernel's arguments before the compile-time ones."""
+
+    size: torch.Size
+    arguments: tuple[Any, ...]
+
+
 def _values(boxes1: Tensor, boxes2: Tensor, mask1: Tensor | None, mask2: Tensor | None, call: BoxPairs) -> Tensor:
+    plan, launches, matrix = prepare_values(boxes1, boxes2, mask1, mask2, call)
+    launch_all(plan, launches)
+    return matrix
+
+
+def prepare_values(
+    boxes1: Tensor, boxes2: Tensor, mask1: Tensor | None, mask2: Tensor | None, call: BoxPairs
+) -> tuple[Plan, list[Launch], Tensor]:
+    """The variant to launch, its launches, and the matrix that they write."""
     batch, rows, columns = boxes1.shape[0], boxes1.shape[1], boxes2.shape[1]
     plan = _plan(boxes1, boxes2, mask1, mask2, call, gradient=False)
     matrix = plan.scalar.new_empty((batch, rows, columns))
+    launches = []
     for part in _parts(batch):
         bytes1, bytes2 = _as_bytes(mask1, part), _as_bytes(mask2, part)
         arguments = (
             _part(boxes1, part), _part(boxes2, part), bytes1, bytes2, _part(matrix, part),
             *_strides(boxes1, 3), *_strides(boxes2, 3), *_strides(bytes1, 2), *_strides(bytes2, 2), rows, columns,
         )  # fmt: skip
-        _launch(plan, _part(matrix, part).shape, arguments)
-    return matrix
+        launches.append(Launch(_part(matrix, part).shape, arguments))
+    return plan, launches, matrix
 
 
 def _gradient(
@@ -121,10 +138,25 @@ def _gradient(
     call: BoxPairs,
 ) -> Tensor:
     """The gradient to `own` from the upstream matrix (B, own, other) of any strides, in the type of `own`."""
+    plan, launches, grad = prepare_gradient(own, other, own_mask, other_mask, upstream, call)
+    launch_all(plan, launches)
+    return grad.to(own.dtype)
+
+
+def prepare_gradient(
+    own: Tensor,
+    other: Tensor,
+    own_mask: Tensor | None,
+    other_mask: Tensor | None,
+    upstream: Tensor,
+    call: BoxPairs,
+) -> tuple[Plan, list[Launch], Tensor]:
+    """The variant to launch, its launches, and the gradient that they write, in the type that is computed in."""
     batch, rows, columns = upstream.shape
     plan = _plan(own, other, own_mask, other_mask, call, gradient=True)
     grad = torch.empty_like(own, dtype=plan.dtype, memory_format=torch.contiguous_format)
     largest = torch.finfo(plan.dtype).max / (1 << (columns - 1).bit_length())
+    launches = []
     for part in _parts(batch):
         own_bytes, other_bytes = _as_bytes(own_mask, part), _as_bytes(other_mask, part)
         arguments = (
@@ -132,8 +164,8 @@ def _gradient(
             *_strides(own, 3), *_strides(other, 3), *_strides(own_bytes, 2), *_strides(other_bytes, 2),
             *upstream.stride(), rows, columns, largest,
         )  # fmt: skip
-        _launch(plan, _part(upstream, part).shape, arguments)
-    return grad.to(own.dtype)
+        launches.append(Launch(_part(upstream, part).shape, arguments))
+    return plan, launches, grad
 
 
 def polygon_matrix(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -> Tensor:
@@ -145,13 +177,19 @@ def polygon_matrix(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -> 
 
 
 def _polygon_values(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -> Tensor:
+    plan, launches, matrix = prepare_polygons(polygons1, polygons2, call)
+    launch_all(plan, launches)
+    return matrix
+
+
+def prepare_polygons(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -> tuple[Plan, list[Launch], Tensor]:
+    """The variant to launch, its launches, and the matrix that they write."""
     batch, rows, size1, _ = polygons1.shape
     columns, size2 = polygons2.shape[1:3]
     sets = (call.lengths1, call.lengths2, call.mask1, call.mask2)
     kinds = tuple(None if each is None else each.dtype for each in sets)
-    size_class = layouts.pair_class((batch, rows, columns), gradient=False)
     corners = 4 if size1 == size2 == 4 and call.lengths1 is call.lengths2 is None else 0
-    options = (call.over, call.axis_weight, corners, size_class)
+    options = (call.over, call.axis_weight, corners)
     fields = (polygons1.get_device(), polygons1.dtype, polygons2.dtype, *kinds, *options)
     plan = launch.known_plan(fields)
     if plan is None:
@@ -164,6 +202,7 @@ def _polygon_values(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) ->
             Plan(polygon_pairs_kernel, constants, case, candidates, dtype, polygons1.get_device()),
         )
     matrix = plan.scalar.new_empty((batch, rows, columns))
+    launches = []
     for part in _parts(batch):
         lengths = [_part(each, part) for each in sets[:2]]
         masks = [_as_bytes(each, part) for each in sets[2:]]
@@ -173,16 +212,18 @@ def _polygon_values(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) ->
             *_strides(lengths[0], 2), *_strides(lengths[1], 2), *_strides(masks[0], 2), *_strides(masks[1], 2),
             size1, size2, rows, columns,
         )  # fmt: skip
-        _launch(plan, _part(matrix, part).shape, arguments)
-    return matrix
+        launches.append(Launch(_part(matrix, part).shape, arguments))
+    return plan, launches, matrix
 
 
-def _launch(plan: Plan, size: torch.Size, arguments: tuple[Any, ...]) -> None:
-    device = arguments[0].get_device()
+def launch_all(plan: Plan, launches: list[Launch]) -> None:
+    """Launch on the device of the plan."""
+    device = plan.scalar.get_device()
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return _launch(plan, size, arguments)
-    plan.launch(size, 0 if device < 0 else driver.active.get_current_stream(device), arguments)
+            return launch_all(plan, launches)
+    for size, arguments in launches:
+        plan.launch(size, 0 if device < 0 else driver.active.get_current_stream(device), arguments)
     return None
 
 
@@ -219,7 +260,6 @@ def _plan(
     call: BoxPairs,
     gradient: bool,
 ) -> Plan:
-    size = torch.Size((first.shape[0], first.shape[1], second.shape[1]))
     fields = (
         first.get_device(),
         first.dtype,
@@ -230,8 +270,8 @@ def _plan(
         _is_packed(first),
         _is_packed(second),
         gradient,
-        not gradient and size[2] % 4 == 0,
-        layouts.pair_class(size, gradient),
+        not gradient and second.shape[1] % 4 == 0,
+        gradient and layouts.are_many(first.shape[0] * first.shape[1]),
     )
     plan = launch.known_plan(fields)
     return launch.keep_plan(fields, pair_plan(PairKey(*fields))) if plan is None else plan
@@ -253,14 +293,14 @@ def pair_plan(key: PairKey) -> Plan:
     if not key.gradient:
         constants["VECTORS"] = key.vectors
     candidates = (
-        layouts.pair_gradient_candidates(key.size, INTERPRETED)
+        layouts.pair_gradient_candidates(key.many, INTERPRETED)
         if key.gradient
         else layouts.pair_candidates(key.vectors, INTERPRETED)
     )
     masks = f"masks {key.first_masked:d}{key.second_masked:d}"
     flags = (f"{key.first_dtype} {key.second_dtype} {masks}", *(f"{name}={value}" for name, value in constants.items()))
-    kind = "gradient of pairs" if key.gradient else "pairs"
-    case = f"{kind} of boxes {key.call.fmt}, size {key.size}, {' '.join(flags)}"
+    kind = f"gradient of pairs to {layouts.how_many(key.many)}" if key.gradient else "pairs of"
+    case = f"{kind} boxes {key.call.fmt}, {' '.join(flags)}"
     kernel = box_pairs_gradient_kernel if key.gradient else box_pairs_kernel
     return Plan(kernel, tuple(constants.values()), case, candidates, dtype, key.device)
 

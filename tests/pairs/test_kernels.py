@@ -39,7 +39,7 @@ def compiled(kernel, capability, constants, layout, pointers, masks):
 def box_kernel(capability, *, fmt="cxcywhr", over="mean", axis_weight="uniform", dtype=torch.float32, gradient=False,
                masks=False, packed=True, large=True):  # fmt: skip
     call = pairs.BoxPairs(fmt, "radians", True, over, axis_weight)
-    key = pairs.PairKey(-1, dtype, dtype, call, masks, masks, packed, packed, gradient, not gradient, int(large))
+    key = pairs.PairKey(-1, dtype, dtype, call, masks, masks, packed, packed, gradient, large and not gradient, large)
     plan = pairs.pair_plan(key)
     names = plan.kernel.arg_names
     constants = dict(zip(names[names.index("COMPUTE") :], plan.flags, strict=False))

@@ -582,10 +582,7 @@ class Variant(warmup_module._Variant):
         return launch.Plan(None, (), f"size {size}", layouts.candidates(size, size, False), torch.float32, -1)
 
     def prepare(self):
-        return self.plan, (), [torch.zeros(())]
-
-    def _replace(self, **_):
-        return self
+        return warmup_module._Prepared(self.plan, self.batch, (), [torch.zeros(())])
 
 
 def test_two_ranks_measure_once_and_agree(tmp_path):

@@ -55,6 +55,10 @@ def interpreted(*arguments):
         ({"options": {"colour": 1}}, ValueError, r"options must hold options of mgiou_loss \(.*\), got 'colour'"),
         ({"options": {"weight": torch.ones(1)}}, TypeError, r"options\['weight'\] must be a dtype or a bool, got Ten"),
         ({"options": {"backend": "eager"}}, ValueError, "got 'backend'"),
+        ({"pairs": ("corners3d",)}, ValueError, "pairs must be one of .*'polygons', got 'corners3d'"),
+        ({"pair_sizes": ((4, 0),)}, ValueError, "pair_sizes must hold integers of 1 or above, got 0"),
+        ({"pair_options": {"weight": True}}, ValueError, "pair_options must hold options of box_mgiou and poly"),
+        ({"pair_options": {"mask1": 1}}, TypeError, r"pair_options\['mask1'\] must be a dtype or a bool, got int"),
         ({"device": "cpu"}, RuntimeError, "warmup cannot run: the tensors are on cpu.*; expected a GPU"),
         ({"device": "cuda:99"}, RuntimeError, r"PyTorch finds \d+ NVIDIA GPUs, and the device is cuda:99"),
     ],
@@ -93,6 +97,26 @@ def test_warm_up_from_the_command_line(tmp_path):
     assert {each["dtype"] for each in results} == {"float16 float32"}
     assert {each["source"] for each in results} == {"default"}
     assert {each["us"] for each in results} == {None}
+
+
+def test_pairs_from_the_command_line(tmp_path):
+    """The value with T of either kind, and the gradient to each side, of which one has the mask."""
+    file = tmp_path / "results.json"
+    done = interpreted(
+        "warmup", "--vertices", "--pairs", "cxcywhr", "polygons", "--pair-sizes", "12:5", "8:4", "--device", "cpu",
+        "--no-tune", "--pair-options", '{"over": "depth", "mask2": true, "lengths1": "int32"}', "--json", str(file),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 6
+    assert "64 x 64 pairs" in done.stdout
+    results = json.loads(file.read_text())
+    assert [(each["fmt"], each["gradient"], each["batch"]) for each in results] == [
+        ("pairs of cxcywhr", False, "T not a multiple of 4"),
+        ("pairs of cxcywhr", True, "P < 4096"),
+        ("pairs of cxcywhr", True, "P < 4096"),
+        ("pairs of cxcywhr", False, "T a multiple of 4"),
+        ("pairs of polygons", False, "all"),
+    ]
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ A layout of any kernel is a `NamedTuple` of integers with the methods of `Layout
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -196,6 +195,7 @@ def box_interpreter_layout(numbers: int, batch: int) -> BoxLayout:
 
 ENOUGH_PROGRAMS = 2048  # of a warp fill a GPU once; with more of them each takes several tiles
 MOST_TILES = 24  # of a program, that the last ones to start do not keep the others waiting
+MANY_BOXES = 4096  # from here on a program of the gradient takes several
 MOST_PROGRAMS = 65535  # in the second dimension of a grid
 
 
@@ -249,10 +249,14 @@ class PairGradientLayout(PairLayout):
 AnyLayout = Layout | BoxLayout | PairLayout
 
 
-def pair_class(size: Sequence[int], gradient: bool) -> int:
-    """Matrices of one class have one layout: 1 of what fills a GPU a few times over, else 0."""
-    batch, rows, columns = size
-    return int(batch * rows >= 4096 if gradient else batch * rows * columns >= 2**20)
+def are_many(boxes: int) -> bool:
+    """Whether a gradient to so many boxes has the layout of many."""
+    return boxes >= MANY_BOXES
+
+
+def how_many(many: bool) -> str:
+    """The numbers of boxes that a layout of the gradient is for, in words."""
+    return f"{'>=' if many else '<'} {MANY_BOXES}"
 
 
 def pair_candidates(vectors: bool, interpreted: bool) -> list[AnyLayout]:
@@ -270,12 +274,12 @@ def pair_candidates(vectors: bool, interpreted: bool) -> list[AnyLayout]:
     return list(dict.fromkeys([default, *others]))
 
 
-def pair_gradient_candidates(size_class: int, interpreted: bool) -> list[AnyLayout]:
-    """The same for its gradient to one side, of few or many boxes."""
+def pair_gradient_candidates(many_boxes: bool, interpreted: bool) -> list[AnyLayout]:
+    """The same for its gradient to one side."""
     if interpreted:
         return [PairGradientLayout(64, 64, 1, 255)]
     few, many = PairGradientLayout(1, 128, 4, 128), PairGradientLayout(4, 128, 4, 255)
-    if size_class:
+    if many_boxes:
         return [many, few, PairGradientLayout(2, 128, 4, 168)]
     return [few, many, PairGradientLayout(1, 256, 8, 128)]
 

@@ -38,7 +38,7 @@ def graph_ms(function: Callable[[], object]) -> float:
 
 def fastest(
     plan: Plan,
-    batch: int,
+    size: Any,
     arguments: tuple[Any, ...],
     outputs: list[Tensor],
     milliseconds: Callable[[Callable[[], object]], float] = graph_ms,
@@ -47,9 +47,9 @@ def fastest(
 
     Args:
         plan: The variant of a kernel.
-        batch: The batch size of the arguments.
+        size: The batch size of the arguments, or the size (B, P, T) of a matrix: what a layout's grid is of.
         arguments: The kernel's arguments before the compile-time ones.
-        outputs: Those among them that it writes: the loss, and the gradient if there is one.
+        outputs: Those among them that it writes: the loss or matrix, and the gradient if there is one.
         milliseconds: The time that a function takes.
 
     Returns:
@@ -59,7 +59,7 @@ def fastest(
     default, *others = plan.candidates
 
     def run(layout: AnyLayout) -> list[Tensor]:
-        plan.kernel[layout.grid(batch)](*arguments, *plan.flags, **_settings(layout))
+        plan.kernel[layout.grid(size)](*arguments, *plan.flags, **_settings(layout))
         return outputs
 
     def results(layout: AnyLayout) -> list[Tensor]:

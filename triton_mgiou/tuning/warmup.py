@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 
 from triton_mgiou.arguments import check_choice
-from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS
-from triton_mgiou.functional import box_mgiou_loss, kernel_reduction, kernels_unavailable, mgiou_loss
+from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS, PAIR_FORMATS
+from triton_mgiou.functional import (
+    box_mgiou,
+    box_mgiou_loss,
+    kernel_reduction,
+    kernels_unavailable,
+    mgiou_loss,
+    polygon_mgiou,
+)
 from triton_mgiou.options import Options, Reduction
 from triton_mgiou.tuning import layouts, store
 from triton_mgiou.tuning.store import Entry
@@ -23,10 +30,16 @@ if TYPE_CHECKING:
     from triton_mgiou.launch import Plan
 
 LEAST_BATCH = 512  # to measure with
+_POLYGONS = {"xyxyxyxy": 4, "polygons": 5}  # pairs of polygons, and vertices to measure with
 
 _OPTIONS = [name for name in inspect.signature(mgiou_loss).parameters if name not in ("pred", "target", "backend")]
 _BOX_OPTIONS = [
     name for name in inspect.signature(box_mgiou_loss).parameters if name not in ("pred", "target", "fmt", "backend")
+]
+_PAIR_OPTIONS = [
+    name
+    for name in {**inspect.signature(box_mgiou).parameters, **inspect.signature(polygon_mgiou).parameters}
+    if name not in ("boxes1", "boxes2", "polygons1", "polygons2", "fmt", "backend")
 ]
 _TENSORS = {
     "pred_lengths": torch.int64,
@@ -34,22 +47,26 @@ _TENSORS = {
     "pred_mask": torch.bool,
     "target_mask": torch.bool,
     "weight": torch.float32,
+    "lengths1": torch.int64,
+    "lengths2": torch.int64,
+    "mask1": torch.bool,
+    "mask2": torch.bool,
 }
 
 
 class WarmupResult(NamedTuple):
     """One compiled variant of the kernel."""
 
-    pred_vertices: int  # the largest count that uses it; 0 for boxes
+    pred_vertices: int  # the largest count that uses it; 0 for boxes and pairs
     target_vertices: int
-    batch: str
+    batch: str  # the sizes that use it
     dtype: str
     gradient: bool
     configuration: dict[str, int]
     us: float | None  # on the GPU; None where it was not measured
     gain: float | None  # over the default configuration: 0.1 where that takes 1.1 times as long
     source: str  # "tuned", "cache" for an earlier run's file, "rank" for another rank's, or "default"
-    fmt: str | None = None  # of boxes
+    fmt: str | None = None  # of boxes; of all pairs "pairs of " it
 
 
 def warmup(
@@ -61,6 +78,9 @@ def warmup(
     tune: bool = True,
     boxes: Iterable[str] = (),
     box_options: Mapping[str, Any] | None = None,
+    pairs: Iterable[str] = (),
+    pair_sizes: Iterable[tuple[int, int]] = ((8400, 100),),
+    pair_options: Mapping[str, Any] | None = None,
 ) -> list[WarmupResult]:
     """Compile the kernels that training will use, and tune them, so that no step has to wait for either.
 
@@ -79,6 +99,12 @@ def warmup(
         boxes: Formats of `box_mgiou_loss` to do the same for, such as "cxcywhr"; not "xyxyxyxy", which is polygons
             of four vertices. Batch sizes on the same side of 131072 share a variant. `vertices=()` leaves polygons out.
         box_options: The options of `box_mgiou_loss` as training will use them, as `options`.
+        pairs: Formats of `box_mgiou` to do the same for, "polygons" for `polygon_mgiou` of any vertex counts, and
+            "xyxyxyxy" for both functions with four vertices and no lengths. With the gradient to both sets, but for
+            polygons. All P and T share a few variants, all of which are compiled: T a multiple of 4 or not, and a
+            gradient to fewer than 4096 boxes or to more.
+        pair_sizes: Sizes (P, T) of matrices to measure with.
+        pair_options: The options of `box_mgiou` and `polygon_mgiou` as training will use them, as `options`.
 
     Returns:
         One result for each variant: with gradient and without, each vertex count or format, batch size and type.
@@ -103,6 +129,12 @@ def warmup(
     formats = list(boxes)
     for fmt in formats:
         check_choice("boxes", fmt, KERNEL_FORMATS)
+    pair_given = {} if pair_options is None else dict(pair_options)
+    _check_options("pair_options", pair_given, "box_mgiou and polygon_mgiou", _PAIR_OPTIONS)
+    pair_formats = list(pairs)
+    for fmt in pair_formats:
+        check_choice("pairs", fmt, (*PAIR_FORMATS, *_POLYGONS))
+    matrices = [_checked("pair_sizes", _pair(each), *positive) for each in pair_sizes]
     reason = kernels_unavailable(device)
     if reason is not None:
         raise RuntimeError(f"warmup cannot run: {reason}; expected a GPU that can")
@@ -110,7 +142,7 @@ def warmup(
 
     from triton_mgiou import launch  # noqa: PLC0415 - needs Triton
 
-    variants: list[_Variant | _BoxVariant] = [
+    variants: list[_AnyVariant] = [
         _Variant(dtype, size, batch, gradient, device, given)
         for dtype, size, batch, gradient in itertools.product(types, sizes, batches, (True, False))
     ]
@@ -118,6 +150,9 @@ def warmup(
         _BoxVariant(dtype, fmt, batch, gradient, device, box_given)
         for dtype, fmt, batch, gradient in itertools.product(types, formats, batches, (True, False))
     ]
+    for dtype, fmt, size in itertools.product(types, pair_formats, matrices):
+        pair = _PairVariant(dtype, fmt, size, False, device, pair_given)
+        variants += [pair] if fmt in _POLYGONS else [pair, *(pair.gradient_to(side) for side in (0, 1))]
     results: dict[str, WarmupResult] = {}
     launch.forget_plans()  # their layouts may have been looked up before they were tuned
     for variant in tqdm(variants, desc="warm-up", unit="variant", disable=None):
@@ -126,6 +161,15 @@ def warmup(
         for each in variant.kinds():
             each.training_step()
     return list(results.values())
+
+
+class _Prepared(NamedTuple):
+    """A launch: the variant of a kernel, the size that its grid is of, its arguments, and what it writes."""
+
+    plan: Plan
+    size: Any
+    arguments: tuple[Any, ...]
+    outputs: list[Tensor]
 
 
 class _Variant(NamedTuple):
@@ -144,8 +188,9 @@ class _Variant(NamedTuple):
         for size in itertools.product(*(range(max(3, n - 2), n + 1) for n in map(layouts.bucket, self.size))):
             yield self._replace(size=size)
 
-    def describe(self, batch: int) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """The first fields of the result, and the last."""
+        batch = max(self.batch, LEAST_BATCH)
         buckets = [layouts.bucket(n) for n in self.size]
         words = layouts.batches(buckets[0], buckets[1], layouts.is_large(batch, buckets[0], buckets[1]))
         return {"pred_vertices": buckets[0], "target_vertices": buckets[1], "batch": words, "fmt": None}
@@ -175,17 +220,18 @@ class _Variant(NamedTuple):
             if self.gradient:
                 loss.sum().backward()  # type: ignore[no-untyped-call]
 
-    def prepare(self) -> tuple[Plan, tuple[Any, ...], list[Tensor]]:
-        """What a launch on this input is: plan, arguments and outputs."""
+    def prepare(self) -> _Prepared:
+        """What a launch on this input, or on `LEAST_BATCH` of it, is."""
         from triton_mgiou import launch  # noqa: PLC0415 - needs Triton
 
-        pred, target, given = self.inputs()
+        batch = max(self.batch, LEAST_BATCH)
+        pred, target, given = self._replace(batch=batch).inputs()
         real = [given.pop(f"{side}_lengths", given.pop(f"{side}_mask", None)) for side in ("pred", "target")]
         weight, reduction, avg_factor = (given.pop(name, None) for name in ("weight", "reduction", "avg_factor"))
         inside = kernel_reduction(pred, target, weight, reduction or "mean", avg_factor)
         call = launch.PolygonCall(real[0], real[1], inside or Reduction(None, True, None), Options(**given))
         plan, arguments, loss, grad = launch.prepare_polygons(pred, target, call, self.gradient, stream=0)
-        return plan, arguments, [loss] if grad is None else [loss, grad]
+        return _Prepared(plan, batch, arguments, [loss] if grad is None else [loss, grad])
 
 
 class _BoxVariant(NamedTuple):
@@ -204,9 +250,9 @@ class _BoxVariant(NamedTuple):
         yield self
         yield self._replace(packed=False)
 
-    def describe(self, batch: int) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """The first fields of the result, and the last."""
-        words = layouts.box_batches(batch >= layouts.LARGE_BOXES)
+        words = layouts.box_batches(max(self.batch, LEAST_BATCH) >= layouts.LARGE_BOXES)
         return {"pred_vertices": 0, "target_vertices": 0, "batch": words, "fmt": self.fmt}
 
     def inputs(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -233,27 +279,129 @@ class _BoxVariant(NamedTuple):
             if self.gradient:
                 loss.sum().backward()  # type: ignore[no-untyped-call]
 
-    def prepare(self) -> tuple[Plan, tuple[Any, ...], list[Tensor]]:
-        """What a launch on this input is: plan, arguments and outputs."""
+    def prepare(self) -> _Prepared:
+        """What a launch on this input, or on `LEAST_BATCH` of it, is."""
         from triton_mgiou import launch  # noqa: PLC0415 - needs Triton
 
-        pred, target, given = self.inputs()
+        batch = max(self.batch, LEAST_BATCH)
+        pred, target, given = self._replace(batch=batch).inputs()
         convention = given.pop("angle", "radians"), given.pop("clockwise", True)
         weight, reduction, avg_factor = (given.pop(name, None) for name in ("weight", "reduction", "avg_factor"))
         inside = kernel_reduction(pred, target, weight, reduction or "mean", avg_factor)
         options = FORMATS[self.fmt].defaults._replace(**{k: v for k, v in given.items() if v is not None})
         call = launch.BoxCall(self.fmt, *convention, inside or Reduction(None, True, None), options)
         plan, arguments, loss, grad = launch.prepare_boxes(pred, target, call, self.gradient, stream=0)
-        return plan, arguments, [loss] if grad is None else [loss, grad]
+        return _Prepared(plan, batch, arguments, [loss] if grad is None else [loss, grad])
 
 
-def _tune(variant: _Variant | _BoxVariant, measuring: bool) -> tuple[str, WarmupResult]:
+class _PairVariant(NamedTuple):
+    """The same for all pairs of boxes of one format, or of polygons."""
+
+    dtype: tuple[torch.dtype, ...]
+    fmt: str
+    size: tuple[int, ...]
+    gradient: bool  # the gradient to the first set, without the value
+    device: torch.device
+    options: Mapping[str, Any]
+    packed: tuple[bool, bool] = (True, True)
+
+    def gradient_to(self, side: int) -> _PairVariant:
+        """That of the gradient to one side, which is the first set of its launch."""
+        if side == 0:
+            return self._replace(gradient=True)
+        swapped = {"mask1": "mask2", "mask2": "mask1"}
+        options = {swapped.get(name, name): value for name, value in self.options.items()}
+        return self._replace(gradient=True, dtype=self.dtype[::-1], size=self.size[::-1], options=options)
+
+    def kinds(self) -> Iterator[_PairVariant]:
+        """Itself, and those for other sizes and for boxes that do not follow each other, which are other kernels."""
+        from triton_mgiou import launch  # noqa: PLC0415 - needs Triton
+
+        if self.fmt in _POLYGONS or launch.INTERPRETED:  # the interpreter compiles nothing, and takes long
+            yield self
+            return
+        if self.gradient:
+            sizes = [(rows, 4) for rows in (layouts.MANY_BOXES - 1, layouts.MANY_BOXES)]
+        else:
+            sizes = [(4, columns) for columns in (4, 5)]
+        for size, first, second in itertools.product(sizes, (True, False), (True, False)):
+            yield self._replace(size=size, packed=(first, second))
+
+    def describe(self) -> dict[str, Any]:
+        """The first fields of the result, and the last."""
+        words = "all"
+        if self.gradient:
+            words = f"P {layouts.how_many(layouts.are_many(self.size[0]))}"
+        elif self.fmt not in _POLYGONS:
+            words = f"T {'' if self.size[1] % 4 == 0 else 'not '}a multiple of 4"
+        return {"pred_vertices": 0, "target_vertices": 0, "batch": words, "fmt": f"pairs of {self.fmt}"}
+
+    def inputs(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Two sets, without a batch, and the options with their tensors."""
+        sets = []
+        for seed, (count, dtype, packed) in enumerate(zip(self.size, self.dtype, self.packed, strict=True)):
+            if self.fmt in _POLYGONS:
+                shapes = _polygons(count, _POLYGONS[self.fmt], self.device, seed).to(dtype)
+            else:
+                generator = torch.Generator(self.device).manual_seed(seed)
+                (numbers,) = FORMATS[self.fmt].shape
+                wide = numbers if packed else numbers + 1
+                shapes = torch.rand(count, wide, device=self.device, generator=generator).to(dtype)[:, :numbers]
+            sets.append(shapes)
+        options = dict(self.options)
+        for name in ("lengths1", "lengths2", "mask1", "mask2"):
+            kind = options.pop(name, False)
+            if kind is not False and not (name.startswith("lengths") and self.fmt != "polygons"):
+                dtype = _TENSORS[name] if kind is True else kind
+                value = _POLYGONS["polygons"] if name.startswith("lengths") else 1
+                options[name] = torch.full((self.size[name.endswith("2")],), value, dtype=dtype, device=self.device)
+        return sets[0], sets[1], options
+
+    def training_step(self) -> None:
+        """Compute the matrix, or the gradient to the first set."""
+        from triton_mgiou import pairs  # noqa: PLC0415 - needs Triton
+
+        plan, launches, _ = self._prepare()
+        pairs.launch_all(plan, launches)
+
+    def prepare(self) -> _Prepared:
+        """What a launch on this input is."""
+        plan, launches, output = self._prepare()
+        ((size, arguments),) = launches
+        # Gradients are compared as those behind a loss are, which here is the upstream matrix: no launch changes it.
+        return _Prepared(plan, size, arguments, [arguments[4], output] if self.gradient else [output])
+
+    def _prepare(self) -> tuple[Plan, list[Any], Tensor]:
+        from triton_mgiou import pairs  # noqa: PLC0415 - needs Triton
+
+        first, second, given = self.inputs()
+        first, second = first.unsqueeze(0), second.unsqueeze(0)
+        mask1, mask2, lengths1, lengths2 = (
+            given[name].unsqueeze(0) if name in given else None for name in ("mask1", "mask2", "lengths1", "lengths2")
+        )
+        over, axis_weight = given.get("over", "mean"), given.get("axis_weight", "uniform")
+        if self.fmt in _POLYGONS:
+            polygons = pairs.PolygonPairs(lengths1, lengths2, mask1, mask2, over, axis_weight)
+            return pairs.prepare_polygons(first, second, polygons)
+        convention = given.get("angle", "radians"), given.get("clockwise", True)
+        call = pairs.BoxPairs(self.fmt, *convention, over, axis_weight)
+        if not self.gradient:
+            return pairs.prepare_values(first, second, mask1, mask2, call)
+        generator = torch.Generator(self.device).manual_seed(2)
+        dtype = torch.promote_types(torch.promote_types(*self.dtype), torch.float32)
+        upstream = torch.rand(1, *self.size, device=self.device, generator=generator, dtype=dtype)
+        return pairs.prepare_gradient(first, second, mask1, mask2, upstream, call)
+
+
+_AnyVariant = _Variant | _BoxVariant | _PairVariant
+
+
+def _tune(variant: _AnyVariant, measuring: bool) -> tuple[str, WarmupResult]:
     """Find the layout of a variant, which the next launch will look up; what it is for, and the result."""
     from triton_mgiou import launch  # noqa: PLC0415 - needs Triton
     from triton_mgiou.tuning import measure  # noqa: PLC0415 - needs Triton
 
-    batch = max(variant.batch, LEAST_BATCH)
-    plan, arguments, outputs = variant._replace(batch=batch).prepare()
+    plan, size, arguments, outputs = variant.prepare()
     chip = store.chip_name(outputs[0].get_device())
     source: str = "default"
     entry: Entry | None = None
@@ -266,7 +414,7 @@ def _tune(variant: _Variant | _BoxVariant, measuring: bool) -> tuple[str, Warmup
                 return "cache", found
             if not measuring or len(plan.candidates) == 1:
                 return "default", None
-            made, found = cache.get_or_make(plan.case, lambda: measure.fastest(plan, batch, arguments, outputs))
+            made, found = cache.get_or_make(plan.case, lambda: measure.fastest(plan, size, arguments, outputs))
             return "tuned" if made else "cache", found
 
         source, entry = _from_first_rank(find)
@@ -275,7 +423,7 @@ def _tune(variant: _Variant | _BoxVariant, measuring: bool) -> tuple[str, Warmup
     layout = store.chosen_layout(plan.case, plan.candidates, outputs[0].get_device())
     us, default_us = (None, None) if entry is None else entry[1:]
     return plan.case, WarmupResult(
-        **variant.describe(batch),
+        **variant.describe(),
         dtype=" ".join(dict.fromkeys(str(each).removeprefix("torch.") for each in variant.dtype)),
         gradient=variant.gradient,
         configuration=layout._asdict(),
