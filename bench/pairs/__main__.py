@@ -2,10 +2,11 @@
 
     python -m bench.pairs --out bench/results/h200_pairs.json
 
-First values and gradients on input of every size are held against the definition in float64 at places drawn by a fixed
-seed. Then launches as CUDA graphs, their memory, a step with the gradient to both sets, and a loop beside Ultralytics'
-`batch_probiou` (our transcription) and the nested vmap of `mgiou`. A short table comes last. Without a CUDA device the
-sizes are small and there are only wall times.
+Each matrix is first held against the definition in float64 at places drawn by a fixed seed, and the gradient against
+PyTorch's in float64; what disagrees ends the run. Then launches as CUDA graphs, their memory, a step with the gradient
+to both sets, and loops beside Ultralytics' `batch_probiou` (our transcription) and the nested vmap of `mgiou`. The file
+is written after each row; a short table comes last. Without a CUDA device the sizes are small and there are only wall
+times.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import importlib
 import json
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,11 @@ from tests.pairs import oracle
 from tests.pairs.helpers import random_boxes
 from triton_mgiou import box_mgiou, box_mgiou_loss, polygon_mgiou
 from triton_mgiou.functional import kernels_unavailable
+from triton_mgiou.options import OVERS
 from triton_mgiou.reference import pairs as reference
 
 Boxes = tuple[Tensor, Tensor]
+Row = dict[str, Any]
 
 VALUES = ((8400, 20), (8400, 100), (21504, 300), (4967, 8400), (256, 65536))
 SMALL = ((84, 20), (50, 84))  # without a CUDA device
@@ -41,6 +45,15 @@ STEP = (400, 5000)
 QUADRANGLES = (21504, 300)
 LOOP = (8400, 20)
 AGENTS = (64, 256)
+TO_REACH = {
+    ("boxes", "8400 x 100"): "8",
+    ("boxes", "21504 x 300"): "35",
+    ("boxes", "4967 x 8400"): "200",
+    ("boxes", "256 x 65536"): "80",
+    ("boxes with gradient to both", "400 x 5000"): "150, 1 MB",
+    ("quadrangles", "21504 x 300"): "300",
+    ("in a loop", "8400 x 20"): "15",
+}
 CHECKED = 64  # pairs of each matrix
 VALUE_ERROR, GRADIENT_ERROR = 2e-6, 1e-4
 ROUNDS = 11
@@ -176,82 +189,122 @@ def gradient(loss: Callable[[Tensor], Tensor], agents: Tensor) -> Tensor:
     return found
 
 
-def run(device: torch.device, rounds: int) -> dict[str, Any]:
-    """All checks and measurements."""
-    cuda = device.type == "cuda"
-    result: dict[str, Any] = {"kernel": kernels_unavailable(device) or "runs", "value": {}}
-    result["gradient off by"] = check_gradient(STEP, device)
-    for size in VALUES if cuda else SMALL:
-        first, second = boxes(size, device)
-        matrix = box_mgiou(first, second)
-        row: dict[str, Any] = {"off by": check_values(f"boxes {size}", matrix, first, second, exact_boxes)}
-        for over in ("mean", "min", "depth"):
-            row[f"us, {over}"] = time_us(partial(box_mgiou, first, second, over=over), device)
-        if cuda:
-            row["ps a pair"] = row["us, mean"] * 1e6 / matrix.numel()
-            row["bytes beside the matrix"] = measure.peak_bytes(partial(box_mgiou, first, second)) - matrix.nbytes
-            if matrix.numel() < 10**7:
-                row["us, expanded loss"] = time_us(partial(expanded, first, second), device)
-        result["value"][" x ".join(map(str, size))] = row
-        say(f"{size}: {row}")
+def of_values(device: torch.device, size: tuple[int, int]) -> Row:
+    """A matrix of rotated boxes, launched alone."""
+    first, second = boxes(size, device)
+    matrix = box_mgiou(first, second)
+    row: Row = {"off by": check_values(f"boxes {size}", matrix, first, second, exact_boxes)}
+    for over in OVERS:
+        row[f"us, {over}"] = time_us(partial(box_mgiou, first, second, over=over), device)
+    if device.type == "cuda":
+        row["ps a pair"] = row["us, mean"] * 1e6 / matrix.numel()
+        row["bytes beside the matrix"] = measure.peak_bytes(partial(box_mgiou, first, second)) - matrix.nbytes
+        if matrix.numel() < 10**7:
+            step = partial(expanded, first, second)
+            row["us, expanded loss"] = time_us(step, device)
+            row["bytes beside the matrix, expanded loss"] = measure.peak_bytes(step) - matrix.nbytes
+    return row
 
-    size = QUADRANGLES if cuda else SMALL[0]
+
+def of_quadrangles(device: torch.device, size: tuple[int, int]) -> Row:
+    """A matrix of polygons of four vertices."""
     first, second = quadrangles(size, device)
     matrix = polygon_mgiou(first, second)
-    result["quadrangles"] = {
-        "size": size,
-        "off by": check_values(f"quadrangles {size}", matrix, first, second, exact_polygons),
-        "us": time_us(lambda: polygon_mgiou(first, second), device),
-    }
-    say(result["quadrangles"])
+    off = check_values(f"quadrangles {size}", matrix, first, second, exact_polygons)
+    return {"off by": off, "us": time_us(lambda: polygon_mgiou(first, second), device)}
 
-    size = STEP if cuda else SMALL[1]
+
+def of_step(device: torch.device, size: tuple[int, int]) -> Row:
+    """A step with the gradient to both sets."""
     step = step_of(size, device)
-    result["step with gradient to both"] = {"size": size, "us": time_us(step, device)}
-    if cuda:
-        bytes_of_matrix = size[0] * size[1] * 4
-        result["step with gradient to both"]["bytes beside the matrix"] = measure.peak_bytes(step) - bytes_of_matrix
-        result["step with gradient to both"]["launches"] = measure.launches(step)
-    say(result["step with gradient to both"])
+    row: Row = {"off by": check_gradient(size, device), "us": time_us(step, device)}
+    if device.type == "cuda":
+        row["bytes beside the matrix"] = measure.peak_bytes(step) - size[0] * size[1] * 4
+        row["launches"] = measure.launches(step)
+    return row
 
-    first, second = boxes(LOOP if cuda else SMALL[0], device)
+
+def of_loop(device: torch.device, size: tuple[int, int], rounds: int) -> Row:
+    """A loop of calls, as an assigner makes them, beside Ultralytics' matrix."""
+    first, second = boxes(size, device)
     times = measure.wall_us(
         {"box_mgiou": lambda: box_mgiou(first, second), "batch_probiou": lambda: batch_probiou(first, second)},
         device,
         rounds,
     )
     ratios = [ours / theirs for ours, theirs in zip(times["box_mgiou"], times["batch_probiou"], strict=True)]
-    result["loop"] = {name: statistics.median(each) for name, each in times.items()}
-    result["loop"]["to batch_probiou"] = statistics.median(ratios)
-    say(result["loop"])
+    row: Row = {f"us, {name}": statistics.median(each) for name, each in times.items()}
+    return row | {"to batch_probiou": statistics.median(ratios)}
 
+
+def of_keeping_apart(device: torch.device, count: int, rounds: int) -> Row:
+    """The gradient of a loss that keeps boxes apart, beside that of `mgiou`."""
+    agents = boxes((count, 1), device)[0].requires_grad_()
+    steps: dict[str, measure.Step] = {"ours": partial(gradient, keep_apart, agents)}
+    row: Row = {}
     peer, missing = peer_of_vmap()
-    result["keeping apart"] = {"mgiou's vmap": missing or "runs"}
-    for count in AGENTS if cuda else AGENTS[:1]:
-        agents = boxes((count, 1), device)[0].requires_grad_()
-        steps: dict[str, measure.Step] = {"ours": partial(gradient, keep_apart, agents)}
-        if peer is not None:
-            steps["mgiou's vmap"] = partial(gradient, peer.to(device), agents)
+    if peer is not None:
+        steps["mgiou's vmap"] = partial(gradient, peer.to(device), agents)
         try:
-            times = measure.wall_us(steps, device, rounds)
+            steps["mgiou's vmap"]()
         except RuntimeError as error:
-            result["keeping apart"][f"{count}, mgiou's vmap"] = str(error).splitlines()[0]
-            times = measure.wall_us({"ours": steps["ours"]}, device, rounds)
-        result["keeping apart"][count] = {name: statistics.median(each) for name, each in times.items()}
-    say(result["keeping apart"])
+            missing = str(error).splitlines()[0]
+            del steps["mgiou's vmap"]
+    if missing is not None:
+        row["mgiou's vmap"] = missing
+    times = measure.wall_us(steps, device, rounds)
+    return row | {f"us, {name}": statistics.median(each) for name, each in times.items()}
+
+
+def rows_of(device: torch.device, rounds: int) -> Iterator[tuple[str, str, Callable[[], Row]]]:
+    """What is measured: section, size, and the measurement."""
+    cuda = device.type == "cuda"
+
+    def name(size: tuple[int, int]) -> str:
+        return " x ".join(map(str, size))
+
+    for size in VALUES if cuda else SMALL:
+        yield "boxes", name(size), partial(of_values, device, size)
+    size = STEP if cuda else SMALL[1]
+    yield "boxes with gradient to both", name(size), partial(of_step, device, size)
+    size = QUADRANGLES if cuda else SMALL[0]
+    yield "quadrangles", name(size), partial(of_quadrangles, device, size)
+    size = LOOP if cuda else SMALL[0]
+    yield "in a loop", name(size), partial(of_loop, device, size, rounds)
+    for count in AGENTS if cuda else AGENTS[:1]:
+        yield "keeping apart", str(count), partial(of_keeping_apart, device, count, rounds)
+
+
+def run(device: torch.device, rounds: int, seconds: float, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """All checks and measurements, handed to `keep` after each; what there was no time for is named."""
+    end = time.perf_counter() + seconds
+    result: dict[str, Any] = {"kernel": kernels_unavailable(device) or "runs"}
+    for section, size, measured in rows_of(device, rounds):
+        row = measured() if time.perf_counter() < end else {"left out": f"{seconds:g} seconds were over"}
+        result.setdefault(section, {})[size] = row
+        say(f"{section}, {size}: {row}")
+        keep(result)
     return result
 
 
 def table(result: dict[str, Any]) -> str:
-    """The short table."""
-    lines = [f"| boxes | us, mean / min / depth | off by |{chr(10)}|---|---|---|"]
-    for size, row in result["value"].items():
-        times = " / ".join(f"{row[f'us, {over}']:.1f}" for over in ("mean", "min", "depth"))
-        lines.append(f"| {size} | {times} | {row['off by']:.1e} |")
-    quadrangle, step, loop = result["quadrangles"], result["step with gradient to both"], result["loop"]
-    lines.append(f"| quadrangles {' x '.join(map(str, quadrangle['size']))} | {quadrangle['us']:.1f} | |")
-    lines.append(f"| with gradient to both, {' x '.join(map(str, step['size']))} | {step['us']:.1f} | |")
-    lines.append(f"| in a loop, to batch_probiou | 1/{1 / loop['to batch_probiou']:.1f} | |")
+    """The short table, beside what is to be reached on an H200."""
+    lines = ["| | us | to reach | off by | bytes beside the matrix |", "|---|---|---|---|---|"]
+    for section, rows in result.items():
+        for size, row in rows.items() if isinstance(rows, dict) else ():
+            if "to batch_probiou" in row:
+                found = f"batch_probiou takes {1 / row['to batch_probiou']:.1f} times as long"
+            elif "us, mean" in row:
+                found = " / ".join(f"{row[f'us, {over}']:.1f}" for over in OVERS)
+            else:
+                found = ", ".join(
+                    f"{key.removeprefix('us, ')} {value:.1f}" if isinstance(value, float) else f"{key}: {value}"
+                    for key, value in row.items()
+                    if key not in ("off by", "bytes beside the matrix", "launches")
+                )
+            off = f"{row['off by']:.1e}" if "off by" in row else ""
+            memory = row.get("bytes beside the matrix", "")
+            lines.append(f"| {section}, {size} | {found} | {TO_REACH.get((section, size), '')} | {off} | {memory} |")
     return "\n".join(lines)
 
 
@@ -260,16 +313,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seconds", type=float, default=120.0, help="after these no further row is begun")
+    parser.add_argument("--out", type=Path, help="written after each row")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     reference.MEMORY = 2**30  # the checks in eager PyTorch
-    result = {
-        "machine": machine(["python", "-m", "bench.pairs", *sys.argv[1:]], device),
-        **run(device, arguments.rounds),
-    }
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    head = {"machine": machine(["python", "-m", "bench.pairs", *sys.argv[1:]], device)}
+
+    def keep(result: dict[str, Any]) -> None:
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(head | result, indent=1) + "\n")
+
+    result = run(device, arguments.rounds, arguments.seconds, keep)
     say(table(result))
 
 

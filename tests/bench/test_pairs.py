@@ -1,0 +1,31 @@
+"""What `bench.pairs` writes, and the peer that it carries."""
+
+import math
+
+import pytest
+import torch
+
+from bench.pairs import __main__ as bench
+from tests.helpers import assert_close
+
+
+def test_what_there_is_no_time_for_is_named():
+    kept = []
+    result = bench.run(torch.device("cpu"), 1, 0.0, lambda result: kept.append(len(result)))
+    assert len(kept) == 6  # after each row
+    assert result["quadrangles"] == {"84 x 20": {"left out": "0 seconds were over"}}
+    assert "| keeping apart, 64 | left out: 0 seconds were over |" in bench.table(result)
+
+
+def test_what_disagrees_ends_the_run():
+    first, second = bench.boxes((3, 4), torch.device("cpu"))
+    with pytest.raises(SystemExit, match="boxes: off by"):
+        bench.check_values("boxes", torch.zeros(3, 4), first, second, bench.exact_boxes)
+
+
+def test_probiou_is_that_of_gaussians():
+    """Two boxes of one shape: the Bhattacharyya distance is an eighth of the squared Mahalanobis distance."""
+    boxes = torch.tensor([[0.0, 0, 4, 2, 0], [3, 1, 4, 2, 0]], dtype=torch.float64)
+    distance = (3**2 / (4**2 / 12) + 1 / (2**2 / 12)) / 8
+    expected = 1 - math.sqrt(1 - math.exp(-distance))
+    assert_close(bench.batch_probiou(boxes[:1], boxes[1:]), [[expected]], atol=1e-5)
