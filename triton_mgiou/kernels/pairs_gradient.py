@@ -17,7 +17,7 @@ import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import minus, saturate, sign
 from triton_mgiou.kernels.axis import LENGTH, UNIFORM
-from triton_mgiou.kernels.boxes import CXCYCZLWHR, CXCYWHR, NO_LENGTH_32, NO_LENGTH_64, XYXY, _with_sign
+from triton_mgiou.kernels.boxes import CXCYCZLWHR, CXCYWHR, NO_LENGTH_32, NO_LENGTH_64, XYXY
 from triton_mgiou.kernels.pair_axes import (
     DEPTH,
     MEAN,
@@ -34,7 +34,7 @@ from triton_mgiou.kernels.pair_boxes import (
     IS_IN_SPACE,
     NUMBERS,
     PairVariant,
-    cos_sin,
+    boxes_of,
     direction_of,
     is_there,
     load_boxes,
@@ -265,10 +265,9 @@ def box_pairs_gradient_kernel(
     z, a, b, c, turn = _row_sum(sums[4]), _row_sum(sums[5]), _row_sum(sums[6]), _row_sum(sums[7]), _row_sum(sums[8])
     if V.TURNS:
         direction = direction_of(p_numbers, V)
-        cos, sin = cos_sin(direction.rest, DEGREES)
-        sin = _with_sign(sin, direction.rest)
-        x = tl.fma(cos, along, tl.fma(minus(sin), across, x))
-        y = tl.fma(sin, along, tl.fma(cos, across, y))
+        p = boxes_of(p_numbers, direction, V)
+        x = tl.fma(p.cos, along, tl.fma(minus(p.sin), across, x))
+        y = tl.fma(p.sin, along, tl.fma(p.cos, across, y))
         a, b = tl.where(direction.is_odd, b, a), tl.where(direction.is_odd, a, b)
         if DEGREES:
             turn = turn * tl.full(turn.shape, 0.017453292519943295, COMPUTE)
