@@ -216,3 +216,26 @@ def test_the_interpreters_sizes_are_not_the_only_ones():
             assert far.double().mean() < 2e-3, (
                 "more than the few pairs of three million that rounding takes over a kink"
             )
+
+
+@pytest.mark.parametrize("tile", [(8, 16), (4, 32), (1, 128)])
+@pytest.mark.parametrize("columns", [36, 37])
+def test_a_program_goes_down_its_columns_tile_by_tile(backend, monkeypatch, tile, columns):
+    """In the tiles that a GPU has, all of them in as few programs as may be."""
+    if backend.name != "triton" or not backend.is_slow:
+        pytest.skip("of the kernels in the interpreter; on a GPU other tests have enough boxes")
+    from triton_mgiou import launch  # noqa: PLC0415 - needs Triton
+    from triton_mgiou.tuning import layouts  # noqa: PLC0415
+
+    first, second = sets(backend, 27, columns)
+    first[11] = 0  # a point, which takes the long way
+    masks = {"mask1": torch.arange(27) % 5 != 1, "mask2": torch.arange(columns) % 7 != 2}
+    expected = [matrix(backend, first, second, **options) for options in ({}, masks)]
+    monkeypatch.setattr(layouts, "pair_candidates", lambda *_: [layouts.PairLayout(*tile, 1, 255)])
+    monkeypatch.setattr(layouts, "ENOUGH_PROGRAMS", 1)
+    launch.forget_plans()
+    try:
+        for options, want in zip(({}, masks), expected, strict=True):
+            assert_same(matrix(backend, first, second, **options), want)
+    finally:
+        launch.forget_plans()

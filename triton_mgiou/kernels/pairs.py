@@ -185,26 +185,26 @@ def box_pairs_kernel(
     smallest = tl.full((ROWS, 1), PLAIN_SIZE, COMPUTE) + tl.max(g_total) * PLAIN_RATIO
     ratio = tl.full((ROWS, 1), PLAIN_RATIO, COMPUTE)
 
-    last_tile = tl.cdiv(rows, ROWS) - 1
-    first_tile = tl.program_id(1)
-    p_index = tl.minimum(first_tile * ROWS + tl.arange(0, ROWS)[:, None], rows - 1)
-    p_next = load_boxes(boxes1_ptr, p_index, stride1_n, stride1_c, COUNT, PACKED1, COMPUTE)
-    row = first_tile * ROWS + tl.arange(0, ROWS)[:, None]
+    step = tl.num_programs(1) * ROWS
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     addresses = matrix_ptr + (batch * rows + row) * columns + first_column
-    for tile in range(first_tile, last_tile + 1, tl.num_programs(1)):
+    p_index = tl.minimum(row, rows - 1)
+    p_next = load_boxes(boxes1_ptr, p_index, stride1_n, stride1_c, COUNT, PACKED1, COMPUTE)
+    for _ in range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1)):
         p_numbers = p_next
-        next_row = tl.minimum(tile + tl.num_programs(1), last_tile) * ROWS + tl.arange(0, ROWS)[:, None]
-        p_next = load_boxes(boxes1_ptr, tl.minimum(next_row, rows - 1), stride1_n, stride1_c, COUNT, PACKED1, COMPUTE)
-        row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+        next_index = tl.minimum(row, rows - 1 - step) + step  # the last box where there is no next one
+        p_next = load_boxes(boxes1_ptr, next_index, stride1_n, stride1_c, COUNT, PACKED1, COMPUTE)
         p_index = tl.minimum(row, rows - 1)
         p_there = row < rows
         if mask1_ptr is not None:
-            p_there = p_there & is_there(mask1_ptr, p_index, mask1_stride_n)
+            p_there = is_there(mask1_ptr, p_index, mask1_stride_n)
         is_plain = False
         if AXIS_WEIGHT == UNIFORM:
             p_least, p_total = _least_and_total(p_numbers, V)
             is_any = (tl.minimum(p_least, g_least) > tl.fma(p_total, ratio, smallest)) == 0
-            is_any = tl.broadcast_to(is_any & p_there, (ROWS, LANES))  # by all lanes, and so by one instruction
+            if mask1_ptr is not None:
+                is_any = is_any & p_there
+            is_any = tl.broadcast_to(is_any, (ROWS, LANES))  # by all lanes, and so by one instruction
             is_plain = tl.max(is_any.to(tl.int32)) == 0
         if AXIS_WEIGHT == UNIFORM and is_plain:
             p = boxes_of(p_numbers, plain_direction(p_numbers, V), V)
@@ -229,4 +229,5 @@ def box_pairs_kernel(
                 if mask2_ptr is not None:
                     any_value = tl.where(is_there(mask2_ptr, g_index, mask2_stride_n), any_value, NOT_THERE)
                 tl.store(addresses + LANES * piece + lane, any_value, mask=(row < rows) & (g_column < columns))
-        addresses += tl.num_programs(1).to(tl.int64) * ROWS * columns
+        row += step
+        addresses += step.to(tl.int64) * columns
