@@ -218,7 +218,7 @@ def test_the_interpreters_sizes_are_not_the_only_ones():
             )
 
 
-@pytest.mark.parametrize("tile", [(8, 16), (4, 32), (1, 128)])
+@pytest.mark.parametrize("tile", [(8, 16), (4, 32), (1, 128), (8, 32), (4, 64)])
 @pytest.mark.parametrize("columns", [36, 37])
 def test_a_program_goes_down_its_columns_tile_by_tile(backend, monkeypatch, tile, columns):
     """In the tiles that a GPU has, all of them in as few programs as may be."""

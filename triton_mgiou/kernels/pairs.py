@@ -2,8 +2,8 @@
 
     value = 1 - 2 sum_k w_k D_k / sum_k w_k,  or  1 - 2 max_k D_k,  or  1 - max_k apart_k
 
-with the distances of `pair_axes`. A program is one warp. It keeps GROUPS columns of each lane in registers, with all
-that these boxes have by themselves, and goes along the rows, ROWS at a time; the next rows are loaded meanwhile.
+with the distances of `pair_axes`. A program is one warp. It keeps four or eight columns of each lane in registers, with
+all that these boxes have by themselves, and goes down the rows, ROWS at a time; the next rows are loaded meanwhile.
 
 Most rows are plain: with all boxes of the columns they are finite, and none is so small beside another that an edge is
 no axis or a number leaves its range. These take a fraction of the instructions, and give the same bits.
@@ -41,8 +41,6 @@ from triton_mgiou.kernels.pair_boxes import (
     size_of_numbers,
     sizes_of,
 )
-
-GROUPS = tl.constexpr(4)  # columns of a lane: one store of four numbers
 
 # A row is plain if its sizes and those of the columns are above the first of the numbers of both, and above the second,
 # and its numbers and angle are below the others.
@@ -94,17 +92,28 @@ def _least_and_total(numbers, V: tl.constexpr):
 
 
 @triton.jit
+def _column(lane, group, LANES: tl.constexpr, VECTORS: tl.constexpr):
+    """The columns of a group, one of each lane: every fourth in VECTORS, so that a lane has four that can be stored."""
+    if VECTORS:
+        return group // 4 * (4 * LANES) + 4 * lane + group % 4
+    else:
+        return LANES * group + lane
+
+
+@triton.jit
 def _store(addresses, values, lane, left, is_row, VECTORS: tl.constexpr):
-    """Four tiles (ROWS, LANES), of `left` columns in all. In VECTORS a lane's four follow each other."""
+    """Tiles (ROWS, LANES) of groups of columns, of which there are `left` in all."""
     LANES: tl.constexpr = values[0].shape[1]
     if VECTORS:
-        tile = tl.join(tl.join(values[0], values[2]), tl.join(values[1], values[3]))
-        column = tl.arange(0, 4 * LANES)[None, :]
-        tile = tl.reshape(tile, (values[0].shape[0], 4 * LANES))
-        tl.store(addresses + column, tile, mask=is_row & (column < left))
+        for vector in tl.static_range(len(values) // 4):
+            even = tl.join(values[4 * vector], values[4 * vector + 2])
+            odd = tl.join(values[4 * vector + 1], values[4 * vector + 3])
+            tile = tl.reshape(tl.join(even, odd), (values[0].shape[0], 4 * LANES))
+            column = 4 * LANES * vector + tl.arange(0, 4 * LANES)[None, :]
+            tl.store(addresses + column, tile, mask=is_row & (column < left))
     else:
-        for group in tl.static_range(4):
-            column = LANES * group + lane
+        for group in tl.static_range(len(values)):
+            column = _column(lane, group, LANES, VECTORS)
             tl.store(addresses + column, values[group], mask=is_row & (column < left))
 
 
@@ -151,6 +160,7 @@ def box_pairs_kernel(
     NO_LENGTH: tl.constexpr = NO_LENGTH_64 if COMPUTE == tl.float64 else NO_LENGTH_32
     V: tl.constexpr = PairVariant(NO_LENGTH, FORMAT, DEGREES, CLOCKWISE, OVER, AXIS_WEIGHT, TURNS, IN_SPACE)
     COUNT: tl.constexpr = NUMBERS[FORMAT]
+    GROUPS: tl.constexpr = 8 if ROWS * COLUMNS == 256 else 4
     LANES: tl.constexpr = COLUMNS // GROUPS
     if VECTORS:
         columns = columns // 4 * 4
@@ -170,7 +180,7 @@ def box_pairs_kernel(
     g_total = tl.zeros((1, LANES), COMPUTE)
     if AXIS_WEIGHT == UNIFORM:
         for group in tl.static_range(GROUPS):
-            column = first_column + (GROUPS * lane + group if VECTORS else LANES * group + lane)
+            column = first_column + _column(lane, group, LANES, VECTORS)
             g_index = tl.minimum(column, columns - 1)  # the last box once more, instead of none
             g_numbers = load_boxes(boxes2_ptr, g_index, stride2_n, stride2_c, COUNT, PACKED2, COMPUTE)
             g = g + (boxes_of(g_numbers, plain_direction(g_numbers, V), V),)
@@ -219,7 +229,7 @@ def box_pairs_kernel(
             # One column of a lane after the other, all loaded once more: these pairs need more registers, and what
             # every program has to keep makes the others slow.
             for piece in range(GROUPS):
-                g_column = first_column + LANES * piece + lane
+                g_column = first_column + _column(lane, piece, LANES, False)
                 g_index = tl.minimum(g_column, columns - 1)
                 p_again = load_boxes(boxes1_ptr, p_index, stride1_n, stride1_c, COUNT, PACKED1, COMPUTE)
                 g_again = load_boxes(boxes2_ptr, g_index, stride2_n, stride2_c, COUNT, PACKED2, COMPUTE)
@@ -228,6 +238,6 @@ def box_pairs_kernel(
                     any_value = tl.where(p_there, any_value, NOT_THERE)
                 if mask2_ptr is not None:
                     any_value = tl.where(is_there(mask2_ptr, g_index, mask2_stride_n), any_value, NOT_THERE)
-                tl.store(addresses + LANES * piece + lane, any_value, mask=(row < rows) & (g_column < columns))
+                tl.store(addresses + (g_column - first_column), any_value, mask=(row < rows) & (g_column < columns))
         row += step
         addresses += step.to(tl.int64) * columns

@@ -262,16 +262,16 @@ def how_many(many: bool) -> str:
 def pair_candidates(vectors: bool, interpreted: bool) -> list[AnyLayout]:
     """The layouts to measure for the matrix of boxes, the one to use without measurement first.
 
-    A lane has four columns. Small tiles leave little of them empty behind the last column, and `vectors` store 64 bytes
-    of a row at once even so; numbers one by one need 8 lanes for whole sectors of 32 bytes. With 112 registers 18
-    programs run on a multiprocessor at once.
+    A lane has four columns, or eight in tiles of 256 pairs: fewer instructions a pair, and fewer programs at once (14
+    on a multiprocessor for 18). Small tiles leave little of them empty behind the last column, and `vectors` store 64
+    bytes of a row at once even so; numbers one by one need 8 lanes for whole sectors of 32 bytes.
     """
     if interpreted:
         return [PairLayout(64, 64, 1, 255)]
     default = PairLayout(8, 16, 1, 112) if vectors else PairLayout(4, 32, 1, 112)
-    tiles = ((8, 16), (4, 32), (1, 128))
-    others = [PairLayout(*tile, 1, registers) for tile in tiles for registers in (112, 96, 128)]
-    return list(dict.fromkeys([default, *others]))
+    fours = [PairLayout(*tile, 1, registers) for tile in ((8, 16), (4, 32), (1, 128)) for registers in (112, 128)]
+    eights = [PairLayout(*tile, 1, registers) for tile in ((8, 32), (4, 64), (1, 256)) for registers in (144, 168)]
+    return list(dict.fromkeys([default, *fours, *eights]))
 
 
 def pair_gradient_candidates(many_boxes: bool, interpreted: bool) -> list[AnyLayout]:
