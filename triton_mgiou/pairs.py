@@ -129,16 +129,9 @@ def prepare_values(
     return plan, launches, matrix
 
 
-def _gradient(
-    own: Tensor,
-    other: Tensor,
-    own_mask: Tensor | None,
-    other_mask: Tensor | None,
-    upstream: Tensor,
-    call: BoxPairs,
-) -> Tensor:
-    """The gradient to `own` from the upstream matrix (B, own, other) of any strides, in the type of `own`."""
-    plan, launches, grad = prepare_gradient(own, other, own_mask, other_mask, upstream, call)
+def _gradient(own: Tensor, *others: Any) -> Tensor:
+    """The gradient to `own`, in its type, of what `prepare_gradient` takes."""
+    plan, launches, grad = prepare_gradient(own, *others)
     launch_all(plan, launches)
     return grad.to(own.dtype)
 
@@ -151,7 +144,10 @@ def prepare_gradient(
     upstream: Tensor,
     call: BoxPairs,
 ) -> tuple[Plan, list[Launch], Tensor]:
-    """The variant to launch, its launches, and the gradient that they write, in the type that is computed in."""
+    """The variant to launch, its launches, and the gradient to `own` that they write, in the type that is computed in.
+
+    The upstream matrix (B, own, other) may have any strides.
+    """
     batch, rows, columns = upstream.shape
     plan = _plan(own, other, own_mask, other_mask, call, gradient=True)
     grad = torch.empty_like(own, dtype=plan.dtype, memory_format=torch.contiguous_format)
