@@ -14,17 +14,16 @@ import triton.language as tl
 
 from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS
 from triton_mgiou.kernels.arithmetic import inverse_power_of_two, minus
-from triton_mgiou.kernels.boxes import (
+from triton_mgiou.kernels.box_angles import (
     QUARTER_32,
     QUARTER_64,
     QUARTER_REST_32,
     QUARTER_REST_64,
-    XYXY,
-    Direction,
-    _directions,
-    _quarters,
-    _with_sign,
+    directions,
+    quarters,
 )
+from triton_mgiou.kernels.box_axes import with_sign
+from triton_mgiou.kernels.box_types import XYXY, Direction
 
 NUMBERS = tl.constexpr(tuple(math.prod(FORMATS[fmt].shape) for fmt in KERNEL_FORMATS))
 HAS_ANGLE = tl.constexpr(tuple(FORMATS[fmt].has_angle for fmt in KERNEL_FORMATS))
@@ -186,7 +185,7 @@ def boxes_of(numbers, direction, V: tl.constexpr):
     if V.TURNS:
         a, b = tl.where(direction.is_odd, b, a), tl.where(direction.is_odd, a, b)
         cos, sin = cos_sin(direction.rest, V.DEGREES)
-        sin = _with_sign(sin, direction.rest)
+        sin = with_sign(sin, direction.rest)
     return Boxes(numbers[0], numbers[1], numbers[2], numbers[2], numbers[3], a, b, c, direction.rest, cos, sin)
 
 
@@ -194,7 +193,7 @@ def boxes_of(numbers, direction, V: tl.constexpr):
 def plain_direction(numbers, V: tl.constexpr):
     """Whether a box is named by its other side, and the angle of its direction; unless that is huge."""
     if V.TURNS:
-        return _quarters(_clockwise(numbers, V), V.DEGREES)
+        return quarters(_clockwise(numbers, V), V.DEGREES)
     else:
         return Direction(numbers[0] > 0, numbers[0])
 
@@ -203,7 +202,7 @@ def plain_direction(numbers, V: tl.constexpr):
 def direction_of(numbers, V: tl.constexpr):
     """The same for any angle."""
     if V.TURNS:
-        is_odd, rest = _directions((_clockwise(numbers, V),), V.DEGREES)
+        is_odd, rest = directions((_clockwise(numbers, V),), V.DEGREES)
         return Direction(is_odd[0], rest[0])
     else:
         return Direction(numbers[0] > 0, numbers[0])

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from triton_mgiou.kernels.axis import UNIFORM
-from triton_mgiou.kernels.boxes import NO_LENGTH_32, NO_LENGTH_64
+from triton_mgiou.kernels.box_types import NO_LENGTH_32, NO_LENGTH_64
 from triton_mgiou.kernels.pair_axes import (
     DEPTH,
     MEAN,
