@@ -107,20 +107,29 @@ def _far_quarters(angle, DEGREES: tl.constexpr):
 
 
 @triton.jit
-def directions(angles, DEGREES: tl.constexpr):
-    """The directions of boxes. Only where one of the program's angles is huge it takes the long way."""
+def directions(angles, PLAIN: tl.constexpr, DEGREES: tl.constexpr):
+    """The directions of boxes. None of PLAIN ones is huge; of others, only where one of the program's is."""
+    is_odd = ()
+    rest = ()
+    for each in tl.static_range(len(angles)):
+        direction = quarters(angles[each], DEGREES)
+        is_odd = is_odd + (direction.is_odd,)
+        rest = rest + (direction.rest,)
+    if not PLAIN:
+        is_odd, rest = _far_directions(angles, is_odd, rest, DEGREES)
+    return is_odd, rest
+
+
+@triton.jit
+def _far_directions(angles, is_odd, rest, DEGREES: tl.constexpr):
+    """The directions, right also where angles are huge. Only a program that has one takes the long way."""
     IS_64: tl.constexpr = angles[0].dtype == tl.float64
     if DEGREES:
         HUGE: tl.constexpr = 2.0**56 if IS_64 else 2.0**26
     else:
         HUGE: tl.constexpr = 2.0**50 if IS_64 else 2.0**22
-    is_odd = ()
-    rest = ()
     any_huge = tl.abs(angles[0]) >= HUGE  # False for NaN, which a maximum would have to pass over
-    for each in tl.static_range(len(angles)):
-        direction = quarters(angles[each], DEGREES)
-        is_odd = is_odd + (direction.is_odd,)
-        rest = rest + (direction.rest,)
+    for each in tl.static_range(1, len(angles)):
         any_huge = any_huge | (tl.abs(angles[each]) >= HUGE)
     if tl.max(any_huge.to(tl.int32)) > 0:
         far_odd = ()

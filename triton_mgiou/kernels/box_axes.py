@@ -2,35 +2,41 @@
 
 On an axis with the offset s of the two middles and the half-lengths a and b:
 
-    e = a - b,   m = max(|s|, |e|),   D = (1 - GIoU1D) / 2 = m / (a + b + m)
+    e = a - b,   m = max(|s|, |e|),   D = (1 - GIoU1D) / 2 = m / (a + b + m),   2 m = |s + e| + |s - e|
 
-    d D / d s =  u sign(s) [|s| > |e|]                        u = (1 - D) / (a + b + m); [.] is 1/2 at equality
-    d D / d a =  u sign(e) [|e| > |s|] - D / (a + b + m)
-    d D / d b = -u sign(e) [|e| > |s|] - D / (a + b + m)
+With u = (1 - D) / (a + b + m), and [x] for 0, 1/2 or 1 where x is below, at or above 0:
+
+    d D / d s =  u ([s + e] + [s - e] - 1)
+    d D / d a =  u ([s + e] - [s - e]) - D / (a + b + m)
+    d D / d b = -u ([s + e] - [s - e]) - D / (a + b + m)
 """
 
 import triton
 import triton.language as tl
 
-from triton_mgiou.kernels.arithmetic import inverse, minus
+from triton_mgiou.kernels.arithmetic import minus, reciprocal
 from triton_mgiou.kernels.axis import LENGTH, SHORTEST, SOFT, SOFT_UNIT, UNIFORM, axis_weight
 from triton_mgiou.kernels.box_types import CXCYCZLWHR, XYXY, Distance, Side, Slopes, Sums, Weights
 
 
 @triton.jit
-def side_of(pred, target, scale, place: tl.constexpr, FORMAT: tl.constexpr):
+def _difference(left, right, scale, PLAIN: tl.constexpr):
+    """Scaled, and rounded once."""
+    return left - right if PLAIN else tl.fma(left, scale, minus(right * scale))
+
+
+@triton.jit
+def side_of(pred, target, scale, place: tl.constexpr, PLAIN: tl.constexpr, V: tl.constexpr):
     """Two boxes along coordinate number `place`."""
-    SIZE: tl.constexpr = place + (3 if FORMAT == CXCYCZLWHR else 2)
-    offset = tl.fma(pred[place], scale, minus(target[place] * scale))
-    if FORMAT == XYXY:
-        other = tl.fma(pred[SIZE], scale, minus(target[SIZE] * scale))
-        pred_size = tl.fma(pred[SIZE], scale, minus(pred[place] * scale))
-        target_size = tl.fma(target[SIZE], scale, minus(target[place] * scale))
-        offset = 0.5 * (offset + other)
+    SIZE: tl.constexpr = place + (3 if V.FORMAT == CXCYCZLWHR else 2)
+    offset = _difference(pred[place], target[place], scale, PLAIN)
+    if V.FORMAT == XYXY:
+        offset = 0.5 * (offset + _difference(pred[SIZE], target[SIZE], scale, PLAIN))
+        pred_size = _difference(pred[SIZE], pred[place], scale, PLAIN)
+        target_size = _difference(target[SIZE], target[place], scale, PLAIN)
     else:
-        pred_size = pred[SIZE] * scale
-        target_size = target[SIZE] * scale
-    return Side(offset, pred_size, 0.5 * tl.abs(pred_size), 0.5 * tl.abs(target_size))
+        pred_size, target_size = pred[SIZE] * scale, target[SIZE] * scale
+    return Side(offset, pred_size, target_size, 0.5 * tl.abs(pred_size), 0.5 * tl.abs(target_size))
 
 
 @triton.jit
@@ -77,34 +83,48 @@ def with_sign(values, signs):
 
 
 @triton.jit
-def times_sign(values, signs):
-    """Values times 1, -1, or 0 where `signs` is 0: a sign bit is fewer instructions than a factor."""
+def times_sign(values, signs, PLAIN: tl.constexpr):
+    """Values times 1, -1, or 0 where `signs` is 0, which it never is in what is PLAIN."""
     if values.dtype == tl.float64:
         bits = values.to(tl.int64, bitcast=True) ^ (signs.to(tl.int64, bitcast=True) & (-(2**63)))
         product = bits.to(tl.float64, bitcast=True)
     else:
         bits = values.to(tl.int32, bitcast=True) ^ (signs.to(tl.int32, bitcast=True) & (-(2**31)))
         product = bits.to(tl.float32, bitcast=True)
-    return tl.where(signs == 0, 0.0, product)
+    return product if PLAIN else tl.where(signs == 0, 0.0, product)
 
 
 @triton.jit
-def distance(offset, pred, target, weight, V: tl.constexpr):
+def above_zero(values):
+    """0, 1/2 or 1 for values below, at or above 0: one instruction, where comparing and choosing are two each."""
+    HUGE: tl.constexpr = 2.0**1000 if values.dtype == tl.float64 else 2.0**126
+    huge, half = tl.full(values.shape, HUGE, values.dtype), tl.full(values.shape, 0.5, values.dtype)
+    return tl.clamp(tl.fma(values, huge, half), 0.0, 1.0)
+
+
+@triton.jit
+def distance(offset, pred, target, weight, PLAIN: tl.constexpr, V: tl.constexpr):
     """D of an axis and the derivatives of w D."""
     difference = pred - target
-    by_offset, by_size = tl.abs(offset), tl.abs(difference)
-    larger = tl.maximum(by_offset, by_size)
-    hull = pred + target + larger
-    per_hull = tl.where(hull > V.NO_LENGTH, inverse(hull), 0.0)
-    apart = larger * per_hull
+    high, low = offset + difference, offset - difference  # of the upper ends, of the lower ends
+    apart = tl.abs(high) + tl.abs(low)
+    hull = tl.fma(pred + target, 2.0, apart)  # twice the hull
+    per_hull = reciprocal(hull)
+    if not PLAIN:
+        per_hull = tl.where(hull > 2.0 * V.NO_LENGTH, per_hull, 0.0)
+    apart *= per_hull
     if not V.GRAD:
         return Distance(apart, Slopes(offset, offset, offset))
     shrink = weight * per_hull
-    grow = tl.where(larger > 0, shrink * (1.0 - apart), 0.0)
-    to_offset = tl.where(by_offset > by_size, grow, tl.where(by_offset == by_size, 0.5 * grow, 0.0))
-    to_size = with_sign(grow - to_offset, difference)
+    grow = shrink
     shrink *= apart
-    return Distance(apart, Slopes(with_sign(to_offset, offset), to_size - shrink, minus(to_size) - shrink))
+    grow -= shrink
+    high, low = above_zero(high), above_zero(low)
+    to_size = high - low
+    to_pred = tl.fma(to_size, grow, minus(shrink))
+    return Distance(
+        apart, Slopes(tl.fma(high + low, grow, minus(grow)), to_pred, tl.fma(minus(to_size), grow, minus(shrink)))
+    )
 
 
 @triton.jit

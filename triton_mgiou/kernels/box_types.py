@@ -75,7 +75,8 @@ class Side(NamedTuple):
     """Two boxes along one direction of the coordinates, scaled."""
 
     offset: tl.tensor  # of the middles
-    pred_size: tl.tensor  # with its sign
+    pred_size: tl.tensor  # with their signs
+    target_size: tl.tensor
     pred: tl.tensor  # half-sizes
     target: tl.tensor
 
@@ -109,7 +110,7 @@ class Crossing(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """Derivatives of w_k D_k."""
+    """Derivatives of w_k D_k, halved."""
 
     offset: tl.tensor
     pred: tl.tensor  # to P's half-length
@@ -157,10 +158,10 @@ class AxisWeights(NamedTuple):
 
 
 class BoundarySlopes(NamedTuple):
-    """Derivatives of the boundary term times the sum of the weights."""
+    """Derivatives of the boundary term times its weight and the sum of the weights, halved."""
 
     mixed: tl.tensor
-    area: tl.tensor
+    area: tl.tensor  # of P
 
 
 class Row(NamedTuple):
@@ -168,5 +169,5 @@ class Row(NamedTuple):
 
     loss: tl.tensor
     factor: tl.tensor  # NaN where a number is NaN or Inf
-    scale: tl.tensor  # one more factor for all but angles
+    scale: tl.tensor  # one more factor for all but angles; 1 for what is plain
     gradient: tuple[tl.tensor, ...]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from triton_mgiou.kernels.arithmetic import minus
+from triton_mgiou.kernels.arithmetic import minus, reciprocal
 from triton_mgiou.kernels.box_axes import edge_weights, reach
 from triton_mgiou.kernels.box_types import XYXY
 from triton_mgiou.kernels.pair_boxes import (
@@ -21,7 +21,6 @@ from triton_mgiou.kernels.pair_boxes import (
     boxes_of,
     cos_sin,
     direction_of,
-    reciprocal,
     rescaled_boxes,
     scale_of,
     scaled_numbers,

@@ -6,7 +6,6 @@ exactly 0 for equal boxes.
 """
 
 import math
-import os
 from typing import NamedTuple
 
 import triton
@@ -28,7 +27,6 @@ from triton_mgiou.kernels.box_types import XYXY, Direction
 NUMBERS = tl.constexpr(tuple(math.prod(FORMATS[fmt].shape) for fmt in KERNEL_FORMATS))
 HAS_ANGLE = tl.constexpr(tuple(FORMATS[fmt].has_angle for fmt in KERNEL_FORMATS))
 IS_IN_SPACE = tl.constexpr(tuple(FORMATS[fmt].in_space for fmt in KERNEL_FORMATS))
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # sin x = x + x^3 (...) for x up to a quarter turn: relative error 6e-9, and exactly 1 there.
 SINE = tl.constexpr((2.605780491878705e-06, -0.0001980960284001521, 0.008333066245301491, -0.1666665955040033))
@@ -68,17 +66,6 @@ class Scale(NamedTuple):
 
     down: tl.tensor
     up: tl.tensor
-
-
-@triton.jit
-def reciprocal(values):
-    """1 / values. A power of two times `values` gives the same bits."""
-    if values.dtype == tl.float64 or INTERPRETED:
-        return 1.0 / values
-    else:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [values], dtype=tl.float32, is_pure=True, pack=1
-        )
 
 
 @triton.jit
@@ -202,7 +189,7 @@ def plain_direction(numbers, V: tl.constexpr):
 def direction_of(numbers, V: tl.constexpr):
     """The same for any angle."""
     if V.TURNS:
-        is_odd, rest = directions((_clockwise(numbers, V),), V.DEGREES)
+        is_odd, rest = directions((_clockwise(numbers, V),), False, V.DEGREES)
         return Direction(is_odd[0], rest[0])
     else:
         return Direction(numbers[0] > 0, numbers[0])
