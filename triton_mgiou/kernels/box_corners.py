@@ -25,6 +25,17 @@ def _numbers_of(corners, place: tl.constexpr):
 
 
 @triton.jit
+def _bounds(numbers):
+    """The least and the largest; NaN if one is."""
+    low = numbers[0]
+    high = low
+    for corner in tl.static_range(1, 8):
+        low = tl.minimum(low, numbers[corner], propagate_nan=tl.PropagateNan.ALL)
+        high = tl.maximum(high, numbers[corner], propagate_nan=tl.PropagateNan.ALL)
+    return Interval(low, high)
+
+
+@triton.jit
 def _placed(numbers, scale, low):
     new = ()
     for corner in tl.static_range(8):
@@ -84,10 +95,15 @@ def _corners_axis(
 @triton.jit
 def corners_row(pred, target, V: tl.constexpr):
     """One pair of eight corners each. The axes are the edges at vertex 0, as long as they are."""
-    largest = tl.abs(pred[0])
-    for place in tl.static_range(24):
-        largest = tl.maximum(largest, tl.abs(pred[place]), propagate_nan=tl.PropagateNan.ALL)
-        largest = tl.maximum(largest, tl.abs(target[place]), propagate_nan=tl.PropagateNan.ALL)
+    largest = tl.zeros_like(pred[0])
+    p_ends = ()
+    g_ends = ()
+    for place in tl.static_range(3):
+        p_ends = p_ends + (_bounds(_numbers_of(pred, place)),)
+        g_ends = g_ends + (_bounds(_numbers_of(target, place)),)
+        for ends in tl.static_range(2):
+            largest = tl.maximum(largest, tl.abs(p_ends[place][ends]), propagate_nan=tl.PropagateNan.ALL)
+            largest = tl.maximum(largest, tl.abs(g_ends[place][ends]), propagate_nan=tl.PropagateNan.ALL)
     poison = largest * 0.0
     scale = inverse_power_of_two(largest) + poison
     p = ()
@@ -95,14 +111,14 @@ def corners_row(pred, target, V: tl.constexpr):
     extent = tl.zeros_like(scale)
     p_extent, g_extent = extent, extent
     for place in tl.static_range(3):
-        raw_p, raw_g = _numbers_of(pred, place), _numbers_of(target, place)
-        p_low, p_high, g_low, g_high = lowest(raw_p), highest(raw_p), lowest(raw_g), highest(raw_g)
+        p_low, p_high = p_ends[place]
+        g_low, g_high = g_ends[place]
         low = tl.minimum(p_low, g_low) * scale
         extent = tl.maximum(extent, tl.maximum(p_high, g_high) * scale - low)
         p_extent = tl.maximum(p_extent, p_high * scale - p_low * scale)
         g_extent = tl.maximum(g_extent, g_high * scale - g_low * scale)
-        p = p + (_placed(raw_p, scale, low),)
-        g = g + (_placed(raw_g, scale, low),)
+        p = p + (_placed(_numbers_of(pred, place), scale, low),)
+        g = g + (_placed(_numbers_of(target, place), scale, low),)
     widest = tl.full(extent.shape, V.TIE, extent.dtype)
     p_slack, g_slack = tl.minimum(p_extent * WIDEST, widest), tl.minimum(g_extent * WIDEST, widest)
     floor = extent * tl.full(extent.shape, SHORTEST, extent.dtype)

@@ -179,12 +179,10 @@ def box_candidates(numbers: int, large_batch: bool) -> list[AnyLayout]:
     """
     rows = 4 if large_batch and numbers % 4 else 1
     # With these nothing spills in float32; with fewer more warps run at once.
-    registers = 255 if numbers > 5 else 208
-    if rows > 1:
-        registers = 168 if numbers > 5 else 128
+    registers = 128 if rows > 1 and numbers == 5 else 168
     default = BoxLayout(128, rows, 4, registers)
     others = [BoxLayout(32 * warps, rows, warps, registers) for warps in (4, 2, 1)]
-    if rows > 1:
+    if large_batch:
         others += [BoxLayout(128, rows, 4, most) for most in (128, 168, 208)]
     return list(dict.fromkeys([default, *others]))
 
