@@ -12,8 +12,9 @@ leaves its range. These take half the instructions, and give the same bits.
 import triton
 import triton.language as tl
 
+from triton_mgiou.kernels.arithmetic import reciprocal
 from triton_mgiou.kernels.axis import UNIFORM
-from triton_mgiou.kernels.boxes import NO_LENGTH_32, NO_LENGTH_64
+from triton_mgiou.kernels.box_types import NO_LENGTH_32, NO_LENGTH_64
 from triton_mgiou.kernels.pair_axes import (
     DEPTH,
     MEAN,
@@ -37,7 +38,6 @@ from triton_mgiou.kernels.pair_boxes import (
     load_boxes,
     plain_direction,
     poison_of,
-    reciprocal,
     sizes_of,
 )
 

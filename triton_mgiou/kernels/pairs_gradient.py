@@ -15,9 +15,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from triton_mgiou.kernels.arithmetic import minus, saturate, sign
+from triton_mgiou.kernels.arithmetic import minus, reciprocal, saturate, sign
 from triton_mgiou.kernels.axis import LENGTH, UNIFORM
-from triton_mgiou.kernels.boxes import CXCYCZLWHR, CXCYWHR, NO_LENGTH_32, NO_LENGTH_64, XYXY, _with_sign
+from triton_mgiou.kernels.box_axes import with_sign
+from triton_mgiou.kernels.box_types import CXCYCZLWHR, CXCYWHR, NO_LENGTH_32, NO_LENGTH_64, XYXY
 from triton_mgiou.kernels.pair_axes import (
     DEPTH,
     MEAN,
@@ -39,7 +40,6 @@ from triton_mgiou.kernels.pair_boxes import (
     is_there,
     load_boxes,
     poison_of,
-    reciprocal,
     sizes_of,
 )
 
@@ -274,7 +274,7 @@ def box_pairs_gradient_kernel(
     if V.TURNS:
         direction = direction_of(p_numbers, V)
         cos, sin = cos_sin(direction.rest, DEGREES)
-        sin = _with_sign(sin, direction.rest)
+        sin = with_sign(sin, direction.rest)
         x = tl.fma(cos, along, tl.fma(minus(sin), across, x))
         y = tl.fma(sin, along, tl.fma(cos, across, y))
         a, b = tl.where(direction.is_odd, b, a), tl.where(direction.is_odd, a, b)

@@ -178,10 +178,12 @@ def box_candidates(numbers: int, large_batch: bool) -> list[AnyLayout]:
     depend on the layout, so that the sum over a batch has the same bits whatever strides its boxes have.
     """
     rows = 4 if large_batch and numbers % 4 else 1
-    registers = 255 if numbers > 5 else 208  # with these nothing spills; with fewer more warps run at once
-    fewer = (128, 168, registers) if rows > 1 else (registers,)
+    # With these nothing spills in float32; with fewer more warps run at once.
+    registers = 128 if rows > 1 and numbers == 5 else 168
     default = BoxLayout(128, rows, 4, registers)
-    others = [BoxLayout(32 * warps, rows, warps, most) for warps in (4, 2, 1) for most in fewer]
+    others = [BoxLayout(32 * warps, rows, warps, registers) for warps in (4, 2, 1)]
+    if large_batch:
+        others += [BoxLayout(128, rows, 4, most) for most in (128, 168, 208)]
     return list(dict.fromkeys([default, *others]))
 
 

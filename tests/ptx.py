@@ -1,10 +1,11 @@
-"""PTX of the kernel in many variants, to compare before and after a change: the same text is the same machine code.
+"""PTX of the losses' kernels in many variants, to compare before and after a change.
 
-    python -m tests.polygons.ptx before
-    python -m tests.polygons.ptx after
+    python -m tests.ptx before
+    python -m tests.ptx after
     diff -rq before after
 
-No GPU is needed. Beside the PTX, `instructions.txt` has the number of machine instructions of each variant.
+The same text is the same machine code. No GPU is needed. Beside the PTX, `resources.txt` has the machine instructions,
+registers and bytes of local memory of each variant.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from triton import knobs
 
-from tests.polygons.test_kernels import compiled
+from tests.boxes.helpers import SPACE
+from tests.boxes.test_kernels import compiled as compiled_boxes
+from tests.polygons.test_kernels import compiled as compiled_polygons
+from triton_mgiou.box_formats import KERNEL_FORMATS
 
 SIZES = {"4": (4, 4), "8": (8, 8), "16": (16, 16), "64": (64, 64), "5x11": (5, 11)}
 DEFAULT: dict[str, Any] = {"axis_weight": "length", "axis_grad": False, "boundary": True}
@@ -31,14 +37,16 @@ LENGTHS: dict[str, Any] = {"pred_real": torch.int64, "target_real": torch.int64}
 MASKS: dict[str, Any] = {"pred_real": torch.bool, "target_real": torch.bool}
 UNEVEN: dict[str, Any] = {"packed": False, "even": False}  # an odd vertex count, or rows of a larger tensor
 
+Build = Callable[[], Any]
 
-def variants() -> dict[str, tuple[int, tuple[int, int], dict[str, Any]]]:
-    """Compute capability, sizes and options of each variant, by its name."""
-    found: dict[str, tuple[int, tuple[int, int], dict[str, Any]]] = {}
+
+def polygon_variants() -> dict[str, Build]:
+    """What compiles each variant of the kernel of polygons, by its name."""
+    found: dict[str, Build] = {}
 
     def add(name: str, sizes: str, options: dict[str, Any], *capabilities: int) -> None:
         for capability in capabilities or (90,):
-            found[f"{sizes}-{name}-sm{capability}"] = capability, SIZES[sizes], options
+            found[f"{sizes}-{name}-sm{capability}"] = partial(compiled_polygons, capability, *SIZES[sizes], **options)
 
     for size in SIZES:
         rows = UNEVEN if size == "5x11" else {}
@@ -67,6 +75,38 @@ def variants() -> dict[str, tuple[int, tuple[int, int], dict[str, Any]]]:
     return found
 
 
+def box_variants() -> dict[str, Build]:
+    """The same of the kernel of boxes."""
+    found: dict[str, Build] = {}
+
+    def add(name: str, fmt: str, options: dict[str, Any], *capabilities: int) -> None:
+        for capability in capabilities or (90,):
+            found[f"{fmt}-{name}-sm{capability}"] = partial(compiled_boxes, fmt, capability, **options)
+
+    for fmt in KERNEL_FORMATS:
+        for size, batch in (("small", False), ("large", True)):
+            add(size, fmt, {"batch": batch}, 80, 90)
+            add(f"{size}-value", fmt, {"batch": batch, "gradient": False}, 80, 90)
+        add("each-weighted-strided", fmt, {"per_sample": True, "weight": torch.float32, "packed": False})
+        add("float64", fmt, {"pred_dtype": torch.float64})
+        add("half", fmt, {"pred_dtype": torch.float16, "target_dtype": torch.bfloat16})
+        add("fixed", fmt, {"axis_grad": False})
+        if fmt not in SPACE:
+            for axis_weight in ("length", "soft"):
+                add(axis_weight, fmt, {"axis_weight": axis_weight, "boundary": False})
+                add(f"{axis_weight}-fixed-boundary", fmt, {"axis_weight": axis_weight, "axis_grad": False})
+    for name, options in (("degrees", {"angle": "degrees"}), ("counter-clockwise", {"clockwise": False})):
+        add(name, "cxcywhr", options)
+        add(f"{name}-float64", "cxcywhr", {**options, "pred_dtype": torch.float64})
+    add("degrees", "cxcyczlwhr", {"angle": "degrees"})
+    return found
+
+
+def variants() -> dict[str, Build]:
+    """All of them."""
+    return polygon_variants() | box_variants()
+
+
 def without_names(ptx: str) -> str:
     """PTX without comments, debug information and names of symbols."""
     code = re.sub(r"//.*", "", ptx).split(".section")[0]
@@ -77,31 +117,38 @@ def without_names(ptx: str) -> str:
     def number(match: re.Match[str]) -> str:
         return symbols.setdefault(match[0], f"symbol_{len(symbols)}")
 
-    names = r"\$L_\w+|\b[A-Za-z]\w*_param_\d+|\bmgiou_kernel\w*|\bglobal_smem\w*"
+    names = r"\$L_\w+|\b[A-Za-z]\w*_param_\d+|\b(?:mgiou|box)_kernel\w*|\bglobal_smem\w*"
     return re.sub(names, number, "\n".join(lines)) + "\n"
 
 
-def instructions(cubin: bytes) -> int:
-    """The number of machine instructions, those that do nothing left out."""
+def resources(cubin: bytes) -> tuple[int, int, int]:
+    """Machine instructions, those that do nothing left out; registers of a thread, and bytes of its local memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
-        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", code, re.MULTILINE))
+        code, usage = (
+            subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+            for command in ([knobs.nvidia.nvdisasm.path, "-c"], [knobs.nvidia.cuobjdump.path, "--dump-resource-usage"])
+        )
+    found = re.search(r"REG:(\d+).*STACK:(\d+).*LOCAL:(\d+)", usage)
+    if found is None:
+        raise ValueError(f"expected registers, stack and local memory, got {usage!r}")
+    registers, stack, local = map(int, found.groups())
+    count = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!\s*NOP)", code, re.MULTILINE))
+    return count, registers, stack + local
 
 
-def write(job: tuple[str, Path]) -> tuple[str, int]:
-    """Compile a variant, write its PTX, and count its instructions."""
+def write(job: tuple[str, Path]) -> str:
+    """Compile a variant and write its PTX; what it takes, in a line."""
     name, folder = job
-    capability, sizes, options = variants()[name]
-    kernel = compiled(capability, *sizes, **options)  # type: ignore[no-untyped-call]
+    kernel = variants()[name]()
     (folder / f"{name}.ptx").write_text(without_names(kernel.asm["ptx"]))
-    return name, instructions(kernel.asm["cubin"])
+    count, registers, local = resources(kernel.asm["cubin"])
+    return f"{count:6} {registers:4} {local:5}  {name}\n"
 
 
 def main() -> None:
-    """Write every variant's PTX, and their counts of instructions."""
+    """Write every variant's PTX and what it takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write")
     parser.add_argument("--only", default="", help="regular expression of the names of variants to compile")
@@ -110,9 +157,8 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     names = [name for name in variants() if re.search(arguments.only, name)]
     with ProcessPoolExecutor(arguments.processes) as pool:
-        counts = list(pool.map(write, [(name, arguments.folder) for name in names]))
-    text = "".join(f"{count:6} {name}\n" for name, count in counts)
-    (arguments.folder / "instructions.txt").write_text(text)
+        lines = list(pool.map(write, [(name, arguments.folder) for name in names]))
+    (arguments.folder / "resources.txt").write_text("".join(lines))
 
 
 if __name__ == "__main__":
