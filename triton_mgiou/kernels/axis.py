@@ -122,6 +122,13 @@ def rounded(ends, rounding):
 
 
 @triton.jit
+def near_ends(ends, axis, slack):
+    """The same of projections on an axis whose coordinates are right to `slack`."""
+    size = tl.abs(axis.x) + tl.abs(axis.y)
+    return Interval(tl.fma(size, slack, ends.low), tl.fma(size, minus(slack), ends.high))
+
+
+@triton.jit
 def shares(projections, ends, derivatives):
     """Derivative of each slot's projection: that of the ends of the interval, in equal shares at a tie (section 4)."""
     at_low = ()

@@ -11,8 +11,8 @@ from triton_mgiou.kernels.axis import (
     axis_weight,
     compare,
     edge_axis,
+    near_ends,
     own_interval,
-    rounded,
     shares,
     slopes,
     tie,
@@ -20,7 +20,7 @@ from triton_mgiou.kernels.axis import (
 from triton_mgiou.kernels.boundary import reach
 from triton_mgiou.kernels.convexity import convexity_along, convexity_gradient, convexity_of
 from triton_mgiou.kernels.edges import ends_in_slots, hand_over, handed_to
-from triton_mgiou.kernels.slots import add, dot, over_axes
+from triton_mgiou.kernels.slots import add, dot, over_axes, pick
 from triton_mgiou.kernels.types import AxisSums, Interval, Point, PredSums
 
 
@@ -56,10 +56,14 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
             by_area = hand_over(by_area, edge, ends, Point(axis.x, axis.y), Point(axis.x, axis.y), VARIANT.AXES)
     if VARIANT.GRAD:
         to_pred, to_target = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)
-        _, edge_ends = own_interval(axis, edge, sample.pred.origin)
+        if VARIANT.UNROLLED:  # a lane has both
+            start, end = pick(compared.on_pred, ends.start), pick(compared.on_pred, ends.end)
+            edge_ends = Interval(tl.minimum(start, end), tl.maximum(start, end))
+        else:
+            _, edge_ends = own_interval(axis, edge, sample.pred.origin)
         pred_ends = tie(compared.pred, edge_ends)
         if not VARIANT.AXIS_GRAD:
-            near = rounded(compared.pred, sample.pred_slack * (tl.abs(axis.x) + tl.abs(axis.y)))
+            near = near_ends(compared.pred, axis, sample.pred_slack)
             pred_ends = Interval(tl.maximum(pred_ends.low, near.low), tl.minimum(pred_ends.high, near.high))
         derivatives = shares(compared.on_pred, pred_ends, to_pred)
         along = Point(tl.zeros_like(axis.length), tl.zeros_like(axis.length))  # derivative to the edge
@@ -98,7 +102,7 @@ def target_axis(sums, edge, sample, VARIANT: tl.constexpr):
         to_pred, _ = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)
         pred_ends = compared.pred
         if not VARIANT.AXIS_GRAD:
-            pred_ends = rounded(pred_ends, sample.pred_slack * (tl.abs(axis.x) + tl.abs(axis.y)))
+            pred_ends = near_ends(pred_ends, axis, sample.pred_slack)
         gradient = add_gradient(gradient, axis, shares(compared.on_pred, pred_ends, to_pred))
     reach = sums.reach
     if VARIANT.BOUNDARY:

@@ -7,7 +7,7 @@ batch; with UNROLLED they come from the slots.
 import triton
 import triton.language as tl
 
-from triton_mgiou.kernels.axis import axis_weight, edge_axis, own_interval
+from triton_mgiou.kernels.axis import UNIFORM, axis_weight, edge_axis, own_interval
 from triton_mgiou.kernels.slots import add, highest, over_axes, put, zeros
 from triton_mgiou.kernels.types import Edge, EdgeSums, Ends, Handed, Measuring, Point, Step
 from triton_mgiou.kernels.vertices import MASK, addresses_of, flags_of, is_real, load_scaled, next_addresses
@@ -79,14 +79,13 @@ def _edge_of_slots(vertices, k: tl.constexpr, inside, scale):
 def measure(source, vertices, lanes, scale, origin, rule, REAL: tl.constexpr, VARIANT: tl.constexpr):
     """`EdgeSums` of one side; projections are relative to `origin`."""
     none = tl.zeros_like(rule.floor)
-    sums = EdgeSums(none, none, none, none, none, none, none, none)
+    sums = EdgeSums(none, none, none, none, none, none, none)
     sums = over_edges(_measure_edge, sums, source, vertices, lanes, scale, Measuring(origin, rule), REAL, VARIANT)
     return EdgeSums(
         over_axes(sums.length),
         over_axes(sums.axes),
         over_axes(sums.weight),
         over_axes(sums.squares),
-        over_axes(sums.sizes),
         over_axes(sums.starts),
         over_axes(sums.lows),
         over_axes(sums.highs),
@@ -97,12 +96,14 @@ def measure(source, vertices, lanes, scale, origin, rule, REAL: tl.constexpr, VA
 def _measure_edge(sums, edge, measuring, VARIANT: tl.constexpr):
     axis = edge_axis(edge, measuring.rule.floor)
     start, ends = own_interval(axis, edge, measuring.origin)
+    length = axis.length
+    if VARIANT.AXIS_WEIGHT == UNIFORM:
+        length = tl.abs(axis.x) + tl.abs(axis.y)
     return EdgeSums(
-        sums.length + axis.length,
+        sums.length + length,
         sums.axes + axis.is_axis.to(axis.length.dtype),
         sums.weight + axis_weight(axis.length, axis.is_axis, measuring.rule.per_unit, VARIANT.AXIS_WEIGHT).value,
         tl.fma(axis.edge.x, axis.edge.x, tl.fma(axis.edge.y, axis.edge.y, sums.squares)),
-        sums.sizes + tl.abs(axis.x) + tl.abs(axis.y),
         sums.starts + start,
         sums.lows + ends.low,
         sums.highs + ends.high,

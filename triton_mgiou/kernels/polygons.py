@@ -164,7 +164,7 @@ def mgiou_kernel(
         pred = load_vertices(pred_source, lanes, PRED_SLOTS, LANES, PRED_REAL, COMPUTE)
         target = load_vertices(target_source, lanes, TARGET_SLOTS, LANES, TARGET_REAL, COMPUTE)
         present = (pred.count > 0) & (target.count > 0)
-        joint = frame(pred, target)
+        joint = frame(pred, target, PRED_REAL)
         scale = joint.scale
         pred_placed = place(pred, joint.low, scale)
         target_placed = place(target, joint.low, scale)
@@ -229,7 +229,7 @@ def mgiou_kernel(
         by_area = none
         if BOUNDARY:
             target_area = put_in_order(
-                target_area, over_axes(axes.reach), target_measured.sizes, joint, target_source, target, lanes,
+                target_area, over_axes(axes.reach), target_measured.length, joint, target_source, target, lanes,
                 TARGET_REAL, RESOLUTION, VARIANT,
             )  # fmt: skip
             boundary = boundary_term(mixed, pred_area, target_area, TINY, RESOLUTION)
