@@ -16,7 +16,7 @@ from triton_mgiou.kernels.arithmetic import inverse, minus, sign
 from triton_mgiou.kernels.axis import SHORTEST, project
 from triton_mgiou.kernels.slots import dot, highest, lowest, over_axes, total
 from triton_mgiou.kernels.types import Area, BoundaryTerm, Point, Reach
-from triton_mgiou.kernels.vertices import addresses_of, flags_of, is_real, load_scaled
+from triton_mgiou.kernels.vertices import addresses_of, flags_of, is_real, load_last, load_scaled
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def _area_in_order(source, vertices, lanes, scale, REAL: tl.constexpr, VARIANT: 
 
     Vertices are loaded again each time: the few that need this pay for it, and no register is kept for it.
     """
-    origin = load_scaled(source, addresses_of(source, vertices.last), vertices.count > 0, scale)
+    origin = load_last(source, vertices, scale)
     x = scale * tl.zeros(lanes.lane.shape, scale.dtype)
     y = x
     for first in range(0, source.size, VARIANT.LANES):

@@ -7,10 +7,10 @@ batch; with UNROLLED they come from the slots.
 import triton
 import triton.language as tl
 
-from triton_mgiou.kernels.axis import UNIFORM, axis_weight, edge_axis, own_interval
-from triton_mgiou.kernels.slots import add, highest, over_axes, put, zeros
+from triton_mgiou.kernels.axis import UNIFORM, axis_weight, edge_axis, interval_of
+from triton_mgiou.kernels.slots import add, highest, over_axes, put, total, zeros
 from triton_mgiou.kernels.types import Edge, EdgeSums, Ends, Handed, Measuring, Point, Step
-from triton_mgiou.kernels.vertices import MASK, addresses_of, flags_of, is_real, load_scaled, next_addresses
+from triton_mgiou.kernels.vertices import FULL, MASK, addresses_of, flags_of, is_real, load_last, load_scaled, next_addresses
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _start(source, vertices, first, scale, REAL: tl.constexpr):
 
     Addresses that a loop carries save Triton's compiler a walk through the whole kernel for each of them.
     """
-    last = load_scaled(source, addresses_of(source, vertices.last), vertices.count > 0, scale)
+    last = load_last(source, vertices, scale)
     return Step(last, vertices.last, addresses_of(source, first), flags_of(source, first, REAL))
 
 
@@ -76,35 +76,83 @@ def _edge_of_slots(vertices, k: tl.constexpr, inside, scale):
 
 
 @triton.jit
-def measure(source, vertices, lanes, scale, origin, rule, REAL: tl.constexpr, VARIANT: tl.constexpr):
-    """`EdgeSums` of one side; projections are relative to `origin`."""
+def measure(source, vertices, shape, lanes, scale, rule, REAL: tl.constexpr, VARIANT: tl.constexpr):
+    """`EdgeSums` of one side, whose vertices are in `shape` too: projections are relative to its origin.
+
+    The edges are dealt out to all lanes of a polygon. Only with a mask they come by axes, since which vertex is before
+    another is not known.
+    """
     none = tl.zeros_like(rule.floor)
     sums = EdgeSums(none, none, none, none, none, none, none)
-    sums = over_edges(_measure_edge, sums, source, vertices, lanes, scale, Measuring(origin, rule), REAL, VARIANT)
+    if REAL == MASK:
+        context = Measuring(shape.origin, rule)
+        sums = over_edges(_measure_edge, sums, source, vertices, lanes, scale, context, REAL, VARIANT)
+    else:
+        SLOTS: tl.constexpr = len(vertices.xs)
+        for turn in tl.static_range((SLOTS + VARIANT.AXES - 1) // VARIANT.AXES):
+            edge, start, end = _dealt(source, vertices, shape, lanes, scale, turn, REAL, VARIANT)
+            sums = _add_edge(sums, edge_axis(edge, rule.floor), start, end, rule, VARIANT)
     return EdgeSums(
-        over_axes(sums.length),
-        over_axes(sums.axes),
-        over_axes(sums.weight),
-        over_axes(sums.squares),
-        over_axes(sums.starts),
-        over_axes(sums.lows),
-        over_axes(sums.highs),
+        over_axes(total((sums.length,))),
+        over_axes(total((sums.axes,))),
+        over_axes(total((sums.weight,))),
+        over_axes(total((sums.squares,))),
+        over_axes(total((sums.starts,))),
+        over_axes(total((sums.lows,))),
+        over_axes(total((sums.highs,))),
     )
 
 
 @triton.jit
+def _dealt(
+    source, vertices, shape, lanes, scale, turn: tl.constexpr, REAL: tl.constexpr, VARIANT: tl.constexpr
+):  # fmt: skip
+    """A lane's edge number `turn`, and its ends relative to the origin of `shape`."""
+    SLOTS: tl.constexpr = len(vertices.xs)
+    LANES: tl.constexpr = VARIANT.LANES
+    index = (turn * VARIANT.AXES + lanes.axis) * LANES + lanes.lane
+    if VARIANT.AXES == 1:
+        real = vertices.real[turn]
+        end = Point(vertices.xs[turn] * scale, vertices.ys[turn] * scale)
+        end_placed = Point(shape.xs[turn], shape.ys[turn])
+    else:
+        real = index < vertices.count
+        end = load_scaled(source, addresses_of(source, index), real, scale)
+        end_placed = Point(end.x - shape.origin.x, end.y - shape.origin.y)
+    if VARIANT.AXES * LANES == 1 and REAL == FULL:
+        before: tl.constexpr = (turn + SLOTS - 1) % SLOTS
+        start = Point(vertices.xs[before] * scale, vertices.ys[before] * scale)
+        start_placed = Point(shape.xs[before], shape.ys[before])
+    else:
+        start = load_scaled(source, addresses_of(source, index - 1), real & (index > 0), scale)
+        if turn == 0:
+            last = load_last(source, vertices, scale)
+            start = Point(tl.where(index > 0, start.x, last.x), tl.where(index > 0, start.y, last.y))
+        start_placed = Point(start.x - shape.origin.x, start.y - shape.origin.y)
+    return Edge(end, index, start, index, real), start_placed, end_placed
+
+
+@triton.jit
 def _measure_edge(sums, edge, measuring, VARIANT: tl.constexpr):
-    axis = edge_axis(edge, measuring.rule.floor)
-    start, ends = own_interval(axis, edge, measuring.origin)
+    origin = measuring.origin
+    start = Point(edge.start.x - origin.x, edge.start.y - origin.y)
+    end = Point(edge.end.x - origin.x, edge.end.y - origin.y)
+    return _add_edge(sums, edge_axis(edge, measuring.rule.floor), start, end, measuring.rule, VARIANT)
+
+
+@triton.jit
+def _add_edge(sums, axis, start, end, rule, VARIANT: tl.constexpr):
+    """`sums` with one more edge, whose ends are relative to one origin for all."""
+    at_start, ends = interval_of(axis, start, end)
     length = axis.length
     if VARIANT.AXIS_WEIGHT == UNIFORM:
         length = tl.abs(axis.x) + tl.abs(axis.y)
     return EdgeSums(
         sums.length + length,
         sums.axes + axis.is_axis.to(axis.length.dtype),
-        sums.weight + axis_weight(axis.length, axis.is_axis, measuring.rule.per_unit, VARIANT.AXIS_WEIGHT).value,
+        sums.weight + axis_weight(axis.length, axis.is_axis, rule.per_unit, VARIANT.AXIS_WEIGHT).value,
         tl.fma(axis.edge.x, axis.edge.x, tl.fma(axis.edge.y, axis.edge.y, sums.squares)),
-        sums.starts + start,
+        sums.starts + at_start,
         sums.lows + ends.low,
         sums.highs + ends.high,
     )

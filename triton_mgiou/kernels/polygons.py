@@ -183,10 +183,8 @@ def mgiou_kernel(
         direction = none
         target_direction = none
         if MEASURE:
-            pred_measured = measure(pred_source, pred, lanes, scale, pred_shape.origin, rule, PRED_REAL, VARIANT)
-            target_measured = measure(
-                target_source, target, lanes, scale, target_shape.origin, rule, TARGET_REAL, VARIANT
-            )
+            pred_measured = measure(pred_source, pred, pred_shape, lanes, scale, rule, PRED_REAL, VARIANT)
+            target_measured = measure(target_source, target, target_shape, lanes, scale, rule, TARGET_REAL, VARIANT)
             pred_weight = pred_measured.weight
             target_weight = target_measured.weight
             if AXIS_WEIGHT == LENGTH:

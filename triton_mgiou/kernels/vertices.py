@@ -180,7 +180,12 @@ def place(vertices, origin, scale):
 
 
 @triton.jit
+def load_last(source, vertices, scale):
+    """The last real vertex, scaled but not moved."""
+    return load_scaled(source, addresses_of(source, vertices.last), vertices.count > 0, scale)
+
+
+@triton.jit
 def place_at_last(source, vertices, scale):
-    """The same relative to the last real vertex: the common origin may be far away."""
-    origin = load_scaled(source, addresses_of(source, vertices.last), vertices.count > 0, scale)
-    return place(vertices, origin, scale)
+    """The same as `place` relative to the last real vertex: the common origin may be far away."""
+    return place(vertices, load_last(source, vertices, scale), scale)
