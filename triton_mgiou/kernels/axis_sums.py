@@ -37,7 +37,6 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
     by_edge = sums.by_edge
     by_weight = sums.by_weight
     by_mixed = sums.by_mixed
-    by_area = sums.by_area
     ends = ends_in_slots(edge, sample.lane, len(gradient.xs), VARIANT.LANES)
     if VARIANT.CONVEXITY:
         term = convexity_of(
@@ -53,7 +52,6 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
             to_start = Point(reached.at.y, minus(reached.at.x))
             to_end = Point(minus(reached.at.y), reached.at.x)
             by_mixed = hand_over(by_mixed, edge, ends, to_start, to_end, VARIANT.AXES)
-            by_area = hand_over(by_area, edge, ends, Point(axis.x, axis.y), Point(axis.x, axis.y), VARIANT.AXES)
     if VARIANT.GRAD:
         to_pred, to_target = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)
         if VARIANT.UNROLLED:  # a lane has both
@@ -87,7 +85,7 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
                 x = tl.fma(minus(bent.to_start), axis.x, to_start.x)
                 to_start = Point(x, tl.fma(minus(bent.to_start), axis.y, to_start.y))
             by_edge = hand_over(by_edge, edge, ends, to_start, along, VARIANT.AXES)
-    return PredSums(mean, convexity, mixed, gradient, by_edge, by_weight, by_mixed, by_area)
+    return PredSums(mean, convexity, mixed, gradient, by_edge, by_weight, by_mixed)
 
 
 @triton.jit
@@ -121,9 +119,8 @@ def gradient_of(slot: tl.constexpr, is_last, gradient, sums, factors, VARIANT: t
         y += handed.y
     if VARIANT.BOUNDARY:
         mixed = handed_to(sums.by_mixed, slot, is_last, VARIANT.AXES)
-        area = handed_to(sums.by_area, slot, is_last, VARIANT.AXES)
-        x = tl.fma(factors.by_mixed, mixed.x, tl.fma(factors.by_area, area.x, x))
-        y = tl.fma(factors.by_mixed, mixed.y, tl.fma(factors.by_area, area.y, y))
+        x = tl.fma(factors.by_mixed, mixed.x, x)
+        y = tl.fma(factors.by_mixed, mixed.y, y)
     if VARIANT.AXIS_GRAD and VARIANT.AXIS_WEIGHT != UNIFORM:
         handed = handed_to(sums.by_weight, slot, is_last, VARIANT.AXES)
         x = tl.fma(minus(factors.mean), handed.x, x)

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from triton_mgiou.kernels.axis import UNIFORM, axis_weight, edge_axis, interval_of
 from triton_mgiou.kernels.slots import add, highest, over_axes, put, total, zeros
-from triton_mgiou.kernels.types import Edge, EdgeSums, Ends, Handed, Measuring, Point, Step
+from triton_mgiou.kernels.types import Edge, EdgeSums, Ends, Gradient, Handed, Measuring, Point, Step
 from triton_mgiou.kernels.vertices import FULL, MASK, addresses_of, flags_of, is_real, load_last, load_scaled, next_addresses
 
 
@@ -69,10 +69,9 @@ def _next_edge(step, source, vertices, k, inside, scale, REAL: tl.constexpr, AXE
 @triton.jit
 def _edge_of_slots(vertices, k: tl.constexpr, inside, scale):
     """The edge that ends at vertex k, where a lane has them all."""
-    before: tl.constexpr = (k + len(vertices.xs) - 1) % len(vertices.xs)
-    end = Point(vertices.xs[k] * scale, vertices.ys[k] * scale)
-    start = Point(vertices.xs[before] * scale, vertices.ys[before] * scale)
-    return Edge(end, k, start, before, inside | True)
+    SLOTS: tl.constexpr = len(vertices.xs)
+    start = _in_slot(vertices, k + SLOTS - 1, scale)
+    return Edge(_in_slot(vertices, k, scale), k, start, (k + SLOTS - 1) % SLOTS, inside | True)
 
 
 @triton.jit
@@ -113,7 +112,7 @@ def _dealt(
     index = (turn * VARIANT.AXES + lanes.axis) * LANES + lanes.lane
     if VARIANT.AXES == 1:
         real = vertices.real[turn]
-        end = Point(vertices.xs[turn] * scale, vertices.ys[turn] * scale)
+        end = _in_slot(vertices, turn, scale)
         end_placed = Point(shape.xs[turn], shape.ys[turn])
     else:
         real = index < vertices.count
@@ -121,15 +120,71 @@ def _dealt(
         end_placed = Point(end.x - shape.origin.x, end.y - shape.origin.y)
     if VARIANT.AXES * LANES == 1 and REAL == FULL:
         before: tl.constexpr = (turn + SLOTS - 1) % SLOTS
-        start = Point(vertices.xs[before] * scale, vertices.ys[before] * scale)
+        start = _in_slot(vertices, before, scale)
         start_placed = Point(shape.xs[before], shape.ys[before])
     else:
-        start = load_scaled(source, addresses_of(source, index - 1), real & (index > 0), scale)
-        if turn == 0:
-            last = load_last(source, vertices, scale)
-            start = Point(tl.where(index > 0, start.x, last.x), tl.where(index > 0, start.y, last.y))
+        start = _neighbour(source, index - 1, index > 0, real, load_last(source, vertices, scale), scale)
         start_placed = Point(start.x - shape.origin.x, start.y - shape.origin.y)
     return Edge(end, index, start, index, real), start_placed, end_placed
+
+
+@triton.jit
+def _in_slot(vertices, number: tl.constexpr, scale):
+    """Vertex `number`, counted around, of a lane that has all of a polygon: scaled but not moved."""
+    SLOT: tl.constexpr = number % len(vertices.xs)
+    return Point(vertices.xs[SLOT] * scale, vertices.ys[SLOT] * scale)
+
+
+@triton.jit
+def _neighbour(source, index, is_there, real, other, scale):
+    """Vertices number `index` where they are, the `other` one elsewhere. No address is that of the other: the
+    compiler would not see that those of lanes follow one another."""
+    vertex = load_scaled(source, addresses_of(source, index), real & is_there, scale)
+    return Point(tl.where(is_there, vertex.x, other.x), tl.where(is_there, vertex.y, other.y))
+
+
+@triton.jit
+def gradient_of_area(source, vertices, lanes, scale, REAL: tl.constexpr, VARIANT: tl.constexpr):
+    """Derivatives of twice the area: each vertex has the diagonal between its neighbours, turned by 90 degrees.
+
+    Computed where it is needed: to keep it would take registers all along. With a mask the neighbours are not known,
+    and edges hand them over.
+    """
+    xs = ()
+    ys = ()
+    SLOTS: tl.constexpr = len(vertices.xs)
+    if REAL == MASK:
+        none = tl.zeros_like(scale)
+        handed = Handed(zeros(vertices.xs), zeros(vertices.ys), Point(none, none))
+        handed = over_edges(_hand_axis, handed, source, vertices, lanes, scale, lanes.lane, REAL, VARIANT)
+        for slot in tl.static_range(SLOTS):
+            derivative = handed_to(handed, slot, slot * VARIANT.LANES + lanes.lane == vertices.last, VARIANT.AXES)
+            xs = xs + (over_axes(derivative.x),)
+            ys = ys + (over_axes(derivative.y),)
+    else:
+        first = load_scaled(source, addresses_of(source, 0), vertices.count > 0, scale)
+        last = load_last(source, vertices, scale)
+        for slot in tl.static_range(SLOTS):
+            if REAL == FULL and VARIANT.LANES == 1:
+                start = _in_slot(vertices, slot + SLOTS - 1, scale)
+                end = _in_slot(vertices, slot + 1, scale)
+            else:
+                index = slot * VARIANT.LANES + lanes.lane
+                real = vertices.real[slot]
+                start = _neighbour(source, index - 1, index > 0, real, last, scale)
+                end = _neighbour(source, index + 1, index < vertices.last, real, first, scale)
+            xs = xs + (end.y - start.y,)
+            ys = ys + (start.x - end.x,)
+    return Gradient(xs, ys)
+
+
+@triton.jit
+def _hand_axis(handed, edge, lane, VARIANT: tl.constexpr):
+    """`handed` with the axis of one more edge, the derivative of twice the area to both of its ends."""
+    ends = ends_in_slots(edge, lane, len(handed.xs), VARIANT.LANES)
+    x = tl.where(edge.real, edge.end.y - edge.start.y, 0.0)
+    y = tl.where(edge.real, edge.start.x - edge.end.x, 0.0)
+    return hand_over(handed, edge, ends, Point(x, y), Point(x, y), VARIANT.AXES)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from triton_mgiou.kernels.arithmetic import saturate
 from triton_mgiou.kernels.axis import LENGTH, SOFT, UNIFORM, axis_rule
 from triton_mgiou.kernels.axis_sums import gradient_of, pred_axis, target_axis
 from triton_mgiou.kernels.boundary import area, boundary_term, put_in_order
-from triton_mgiou.kernels.edges import measure, over_edges
+from triton_mgiou.kernels.edges import gradient_of_area, measure, over_edges
 from triton_mgiou.kernels.reduction import reduce_programs
 from triton_mgiou.kernels.slots import over_axes, zeros
 from triton_mgiou.kernels.types import (
@@ -211,7 +211,7 @@ def mgiou_kernel(
         no_slots = zeros(pred_placed.xs)
         no_mean = Mean(none, none)
         handed = Handed(no_slots, no_slots, Point(none, none))
-        sums = PredSums(no_mean, none, none, Gradient(no_slots, no_slots), handed, handed, handed, handed)
+        sums = PredSums(no_mean, none, none, Gradient(no_slots, no_slots), handed, handed, handed)
         sums = over_edges(pred_axis, sums, pred_source, pred, lanes, scale, sample, PRED_REAL, VARIANT)
         axes = AxisSums(no_mean, sums.gradient, none)
         axes = over_edges(target_axis, axes, target_source, target, lanes, scale, sample, TARGET_REAL, VARIANT)
@@ -251,10 +251,15 @@ def mgiou_kernel(
             mean = none
             if AXIS_GRAD and AXIS_WEIGHT != UNIFORM:
                 mean = pred_distance if AXIS_WEIGHT == LENGTH else (pred_distance + target_distance) / weights
-            factors = Factors(mean, by_mixed, by_area)
+            factors = Factors(mean, by_mixed)
+            if BOUNDARY:
+                by_slot = gradient_of_area(pred_source, pred, lanes, scale, PRED_REAL, VARIANT)
             for slot in tl.static_range(PRED_SLOTS):
                 index = slot * LANES + lane
                 gradient = gradient_of(slot, index == pred.last, axes.gradient, sums, factors, VARIANT)
+                if BOUNDARY:
+                    x = tl.fma(by_area, by_slot.xs[slot], gradient.x)
+                    gradient = Point(x, tl.fma(by_area, by_slot.ys[slot], gradient.y))
                 kept = pred.real[slot] & present
                 x = tl.where(kept, saturate(gradient.x * factor * scale), 0.0)
                 y = tl.where(kept, saturate(gradient.y * factor * scale), 0.0)

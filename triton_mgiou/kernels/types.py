@@ -220,7 +220,6 @@ class PredSums(NamedTuple):
     by_edge: Handed  # derivatives of the distances and of the convexity term
     by_weight: Handed  # of the axes' weights
     by_mixed: Handed  # of twice the mixed area
-    by_area: Handed  # of twice the area
 
 
 class Sample(NamedTuple):
@@ -278,4 +277,3 @@ class Factors(NamedTuple):
 
     mean: tl.tensor  # by weight, negated: what the weights' mean takes from each distance
     by_mixed: tl.tensor
-    by_area: tl.tensor
