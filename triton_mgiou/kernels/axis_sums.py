@@ -19,7 +19,7 @@ from triton_mgiou.kernels.axis import (
 )
 from triton_mgiou.kernels.boundary import reach
 from triton_mgiou.kernels.convexity import convexity_along, convexity_gradient, convexity_of
-from triton_mgiou.kernels.edges import ends_in_slots, hand_over, handed_to
+from triton_mgiou.kernels.edges import ends_in_slots, hand_opposite, hand_over, handed_to
 from triton_mgiou.kernels.slots import add, dot, over_axes, pick
 from triton_mgiou.kernels.types import AxisSums, Interval, Point, PredSums
 
@@ -49,9 +49,9 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
         reached = reach(axis, sample.direction, sample.target_shape)
         mixed += reached.length
         if VARIANT.GRAD:
-            to_start = Point(reached.at.y, minus(reached.at.x))
-            to_end = Point(minus(reached.at.y), reached.at.x)
-            by_mixed = hand_over(by_mixed, edge, ends, to_start, to_end, VARIANT.AXES)
+            by_mixed = hand_opposite(
+                by_mixed, edge, ends, Point(minus(reached.at.y), reached.at.x), VARIANT.AXES
+            )
     if VARIANT.GRAD:
         to_pred, to_target = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)
         if VARIANT.UNROLLED:  # a lane has both
@@ -77,14 +77,13 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
             slope = tl.where(axis.is_axis, weight.slope / tl.where(axis.is_axis, axis.length, 1.0), 0.0)
             to_end = Point(slope * axis.edge.x, slope * axis.edge.y)
             along = Point(tl.fma(compared.distance, to_end.x, along.x), tl.fma(compared.distance, to_end.y, along.y))
-            to_start = Point(minus(to_end.x), minus(to_end.y))
-            by_weight = hand_over(by_weight, edge, ends, to_start, to_end, VARIANT.AXES)
-        if VARIANT.AXIS_GRAD or VARIANT.CONVEXITY:
-            to_start = Point(minus(along.x), minus(along.y))
-            if VARIANT.CONVEXITY:
-                x = tl.fma(minus(bent.to_start), axis.x, to_start.x)
-                to_start = Point(x, tl.fma(minus(bent.to_start), axis.y, to_start.y))
+            by_weight = hand_opposite(by_weight, edge, ends, to_end, VARIANT.AXES)
+        if VARIANT.CONVEXITY:
+            x = tl.fma(minus(bent.to_start), axis.x, minus(along.x))
+            to_start = Point(x, tl.fma(minus(bent.to_start), axis.y, minus(along.y)))
             by_edge = hand_over(by_edge, edge, ends, to_start, along, VARIANT.AXES)
+        elif VARIANT.AXIS_GRAD:
+            by_edge = hand_opposite(by_edge, edge, ends, along, VARIANT.AXES)
     return PredSums(mean, convexity, mixed, gradient, by_edge, by_weight, by_mixed)
 
 

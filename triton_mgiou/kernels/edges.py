@@ -7,8 +7,9 @@ batch; with UNROLLED they come from the slots.
 import triton
 import triton.language as tl
 
+from triton_mgiou.kernels.arithmetic import minus
 from triton_mgiou.kernels.axis import UNIFORM, axis_weight, edge_axis, interval_of
-from triton_mgiou.kernels.slots import add, highest, over_axes, put, total, zeros
+from triton_mgiou.kernels.slots import add, add_scaled, highest, over_axes, put, total, zeros
 from triton_mgiou.kernels.types import Edge, EdgeSums, Ends, Gradient, Handed, Measuring, Point, Step
 from triton_mgiou.kernels.vertices import FULL, MASK, addresses_of, flags_of, is_real, load_last, load_scaled, next_addresses
 
@@ -241,6 +242,20 @@ def hand_over(handed, edge, ends, to_start, to_end, AXES: tl.constexpr):
         xs = add(handed.xs, put(put(zeros(handed.xs), to_start.x, ends.start), to_end.x, ends.end))
         ys = add(handed.ys, put(put(zeros(handed.ys), to_start.y, ends.start), to_end.y, ends.end))
         return Handed(xs, ys, handed.pending)
+
+
+@triton.jit
+def hand_opposite(handed, edge, ends, to_end, AXES: tl.constexpr):
+    """The same where an edge's start has the opposite of what its end has."""
+    if AXES == 1:
+        return hand_over(handed, edge, ends, Point(minus(to_end.x), minus(to_end.y)), to_end, AXES)
+    else:
+        signs = ()
+        for slot in tl.static_range(len(handed.xs)):
+            sign = tl.where(ends.end[slot], 1.0, tl.where(ends.start[slot], -1.0, 0.0))
+            signs = signs + (sign.to(to_end.x.dtype),)
+        xs = add_scaled(handed.xs, to_end.x, signs)
+        return Handed(xs, add_scaled(handed.ys, to_end.y, signs), handed.pending)
 
 
 @triton.jit
