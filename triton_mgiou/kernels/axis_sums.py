@@ -108,7 +108,7 @@ def target_axis(sums, edge, sample, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def gradient_of(slot: tl.constexpr, is_last, gradient, sums, factors, VARIANT: tl.constexpr):
+def gradient_of(slot: tl.constexpr, is_last, gradient, sums, area_gradient, factors, VARIANT: tl.constexpr):
     """The gradient of a slot's vertices, in the units of `gradient`, the part through projections."""
     x = gradient.xs[slot]
     y = gradient.ys[slot]
@@ -118,8 +118,8 @@ def gradient_of(slot: tl.constexpr, is_last, gradient, sums, factors, VARIANT: t
         y += handed.y
     if VARIANT.BOUNDARY:
         mixed = handed_to(sums.by_mixed, slot, is_last, VARIANT.AXES)
-        x = tl.fma(factors.by_mixed, mixed.x, x)
-        y = tl.fma(factors.by_mixed, mixed.y, y)
+        x = tl.fma(factors.by_mixed, mixed.x, tl.fma(factors.by_area, area_gradient.xs[slot], x))
+        y = tl.fma(factors.by_mixed, mixed.y, tl.fma(factors.by_area, area_gradient.ys[slot], y))
     if VARIANT.AXIS_GRAD and VARIANT.AXIS_WEIGHT != UNIFORM:
         handed = handed_to(sums.by_weight, slot, is_last, VARIANT.AXES)
         x = tl.fma(minus(factors.mean), handed.x, x)

@@ -146,37 +146,46 @@ def _neighbour(source, index, is_there, real, other, scale):
 
 @triton.jit
 def gradient_of_area(source, vertices, lanes, scale, REAL: tl.constexpr, VARIANT: tl.constexpr):
-    """Derivatives of twice the area: each vertex has the diagonal between its neighbours, turned by 90 degrees.
+    """Derivatives of twice the area, to be summed over axes: each vertex has the diagonal between its neighbours,
+    turned by 90 degrees.
 
-    Computed where it is needed: to keep it would take registers all along. With a mask the neighbours are not known,
-    and edges hand them over.
+    Computed where it is needed, since to keep it would take registers all along, and dealt out as edges are. With a
+    mask the neighbours are not known, and edges hand them over.
     """
+    SLOTS: tl.constexpr = len(vertices.xs)
     xs = ()
     ys = ()
-    SLOTS: tl.constexpr = len(vertices.xs)
     if REAL == MASK:
         none = tl.zeros_like(scale)
         handed = Handed(zeros(vertices.xs), zeros(vertices.ys), Point(none, none))
         handed = over_edges(_hand_axis, handed, source, vertices, lanes, scale, lanes.lane, REAL, VARIANT)
         for slot in tl.static_range(SLOTS):
-            derivative = handed_to(handed, slot, slot * VARIANT.LANES + lanes.lane == vertices.last, VARIANT.AXES)
-            xs = xs + (over_axes(derivative.x),)
-            ys = ys + (over_axes(derivative.y),)
+            is_last = slot * VARIANT.LANES + lanes.lane == vertices.last
+            derivative = handed_to(handed, slot, is_last, VARIANT.AXES)
+            xs = xs + (derivative.x,)
+            ys = ys + (derivative.y,)
     else:
-        first = load_scaled(source, addresses_of(source, 0), vertices.count > 0, scale)
-        last = load_last(source, vertices, scale)
-        for slot in tl.static_range(SLOTS):
-            if REAL == FULL and VARIANT.LANES == 1:
-                start = _in_slot(vertices, slot + SLOTS - 1, scale)
-                end = _in_slot(vertices, slot + 1, scale)
-            else:
-                index = slot * VARIANT.LANES + lanes.lane
-                real = vertices.real[slot]
-                start = _neighbour(source, index - 1, index > 0, real, last, scale)
-                end = _neighbour(source, index + 1, index < vertices.last, real, first, scale)
-            xs = xs + (end.y - start.y,)
-            ys = ys + (start.x - end.x,)
+        for turn in tl.static_range((SLOTS + VARIANT.AXES - 1) // VARIANT.AXES):
+            diagonal = _diagonal(source, vertices, lanes, scale, turn, REAL, VARIANT)
+            for number in tl.static_range(min(VARIANT.AXES, SLOTS - turn * VARIANT.AXES)):
+                xs = xs + (tl.where(lanes.axis == number, diagonal.y, 0.0),)
+                ys = ys + (tl.where(lanes.axis == number, minus(diagonal.x), 0.0),)
     return Gradient(xs, ys)
+
+
+@triton.jit
+def _diagonal(source, vertices, lanes, scale, turn: tl.constexpr, REAL: tl.constexpr, VARIANT: tl.constexpr):
+    """From the vertex before a lane's number `turn` to the one behind it."""
+    if VARIANT.AXES * VARIANT.LANES == 1 and REAL == FULL:
+        start = _in_slot(vertices, turn + len(vertices.xs) - 1, scale)
+        end = _in_slot(vertices, turn + 1, scale)
+    else:
+        index = (turn * VARIANT.AXES + lanes.axis) * VARIANT.LANES + lanes.lane
+        real = index < vertices.count
+        start = _neighbour(source, index - 1, index > 0, real, load_last(source, vertices, scale), scale)
+        first = load_scaled(source, addresses_of(source, 0), vertices.count > 0, scale)
+        end = _neighbour(source, index + 1, index < vertices.last, real, first, scale)
+    return Point(end.x - start.x, end.y - start.y)
 
 
 @triton.jit

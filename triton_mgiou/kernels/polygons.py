@@ -251,15 +251,15 @@ def mgiou_kernel(
             mean = none
             if AXIS_GRAD and AXIS_WEIGHT != UNIFORM:
                 mean = pred_distance if AXIS_WEIGHT == LENGTH else (pred_distance + target_distance) / weights
-            factors = Factors(mean, by_mixed)
+            factors = Factors(mean, by_mixed, by_area)
+            area_gradient = Gradient(no_slots, no_slots)
             if BOUNDARY:
-                by_slot = gradient_of_area(pred_source, pred, lanes, scale, PRED_REAL, VARIANT)
+                area_gradient = gradient_of_area(pred_source, pred, lanes, scale, PRED_REAL, VARIANT)
             for slot in tl.static_range(PRED_SLOTS):
                 index = slot * LANES + lane
-                gradient = gradient_of(slot, index == pred.last, axes.gradient, sums, factors, VARIANT)
-                if BOUNDARY:
-                    x = tl.fma(by_area, by_slot.xs[slot], gradient.x)
-                    gradient = Point(x, tl.fma(by_area, by_slot.ys[slot], gradient.y))
+                gradient = gradient_of(
+                    slot, index == pred.last, axes.gradient, sums, area_gradient, factors, VARIANT
+                )
                 kept = pred.real[slot] & present
                 x = tl.where(kept, saturate(gradient.x * factor * scale), 0.0)
                 y = tl.where(kept, saturate(gradient.y * factor * scale), 0.0)

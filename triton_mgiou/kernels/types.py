@@ -277,3 +277,4 @@ class Factors(NamedTuple):
 
     mean: tl.tensor  # by weight, negated: what the weights' mean takes from each distance
     by_mixed: tl.tensor
+    by_area: tl.tensor
