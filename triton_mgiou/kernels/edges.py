@@ -165,9 +165,10 @@ def gradient_of_area(source, vertices, lanes, scale, REAL: tl.constexpr, VARIANT
             xs = xs + (derivative.x,)
             ys = ys + (derivative.y,)
     else:
-        for turn in tl.static_range((SLOTS + VARIANT.AXES - 1) // VARIANT.AXES):
+        AT_ONCE: tl.constexpr = VARIANT.AXES if VARIANT.AXES < SLOTS else SLOTS  # powers of two
+        for turn in tl.static_range(SLOTS // AT_ONCE):
             diagonal = _diagonal(source, vertices, lanes, scale, turn, REAL, VARIANT)
-            for number in tl.static_range(min(VARIANT.AXES, SLOTS - turn * VARIANT.AXES)):
+            for number in tl.static_range(AT_ONCE):
                 xs = xs + (tl.where(lanes.axis == number, diagonal.y, 0.0),)
                 ys = ys + (tl.where(lanes.axis == number, minus(diagonal.x), 0.0),)
     return Gradient(xs, ys)
