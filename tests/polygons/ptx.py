@@ -4,7 +4,8 @@
     python -m tests.polygons.ptx after
     diff -rq before after
 
-No GPU is needed. Beside the PTX, `instructions.txt` has the number of machine instructions of each variant.
+No GPU is needed. Beside the PTX, `instructions.txt` has for each variant the number of machine instructions, the
+registers of a thread and the bytes that it spills.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from triton import knobs
 
 from tests.polygons.test_kernels import compiled
 
-SIZES = {"4": (4, 4), "8": (8, 8), "16": (16, 16), "64": (64, 64), "5x11": (5, 11)}
+SIZES = {"4": (4, 4), "8": (8, 8), "16": (16, 16), "32": (32, 32), "64": (64, 64), "5x11": (5, 11)}
 DEFAULT: dict[str, Any] = {"axis_weight": "length", "axis_grad": False, "boundary": True}
 PAPER: dict[str, Any] = {"axis_weight": "uniform", "axis_grad": True}
 TERMS: dict[str, Any] = {"axis_weight": "length", "axis_grad": True, "convexity": True, "boundary": True}
@@ -45,7 +46,7 @@ def variants() -> dict[str, tuple[int, tuple[int, int], dict[str, Any]]]:
         add("default", size, DEFAULT | rows, 80, 90)
         add("paper", size, PAPER | rows, 80, 90)
         add("terms", size, TERMS | rows)
-    for size in ("4", "8", "16", "64"):
+    for size in ("4", "8", "16", "32", "64"):
         add("default-large", size, DEFAULT | {"large_batch": True})
         add("default-lengths", size, DEFAULT | LENGTHS)
     for size in ("4", "8"):
@@ -81,23 +82,28 @@ def without_names(ptx: str) -> str:
     return re.sub(names, number, "\n".join(lines)) + "\n"
 
 
-def instructions(cubin: bytes) -> int:
-    """The number of machine instructions, those that do nothing left out."""
+def resources(cubin: bytes) -> tuple[int, int, int]:
+    """The number of machine instructions, those that do nothing left out, registers, and bytes of local memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", code, re.MULTILINE))
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found, usage
+    registers, stack, local = map(int, found.groups())
+    return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", code, re.MULTILINE)), registers, stack + local
 
 
-def write(job: tuple[str, Path]) -> tuple[str, int]:
-    """Compile a variant, write its PTX, and count its instructions."""
+def write(job: tuple[str, Path]) -> tuple[str, tuple[int, int, int]]:
+    """Compile a variant, write its PTX, and count what it takes."""
     name, folder = job
     capability, sizes, options = variants()[name]
     kernel = compiled(capability, *sizes, **options)  # type: ignore[no-untyped-call]
     (folder / f"{name}.ptx").write_text(without_names(kernel.asm["ptx"]))
-    return name, instructions(kernel.asm["cubin"])
+    return name, resources(kernel.asm["cubin"])
 
 
 def main() -> None:
@@ -111,7 +117,7 @@ def main() -> None:
     names = [name for name in variants() if re.search(arguments.only, name)]
     with ProcessPoolExecutor(arguments.processes) as pool:
         counts = list(pool.map(write, [(name, arguments.folder) for name in names]))
-    text = "".join(f"{count:6} {name}\n" for name, count in counts)
+    text = "".join(f"{count:6} {registers:4} {spilled:4} {name}\n" for name, (count, registers, spilled) in counts)
     (arguments.folder / "instructions.txt").write_text(text)
 
 

@@ -49,9 +49,7 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
         reached = reach(axis, sample.direction, sample.target_shape)
         mixed += reached.length
         if VARIANT.GRAD:
-            by_mixed = hand_opposite(
-                by_mixed, edge, ends, Point(minus(reached.at.y), reached.at.x), VARIANT.AXES
-            )
+            by_mixed = hand_opposite(by_mixed, edge, ends, Point(minus(reached.at.y), reached.at.x), VARIANT.AXES)
     if VARIANT.GRAD:
         to_pred, to_target = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)
         if VARIANT.UNROLLED:  # a lane has both

@@ -11,7 +11,16 @@ from triton_mgiou.kernels.arithmetic import minus
 from triton_mgiou.kernels.axis import UNIFORM, axis_weight, edge_axis, interval_of
 from triton_mgiou.kernels.slots import add, add_scaled, highest, over_axes, put, total, zeros
 from triton_mgiou.kernels.types import Edge, EdgeSums, Ends, Gradient, Handed, Measuring, Point, Step
-from triton_mgiou.kernels.vertices import FULL, MASK, addresses_of, flags_of, is_real, load_last, load_scaled, next_addresses
+from triton_mgiou.kernels.vertices import (
+    FULL,
+    MASK,
+    addresses_of,
+    flags_of,
+    is_real,
+    load_last,
+    load_scaled,
+    next_addresses,
+)
 
 
 @triton.jit
@@ -138,16 +147,17 @@ def _in_slot(vertices, number: tl.constexpr, scale):
 
 @triton.jit
 def _neighbour(source, index, is_there, real, other, scale):
-    """Vertices number `index` where they are, the `other` one elsewhere. No address is that of the other: the
-    compiler would not see that those of lanes follow one another."""
+    """Vertices number `index` where they are, the `other` one elsewhere.
+
+    No address is that of the other: the compiler would not see that those of neighbouring lanes are neighbours.
+    """
     vertex = load_scaled(source, addresses_of(source, index), real & is_there, scale)
     return Point(tl.where(is_there, vertex.x, other.x), tl.where(is_there, vertex.y, other.y))
 
 
 @triton.jit
 def gradient_of_area(source, vertices, lanes, scale, REAL: tl.constexpr, VARIANT: tl.constexpr):
-    """Derivatives of twice the area, to be summed over axes: each vertex has the diagonal between its neighbours,
-    turned by 90 degrees.
+    """Derivatives of twice the area, to be summed over axes: for each vertex the turned diagonal of its neighbours.
 
     Computed where it is needed, since to keep it would take registers all along, and dealt out as edges are. With a
     mask the neighbours are not known, and edges hand them over.

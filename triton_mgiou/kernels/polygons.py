@@ -257,9 +257,7 @@ def mgiou_kernel(
                 area_gradient = gradient_of_area(pred_source, pred, lanes, scale, PRED_REAL, VARIANT)
             for slot in tl.static_range(PRED_SLOTS):
                 index = slot * LANES + lane
-                gradient = gradient_of(
-                    slot, index == pred.last, axes.gradient, sums, area_gradient, factors, VARIANT
-                )
+                gradient = gradient_of(slot, index == pred.last, axes.gradient, sums, area_gradient, factors, VARIANT)
                 kept = pred.real[slot] & present
                 x = tl.where(kept, saturate(gradient.x * factor * scale), 0.0)
                 y = tl.where(kept, saturate(gradient.y * factor * scale), 0.0)

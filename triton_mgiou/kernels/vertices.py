@@ -140,8 +140,8 @@ def frame(pred, target, REAL: tl.constexpr):
     if REAL == FULL:
         pred_x, pred_y = bounds_or_nan(pred.xs), bounds_or_nan(pred.ys)
         target_x, target_y = bounds_or_nan(target.xs), bounds_or_nan(target.ys)
-        ends = (pred_x.low, pred_x.high, target_x.low, target_x.high), (pred_y.low, pred_y.high, target_y.low, target_y.high)
-        poison = _poison(ends[0], ends[1])
+        ends_x = pred_x.low, pred_x.high, target_x.low, target_x.high
+        poison = _poison(ends_x, (pred_y.low, pred_y.high, target_y.low, target_y.high))
         pred_x, pred_y = over_lanes(pred_x), over_lanes(pred_y)
         target_x, target_y = over_lanes(target_x), over_lanes(target_y)
     else:
