@@ -29,7 +29,7 @@ from tests.boxes.test_kernels import compiled as compiled_boxes
 from tests.polygons.test_kernels import compiled as compiled_polygons
 from triton_mgiou.box_formats import KERNEL_FORMATS
 
-SIZES = {"4": (4, 4), "8": (8, 8), "16": (16, 16), "64": (64, 64), "5x11": (5, 11)}
+SIZES = {"4": (4, 4), "8": (8, 8), "16": (16, 16), "32": (32, 32), "64": (64, 64), "5x11": (5, 11)}
 DEFAULT: dict[str, Any] = {"axis_weight": "length", "axis_grad": False, "boundary": True}
 PAPER: dict[str, Any] = {"axis_weight": "uniform", "axis_grad": True}
 TERMS: dict[str, Any] = {"axis_weight": "length", "axis_grad": True, "convexity": True, "boundary": True}
@@ -53,7 +53,7 @@ def polygon_variants() -> dict[str, Build]:
         add("default", size, DEFAULT | rows, 80, 90)
         add("paper", size, PAPER | rows, 80, 90)
         add("terms", size, TERMS | rows)
-    for size in ("4", "8", "16", "64"):
+    for size in ("4", "8", "16", "32", "64"):
         add("default-large", size, DEFAULT | {"large_batch": True})
         add("default-lengths", size, DEFAULT | LENGTHS)
     for size in ("4", "8"):
