@@ -127,7 +127,7 @@ def forget_plans() -> None:
 
 
 def loss_and_gradients(
-    pred: Tensor, target: Tensor, call: PolygonCall | BoxCall, pred_grad: bool, target_grad: bool
+    call: PolygonCall | BoxCall, pred: Tensor, target: Tensor, pred_grad: bool, target_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss, and its gradient to each side that asks for one, in the loss's type."""
     loss, gradient = call.launch(pred, target, pred_grad)

@@ -1,4 +1,4 @@
-"""The matrix of all pairs by the kernels: its launches, and the operators that are differentiable.
+"""The matrix of all pairs by the kernels: its launches, and their operators.
 
 Value and gradient are launches of their own: the gradient is made from the upstream matrix, so that nothing of the
 matrix's size is kept but itself.
@@ -6,6 +6,7 @@ matrix's size is kept but itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from triton_mgiou.kernels.pairs import box_pairs_kernel
 from triton_mgiou.kernels.pairs_gradient import box_pairs_gradient_kernel
 from triton_mgiou.kernels.polygon_pairs import polygon_pairs_kernel
 from triton_mgiou.launch import COMPUTE, INTERPRETED, Plan
-from triton_mgiou.ops import check_backward, is_traced
+from triton_mgiou.ops import check_backward, define, is_traced
 from triton_mgiou.options import AXIS_WEIGHTS, OVERS
 from triton_mgiou.reference.polygons import compute_dtype
 from triton_mgiou.tuning import layouts
@@ -66,10 +67,10 @@ class PairKey(NamedTuple):
 def box_matrix(boxes1: Tensor, boxes2: Tensor, mask1: Tensor | None, mask2: Tensor | None, call: BoxPairs) -> Tensor:
     """The matrix (B, P, T) of boxes (B, P, n) and (B, T, n); none of these sizes is 0."""
     if is_traced(boxes1, boxes2):
-        matrix: Tensor = _matrix_operator(boxes1, boxes2, mask1, mask2, *call)
+        matrix: Tensor = torch.ops.triton_mgiou.box_matrix(boxes1, boxes2, mask1, mask2, *call)
         return matrix
     if (boxes1.requires_grad or boxes2.requires_grad) and torch.is_grad_enabled():
-        matrix = _Matrix.apply(boxes1, boxes2, mask1, mask2, call)  # type: ignore[no-untyped-call]
+        matrix = _Matrix.apply(boxes1, boxes2, mask1, mask2, call, _values, _gradient)  # type: ignore[no-untyped-call]
         return matrix
     return _values(boxes1, boxes2, mask1, mask2, call)
 
@@ -79,23 +80,29 @@ class _Matrix(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, boxes1: Tensor, boxes2: Tensor, mask1: Tensor | None, mask2: Tensor | None, call: BoxPairs
+        ctx: Any,
+        boxes1: Tensor,
+        boxes2: Tensor,
+        mask1: Tensor | None,
+        mask2: Tensor | None,
+        call: BoxPairs,
+        values: Callable[..., Tensor],
+        gradient: Callable[..., Tensor],
     ) -> Tensor:
         ctx.save_for_backward(boxes1, boxes2, mask1, mask2)
-        ctx.call = call
-        return _values(boxes1, boxes2, mask1, mask2, call)
+        ctx.call, ctx.gradient = call, gradient
+        return values(boxes1, boxes2, mask1, mask2, call)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         check_backward(upstream)
-        return (*_gradients(_gradient, ctx, upstream, ctx.call), None, None, None)
-
-
-def _gradients(gradient: Any, ctx: Any, upstream: Tensor, call: BoxPairs) -> list[Tensor | None]:
-    boxes1, boxes2, mask1, mask2 = ctx.saved_tensors
-    sides = (boxes1, boxes2, mask1, mask2, upstream), (boxes2, boxes1, mask2, mask1, upstream.transpose(1, 2))
-    needs = ctx.needs_input_grad
-    return [gradient(*side, call) if needed else None for side, needed in zip(sides, needs[:2], strict=True)]
+        boxes1, boxes2, mask1, mask2 = ctx.saved_tensors
+        grad1 = grad2 = None
+        if ctx.needs_input_grad[0]:
+            grad1 = ctx.gradient(boxes1, boxes2, mask1, mask2, upstream, ctx.call)
+        if ctx.needs_input_grad[1]:
+            grad2 = ctx.gradient(boxes2, boxes1, mask2, mask1, upstream.transpose(1, 2), ctx.call)
+        return grad1, grad2, None, None, None, None, None
 
 
 def _values(boxes1: Tensor, boxes2: Tensor, mask1: Tensor | None, mask2: Tensor | None, call: BoxPairs) -> Tensor:
@@ -139,7 +146,7 @@ def _gradient(
 def polygon_matrix(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -> Tensor:
     """The matrix (B, P, T) of polygons (B, P, N, 2) and (B, T, M, 2), without a gradient; no size is 0."""
     if is_traced(polygons1, polygons2):
-        matrix: Tensor = _polygon_operator(polygons1, polygons2, *call)
+        matrix: Tensor = torch.ops.triton_mgiou.polygon_matrix(polygons1, polygons2, *call)
         return matrix
     return _polygon_values(polygons1, polygons2, call)
 
@@ -261,8 +268,7 @@ def pair_plan(key: PairKey) -> Plan:
     return Plan(kernel, tuple(constants.values()), case, candidates, dtype, key.device)
 
 
-@torch.library.custom_op("triton_mgiou::box_matrix", mutates_args=())
-def _matrix_operator(
+def _box_launch(
     boxes1: Tensor,
     boxes2: Tensor,
     mask1: Tensor | None,
@@ -273,18 +279,10 @@ def _matrix_operator(
     over: str,
     axis_weight: str,
 ) -> Tensor:
-    """The launch of the value."""
     return _values(boxes1, boxes2, mask1, mask2, BoxPairs(fmt, angle, clockwise, over, axis_weight))
 
 
-@_matrix_operator.register_fake
-def _(boxes1: Tensor, boxes2: Tensor, *_: Any) -> Tensor:
-    size = (boxes1.shape[0], boxes1.shape[1], boxes2.shape[1])
-    return boxes1.new_empty(size, dtype=compute_dtype(boxes1, boxes2))
-
-
-@torch.library.custom_op("triton_mgiou::box_matrix_gradient", mutates_args=())
-def _gradient_operator(
+def _box_gradient_launch(
     own: Tensor,
     other: Tensor,
     own_mask: Tensor | None,
@@ -296,32 +294,11 @@ def _gradient_operator(
     over: str,
     axis_weight: str,
 ) -> Tensor:
-    """The launch of the gradient to one side."""
     call = BoxPairs(fmt, angle, clockwise, over, axis_weight)
     return _gradient(own, other, own_mask, other_mask, upstream, call)
 
 
-@_gradient_operator.register_fake
-def _(own: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(own, memory_format=torch.contiguous_format)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    ctx.save_for_backward(*inputs[:4])
-    ctx.call = BoxPairs(*inputs[4:])
-
-
-def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    check_backward(upstream)
-    gradients = _gradients(lambda *inputs: _gradient_operator(*inputs[:-1], *inputs[-1]), ctx, upstream, ctx.call)
-    return (*gradients, *[None] * (2 + len(BoxPairs._fields)))
-
-
-_matrix_operator.register_autograd(_backward, setup_context=_save)
-
-
-@torch.library.custom_op("triton_mgiou::polygon_matrix", mutates_args=())
-def _polygon_operator(
+def _polygon_launch(
     polygons1: Tensor,
     polygons2: Tensor,
     lengths1: Tensor | None,
@@ -331,12 +308,29 @@ def _polygon_operator(
     over: str,
     axis_weight: str,
 ) -> Tensor:
-    """The launch."""
-    call = PolygonPairs(lengths1, lengths2, mask1, mask2, over, axis_weight)
-    return _polygon_values(polygons1, polygons2, call)
+    return _polygon_values(polygons1, polygons2, PolygonPairs(lengths1, lengths2, mask1, mask2, over, axis_weight))
 
 
-@_polygon_operator.register_fake
-def _(polygons1: Tensor, polygons2: Tensor, *_: Any) -> Tensor:
-    size = (polygons1.shape[0], polygons1.shape[1], polygons2.shape[1])
-    return polygons1.new_empty(size, dtype=compute_dtype(polygons1, polygons2))
+def _matrix_like(first: Tensor, second: Tensor, *_: Any) -> Tensor:
+    return first.new_empty((first.shape[0], first.shape[1], second.shape[1]), dtype=compute_dtype(first, second))
+
+
+def _gradient_like(own: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(own, memory_format=torch.contiguous_format)
+
+
+def _differentiable_boxes(plain: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    def values(*given: Any) -> Tensor:
+        return plain(*given[:-1], *given[-1])
+
+    def gradient(*given: Any) -> Tensor:
+        found: Tensor = torch.ops.triton_mgiou.box_matrix_gradient(*given[:-1], *given[-1])
+        return found
+
+    matrix: Tensor = _Matrix.apply(*inputs[:4], BoxPairs(*inputs[4:]), values, gradient)  # type: ignore[no-untyped-call]
+    return matrix
+
+
+define("box_matrix", _box_launch, _matrix_like, _differentiable_boxes)
+define("box_matrix_gradient", _box_gradient_launch, _gradient_like)
+define("polygon_matrix", _polygon_launch, _matrix_like)

@@ -32,18 +32,19 @@ def test_compiles_whole(backend):
 def test_the_operators_are_sound(backend):
     if backend.name != "triton":
         pytest.skip("eager has no operator of its own")
-    from triton_mgiou import pairs  # noqa: PLC0415 - needs Triton
+    import triton_mgiou.pairs  # noqa: F401, PLC0415 - registers the operators; needs Triton
 
+    operators = torch.ops.triton_mgiou
     first, second = (each.unsqueeze(0).requires_grad_() for each in sets(backend))
     options = ("cxcywhr", "radians", True, "mean", "uniform")
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(pairs._matrix_operator, (first, second, None, None, *options), test_utils=tests)
+    torch.library.opcheck(operators.box_matrix.default, (first, second, None, None, *options), test_utils=tests)
     upstream = torch.ones(1, 4, 6, device=backend.device)
     arguments = (first.detach(), second.detach(), None, None, upstream, *options)
-    torch.library.opcheck(pairs._gradient_operator, arguments, test_utils=tests)
+    torch.library.opcheck(operators.box_matrix_gradient.default, arguments, test_utils=tests)
     quadrangles = [each.detach()[..., :4, None].expand(-1, -1, -1, 2).contiguous() for each in (first, second)]
     arguments = (*quadrangles, None, None, None, None, "mean", "uniform")
-    torch.library.opcheck(pairs._polygon_operator, arguments, test_utils=tests)
+    torch.library.opcheck(operators.polygon_matrix.default, arguments, test_utils=tests)
 
 
 def test_inference_mode_and_autocast_change_nothing(backend):
