@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from triton_mgiou.box_formats import AMBIGUOUS, FORMATS
-from triton_mgiou.options import AXIS_WEIGHTS, BACKENDS, OVERS, Options
+from triton_mgiou.options import AXIS_WEIGHTS, BACKENDS, OVERS, REDUCTIONS, Options
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _PLAIN = (Tensor, torch.nn.Parameter)
+_STRIDED = torch.strided
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -103,12 +104,14 @@ def check_polygons(pred: Tensor, target: Tensor) -> None:
 
 def _check_vertices(name: str, value: Tensor, size: str) -> int:
     """The batch size."""
-    if type(value) not in _PLAIN or value.dtype not in FLOATING or value.layout is not torch.strided or value.is_nested:
+    is_usual = type(value) in _PLAIN and value.dtype in FLOATING and value.layout is _STRIDED and not value.is_nested
+    if not is_usual:
         check_tensor(name, value)
     shape = value.shape
     if len(shape) != 3 or shape[2] != 2 or shape[1] == 0:
         raise ValueError(f"{name} must have shape (B, {size}, 2) with {size} >= 1, got {tuple(shape)}")
-    check_floating(name, value)
+    if not is_usual:
+        check_floating(name, value)
     return shape[0]
 
 
@@ -190,24 +193,28 @@ def check_matrix_options(over: object, axis_weight: object, axis_weights: tuple[
     check_choice("backend", backend, BACKENDS)
 
 
-def check_shape_mask(name: str, mask: Tensor, side: str, shapes: Tensor, sizes: torch.Size) -> None:
-    """Refuse what does not say which shapes of a set are there."""
+def check_shape_mask(name: str, mask: Tensor | None, side: str, shapes: Tensor, dimensions: int) -> None:
+    """Refuse what does not say which shapes of a set are there; `dimensions` are those of one shape."""
+    if mask is None:
+        return
     check_tensor(name, mask)
     check_device(name, mask, side, shapes)
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be torch.bool, got {mask.dtype}")
-    if mask.shape != sizes:
-        raise ValueError(f"{name} must have shape {tuple(sizes)}, got {tuple(mask.shape)}")
+    if mask.shape != shapes.shape[:-dimensions]:
+        raise ValueError(f"{name} must have shape {tuple(shapes.shape[:-dimensions])}, got {tuple(mask.shape)}")
 
 
-def check_vertex_counts(name: str, lengths: Tensor, side: str, shapes: Tensor, sizes: torch.Size) -> None:
+def check_vertex_counts(name: str, lengths: Tensor | None, side: str, polygons: Tensor) -> None:
     """Refuse what does not say how many vertices of each polygon of a set are real."""
+    if lengths is None:
+        return
     check_tensor(name, lengths)
-    check_device(name, lengths, side, shapes)
+    check_device(name, lengths, side, polygons)
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {lengths.dtype}")
-    if lengths.shape != sizes:
-        raise ValueError(f"{name} must have shape {tuple(sizes)}, got {tuple(lengths.shape)}")
+    if lengths.shape != polygons.shape[:-2]:
+        raise ValueError(f"{name} must have shape {tuple(polygons.shape[:-2])}, got {tuple(lengths.shape)}")
 
 
 def check_real(side: str, vertices: Tensor, lengths: Tensor | None, mask: Tensor | None) -> None:
@@ -230,6 +237,18 @@ def check_real(side: str, vertices: Tensor, lengths: Tensor | None, mask: Tensor
             raise TypeError(f"{name} must be torch.bool, got {mask.dtype}")
         if mask.shape != vertices.shape[:2]:
             raise ValueError(f"{name} must have shape {tuple(vertices.shape[:2])}, got {tuple(mask.shape)}")
+
+
+def check_reduction(
+    pred: Tensor, weight: Tensor | None, avg_factor: float | Tensor | None, reduction: str, backend: str
+) -> None:
+    """Refuse what says wrongly how to reduce the samples' losses, and where to compute them."""
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("backend", backend, BACKENDS)
+    if weight is not None:
+        check_weight(weight, pred)
+    if avg_factor is not None:
+        check_avg_factor(avg_factor, reduction, pred)
 
 
 def check_weight(weight: Tensor, pred: Tensor) -> None:

@@ -18,8 +18,9 @@ from triton_mgiou.arguments import (
     check_real_numbers,
     check_weight,
 )
-from triton_mgiou.functional import box_mgiou_loss, mgiou_loss, reduce
+from triton_mgiou.functional import box_mgiou_loss, mgiou_loss
 from triton_mgiou.options import PAPER, REDUCTIONS, Options
+from triton_mgiou.reduction import reduce
 from triton_mgiou.reference.polygons import compute_dtype
 
 MODES = ("mgiou", "l2", "hybrid")

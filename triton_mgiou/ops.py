@@ -9,17 +9,14 @@ Another kernel needs a function such as `polygon_loss`, and its launch as a func
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from triton_mgiou.launch import BoxCall, PolygonCall, loss_and_gradients
+from triton_mgiou.launch import BoxCall, PolygonCall
 from triton_mgiou.options import Options, Reduction
-
-Launch = Callable[[Tensor, Tensor, bool, bool], tuple[Tensor, Tensor | None, Tensor | None]]
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # anything else, such as a fake tensor, needs PyTorch's dispatcher
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -98,7 +95,7 @@ def is_traced(pred: Tensor, target: Tensor) -> bool:
 
 def _direct(pred: Tensor, target: Tensor, call: PolygonCall | BoxCall) -> Tensor:
     if (pred.requires_grad or target.requires_grad) and torch.is_grad_enabled():
-        loss: Tensor = _Loss.apply(pred, target, partial(loss_and_gradients, call), True)  # type: ignore[no-untyped-call]
+        loss: Tensor = _Loss.apply(pred, target, call)  # type: ignore[no-untyped-call]
         return loss
     return call.launch(pred, target, False)[0]
 
@@ -107,22 +104,21 @@ class _Loss(torch.autograd.Function):
     """The kernel computes the gradient with the value; backward multiplies it by what comes from above."""
 
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, target: Tensor, launch: Launch, is_sole_owner: bool) -> Tensor:
-        loss, *grads = launch(pred, target, *ctx.needs_input_grad[:2])
-        ctx.save_for_backward(*grads)
+    def forward(ctx: Any, pred: Tensor, target: Tensor, call: PolygonCall | BoxCall | _TracedCall) -> Tensor:
+        pred_needs, target_needs, _ = ctx.needs_input_grad
+        loss, pred_grad, target_grad = call.loss_and_gradients(pred, target, pred_needs, target_needs)
+        ctx.save_for_backward(pred_grad, target_grad)
         ctx.dtypes = pred.dtype, target.dtype
-        ctx.is_sole_owner = is_sole_owner  # of what it saves
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         check_backward(upstream)
         (pred_grad, target_grad), (pred_dtype, target_dtype) = ctx.saved_tensors, ctx.dtypes
-        in_place = ctx.is_sole_owner and not _keeps_graph()
+        in_place = not _keeps_graph() and type(upstream) is Tensor  # then nobody sees what was saved again
         return (
             None if pred_grad is None else _scaled(pred_grad, pred_dtype, upstream, in_place),
             None if target_grad is None else _scaled(target_grad, target_dtype, upstream, in_place),
-            None,
             None,
         )
 
@@ -201,26 +197,42 @@ def _define_loss(name: str, launch: Callable[..., tuple[Tensor, Tensor, Tensor]]
         )
 
     def differentiable(plain: Callable[..., Any], *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        pred, target, *options, pred_grad, target_grad = inputs
-        grads: list[Tensor] = []
-
-        def launch(pred: Tensor, target: Tensor, *needed: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-            asked = pred_grad or needed[0], target_grad or needed[1]
-            loss, *found = plain(pred, target, *options, *asked)
-            grads.extend(grad if asked else loss.new_empty(0) for grad, asked in zip(found, inputs[-2:], strict=True))
-            first, second = (grad if need else None for grad, need in zip(found, needed, strict=True))
-            return loss, first, second
-
-        loss = _Loss.apply(pred, target, launch, False)  # type: ignore[no-untyped-call]
-        return loss, grads[0], grads[1]
+        pred, target, *options = inputs
+        call = _TracedCall(plain, options)
+        loss = _Loss.apply(pred, target, call)  # type: ignore[no-untyped-call]
+        return _outputs(loss, call.pred_grad, call.target_grad)
 
     define(name, launch, fake, differentiable)
 
 
-def _outputs(loss: Tensor, *grads: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+class _TracedCall:
+    """In the place of a `PolygonCall` or `BoxCall`: goes to the operator without a derivative.
+
+    Keeps a copy of each gradient that the caller asked for, beside those that autograd needs.
+    """
+
+    def __init__(self, operator: Callable[..., Any], options: Sequence[Any]) -> None:
+        self.operator = operator
+        self.options = options
+        self.pred_grad: Tensor | None = None
+        self.target_grad: Tensor | None = None
+
+    def loss_and_gradients(
+        self, pred: Tensor, target: Tensor, pred_needs: bool, target_needs: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        *options, pred_asked, target_asked = self.options
+        loss, pred_grad, target_grad = self.operator(
+            pred, target, *options, pred_needs or pred_asked, target_needs or target_asked
+        )
+        self.pred_grad = pred_grad.clone() if pred_asked else None
+        self.target_grad = target_grad.clone() if target_asked else None
+        return loss, pred_grad if pred_needs else None, target_grad if target_needs else None
+
+
+def _outputs(loss: Tensor, pred_grad: Tensor | None, target_grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """What an operator returns: a gradient that is not asked for is empty."""
-    first, second = (loss.new_empty(0) if grad is None else grad for grad in grads)
-    return loss, first, second
+    empty = loss.detach().new_empty(0)
+    return loss, empty if pred_grad is None else pred_grad, empty if target_grad is None else target_grad
 
 
 def _polygon_launch(
@@ -245,7 +257,7 @@ def _polygon_launch(
         boundary_weight = changing_boundary_weight.item()
     options = Options(axis_weight, axis_grad, convexity_weight, boundary_weight)
     call = PolygonCall(pred_real, target_real, Reduction(weight, reduction == "none", None), options)
-    return _outputs(*loss_and_gradients(call, pred, target, pred_grad, target_grad))
+    return _outputs(*call.loss_and_gradients(pred, target, pred_grad, target_grad))
 
 
 def _box_launch(
@@ -267,7 +279,7 @@ def _box_launch(
         boundary_weight = changing_boundary_weight.item()
     options = Options(axis_weight, axis_grad, 0.0, boundary_weight)
     call = BoxCall(fmt, angle, clockwise, Reduction(weight, reduction == "none", None), options)
-    return _outputs(*loss_and_gradients(call, pred, target, pred_grad, target_grad))
+    return _outputs(*call.loss_and_gradients(pred, target, pred_grad, target_grad))
 
 
 _define_loss("loss", _polygon_launch, reduction=5)

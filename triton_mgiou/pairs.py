@@ -65,7 +65,7 @@ class PairKey(NamedTuple):
 
 
 def box_matrix(boxes1: Tensor, boxes2: Tensor, mask1: Tensor | None, mask2: Tensor | None, call: BoxPairs) -> Tensor:
-    """The matrix (B, P, T) of boxes (B, P, n) and (B, T, n); none of these sizes is 0."""
+    """The matrix (P, T) of boxes (P, n) and (T, n), or of batches of them; no size is 0."""
     if is_traced(boxes1, boxes2):
         matrix: Tensor = torch.ops.triton_mgiou.box_matrix(boxes1, boxes2, mask1, mask2, *call)
         return matrix
@@ -101,21 +101,21 @@ class _Matrix(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad1 = ctx.gradient(boxes1, boxes2, mask1, mask2, upstream, ctx.call)
         if ctx.needs_input_grad[1]:
-            grad2 = ctx.gradient(boxes2, boxes1, mask2, mask1, upstream.transpose(1, 2), ctx.call)
+            grad2 = ctx.gradient(boxes2, boxes1, mask2, mask1, upstream.transpose(-2, -1), ctx.call)
         return grad1, grad2, None, None, None, None, None
 
 
 def _values(boxes1: Tensor, boxes2: Tensor, mask1: Tensor | None, mask2: Tensor | None, call: BoxPairs) -> Tensor:
-    batch, rows, columns = boxes1.shape[0], boxes1.shape[1], boxes2.shape[1]
-    plan = _plan(boxes1, boxes2, mask1, mask2, call, gradient=False)
-    matrix = plan.scalar.new_empty((batch, rows, columns))
+    batch, rows, columns = size = _size(boxes1, boxes2, 1)
+    plan = _plan(boxes1, boxes2, mask1, mask2, call, size, gradient=False)
+    matrix = plan.scalar.new_empty((*boxes1.shape[:-1], columns))
     for part in _parts(batch):
         bytes1, bytes2 = _as_bytes(mask1, part), _as_bytes(mask2, part)
         arguments = (
             _part(boxes1, part), _part(boxes2, part), bytes1, bytes2, _part(matrix, part),
             *_strides(boxes1, 3), *_strides(boxes2, 3), *_strides(bytes1, 2), *_strides(bytes2, 2), rows, columns,
         )  # fmt: skip
-        _launch(plan, _part(matrix, part).shape, arguments)
+        _launch(plan, size, part, arguments)
     return matrix
 
 
@@ -127,9 +127,9 @@ def _gradient(
     upstream: Tensor,
     call: BoxPairs,
 ) -> Tensor:
-    """The gradient to `own` from the upstream matrix (B, own, other) of any strides, in the type of `own`."""
-    batch, rows, columns = upstream.shape
-    plan = _plan(own, other, own_mask, other_mask, call, gradient=True)
+    """The gradient to `own` from the upstream matrix (own, other) of any strides, in the type of `own`."""
+    batch, rows, columns = size = _size(own, other, 1)
+    plan = _plan(own, other, own_mask, other_mask, call, size, gradient=True)
     grad = torch.empty_like(own, dtype=plan.dtype, memory_format=torch.contiguous_format)
     largest = torch.finfo(plan.dtype).max / (1 << (columns - 1).bit_length())
     for part in _parts(batch):
@@ -137,14 +137,14 @@ def _gradient(
         arguments = (
             _part(own, part), _part(other, part), own_bytes, other_bytes, _part(upstream, part), _part(grad, part),
             *_strides(own, 3), *_strides(other, 3), *_strides(own_bytes, 2), *_strides(other_bytes, 2),
-            *upstream.stride(), rows, columns, largest,
+            *_strides(upstream, 3), rows, columns, largest,
         )  # fmt: skip
-        _launch(plan, _part(upstream, part).shape, arguments)
+        _launch(plan, size, part, arguments)
     return grad.to(own.dtype)
 
 
 def polygon_matrix(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -> Tensor:
-    """The matrix (B, P, T) of polygons (B, P, N, 2) and (B, T, M, 2), without a gradient; no size is 0."""
+    """The matrix (P, T) of polygons (P, N, 2) and (T, M, 2), or of batches, without a gradient; no size is 0."""
     if is_traced(polygons1, polygons2):
         matrix: Tensor = torch.ops.triton_mgiou.polygon_matrix(polygons1, polygons2, *call)
         return matrix
@@ -152,11 +152,11 @@ def polygon_matrix(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -> 
 
 
 def _polygon_values(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -> Tensor:
-    batch, rows, size1, _ = polygons1.shape
-    columns, size2 = polygons2.shape[1:3]
+    batch, rows, columns = size = _size(polygons1, polygons2, 2)
+    size1, size2 = polygons1.shape[-2], polygons2.shape[-2]
     sets = (call.lengths1, call.lengths2, call.mask1, call.mask2)
     kinds = tuple(None if each is None else each.dtype for each in sets)
-    size_class = layouts.pair_class((batch, rows, columns), gradient=False)
+    size_class = layouts.pair_class(size, gradient=False)
     corners = 4 if size1 == size2 == 4 and call.lengths1 is call.lengths2 is None else 0
     options = (call.over, call.axis_weight, corners, size_class)
     fields = (polygons1.get_device(), polygons1.dtype, polygons2.dtype, *kinds, *options)
@@ -170,27 +170,35 @@ def _polygon_values(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) ->
             fields,
             Plan(polygon_pairs_kernel, constants, case, candidates, dtype, polygons1.get_device()),
         )
-    matrix = plan.scalar.new_empty((batch, rows, columns))
+    matrix = plan.scalar.new_empty((*polygons1.shape[:-2], columns))
     for part in _parts(batch):
         lengths = [_part(each, part) for each in sets[:2]]
         masks = [_as_bytes(each, part) for each in sets[2:]]
         arguments = (
             _part(polygons1, part), _part(polygons2, part), *lengths, *masks, _part(matrix, part),
-            *polygons1.stride(), *polygons2.stride(),
+            *_strides(polygons1, 4), *_strides(polygons2, 4),
             *_strides(lengths[0], 2), *_strides(lengths[1], 2), *_strides(masks[0], 2), *_strides(masks[1], 2),
             size1, size2, rows, columns,
         )  # fmt: skip
-        _launch(plan, _part(matrix, part).shape, arguments)
+        _launch(plan, size, part, arguments)
     return matrix
 
 
-def _launch(plan: Plan, size: torch.Size, arguments: tuple[Any, ...]) -> None:
+def _launch(plan: Plan, size: tuple[int, int, int], part: slice | None, arguments: tuple[Any, ...]) -> None:
     device = arguments[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return _launch(plan, size, arguments)
+            return _launch(plan, size, part, arguments)
+    if part is not None:
+        size = len(range(size[0])[part]), size[1], size[2]
     plan.launch(size, 0 if device < 0 else driver.active.get_current_stream(device), arguments)
     return None
+
+
+def _size(first: Tensor, second: Tensor, dimensions: int) -> tuple[int, int, int]:
+    """The size of the matrix, (B, P, T); `dimensions` are those of one shape."""
+    *batch, rows = first.shape[:-dimensions]
+    return batch[0] if batch else 1, rows, second.shape[-1 - dimensions]
 
 
 def _parts(batch: int) -> list[slice | None]:
@@ -209,13 +217,17 @@ def _as_bytes(mask: Tensor | None, part: slice | None) -> Tensor | None:
 
 
 def _strides(values: Tensor | None, count: int) -> tuple[int, ...]:
-    return (0,) * count if values is None else values.stride()
+    """0 over the batch where there is none."""
+    if values is None:
+        return (0,) * count
+    strides = values.stride()
+    return strides if len(strides) == count else (0, *strides)
 
 
 def _is_packed(boxes: Tensor) -> bool:
     """Whether the boxes of each sample follow each other, and 32 bits count their numbers."""
-    _, rows, numbers = boxes.shape
-    return boxes.stride(2) == 1 and (boxes.stride(1) == numbers or rows == 1) and rows * numbers < 2**31
+    rows, numbers = boxes.shape[-2:]
+    return boxes.stride(-1) == 1 and (boxes.stride(-2) == numbers or rows == 1) and rows * numbers < 2**31
 
 
 def _plan(
@@ -224,9 +236,9 @@ def _plan(
     first_mask: Tensor | None,
     second_mask: Tensor | None,
     call: BoxPairs,
+    size: tuple[int, int, int],
     gradient: bool,
 ) -> Plan:
-    size = torch.Size((first.shape[0], first.shape[1], second.shape[1]))
     fields = (
         first.get_device(),
         first.dtype,
@@ -311,8 +323,12 @@ def _polygon_launch(
     return _polygon_values(polygons1, polygons2, PolygonPairs(lengths1, lengths2, mask1, mask2, over, axis_weight))
 
 
-def _matrix_like(first: Tensor, second: Tensor, *_: Any) -> Tensor:
-    return first.new_empty((first.shape[0], first.shape[1], second.shape[1]), dtype=compute_dtype(first, second))
+def _box_matrix_like(first: Tensor, second: Tensor, *_: Any) -> Tensor:
+    return first.new_empty((*first.shape[:-1], second.shape[-2]), dtype=compute_dtype(first, second))
+
+
+def _polygon_matrix_like(first: Tensor, second: Tensor, *_: Any) -> Tensor:
+    return first.new_empty((*first.shape[:-2], second.shape[-3]), dtype=compute_dtype(first, second))
 
 
 def _gradient_like(own: Tensor, *_: Any) -> Tensor:
@@ -331,6 +347,6 @@ def _differentiable_boxes(plain: Callable[..., Tensor], *inputs: Any) -> Tensor:
     return matrix
 
 
-define("box_matrix", _box_launch, _matrix_like, _differentiable_boxes)
+define("box_matrix", _box_launch, _box_matrix_like, _differentiable_boxes)
 define("box_matrix_gradient", _box_gradient_launch, _gradient_like)
-define("polygon_matrix", _polygon_launch, _matrix_like)
+define("polygon_matrix", _polygon_launch, _polygon_matrix_like)
