@@ -13,14 +13,14 @@ from triton_mgiou.arguments import (
     check_box_format,
     check_box_options,
     check_boxes,
+    check_lengths,
+    check_mask,
     check_matrix_options,
     check_options,
     check_pairs,
     check_polygons,
     check_real,
     check_reduction,
-    check_shape_mask,
-    check_vertex_counts,
 )
 from triton_mgiou.backends import takes_kernel
 from triton_mgiou.bounding_boxes import is_bounding_boxes, plain_boxes
@@ -91,8 +91,8 @@ def mgiou_loss(
         weight: Factor on each sample's loss, shape (B,), or (B, k) to be averaged over k.
         avg_factor: With `reduction="mean"`, divide the sum by this instead of by B: a number or a tensor of one
             element. Where it and the weighted sum are 0, as for an image without objects, the loss and its gradient
-            are 0; where only it is 0, the loss is Inf. Below 0 a number is an error, and a tensor, which is never
-            read on the host, gives NaN. Not allowed with "sum", without effect with "none" (as in mmdetection).
+            are 0; where only it is 0, the loss is Inf. Below 0 or not finite, a number is an error, and a tensor, which
+            is never read on the host, gives NaN. Not allowed with "sum", without effect with "none", as in mmdetection.
         reduction: "mean", "sum" or "none".
         axis_weight: Weight of an edge's normal in the mean. "length": the edge's share of its polygon's perimeter.
             "uniform": 1 if the edge is longer than 1e-6 of the sample's extent, else 0 (the paper's). "soft":
@@ -234,8 +234,8 @@ def box_mgiou_loss(
             That is clockwise on a screen, where y points down, and counter-clockwise from above in a right-handed
             space, where only True is allowed.
         weight: Factor on each sample's loss, shape (B,), or (B, k) to be averaged over k.
-        avg_factor: With `reduction="mean"`, divide the sum by this instead of by B. Above 0, a number or a
-            tensor of one element. Not allowed with "sum", without effect with "none" (as in mmdetection).
+        avg_factor: With `reduction="mean"`, divide the sum by this instead of by B, as in `mgiou_loss`: it may be 0
+            where the weighted sum is 0. Not allowed with "sum", without effect with "none", as in mmdetection.
         reduction: "mean", "sum" or "none".
         axis_weight: As in `mgiou_loss`. None: "uniform"; in space there is no other.
         axis_grad: As in `mgiou_loss`. None: True; for "corners3d", where free corners get nearer without it, False.
@@ -250,7 +250,7 @@ def box_mgiou_loss(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value, or the format does not have the option.
-        RuntimeError: `backend="triton"` where the kernels cannot run.
+        RuntimeError: `backend="triton"` where the kernels cannot run, or a call under `torch.jit.trace`.
 
     Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
     """
@@ -374,7 +374,7 @@ def box_mgiou(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value, or the format does not have the option.
-        RuntimeError: `backend="triton"` where the kernels cannot run.
+        RuntimeError: `backend="triton"` where the kernels cannot run, or a call under `torch.jit.trace`.
 
     Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
     """
@@ -386,15 +386,20 @@ def box_mgiou(
     kind = FORMATS[fmt]
     numbers = ", ".join(map(str, kind.shape))
     check_pairs(
-        "boxes", boxes1, boxes2, kind.shape, f"(P, {numbers}) or (B, P, {numbers}) for fmt={fmt!r} ({kind.numbers})"
+        "box_mgiou",
+        "boxes",
+        boxes1,
+        boxes2,
+        kind.shape,
+        f"(P, {numbers}) or (B, P, {numbers}) for fmt={fmt!r} ({kind.numbers})",
     )
     check_matrix_options(over, axis_weight, kind.axis_weights, backend)
     if fmt == "xyxyxyxy":
         corners = (each.reshape(*each.shape[:-1], 4, 2) for each in (boxes1, boxes2))
         return polygon_mgiou(*corners, mask1=mask1, mask2=mask2, over=over, axis_weight=axis_weight, backend=backend)
     sizes = len(kind.shape)
-    check_shape_mask("mask1", mask1, "boxes1", boxes1, sizes)
-    check_shape_mask("mask2", mask2, "boxes2", boxes2, sizes)
+    check_mask("mask1", mask1, "boxes1", boxes1, sizes)
+    check_mask("mask2", mask2, "boxes2", boxes2, sizes)
     checking = debugging.on and not _are_transforms_active()
     if checking:
         from triton_mgiou.training import loss_checks  # noqa: PLC0415 - slow, and above this module
@@ -440,8 +445,8 @@ def polygon_mgiou(
     Args:
         polygons1: Vertices, (P, N, 2) or in batches (B, P, N, 2), in order along the outline; dtypes as for boxes.
         polygons2: Vertices, (T, M, 2) or (B, T, M, 2); M may differ from N.
-        lengths1: How many vertices of each polygon are real, (P,) or (B, P), any integer type; the rest is padding and
-            may hold anything. Clamped to 0..N. A polygon without a real vertex is not there.
+        lengths1: How many vertices of each polygon are real, (P,) or (B, P), int8 to int64 or uint8; the rest is
+            padding and may hold anything. Clamped to 0..N. A polygon without a real vertex is not there.
         lengths2: The same for the second set, (T,) or (B, T).
         mask1: Which polygons of the first set are there, bool, (P,) or (B, P).
         mask2: The same for the second set, (T,) or (B, T).
@@ -455,16 +460,17 @@ def polygon_mgiou(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value.
-        RuntimeError: `backend="triton"` where the kernels cannot run, as with a gradient.
+        RuntimeError: `backend="triton"` where the kernels cannot run, as with a gradient, or a call under
+            `torch.jit.trace`.
 
     Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
     """
-    check_pairs("polygons", polygons1, polygons2, (None, 2), "(P, N, 2) or (B, P, N, 2) with N >= 1")
+    check_pairs("polygon_mgiou", "polygons", polygons1, polygons2, (None, 2), "(P, N, 2) or (B, P, N, 2) with N >= 1")
     check_matrix_options(over, axis_weight, AXIS_WEIGHTS, backend)
-    check_vertex_counts("lengths1", lengths1, "polygons1", polygons1)
-    check_vertex_counts("lengths2", lengths2, "polygons2", polygons2)
-    check_shape_mask("mask1", mask1, "polygons1", polygons1, 2)
-    check_shape_mask("mask2", mask2, "polygons2", polygons2, 2)
+    check_lengths("lengths1", lengths1, "polygons1", polygons1)
+    check_lengths("lengths2", lengths2, "polygons2", polygons2)
+    check_mask("mask1", mask1, "polygons1", polygons1, 2)
+    check_mask("mask2", mask2, "polygons2", polygons2, 2)
     checking = debugging.on and not _are_transforms_active()
     if checking:
         from triton_mgiou.training import loss_checks  # noqa: PLC0415 - slow, and above this module

@@ -42,7 +42,7 @@ def reduce(loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: floa
 
 
 def _divide(total: Tensor, avg_factor: float | Tensor) -> Tensor:
-    """`total / avg_factor`; where both are 0 it is 0, with a gradient of 0. A tensor below 0 gives NaN.
+    """`total / avg_factor`; where both are 0 it is 0, with a gradient of 0. A tensor below 0 or not finite gives NaN.
 
     Nothing here reads a value on the host.
     """
@@ -51,7 +51,7 @@ def _divide(total: Tensor, avg_factor: float | Tensor) -> Tensor:
             return total / avg_factor
         avg_factor = torch.full((), avg_factor, dtype=total.dtype, device="cpu")
     divisor = avg_factor.reshape(()).to(total.dtype)
-    divisor = torch.where(divisor >= 0, divisor, torch.nan)
+    divisor = torch.where((divisor >= 0) & divisor.isfinite(), divisor, torch.nan)
     # A sum of 0 is divided by Inf instead. Added, because a GPU takes a divisor on the CPU only as an operand.
     more = torch.where(torch.logical_or(total, divisor >= LEAST_DIVISOR), 0.0, torch.inf)
     return total / (divisor + more.to(total.dtype))

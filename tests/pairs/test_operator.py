@@ -133,6 +133,12 @@ POLYGON_ERRORS = {
     "no vertex": (ValueError, "polygons1 must have shape .* N >= 1", (POLYGONS[:, :0], POLYGONS), {}),
     "space": (ValueError, "polygons2 must have shape", (POLYGONS, torch.ones(3, 4, 3)), {}),
     "lengths": (TypeError, "lengths1 must be integers", (POLYGONS, POLYGONS), {"lengths1": torch.ones(3)}),
+    "uint16": (
+        TypeError,
+        "lengths2 must be integers .int8 to int64, or uint8., got torch.uint16",
+        (POLYGONS, POLYGONS),
+        {"lengths2": torch.tensor([4, 4, 4], dtype=torch.uint16)},
+    ),
     "few": (ValueError, r"lengths2 must have shape \(3,\)", (POLYGONS, POLYGONS), {"lengths2": torch.tensor([4])}),
     "mask": (ValueError, r"mask1 must have shape \(3,\)", (POLYGONS, POLYGONS), {"mask1": torch.ones(3, 4).bool()}),
 }
