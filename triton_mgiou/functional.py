@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import triton_mgiou.launch
     import triton_mgiou.ops
     import triton_mgiou.pairs
+    from triton_mgiou.training.loss_checks import Checks
 
 _are_transforms_active = torch._C._are_functorch_transforms_active
 
@@ -125,13 +126,11 @@ def mgiou_loss(
     options = Options(axis_weight, axis_grad, convexity_weight, boundary_weight)
     check_options(options)
     check_reduction(pred, weight, avg_factor, reduction, backend)
-    checking = debugging.on and not _are_transforms_active()
-    if checking:
-        from triton_mgiou.training import loss_checks  # noqa: PLC0415 - slow, and above this module
-
-        pred = loss_checks.check_input("mgiou_loss", "pred", pred, pred_lengths, pred_mask)
-        target = loss_checks.check_input("mgiou_loss", "target", target, target_lengths, target_mask)
-        loss_checks.check_factors("mgiou_loss", weight=weight, avg_factor=avg_factor)
+    checks = debugging.on and _checks("mgiou_loss")
+    if checks:
+        pred = checks.input("pred", pred, pred_lengths, pred_mask)
+        target = checks.input("target", target, target_lengths, target_mask)
+        checks.factors(weight=weight, avg_factor=avg_factor)
     inside = None
     if pred.shape[0] > 0 and takes_kernel(backend, pred):
         pred_real = pred_lengths if pred_mask is None else pred_mask
@@ -154,8 +153,8 @@ def mgiou_loss(
         )
     if inside is None:
         loss = reduce(loss, weight, reduction, avg_factor)
-    if checking:
-        loss_checks.check_output("mgiou_loss", "loss", loss, pred=pred, target=target)
+    if checks:
+        checks.output("loss", loss, pred=pred, target=target)
     return loss
 
 
@@ -274,16 +273,12 @@ def box_mgiou_loss(
             *vertices, weight=weight, avg_factor=avg_factor, reduction=reduction, backend=backend, **options._asdict()
         )
     check_reduction(pred, weight, avg_factor, reduction, backend)
-    checking = debugging.on and not _are_transforms_active()
-    if checking:
-        from triton_mgiou.training import loss_checks  # noqa: PLC0415 - slow, and above this module
-
-        if FORMATS[fmt].has_angle and angle == "radians":
-            loss_checks.check_radians("box_mgiou_loss", "pred", pred)
-            loss_checks.check_radians("box_mgiou_loss", "target", target)
-        pred = loss_checks.check_input("box_mgiou_loss", "pred", pred)
-        target = loss_checks.check_input("box_mgiou_loss", "target", target)
-        loss_checks.check_factors("box_mgiou_loss", weight=weight, avg_factor=avg_factor)
+    checks = debugging.on and _checks("box_mgiou_loss")
+    if checks:
+        in_radians = FORMATS[fmt].has_angle and angle == "radians"
+        pred = checks.input("pred", pred, in_radians=in_radians)
+        target = checks.input("target", target, in_radians=in_radians)
+        checks.factors(weight=weight, avg_factor=avg_factor)
     inside = None
     if pred.shape[0] > 0 and takes_kernel(backend, pred):
         inside = kernel_reduction(pred, target, weight, reduction, avg_factor)
@@ -302,8 +297,8 @@ def box_mgiou_loss(
         )
     if inside is None:
         loss = reduce(loss, weight, reduction, avg_factor)
-    if checking:
-        loss_checks.check_output("box_mgiou_loss", "loss", loss, pred=pred, target=target)
+    if checks:
+        checks.output("loss", loss, pred=pred, target=target)
     return loss
 
 
@@ -400,15 +395,11 @@ def box_mgiou(
     sizes = len(kind.shape)
     check_mask("mask1", mask1, "boxes1", boxes1, sizes)
     check_mask("mask2", mask2, "boxes2", boxes2, sizes)
-    checking = debugging.on and not _are_transforms_active()
-    if checking:
-        from triton_mgiou.training import loss_checks  # noqa: PLC0415 - slow, and above this module
-
-        if kind.has_angle and angle == "radians":
-            loss_checks.check_radians("box_mgiou", "boxes1", boxes1, mask1)
-            loss_checks.check_radians("box_mgiou", "boxes2", boxes2, mask2)
-        boxes1 = loss_checks.check_input("box_mgiou", "boxes1", boxes1, mask=mask1)
-        boxes2 = loss_checks.check_input("box_mgiou", "boxes2", boxes2, mask=mask2)
+    checks = debugging.on and _checks("box_mgiou")
+    if checks:
+        in_radians = kind.has_angle and angle == "radians"
+        boxes1 = checks.input("boxes1", boxes1, mask=mask1, in_radians=in_radians)
+        boxes2 = checks.input("boxes2", boxes2, mask=mask2, in_radians=in_radians)
     missing = None if fmt in PAIR_FORMATS else f"pairs of {fmt!r}"
     if boxes1.numel() > 0 and boxes2.numel() > 0 and takes_kernel(backend, boxes1, missing):
         call = triton_mgiou.pairs.BoxPairs(fmt, angle, clockwise, over, axis_weight)
@@ -420,8 +411,8 @@ def box_mgiou(
             *batches, fmt=fmt, angle=angle, clockwise=clockwise, over=over, axis_weight=axis_weight
         )
         matrix = matrix if is_batched else matrix.squeeze(0)
-    if checking:
-        loss_checks.check_output("box_mgiou", "matrix", matrix, boxes1=boxes1, boxes2=boxes2)
+    if checks:
+        checks.output("matrix", matrix, boxes1=boxes1, boxes2=boxes2)
     return matrix
 
 
@@ -471,12 +462,10 @@ def polygon_mgiou(
     check_lengths("lengths2", lengths2, "polygons2", polygons2)
     check_mask("mask1", mask1, "polygons1", polygons1, 2)
     check_mask("mask2", mask2, "polygons2", polygons2, 2)
-    checking = debugging.on and not _are_transforms_active()
-    if checking:
-        from triton_mgiou.training import loss_checks  # noqa: PLC0415 - slow, and above this module
-
-        polygons1 = loss_checks.check_input("polygon_mgiou", "polygons1", polygons1, lengths1, mask1)
-        polygons2 = loss_checks.check_input("polygon_mgiou", "polygons2", polygons2, lengths2, mask2)
+    checks = debugging.on and _checks("polygon_mgiou")
+    if checks:
+        polygons1 = checks.input("polygons1", polygons1, lengths1, mask1)
+        polygons2 = checks.input("polygons2", polygons2, lengths2, mask2)
     wants_gradient = torch.is_grad_enabled() and (polygons1.requires_grad or polygons2.requires_grad)
     missing = "the gradient of pairs of polygons" if wants_gradient else None
     if polygons1.numel() > 0 and polygons2.numel() > 0 and takes_kernel(backend, polygons1, missing):
@@ -487,9 +476,18 @@ def polygon_mgiou(
         batches = _batches((polygons1, polygons2, lengths1, lengths2, mask1, mask2), is_batched)
         matrix = pair_reference.polygon_matrix(*batches, over=over, axis_weight=axis_weight)
         matrix = matrix if is_batched else matrix.squeeze(0)
-    if checking:
-        loss_checks.check_output("polygon_mgiou", "matrix", matrix, polygons1=polygons1, polygons2=polygons2)
+    if checks:
+        checks.output("matrix", matrix, polygons1=polygons1, polygons2=polygons2)
     return matrix
+
+
+def _checks(function: str) -> Checks | None:
+    """What debug mode checks; nothing under a transform of `torch.func`, where no value can be read."""
+    if _are_transforms_active():
+        return None
+    from triton_mgiou.training.loss_checks import Checks  # noqa: PLC0415 - slow, and above this module
+
+    return Checks(function)
 
 
 def _batches(tensors: tuple[Any, ...], are_batched: bool) -> list[Any]:
