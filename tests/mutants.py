@@ -69,7 +69,8 @@ GROUPS = {
     "kernels": Group(("triton_mgiou/kernels/*.py",), polygons("kernels"), polygons(*LOSS)),
     "reference": Group(("triton_mgiou/reference/*.py",), polygons(*LOSS, "integration")),
     "arguments": Group(
-        ("triton_mgiou/functional.py", "triton_mgiou/arguments.py"), polygons("arguments", *LOSS, "integration")
+        tuple(f"triton_mgiou/{name}.py" for name in ("functional", "arguments", "reduction", "backends")),
+        polygons("arguments", *LOSS, "integration", "module"),
     ),
     "launch": Group(
         ("triton_mgiou/ops.py", "triton_mgiou/launch.py"),

@@ -15,8 +15,8 @@ from tests.boxes import oracle
 from tests.boxes.helpers import SPACE, random_boxes
 from tests.helpers import generator
 from triton_mgiou import box_mgiou_loss, mgiou_loss
+from triton_mgiou.backends import kernels_unavailable
 from triton_mgiou.box_formats import FORMATS
-from triton_mgiou.functional import kernels_unavailable
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
