@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
+from bench.boxes import report as boxes_report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -140,6 +141,13 @@ def startup_training() -> str:
     return f"Of {found['steps']:,} steps of random B and N after a warm-up, {' and '.join(counts)} anything."
 
 
+def boxes_speed() -> str:
+    """Boxes: steps, launches and the first call."""
+    if not (RESULTS / "h200_boxes.json").exists():
+        return "Not measured yet."
+    return boxes_report.markdown(results("h200_boxes"))
+
+
 def amp_rows() -> str:
     """The reported loss under mixed precision."""
     rows = results("convergence_amp")["rows"]
@@ -246,6 +254,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "startup host": startup_host,
     "startup training": startup_training,
     "tuning gains": tuning_gains,
+    "boxes speed": boxes_speed,
     "amp": amp_rows,
     "convergence digits": convergence_digits,
     "convergence starts": convergence_starts,

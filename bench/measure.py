@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -78,8 +79,9 @@ def _captured(step: Step, count: int) -> Step:
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)
+    gc.collect()  # nodes of autograd on another stream that nobody needs, but that a leaf would use again
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for _ in range(count):
             step()
     return graph.replay

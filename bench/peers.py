@@ -23,7 +23,7 @@ from torch import Tensor
 from tests import oracle
 from tests.helpers import convex, generator
 from triton_mgiou import PAPER, mgiou_loss
-from triton_mgiou.functional import kernels_unavailable
+from triton_mgiou.backends import kernels_unavailable
 
 Points = NDArray[np.float64]
 Loss = Callable[[Tensor, Tensor], Tensor]

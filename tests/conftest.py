@@ -31,9 +31,9 @@ from triton_mgiou import PAPER, mgiou_loss
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_KERNELS = importlib.util.find_spec("triton") is not None
 
-settings.register_profile("default", max_examples=25, deadline=None, derandomize=True)
+settings.register_profile("default", max_examples=40, deadline=None, derandomize=True)
 settings.register_profile(
-    "interpreter", max_examples=2, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
+    "interpreter", max_examples=3, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
 )
 settings.register_profile("thorough", max_examples=1000, deadline=None)
 settings.load_profile("interpreter" if INTERPRETED else "default")

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 1200  # seconds; a mutant that loops for ever is killed, too
 NO_TESTS = (4, 5)  # statuses of pytest for a file or a selection that is not there
+SHAPES = {"box": "boxes", "pair": "pairs"}  # folders of tests, by what their sources' names begin with
 LOSS = ("value", "gradient", "boundary", "defaults", "degenerate", "properties")
 
 Command = tuple[bool, list[str]]  # whether the kernels run in Triton's interpreter, and arguments of pytest
@@ -37,7 +38,7 @@ Command = tuple[bool, list[str]]  # whether the kernels run in Triton's interpre
 class Group(NamedTuple):
     """Sources that the same tests cover, those that are the fastest to notice first.
 
-    What is about boxes or pairs by its name is covered by the folder of that name instead.
+    What is about boxes or pairs by its name is covered by their folder instead.
     """
 
     sources: tuple[str, ...]
@@ -46,7 +47,7 @@ class Group(NamedTuple):
 
     def commands(self, path: str) -> list[Command]:
         """What to run for a mutant of `path`."""
-        folders = tuple(f"tests/{shape}" for shape in ("boxes", "pairs") if Path(path).stem == shape)
+        folders = tuple(f"tests/{folder}" for name, folder in SHAPES.items() if Path(path).stem.startswith(name))
         commands: list[Command] = [(False, _existing(folders or self.tests))]
         if self.interpreted:
             commands.insert(0, (True, [*_existing(folders or self.interpreted), "-k", "triton-cpu"]))
@@ -68,7 +69,8 @@ GROUPS = {
     "kernels": Group(("triton_mgiou/kernels/*.py",), polygons("kernels"), polygons(*LOSS)),
     "reference": Group(("triton_mgiou/reference/*.py",), polygons(*LOSS, "integration")),
     "arguments": Group(
-        ("triton_mgiou/functional.py", "triton_mgiou/arguments.py"), polygons("arguments", *LOSS, "integration")
+        tuple(f"triton_mgiou/{name}.py" for name in ("functional", "arguments", "reduction", "backends")),
+        polygons("arguments", *LOSS, "integration", "module"),
     ),
     "launch": Group(
         ("triton_mgiou/ops.py", "triton_mgiou/launch.py"),

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Rational, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from triton_mgiou.box_formats import AMBIGUOUS, FORMATS
-from triton_mgiou.options import AXIS_WEIGHTS, BACKENDS, OVERS, Options
+from triton_mgiou.options import AXIS_WEIGHTS, BACKENDS, OVERS, REDUCTIONS, Options
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _PLAIN = (Tensor, torch.nn.Parameter)
+_STRIDED = torch.strided
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -67,7 +68,8 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def check_number(name: str, value: Any) -> None:
     """Refuse what is no finite number; a bool is none."""
-    if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
+    is_fraction = isinstance(value, Rational) and not isinstance(value, Integral)  # PyTorch can't compute with it
+    if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool) or is_fraction):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not abs(float(value)) < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
@@ -94,21 +96,28 @@ def check_polygons(pred: Tensor, target: Tensor) -> None:
     """Refuse what are no two batches of polygons of the same size, on the same device."""
     batch = _check_vertices("pred", pred, "N")
     target_batch = _check_vertices("target", target, "M")
-    if isinstance(batch, Tensor):  # as sizes are there
-        raise RuntimeError("torch.jit.trace cannot record mgiou_loss; expected torch.compile or torch.export")
+    check_not_traced("mgiou_loss", batch)
     if target_batch != batch:
         raise ValueError(f"target must have pred's batch size {batch}, got {target_batch}")
     check_device("target", target, "pred", pred)
 
 
+def check_not_traced(function: str, size: int) -> None:
+    """Refuse `torch.jit.trace`, under which sizes are tensors."""
+    if isinstance(size, Tensor):
+        raise RuntimeError(f"torch.jit.trace cannot record {function}; expected torch.compile or torch.export")
+
+
 def _check_vertices(name: str, value: Tensor, size: str) -> int:
     """The batch size."""
-    if type(value) not in _PLAIN or value.dtype not in FLOATING or value.layout is not torch.strided or value.is_nested:
+    is_usual = type(value) in _PLAIN and value.dtype in FLOATING and value.layout is _STRIDED and not value.is_nested
+    if not is_usual:
         check_tensor(name, value)
     shape = value.shape
     if len(shape) != 3 or shape[2] != 2 or shape[1] == 0:
         raise ValueError(f"{name} must have shape (B, {size}, 2) with {size} >= 1, got {tuple(shape)}")
-    check_floating(name, value)
+    if not is_usual:
+        check_floating(name, value)
     return shape[0]
 
 
@@ -149,6 +158,7 @@ def check_boxes(pred: Tensor, target: Tensor, fmt: str) -> None:
         if value.dim() != 1 + len(kind.shape) or value.shape[1:] != kind.shape:
             raise ValueError(_wrong_box_shape(name, tuple(value.shape), fmt))
         check_floating(name, value)
+    check_not_traced("box_mgiou_loss", pred.shape[0])
     if target.shape[0] != pred.shape[0]:
         raise ValueError(f"target must have pred's batch size {pred.shape[0]}, got {target.shape[0]}")
     check_device("target", target, "pred", pred)
@@ -164,7 +174,9 @@ def _wrong_box_shape(name: str, shape: tuple[int, ...], fmt: str) -> str:
     return f"{name} must have shape ({expected}) for fmt={fmt!r} ({kind.numbers}), got {shape}{hint}"
 
 
-def check_pairs(name: str, first: Tensor, second: Tensor, shape: tuple[int | None, ...], expected: str) -> None:
+def check_pairs(
+    function: str, name: str, first: Tensor, second: Tensor, shape: tuple[int | None, ...], expected: str
+) -> None:
     """Refuse what are no two sets of shapes, (P, *shape) or (B, P, *shape); None in `shape` is any size but 0."""
     for side, value in ((f"{name}1", first), (f"{name}2", second)):
         check_tensor(side, value)
@@ -173,6 +185,7 @@ def check_pairs(name: str, first: Tensor, second: Tensor, shape: tuple[int | Non
         if value.dim() not in (1 + len(shape), 2 + len(shape)) or not fits:
             raise ValueError(f"{side} must have shape {expected}, got {tuple(value.shape)}")
         check_floating(side, value)
+    check_not_traced(function, first.shape[0])
     if first.dim() != second.dim():
         raise ValueError(
             f"{name}2 must have a batch if and only if {name}1 has one, got shapes "
@@ -190,46 +203,51 @@ def check_matrix_options(over: object, axis_weight: object, axis_weights: tuple[
     check_choice("backend", backend, BACKENDS)
 
 
-def check_shape_mask(name: str, mask: Tensor, side: str, shapes: Tensor, sizes: torch.Size) -> None:
-    """Refuse what does not say which shapes of a set are there."""
+def check_mask(name: str, mask: Tensor | None, side: str, shapes: Tensor, dimensions: int) -> None:
+    """Refuse what does not say which of `shapes` are there, but for their last dimensions."""
+    if mask is None:
+        return
     check_tensor(name, mask)
     check_device(name, mask, side, shapes)
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be torch.bool, got {mask.dtype}")
-    if mask.shape != sizes:
-        raise ValueError(f"{name} must have shape {tuple(sizes)}, got {tuple(mask.shape)}")
+    _check_shape(name, mask, shapes.shape[:-dimensions])
 
 
-def check_vertex_counts(name: str, lengths: Tensor, side: str, shapes: Tensor, sizes: torch.Size) -> None:
-    """Refuse what does not say how many vertices of each polygon of a set are real."""
+def check_lengths(name: str, lengths: Tensor | None, side: str, polygons: Tensor) -> None:
+    """Refuse what does not say how many vertices of each polygon are real."""
+    if lengths is None:
+        return
     check_tensor(name, lengths)
-    check_device(name, lengths, side, shapes)
-    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
-        raise TypeError(f"{name} must be integers, got {lengths.dtype}")
-    if lengths.shape != sizes:
-        raise ValueError(f"{name} must have shape {tuple(sizes)}, got {tuple(lengths.shape)}")
+    check_device(name, lengths, side, polygons)
+    if lengths.dtype not in INTEGERS:
+        raise TypeError(f"{name} must be integers (int8 to int64, or uint8), got {lengths.dtype}")
+    _check_shape(name, lengths, polygons.shape[:-2])
+
+
+def _check_shape(name: str, value: Tensor, shape: torch.Size) -> None:
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
 
 
 def check_real(side: str, vertices: Tensor, lengths: Tensor | None, mask: Tensor | None) -> None:
     """Refuse lengths and a mask that do not say which vertices of this side are real."""
     if lengths is not None and mask is not None:
         raise ValueError(f"{side}_lengths and {side}_mask say the same: expected at most one, got both")
-    if lengths is not None:
-        name = f"{side}_lengths"
-        check_tensor(name, lengths)
-        check_device(name, lengths, "pred", vertices)
-        if lengths.dtype not in INTEGERS:
-            raise TypeError(f"{name} must be integers (int8 to int64, or uint8), got {lengths.dtype}")
-        if lengths.shape != vertices.shape[:1]:
-            raise ValueError(f"{name} must have shape {tuple(vertices.shape[:1])}, got {tuple(lengths.shape)}")
-    if mask is not None:
-        name = f"{side}_mask"
-        check_tensor(name, mask)
-        check_device(name, mask, "pred", vertices)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{name} must be torch.bool, got {mask.dtype}")
-        if mask.shape != vertices.shape[:2]:
-            raise ValueError(f"{name} must have shape {tuple(vertices.shape[:2])}, got {tuple(mask.shape)}")
+    check_lengths(f"{side}_lengths", lengths, "pred", vertices)
+    check_mask(f"{side}_mask", mask, "pred", vertices, dimensions=1)
+
+
+def check_reduction(
+    pred: Tensor, weight: Tensor | None, avg_factor: float | Tensor | None, reduction: str, backend: str
+) -> None:
+    """Refuse what says wrongly how to reduce the samples' losses, and where to compute them."""
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("backend", backend, BACKENDS)
+    if weight is not None:
+        check_weight(weight, pred)
+    if avg_factor is not None:
+        check_avg_factor(avg_factor, reduction, pred)
 
 
 def check_weight(weight: Tensor, pred: Tensor) -> None:

@@ -33,6 +33,8 @@ def plain_boxes(name: str, boxes: Any, fmt: str, angle: str, clockwise: bool) ->
         raise ValueError(
             f"{name} is a BoundingBoxes of format {kind}: expected fmt {' or '.join(map(repr, expected))}, got {fmt!r}"
         )
+    if numbers.dtype in (torch.float16, torch.bfloat16):  # in which sums of pixels round, or are Inf
+        numbers = numbers.float()
     x, y, w, h, degrees = _centre(kind, numbers)
     if fmt == "cxcywh":
         return torch.stack((x, y, w, h), dim=-1)
@@ -49,7 +51,7 @@ def _centre(kind: str, numbers: Tensor) -> tuple[Tensor, ...]:
     first, second, third, fourth, *rest = numbers.unbind(-1)
     none = torch.zeros_like(first)
     if kind == "XYXY":
-        return (first + third) / 2, (second + fourth) / 2, third - first, fourth - second, none
+        return first / 2 + third / 2, second / 2 + fourth / 2, third - first, fourth - second, none
     if kind == "XYWH":
         return first + third / 2, second + fourth / 2, third, fourth, none
     if kind == "CXCYWH":

@@ -16,7 +16,7 @@ import torch
 
 import triton_mgiou
 from triton_mgiou import demo
-from triton_mgiou.functional import kernels_unavailable
+from triton_mgiou.backends import kernels_unavailable
 from triton_mgiou.training import diagnose
 from triton_mgiou.tuning import store
 from triton_mgiou.tuning.warmup import WarmupResult

@@ -1,4 +1,4 @@
-"""Whether every loss checks its input, output and gradients for NaN and Inf, see `triton_mgiou.training.debug`."""
+"""Whether losses and matrices look for NaN and Inf in what comes and goes, see `triton_mgiou.training.debug`."""
 
 from __future__ import annotations
 

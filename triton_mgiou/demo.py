@@ -33,9 +33,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from triton_mgiou.functional import PAPER, kernels_unavailable, mgiou_loss
+from triton_mgiou.backends import kernels_unavailable
+from triton_mgiou.functional import mgiou_loss
 from triton_mgiou.metrics import polygon_iou
 from triton_mgiou.modules import MGIoULoss
+from triton_mgiou.options import PAPER
 
 EXTRAS = ("matplotlib.figure", "shapely", "sklearn.datasets", "tqdm")  # imported only by a demo that runs
 

@@ -6,28 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 import triton_mgiou
 from triton_mgiou import debugging
 from triton_mgiou.arguments import (
-    check_avg_factor,
     check_box_format,
     check_box_options,
     check_boxes,
-    check_choice,
+    check_lengths,
+    check_mask,
     check_matrix_options,
     check_options,
     check_pairs,
     check_polygons,
     check_real,
-    check_shape_mask,
-    check_vertex_counts,
-    check_weight,
+    check_reduction,
 )
+from triton_mgiou.backends import takes_kernel
 from triton_mgiou.bounding_boxes import is_bounding_boxes, plain_boxes
 from triton_mgiou.box_formats import FORMATS, PAIR_FORMATS
-from triton_mgiou.options import AXIS_WEIGHTS, BACKENDS, PAPER, REDUCTIONS, Options, Reduction
+from triton_mgiou.options import AXIS_WEIGHTS, Options, Reduction
+from triton_mgiou.reduction import kernel_reduction, reduce
 from triton_mgiou.reference import boxes as box_reference
 from triton_mgiou.reference import pairs as pair_reference
 from triton_mgiou.reference import polygons as reference
@@ -36,10 +35,9 @@ if TYPE_CHECKING:
     import triton_mgiou.launch
     import triton_mgiou.ops
     import triton_mgiou.pairs
+    from triton_mgiou.training.loss_checks import Checks
 
-LEAST_DIVISOR = 1e-30  # over a smaller one a gradient could overflow, and times a weight of 0 give NaN
-
-__all__ = ["PAPER", "box_mgiou", "box_mgiou_loss", "kernels_unavailable", "mgiou_loss", "polygon_mgiou"]
+_are_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def mgiou_loss(
@@ -94,8 +92,8 @@ def mgiou_loss(
         weight: Factor on each sample's loss, shape (B,), or (B, k) to be averaged over k.
         avg_factor: With `reduction="mean"`, divide the sum by this instead of by B: a number or a tensor of one
             element. Where it and the weighted sum are 0, as for an image without objects, the loss and its gradient
-            are 0; where only it is 0, the loss is Inf. Below 0 a number is an error, and a tensor, which is never
-            read on the host, gives NaN. Not allowed with "sum", without effect with "none" (as in mmdetection).
+            are 0; where only it is 0, the loss is Inf. Below 0 or not finite, a number is an error, and a tensor, which
+            is never read on the host, gives NaN. Not allowed with "sum", without effect with "none", as in mmdetection.
         reduction: "mean", "sum" or "none".
         axis_weight: Weight of an edge's normal in the mean. "length": the edge's share of its polygon's perimeter.
             "uniform": 1 if the edge is longer than 1e-6 of the sample's extent, else 0 (the paper's). "soft":
@@ -125,29 +123,21 @@ def mgiou_loss(
         check_real("pred", pred, pred_lengths, pred_mask)
     if target_lengths is not None or target_mask is not None:
         check_real("target", target, target_lengths, target_mask)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("backend", backend, BACKENDS)
     options = Options(axis_weight, axis_grad, convexity_weight, boundary_weight)
     check_options(options)
-    if weight is not None:
-        check_weight(weight, pred)
-    if avg_factor is not None:
-        check_avg_factor(avg_factor, reduction, pred)
-    checking = debugging.on and not torch._C._are_functorch_transforms_active()
-    if checking:
-        from triton_mgiou.training import loss_checks  # noqa: PLC0415 - slow, and above this module
-
-        pred = loss_checks.check_input("pred", pred, pred_lengths, pred_mask)
-        target = loss_checks.check_input("target", target, target_lengths, target_mask)
-        loss_checks.check_factors(weight=weight, avg_factor=avg_factor)
-    if pred.shape[0] > 0 and _takes_kernel(backend, pred):
+    check_reduction(pred, weight, avg_factor, reduction, backend)
+    checks = debugging.on and _checks("mgiou_loss")
+    if checks:
+        pred = checks.input("pred", pred, pred_lengths, pred_mask)
+        target = checks.input("target", target, target_lengths, target_mask)
+        checks.factors(weight=weight, avg_factor=avg_factor)
+    inside = None
+    if pred.shape[0] > 0 and takes_kernel(backend, pred):
         pred_real = pred_lengths if pred_mask is None else pred_mask
         target_real = target_lengths if target_mask is None else target_mask
         inside = kernel_reduction(pred, target, weight, reduction, avg_factor)
         call = triton_mgiou.launch.PolygonCall(pred_real, target_real, inside or Reduction(None, True, None), options)
         loss = triton_mgiou.ops.polygon_loss(pred, target, call)
-        if inside is None:
-            loss = reduce(loss, weight, reduction, avg_factor)
     else:
         loss = reference.per_sample_loss(
             pred,
@@ -161,9 +151,10 @@ def mgiou_loss(
             convexity_weight=convexity_weight,
             boundary_weight=boundary_weight,
         )
+    if inside is None:
         loss = reduce(loss, weight, reduction, avg_factor)
-    if checking:
-        loss_checks.check_output(loss, pred, target)
+    if checks:
+        checks.output("loss", loss, pred=pred, target=target)
     return loss
 
 
@@ -242,8 +233,8 @@ def box_mgiou_loss(
             That is clockwise on a screen, where y points down, and counter-clockwise from above in a right-handed
             space, where only True is allowed.
         weight: Factor on each sample's loss, shape (B,), or (B, k) to be averaged over k.
-        avg_factor: With `reduction="mean"`, divide the sum by this instead of by B. Above 0, a number or a
-            tensor of one element. Not allowed with "sum", without effect with "none" (as in mmdetection).
+        avg_factor: With `reduction="mean"`, divide the sum by this instead of by B, as in `mgiou_loss`: it may be 0
+            where the weighted sum is 0. Not allowed with "sum", without effect with "none", as in mmdetection.
         reduction: "mean", "sum" or "none".
         axis_weight: As in `mgiou_loss`. None: "uniform"; in space there is no other.
         axis_grad: As in `mgiou_loss`. None: True; for "corners3d", where free corners get nearer without it, False.
@@ -258,7 +249,7 @@ def box_mgiou_loss(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value, or the format does not have the option.
-        RuntimeError: `backend="triton"` where the kernels cannot run.
+        RuntimeError: `backend="triton"` where the kernels cannot run, or a call under `torch.jit.trace`.
 
     Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
     """
@@ -281,27 +272,18 @@ def box_mgiou_loss(
         return mgiou_loss(
             *vertices, weight=weight, avg_factor=avg_factor, reduction=reduction, backend=backend, **options._asdict()
         )
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("backend", backend, BACKENDS)
-    if weight is not None:
-        check_weight(weight, pred)
-    if avg_factor is not None:
-        check_avg_factor(avg_factor, reduction, pred)
-    checking = debugging.on and not torch._C._are_functorch_transforms_active()
-    if checking:
-        from triton_mgiou.training import loss_checks  # noqa: PLC0415 - slow, and above this module
-
-        pred = loss_checks.check_input("pred", pred, function="box_mgiou_loss")
-        target = loss_checks.check_input("target", target, function="box_mgiou_loss")
-        loss_checks.check_factors(weight=weight, avg_factor=avg_factor, function="box_mgiou_loss")
-        if FORMATS[fmt].has_angle and angle == "radians":
-            loss_checks.check_radians(pred, target)
-    if pred.shape[0] > 0 and _takes_kernel(backend, pred):
+    check_reduction(pred, weight, avg_factor, reduction, backend)
+    checks = debugging.on and _checks("box_mgiou_loss")
+    if checks:
+        in_radians = FORMATS[fmt].has_angle and angle == "radians"
+        pred = checks.input("pred", pred, in_radians=in_radians)
+        target = checks.input("target", target, in_radians=in_radians)
+        checks.factors(weight=weight, avg_factor=avg_factor)
+    inside = None
+    if pred.shape[0] > 0 and takes_kernel(backend, pred):
         inside = kernel_reduction(pred, target, weight, reduction, avg_factor)
         call = triton_mgiou.launch.BoxCall(fmt, angle, clockwise, inside or Reduction(None, True, None), options)
         loss = triton_mgiou.ops.box_loss(pred, target, call)
-        if inside is None:
-            loss = reduce(loss, weight, reduction, avg_factor)
     else:
         loss = box_reference.per_sample_loss(
             pred,
@@ -313,9 +295,10 @@ def box_mgiou_loss(
             axis_grad=options.axis_grad,
             boundary_weight=options.boundary_weight,
         )
+    if inside is None:
         loss = reduce(loss, weight, reduction, avg_factor)
-    if checking:
-        loss_checks.check_output(loss, pred, target, function="box_mgiou_loss")
+    if checks:
+        checks.output("loss", loss, pred=pred, target=target)
     return loss
 
 
@@ -386,7 +369,7 @@ def box_mgiou(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value, or the format does not have the option.
-        RuntimeError: `backend="triton"` where the kernels cannot run.
+        RuntimeError: `backend="triton"` where the kernels cannot run, or a call under `torch.jit.trace`.
 
     Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
     """
@@ -398,35 +381,39 @@ def box_mgiou(
     kind = FORMATS[fmt]
     numbers = ", ".join(map(str, kind.shape))
     check_pairs(
-        "boxes", boxes1, boxes2, kind.shape, f"(P, {numbers}) or (B, P, {numbers}) for fmt={fmt!r} ({kind.numbers})"
+        "box_mgiou",
+        "boxes",
+        boxes1,
+        boxes2,
+        kind.shape,
+        f"(P, {numbers}) or (B, P, {numbers}) for fmt={fmt!r} ({kind.numbers})",
     )
     check_matrix_options(over, axis_weight, kind.axis_weights, backend)
     if fmt == "xyxyxyxy":
         corners = (each.reshape(*each.shape[:-1], 4, 2) for each in (boxes1, boxes2))
         return polygon_mgiou(*corners, mask1=mask1, mask2=mask2, over=over, axis_weight=axis_weight, backend=backend)
     sizes = len(kind.shape)
-    for name, mask, side, boxes in (("mask1", mask1, "boxes1", boxes1), ("mask2", mask2, "boxes2", boxes2)):
-        if mask is not None:
-            check_shape_mask(name, mask, side, boxes, boxes.shape[:-sizes])
-    batched = boxes1.dim() == 2 + sizes
-    first, second, there1, there2 = (_batched(each, batched) for each in (boxes1, boxes2, mask1, mask2))
+    check_mask("mask1", mask1, "boxes1", boxes1, sizes)
+    check_mask("mask2", mask2, "boxes2", boxes2, sizes)
+    checks = debugging.on and _checks("box_mgiou")
+    if checks:
+        in_radians = kind.has_angle and angle == "radians"
+        boxes1 = checks.input("boxes1", boxes1, mask=mask1, in_radians=in_radians)
+        boxes2 = checks.input("boxes2", boxes2, mask=mask2, in_radians=in_radians)
     missing = None if fmt in PAIR_FORMATS else f"pairs of {fmt!r}"
-    if first.numel() > 0 and second.numel() > 0 and _takes_kernel(backend, first, missing):
+    if boxes1.numel() > 0 and boxes2.numel() > 0 and takes_kernel(backend, boxes1, missing):
         call = triton_mgiou.pairs.BoxPairs(fmt, angle, clockwise, over, axis_weight)
-        matrix = triton_mgiou.pairs.box_matrix(first, second, there1, there2, call)
+        matrix = triton_mgiou.pairs.box_matrix(boxes1, boxes2, mask1, mask2, call)
     else:
+        is_batched = boxes1.dim() > 1 + sizes
+        batches = _batches((boxes1, boxes2, mask1, mask2), is_batched)
         matrix = pair_reference.box_matrix(
-            first,
-            second,
-            there1,
-            there2,
-            fmt=fmt,
-            angle=angle,
-            clockwise=clockwise,
-            over=over,
-            axis_weight=axis_weight,
+            *batches, fmt=fmt, angle=angle, clockwise=clockwise, over=over, axis_weight=axis_weight
         )
-    return matrix if batched else matrix.squeeze(0)
+        matrix = matrix if is_batched else matrix.squeeze(0)
+    if checks:
+        checks.output("matrix", matrix, boxes1=boxes1, boxes2=boxes2)
+    return matrix
 
 
 def polygon_mgiou(
@@ -449,8 +436,8 @@ def polygon_mgiou(
     Args:
         polygons1: Vertices, (P, N, 2) or in batches (B, P, N, 2), in order along the outline; dtypes as for boxes.
         polygons2: Vertices, (T, M, 2) or (B, T, M, 2); M may differ from N.
-        lengths1: How many vertices of each polygon are real, (P,) or (B, P), any integer type; the rest is padding and
-            may hold anything. Clamped to 0..N. A polygon without a real vertex is not there.
+        lengths1: How many vertices of each polygon are real, (P,) or (B, P), int8 to int64 or uint8; the rest is
+            padding and may hold anything. Clamped to 0..N. A polygon without a real vertex is not there.
         lengths2: The same for the second set, (T,) or (B, T).
         mask1: Which polygons of the first set are there, bool, (P,) or (B, P).
         mask2: The same for the second set, (T,) or (B, T).
@@ -464,138 +451,45 @@ def polygon_mgiou(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value.
-        RuntimeError: `backend="triton"` where the kernels cannot run, as with a gradient.
+        RuntimeError: `backend="triton"` where the kernels cannot run, as with a gradient, or a call under
+            `torch.jit.trace`.
 
     Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
     """
-    check_pairs("polygons", polygons1, polygons2, (None, 2), "(P, N, 2) or (B, P, N, 2) with N >= 1")
+    check_pairs("polygon_mgiou", "polygons", polygons1, polygons2, (None, 2), "(P, N, 2) or (B, P, N, 2) with N >= 1")
     check_matrix_options(over, axis_weight, AXIS_WEIGHTS, backend)
-    sides = ("1", polygons1, lengths1, mask1), ("2", polygons2, lengths2, mask2)
-    for side, polygons, lengths, mask in sides:
-        if lengths is not None:
-            check_vertex_counts(f"lengths{side}", lengths, f"polygons{side}", polygons, polygons.shape[:-2])
-        if mask is not None:
-            check_shape_mask(f"mask{side}", mask, f"polygons{side}", polygons, polygons.shape[:-2])
-    batched = polygons1.dim() == 4
-    tensors = (polygons1, polygons2, lengths1, lengths2, mask1, mask2)
-    first, second, count1, count2, there1, there2 = (_batched(each, batched) for each in tensors)
-    wants_gradient = torch.is_grad_enabled() and (first.requires_grad or second.requires_grad)
+    check_lengths("lengths1", lengths1, "polygons1", polygons1)
+    check_lengths("lengths2", lengths2, "polygons2", polygons2)
+    check_mask("mask1", mask1, "polygons1", polygons1, 2)
+    check_mask("mask2", mask2, "polygons2", polygons2, 2)
+    checks = debugging.on and _checks("polygon_mgiou")
+    if checks:
+        polygons1 = checks.input("polygons1", polygons1, lengths1, mask1)
+        polygons2 = checks.input("polygons2", polygons2, lengths2, mask2)
+    wants_gradient = torch.is_grad_enabled() and (polygons1.requires_grad or polygons2.requires_grad)
     missing = "the gradient of pairs of polygons" if wants_gradient else None
-    if first.numel() > 0 and second.numel() > 0 and _takes_kernel(backend, first, missing):
-        call = triton_mgiou.pairs.PolygonPairs(count1, count2, there1, there2, over, axis_weight)
-        matrix = triton_mgiou.pairs.polygon_matrix(first, second, call)
+    if polygons1.numel() > 0 and polygons2.numel() > 0 and takes_kernel(backend, polygons1, missing):
+        call = triton_mgiou.pairs.PolygonPairs(lengths1, lengths2, mask1, mask2, over, axis_weight)
+        matrix = triton_mgiou.pairs.polygon_matrix(polygons1, polygons2, call)
     else:
-        matrix = pair_reference.polygon_matrix(
-            first, second, count1, count2, there1, there2, over=over, axis_weight=axis_weight
-        )
-    return matrix if batched else matrix.squeeze(0)
+        is_batched = polygons1.dim() == 4
+        batches = _batches((polygons1, polygons2, lengths1, lengths2, mask1, mask2), is_batched)
+        matrix = pair_reference.polygon_matrix(*batches, over=over, axis_weight=axis_weight)
+        matrix = matrix if is_batched else matrix.squeeze(0)
+    if checks:
+        checks.output("matrix", matrix, polygons1=polygons1, polygons2=polygons2)
+    return matrix
 
 
-def _batched(tensor: Any, batched: bool) -> Any:
-    """A tensor with a batch of one, if it has none."""
-    return tensor if tensor is None or batched else tensor.unsqueeze(0)
-
-
-def kernel_reduction(
-    pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None
-) -> Reduction | None:
-    """The reduction as a kernel does it; None where `reduce` has to, since a kernel divides by a number above 0 only.
-
-    Nor does a kernel have a gradient to the weight.
-    """
-    if isinstance(avg_factor, Tensor) or (avg_factor is not None and avg_factor < LEAST_DIVISOR):
+def _checks(function: str) -> Checks | None:
+    """What debug mode checks; nothing under a transform of `torch.func`, where no value can be read."""
+    if _are_transforms_active():
         return None
-    if weight is not None:
-        if weight.requires_grad:
-            return None
-        weight = _per_sample(weight, reference.compute_dtype(pred, target))
-    if reduction == "mean":
-        return Reduction(weight, False, pred.shape[0] if avg_factor is None else avg_factor)
-    return Reduction(weight, reduction == "none", None)
+    from triton_mgiou.training.loss_checks import Checks  # noqa: PLC0415 - slow, and above this module
+
+    return Checks(function)
 
 
-def _takes_kernel(backend: str, pred: Tensor, missing: str | None = None) -> bool:
-    """Whether to launch a kernel; `missing` is what there is none for."""
-    if backend == "eager" or (backend == "auto" and not pred.is_cuda):
-        return False
-    reason = kernels_unavailable(pred.device) if missing is None else f"there is no kernel for {missing}"
-    if forward_ad._current_level >= 0:  # whether or not a tensor carries a tangent, which the kernels would drop
-        reason = "forward-mode differentiation is active, and the kernels know only the reverse mode"
-    if torch._C._are_functorch_transforms_active():
-        reason = "a torch.func transform is active, and the kernels know only autograd"
-    if reason is not None and backend == "triton":
-        raise RuntimeError(
-            f'backend="triton" cannot run: {reason}; expected a GPU that can, or backend "auto" or "eager"'
-        )
-    return reason is None
-
-
-_reasons: dict[torch.device, str | None] = {}
-
-
-def kernels_unavailable(device: torch.device) -> str | None:
-    """Why the kernels cannot run on tensors of this device, or None if they can."""
-    if device not in _reasons:
-        _reasons[device] = _find_reason(device)
-    return _reasons[device]
-
-
-# What torch.compiler.assume_constant_result does, without its import of the compiler, which takes a second.
-kernels_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _find_reason(device: torch.device) -> str | None:
-    try:
-        import triton  # noqa: PLC0415 - not everywhere, and slow
-    except ImportError:
-        return "Triton is not installed"
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 4):
-        return f"the kernels need Triton 3.4, and {triton.__version__} is installed"
-    from triton_mgiou import launch, ops, pairs  # noqa: F401, PLC0415 - from here on the package has them
-
-    if launch.INTERPRETED:
-        return None
-    if device.type != "cuda":
-        return f"the tensors are on {device.type}, and the kernels need an NVIDIA GPU"
-    if torch.version.hip is not None:
-        return "this PyTorch is built for ROCm, and the kernels need an NVIDIA GPU"
-    if (device.index or 0) >= torch.cuda.device_count():
-        return f"PyTorch finds {torch.cuda.device_count()} NVIDIA GPUs, and the device is {device}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"{device} has compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
-    return None
-
-
-def reduce(loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None) -> Tensor:
-    """Weigh the samples' losses, (B,), and reduce them."""
-    if weight is not None:
-        loss = loss * _per_sample(weight, loss.dtype)
-    if reduction == "none":
-        return loss
-    total = loss.sum()
-    if reduction == "sum" or loss.shape[0] == 0:
-        return total
-    return total / loss.shape[0] if avg_factor is None else _divide(total, avg_factor)
-
-
-def _divide(total: Tensor, avg_factor: float | Tensor) -> Tensor:
-    """`total / avg_factor`; where both are 0 it is 0, with a gradient of 0. A tensor below 0 gives NaN.
-
-    Nothing here reads a value on the host.
-    """
-    if not isinstance(avg_factor, Tensor):
-        if avg_factor >= LEAST_DIVISOR:
-            return total / avg_factor
-        avg_factor = torch.full((), avg_factor, dtype=total.dtype, device="cpu")
-    divisor = avg_factor.reshape(()).to(total.dtype)
-    divisor = torch.where(divisor >= 0, divisor, torch.nan)
-    # A sum of 0 is divided by Inf instead. Added, because a GPU takes a divisor on the CPU only as an operand.
-    more = torch.where(torch.logical_or(total, divisor >= LEAST_DIVISOR), 0.0, torch.inf)
-    return total / (divisor + more.to(total.dtype))
-
-
-def _per_sample(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """One weight for each sample, (B,)."""
-    weight = weight.to(dtype)
-    return weight if weight.dim() == 1 else weight.mean(1)
+def _batches(tensors: tuple[Any, ...], are_batched: bool) -> list[Any]:
+    """Tensors with a batch of one, if they have none."""
+    return [each if each is None or are_batched else each.unsqueeze(0) for each in tensors]

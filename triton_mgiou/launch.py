@@ -126,14 +126,6 @@ def forget_plans() -> None:
     _plans.clear()
 
 
-def loss_and_gradients(
-    pred: Tensor, target: Tensor, call: PolygonCall | BoxCall, pred_grad: bool, target_grad: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, and its gradient to each side that asks for one, in the loss's type."""
-    loss, gradient = call.launch(pred, target, pred_grad)
-    return loss, gradient, call.swapped().launch(target, pred, True)[1] if target_grad else None
-
-
 def _launch(
     prepare: Callable[..., Any], pred: Tensor, target: Tensor, call: PolygonCall | BoxCall, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -146,6 +138,17 @@ def _launch(
     plan, arguments, loss, grad = prepare(pred, target, call, gradient, stream)
     plan.launch(pred.shape[0], stream, arguments)
     return loss, grad
+
+
+def _outputs(
+    plan: Plan, pred: Tensor, batch: int, per_sample: bool, gradient: bool, device: int, stream: int
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Room for the loss and the gradient to `pred`, and what sums up the samples' losses."""
+    grad = torch.empty_like(pred, dtype=plan.dtype, memory_format=torch.contiguous_format) if gradient else None
+    if per_sample:
+        return plan.scalar.new_empty(batch), grad, None, None
+    partial, counter = reduction_scratch(device, stream, plan.dtype)
+    return torch.empty_like(plan.scalar), grad, partial, counter
 
 
 def device_of(index: int) -> torch.device:
@@ -210,6 +213,13 @@ class PolygonCall(NamedTuple):
         """The loss, and its gradient to `pred` in the loss's type if asked for: one launch."""
         return _launch(prepare_polygons, pred, target, self, gradient)
 
+    def loss_and_gradients(
+        self, pred: Tensor, target: Tensor, pred_grad: bool, target_grad: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss, and its gradient to each side that asks for one, in the loss's type."""
+        loss, gradient = self.launch(pred, target, pred_grad)
+        return loss, gradient, self.swapped().launch(target, pred, True)[1] if target_grad else None
+
     def swapped(self) -> PolygonCall:
         """The call for the gradient to `target`: MGIoU is symmetric, and `target` is a constant of the other terms."""
         options = self.options._replace(convexity_weight=0.0, boundary_weight=0.0)
@@ -245,10 +255,11 @@ def prepare_polygons(
     """The variant to launch, its arguments, and its outputs: the loss, and the gradient to `pred` if asked for."""
     device = pred.get_device()
     pred_real, target_real, (weight, per_sample, divisor), options = call
-    pred, pred_stride_b, pred_stride_n = _as_words(pred)
-    target, target_stride_b, target_stride_n = _as_words(target)
+    axis_weight, axis_grad, convexity_weight, boundary_weight = options
     batch, pred_size, _ = pred.shape
     target_size = target.shape[1]
+    pred, pred_stride_b, pred_stride_n = _as_words(pred, pred_size)
+    target, target_stride_b, target_stride_n = _as_words(target, target_size)
     fields = (
         device,
         pred.dtype,
@@ -259,10 +270,10 @@ def prepare_polygons(
         None if target_real is None else target_real.dtype,
         None if weight is None else weight.dtype,
         per_sample,
-        options.axis_weight,
-        options.axis_grad,
-        options.convexity_weight > 0,
-        options.boundary_weight > 0,
+        axis_weight,
+        axis_grad,
+        convexity_weight > 0,
+        boundary_weight > 0,
         gradient,
         pred_stride_n == target_stride_n == 1,
         pred_stride_b == pred_size and target_stride_b == target_size,
@@ -273,13 +284,7 @@ def prepare_polygons(
     if plan is None:
         key = PolygonKey(*fields)
         plan = _plans[key] = polygon_plan(key)
-    if per_sample:
-        loss, partial, counter = plan.scalar.new_empty(batch), None, None
-    else:
-        loss, (partial, counter) = torch.empty_like(plan.scalar), reduction_scratch(device, stream, plan.dtype)
-    grad = None
-    if gradient:
-        grad = torch.empty_like(pred, dtype=plan.dtype, memory_format=torch.contiguous_format)
+    loss, grad, partial, counter = _outputs(plan, pred, batch, per_sample, gradient, device, stream)
     pred_real, pred_real_stride_b, pred_real_stride_n = _as_bytes(pred_real)
     target_real, target_real_stride_b, target_real_stride_n = _as_bytes(target_real)
     arguments = (
@@ -288,7 +293,7 @@ def prepare_polygons(
         pred_real_stride_b, pred_real_stride_n, target_real_stride_b, target_real_stride_n,
         0 if weight is None else weight.stride(0),
         batch, pred_size, target_size,
-        1.0 if divisor is None else float(divisor), float(options.convexity_weight), float(options.boundary_weight),
+        1.0 if divisor is None else float(divisor), float(convexity_weight), float(boundary_weight),
     )  # fmt: skip
     return plan, arguments, loss, grad
 
@@ -347,14 +352,13 @@ def _as_bytes(real: Tensor | None) -> tuple[Tensor | None, int, int]:
     return real.view(torch.uint8), real.stride(0), real.stride(1)
 
 
-def _as_words(polygons: Tensor) -> tuple[Tensor, int, int]:
+def _as_words(polygons: Tensor, size: int) -> tuple[Tensor, int, int]:
     """The same, or a copy where they cannot be loaded as aligned words of two; their strides, in vertices."""
     stride_b, stride_n, stride_c = polygons.stride()
-    aligned = stride_b % 2 == 0 and stride_n % 2 == 0 and polygons.data_ptr() % 16 == 0
-    if stride_c == 1 and aligned and stride_n * polygons.shape[1] < 2**31:
-        return polygons, stride_b // 2, stride_n // 2
+    if stride_c == 1 and not (stride_b | stride_n) & 1 and stride_n * size < 2**31 and polygons.data_ptr() % 16 == 0:
+        return polygons, stride_b >> 1, stride_n >> 1
     copy = torch.empty_like(polygons, memory_format=torch.contiguous_format).copy_(polygons)
-    return copy, polygons.shape[1], 1
+    return copy, size, 1
 
 
 # Boxes
@@ -372,6 +376,13 @@ class BoxCall(NamedTuple):
     def launch(self, pred: Tensor, target: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
         """The loss, and its gradient to `pred` in the loss's type if asked for: one launch."""
         return _launch(prepare_boxes, pred, target, self, gradient)
+
+    def loss_and_gradients(
+        self, pred: Tensor, target: Tensor, pred_grad: bool, target_grad: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss, and its gradient to each side that asks for one, in the loss's type."""
+        loss, gradient = self.launch(pred, target, pred_grad)
+        return loss, gradient, self.swapped().launch(target, pred, True)[1] if target_grad else None
 
     def swapped(self) -> BoxCall:
         """The call for the gradient to `target`: MGIoU is symmetric, and `target` is a constant of the other term."""
@@ -424,13 +435,7 @@ def prepare_boxes(
     if plan is None:
         key = BoxKey(*fields)
         plan = _plans[key] = box_plan(key)
-    if per_sample:
-        loss, partial, counter = plan.scalar.new_empty(batch), None, None
-    else:
-        loss, (partial, counter) = torch.empty_like(plan.scalar), reduction_scratch(device, stream, plan.dtype)
-    grad = None
-    if gradient:
-        grad = torch.empty_like(pred, dtype=plan.dtype, memory_format=torch.contiguous_format)
+    loss, grad, partial, counter = _outputs(plan, pred, batch, per_sample, gradient, device, stream)
     arguments = (
         pred, target, weight, loss, grad, partial, counter,
         *_three_strides(pred), *_three_strides(target),

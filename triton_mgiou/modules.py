@@ -18,12 +18,19 @@ from triton_mgiou.arguments import (
     check_real_numbers,
     check_weight,
 )
-from triton_mgiou.functional import box_mgiou_loss, mgiou_loss, reduce
+from triton_mgiou.functional import box_mgiou_loss, mgiou_loss
 from triton_mgiou.options import PAPER, REDUCTIONS, Options
+from triton_mgiou.reduction import reduce
 from triton_mgiou.reference.polygons import compute_dtype
 
 MODES = ("mgiou", "l2", "hybrid")
 MIN_AREA = 1e-6
+
+
+def _none_if_none_is_positive(weight: Tensor) -> Tensor:
+    """The weights, or 0 for all; NaN is no weight to be passed over."""
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # not all integers can be compared
+    return torch.where((weight <= 0).all(), 0, weight)
 
 
 class MGIoULoss(nn.Module):
@@ -92,7 +99,7 @@ class MGIoULoss(nn.Module):
         reduction = self.reduction if reduction_override is None else reduction_override
         if weight is not None and reduction != "none":
             check_real_numbers("weight", weight)
-            weight = torch.where((weight > 0).any(), weight, 0)
+            weight = _none_if_none_is_positive(weight)
         return self.loss_weight * self.FUNCTION(
             pred,
             target,
@@ -184,9 +191,11 @@ class PolygonLoss(nn.Module):
         super().__init__()
         check_choice("mode", mode, MODES)
         if sigmas is not None:
-            sigmas = torch.as_tensor(sigmas, dtype=torch.float32).detach().reshape(-1)
+            device = sigmas.device if isinstance(sigmas, Tensor) else torch.get_default_device()
+            sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu").detach().reshape(-1)
             if not (sigmas.numel() and bool(((sigmas > 0) & sigmas.isfinite()).all())):
                 raise ValueError(f"sigmas must be finite numbers above 0, got {sigmas.tolist()}")
+            sigmas = sigmas.to("cpu" if device.type == "meta" else device)  # nothing would bring its values back
         if isinstance(alpha, Real) and not isinstance(alpha, bool):
             if not 0 <= alpha <= 1:
                 raise ValueError(f"alpha must be in 0..1, got {alpha}")
@@ -239,7 +248,7 @@ class PolygonLoss(nn.Module):
         if weight is not None:
             check_weight(weight, pred)
             if self.reduction != "none":
-                weight = torch.where((weight > 0).any(), weight, 0)
+                weight = _none_if_none_is_positive(weight)
         parts = {}
         if self.mode != "mgiou":
             if avg_factor is not None:

@@ -1,20 +1,21 @@
 """The kernels as differentiable operators of PyTorch's.
 
 A call goes to the kernel directly, through `_Loss`. What PyTorch traces (`torch.compile`, `torch.export`, fake
-tensors) needs its dispatcher, and goes through an operator that is the launch. Both have the same backward.
+tensors) needs its dispatcher, and goes through an operator that is the launch; its derivative is `_Loss` again.
 
-Another kernel needs a function such as `polygon_loss`, and an operator such as `_polygon_operator`, given to
-`_register`: the launch with a flat list of arguments, from `pred` and `target` to `pred_grad` and `target_grad`.
+Another kernel needs a function such as `polygon_loss`, and its launch as a function of a flat list of arguments, from
+`pred` and `target` to whether each gets a gradient, of which `_define_loss` makes an operator.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from triton_mgiou.launch import BoxCall, PolygonCall, loss_and_gradients
+from triton_mgiou.launch import BoxCall, PolygonCall
 from triton_mgiou.options import Options, Reduction
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # anything else, such as a fake tensor, needs PyTorch's dispatcher
@@ -31,7 +32,7 @@ def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
     weight, per_sample, divisor = call.reduction
     convexity_weight, changing_convexity_weight = _constant_or_tensor(options.convexity_weight)
     boundary_weight, changing_boundary_weight = _constant_or_tensor(options.boundary_weight)
-    loss: Tensor = _polygon_operator(
+    loss: Tensor = torch.ops.triton_mgiou.loss(
         pred,
         target,
         call.pred_real,
@@ -44,7 +45,8 @@ def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
         boundary_weight,
         changing_convexity_weight,
         changing_boundary_weight,
-        *_wants_gradient(pred, target),
+        False,
+        False,
     )[0]
     return loss if divisor is None else loss / divisor
 
@@ -56,7 +58,7 @@ def box_loss(pred: Tensor, target: Tensor, call: BoxCall) -> Tensor:
     options = call.options
     weight, per_sample, divisor = call.reduction
     boundary_weight, changing_boundary_weight = _constant_or_tensor(options.boundary_weight)
-    loss: Tensor = _box_operator(
+    loss: Tensor = torch.ops.triton_mgiou.box_loss(
         pred,
         target,
         weight,
@@ -68,7 +70,8 @@ def box_loss(pred: Tensor, target: Tensor, call: BoxCall) -> Tensor:
         options.axis_grad,
         boundary_weight,
         changing_boundary_weight,
-        *_wants_gradient(pred, target),
+        False,
+        False,
     )[0]
     return loss if divisor is None else loss / divisor
 
@@ -90,10 +93,6 @@ def is_traced(pred: Tensor, target: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(pred) not in _PLAIN or type(target) not in _PLAIN
 
 
-def _wants_gradient(pred: Tensor, target: Tensor) -> tuple[bool, bool]:
-    return (pred.requires_grad, target.requires_grad) if torch.is_grad_enabled() else (False, False)
-
-
 def _direct(pred: Tensor, target: Tensor, call: PolygonCall | BoxCall) -> Tensor:
     if (pred.requires_grad or target.requires_grad) and torch.is_grad_enabled():
         loss: Tensor = _Loss.apply(pred, target, call)  # type: ignore[no-untyped-call]
@@ -105,24 +104,23 @@ class _Loss(torch.autograd.Function):
     """The kernel computes the gradient with the value; backward multiplies it by what comes from above."""
 
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, target: Tensor, call: PolygonCall | BoxCall) -> Tensor:
-        loss, *grads = loss_and_gradients(pred, target, call, *ctx.needs_input_grad[:2])
-        ctx.save_for_backward(*grads)
+    def forward(ctx: Any, pred: Tensor, target: Tensor, call: PolygonCall | BoxCall | _TracedCall) -> Tensor:
+        pred_needs, target_needs, _ = ctx.needs_input_grad
+        loss, pred_grad, target_grad = call.loss_and_gradients(pred, target, pred_needs, target_needs)
+        ctx.save_for_backward(pred_grad, target_grad)
         ctx.dtypes = pred.dtype, target.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, upstream, not _keeps_graph()), None)
-
-
-def _gradients(ctx: Any, upstream: Tensor, is_sole_owner: bool) -> tuple[Tensor | None, Tensor | None]:
-    check_backward(upstream)
-    (pred_grad, target_grad), (pred_dtype, target_dtype) = ctx.saved_tensors, ctx.dtypes
-    return (
-        None if pred_grad is None else _scaled(pred_grad, pred_dtype, upstream, is_sole_owner),
-        None if target_grad is None else _scaled(target_grad, target_dtype, upstream, is_sole_owner),
-    )
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        check_backward(upstream)
+        (pred_grad, target_grad), (pred_dtype, target_dtype) = ctx.saved_tensors, ctx.dtypes
+        in_place = not _keeps_graph() and type(upstream) is Tensor  # then nobody sees what was saved again
+        return (
+            None if pred_grad is None else _scaled(pred_grad, pred_dtype, upstream, in_place),
+            None if target_grad is None else _scaled(target_grad, target_dtype, upstream, in_place),
+            None,
+        )
 
 
 def check_backward(upstream: Tensor) -> None:
@@ -139,20 +137,105 @@ def check_backward(upstream: Tensor) -> None:
         )
 
 
-def _scaled(grad: Tensor, dtype: torch.dtype, upstream: Tensor, is_sole_owner: bool) -> Tensor:
-    """`grad` times the upstream gradient, a scalar or (B,), in the input's dtype: one launch.
-
-    In place where nobody else sees `grad` again.
-    """
+def _scaled(grad: Tensor, dtype: torch.dtype, upstream: Tensor, in_place: bool) -> Tensor:
+    """`grad` times the upstream gradient, a scalar or (B,), in the input's dtype: one launch."""
     if upstream.dim() == 1:
         upstream = upstream.view(-1, *[1] * (grad.dim() - 1))
     if grad.dtype != dtype:
         return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))
-    return grad.mul_(upstream) if is_sole_owner else grad * upstream
+    return grad.mul_(upstream) if in_place else grad * upstream
 
 
-@torch.library.custom_op("triton_mgiou::loss", mutates_args=())
-def _polygon_operator(
+_library: Any = torch.library.Library("triton_mgiou", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def define(
+    name: str, launch: Callable[..., Any], fake: Callable[..., Any], differentiable: Callable[..., Any] | None = None
+) -> None:
+    """Make an operator of PyTorch's.
+
+    Args:
+        name: It is `torch.ops.triton_mgiou.NAME`.
+        launch: What it does; its annotations are the operator's schema.
+        fake: Gives outputs of the same shapes and types, and any values.
+        differentiable: The same as `launch` where a derivative is wanted. Gets, before the arguments, the operator
+            without one. None for an operator that has none, and says so.
+    """
+    _library.define(torch.library.infer_schema(launch, mutates_args=(), op_name=name), tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, launch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"triton_mgiou::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.triton_mgiou, name).default
+
+    def with_derivative(keys: Any, *arguments: Any) -> Any:
+        def plain(*arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+        if not torch.is_grad_enabled() or not any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+            return plain(*arguments)
+        if differentiable is None:
+            raise RuntimeError(f"triton_mgiou::{name} has no derivative: expected no input that requires a gradient")
+        return differentiable(plain, *arguments)
+
+    _library.impl(name, with_derivative, "Autograd", with_keyset=True)
+
+
+def _define_loss(name: str, launch: Callable[..., tuple[Tensor, Tensor, Tensor]], reduction: int) -> None:
+    """Make an operator of a loss; `reduction` is the place of that argument.
+
+    The last two arguments say whether the gradients to `pred` and `target` are outputs, which are empty otherwise.
+    A caller asks for none: autograd does, where it needs one, so that traced code is the same with and without.
+    """
+
+    def fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        pred, target, *_, pred_grad, target_grad = inputs
+        dtype = torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)
+        return (
+            pred.new_empty(pred.shape[:1] if inputs[reduction] == "none" else (), dtype=dtype),
+            pred.new_empty(pred.shape if pred_grad else (0,), dtype=dtype),
+            pred.new_empty(target.shape if target_grad else (0,), dtype=dtype),
+        )
+
+    def differentiable(plain: Callable[..., Any], *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        pred, target, *options = inputs
+        call = _TracedCall(plain, options)
+        loss = _Loss.apply(pred, target, call)  # type: ignore[no-untyped-call]
+        return _outputs(loss, call.pred_grad, call.target_grad)
+
+    define(name, launch, fake, differentiable)
+
+
+class _TracedCall:
+    """In the place of a `PolygonCall` or `BoxCall`: goes to the operator without a derivative.
+
+    Keeps a copy of each gradient that the caller asked for, beside those that autograd needs.
+    """
+
+    def __init__(self, operator: Callable[..., Any], options: Sequence[Any]) -> None:
+        self.operator = operator
+        self.options = options
+        self.pred_grad: Tensor | None = None
+        self.target_grad: Tensor | None = None
+
+    def loss_and_gradients(
+        self, pred: Tensor, target: Tensor, pred_needs: bool, target_needs: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        *options, pred_asked, target_asked = self.options
+        loss, pred_grad, target_grad = self.operator(
+            pred, target, *options, pred_needs or pred_asked, target_needs or target_asked
+        )
+        self.pred_grad = pred_grad.clone() if pred_asked else None
+        self.target_grad = target_grad.clone() if target_asked else None
+        return loss, pred_grad if pred_needs else None, target_grad if target_needs else None
+
+
+def _outputs(loss: Tensor, pred_grad: Tensor | None, target_grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What an operator returns: a gradient that is not asked for is empty."""
+    empty = loss.detach().new_empty(0)
+    return loss, empty if pred_grad is None else pred_grad, empty if target_grad is None else target_grad
+
+
+def _polygon_launch(
     pred: Tensor,
     target: Tensor,
     pred_real: Tensor | None,
@@ -168,20 +251,16 @@ def _polygon_operator(
     pred_grad: bool,
     target_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The launch: loss and gradients; a gradient that is not asked for is empty."""
     if changing_convexity_weight is not None:
         convexity_weight = changing_convexity_weight.item()
     if changing_boundary_weight is not None:
         boundary_weight = changing_boundary_weight.item()
     options = Options(axis_weight, axis_grad, convexity_weight, boundary_weight)
     call = PolygonCall(pred_real, target_real, Reduction(weight, reduction == "none", None), options)
-    loss, *grads = loss_and_gradients(pred, target, call, pred_grad, target_grad)
-    pred_out, target_out = (loss.new_empty(0) if grad is None else grad for grad in grads)
-    return loss, pred_out, target_out
+    return _outputs(*call.loss_and_gradients(pred, target, pred_grad, target_grad))
 
 
-@torch.library.custom_op("triton_mgiou::box_loss", mutates_args=())
-def _box_operator(
+def _box_launch(
     pred: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -196,46 +275,12 @@ def _box_operator(
     pred_grad: bool,
     target_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The launch: loss and gradients; a gradient that is not asked for is empty."""
     if changing_boundary_weight is not None:
         boundary_weight = changing_boundary_weight.item()
     options = Options(axis_weight, axis_grad, 0.0, boundary_weight)
     call = BoxCall(fmt, angle, clockwise, Reduction(weight, reduction == "none", None), options)
-    loss, *grads = loss_and_gradients(pred, target, call, pred_grad, target_grad)
-    pred_out, target_out = (loss.new_empty(0) if grad is None else grad for grad in grads)
-    return loss, pred_out, target_out
+    return _outputs(*call.loss_and_gradients(pred, target, pred_grad, target_grad))
 
 
-def _register(operator: Any, reduction: int) -> None:
-    """Tell PyTorch the shapes that an operator gives, and its backward; `reduction` is the place of that argument."""
-
-    def shapes(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        pred, target = inputs[:2]
-        pred_grad, target_grad = inputs[-2:]
-        dtype = torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)
-        return (
-            pred.new_empty(pred.shape[:1] if inputs[reduction] == "none" else (), dtype=dtype),
-            pred.new_empty(pred.shape if pred_grad else (0,), dtype=dtype),
-            pred.new_empty(target.shape if target_grad else (0,), dtype=dtype),
-        )
-
-    operator.register_fake(shapes)
-    operator.register_autograd(_backward, setup_context=_save)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    grads, asked = output[1:], inputs[-2:]
-    ctx.save_for_backward(*(grad if wanted else None for grad, wanted in zip(grads, asked, strict=True)))
-    ctx.mark_non_differentiable(*grads)
-    ctx.set_materialize_grads(False)
-    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
-    ctx.arguments = len(inputs)
-
-
-def _backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = (None, None) if upstream is None else _gradients(ctx, upstream, False)
-    return (*gradients, *[None] * (ctx.arguments - 2))
-
-
-_register(_polygon_operator, reduction=5)
-_register(_box_operator, reduction=3)
+_define_loss("loss", _polygon_launch, reduction=5)
+_define_loss("box_loss", _box_launch, reduction=3)

@@ -1,4 +1,4 @@
-"""The matrix of all pairs by the kernels: its launches, and the operators that are differentiable.
+"""The matrix of all pairs by the kernels: its launches, and their operators.
 
 Value and gradient are launches of their own: the gradient is made from the upstream matrix, so that nothing of the
 matrix's size is kept but itself.
@@ -6,6 +6,7 @@ matrix's size is kept but itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from triton_mgiou.kernels.pairs import box_pairs_kernel
 from triton_mgiou.kernels.pairs_gradient import box_pairs_gradient_kernel
 from triton_mgiou.kernels.polygon_pairs import polygon_pairs_kernel
 from triton_mgiou.launch import COMPUTE, INTERPRETED, Plan
-from triton_mgiou.ops import check_backward, is_traced
+from triton_mgiou.ops import check_backward, define, is_traced
 from triton_mgiou.options import AXIS_WEIGHTS, OVERS
 from triton_mgiou.reference.polygons import compute_dtype
 from triton_mgiou.tuning import layouts
@@ -64,12 +65,12 @@ class PairKey(NamedTuple):
 
 
 def box_matrix(boxes1: Tensor, boxes2: Tensor, mask1: Tensor | None, mask2: Tensor | None, call: BoxPairs) -> Tensor:
-    """The matrix (B, P, T) of boxes (B, P, n) and (B, T, n); none of these sizes is 0."""
+    """The matrix (P, T) of boxes (P, n) and (T, n), or of batches of them; no size is 0."""
     if is_traced(boxes1, boxes2):
-        matrix: Tensor = _matrix_operator(boxes1, boxes2, mask1, mask2, *call)
+        matrix: Tensor = torch.ops.triton_mgiou.box_matrix(boxes1, boxes2, mask1, mask2, *call)
         return matrix
     if (boxes1.requires_grad or boxes2.requires_grad) and torch.is_grad_enabled():
-        matrix = _Matrix.apply(boxes1, boxes2, mask1, mask2, call)  # type: ignore[no-untyped-call]
+        matrix = _Matrix.apply(boxes1, boxes2, mask1, mask2, call, _values, _gradient)  # type: ignore[no-untyped-call]
         return matrix
     return _values(boxes1, boxes2, mask1, mask2, call)
 
@@ -79,29 +80,35 @@ class _Matrix(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, boxes1: Tensor, boxes2: Tensor, mask1: Tensor | None, mask2: Tensor | None, call: BoxPairs
+        ctx: Any,
+        boxes1: Tensor,
+        boxes2: Tensor,
+        mask1: Tensor | None,
+        mask2: Tensor | None,
+        call: BoxPairs,
+        values: Callable[..., Tensor],
+        gradient: Callable[..., Tensor],
     ) -> Tensor:
         ctx.save_for_backward(boxes1, boxes2, mask1, mask2)
-        ctx.call = call
-        return _values(boxes1, boxes2, mask1, mask2, call)
+        ctx.call, ctx.gradient = call, gradient
+        return values(boxes1, boxes2, mask1, mask2, call)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         check_backward(upstream)
-        return (*_gradients(_gradient, ctx, upstream, ctx.call), None, None, None)
-
-
-def _gradients(gradient: Any, ctx: Any, upstream: Tensor, call: BoxPairs) -> list[Tensor | None]:
-    boxes1, boxes2, mask1, mask2 = ctx.saved_tensors
-    sides = (boxes1, boxes2, mask1, mask2, upstream), (boxes2, boxes1, mask2, mask1, upstream.transpose(1, 2))
-    needs = ctx.needs_input_grad
-    return [gradient(*side, call) if needed else None for side, needed in zip(sides, needs[:2], strict=True)]
+        boxes1, boxes2, mask1, mask2 = ctx.saved_tensors
+        grad1 = grad2 = None
+        if ctx.needs_input_grad[0]:
+            grad1 = ctx.gradient(boxes1, boxes2, mask1, mask2, upstream, ctx.call)
+        if ctx.needs_input_grad[1]:
+            grad2 = ctx.gradient(boxes2, boxes1, mask2, mask1, upstream.transpose(-2, -1), ctx.call)
+        return grad1, grad2, None, None, None, None, None
 
 
 class Launch(NamedTuple):
     """One launch of a plan: the matrix's size, (B, P, T), and the kernel's arguments before the compile-time ones."""
 
-    size: torch.Size
+    size: tuple[int, int, int]
     arguments: tuple[Any, ...]
 
 
@@ -115,9 +122,9 @@ def prepare_values(
     boxes1: Tensor, boxes2: Tensor, mask1: Tensor | None, mask2: Tensor | None, call: BoxPairs
 ) -> tuple[Plan, list[Launch], Tensor]:
     """The variant to launch, its launches, and the matrix that they write."""
-    batch, rows, columns = boxes1.shape[0], boxes1.shape[1], boxes2.shape[1]
-    plan = _plan(boxes1, boxes2, mask1, mask2, call, gradient=False)
-    matrix = plan.scalar.new_empty((batch, rows, columns))
+    batch, rows, columns = size = _size(boxes1, boxes2, 1)
+    plan = _plan(boxes1, boxes2, mask1, mask2, call, size, gradient=False)
+    matrix = plan.scalar.new_empty((*boxes1.shape[:-1], columns))
     launches = []
     for part in _parts(batch):
         bytes1, bytes2 = _as_bytes(mask1, part), _as_bytes(mask2, part)
@@ -125,7 +132,7 @@ def prepare_values(
             _part(boxes1, part), _part(boxes2, part), bytes1, bytes2, _part(matrix, part),
             *_strides(boxes1, 3), *_strides(boxes2, 3), *_strides(bytes1, 2), *_strides(bytes2, 2), rows, columns,
         )  # fmt: skip
-        launches.append(Launch(_part(matrix, part).shape, arguments))
+        launches.append(Launch(_part_of(size, part), arguments))
     return plan, launches, matrix
 
 
@@ -146,10 +153,10 @@ def prepare_gradient(
 ) -> tuple[Plan, list[Launch], Tensor]:
     """The variant to launch, its launches, and the gradient to `own` that they write, in the type that is computed in.
 
-    The upstream matrix (B, own, other) may have any strides.
+    The upstream matrix (own, other) may have any strides.
     """
-    batch, rows, columns = upstream.shape
-    plan = _plan(own, other, own_mask, other_mask, call, gradient=True)
+    batch, rows, columns = size = _size(own, other, 1)
+    plan = _plan(own, other, own_mask, other_mask, call, size, gradient=True)
     grad = torch.empty_like(own, dtype=plan.dtype, memory_format=torch.contiguous_format)
     largest = torch.finfo(plan.dtype).max / (1 << (columns - 1).bit_length())
     launches = []
@@ -158,16 +165,16 @@ def prepare_gradient(
         arguments = (
             _part(own, part), _part(other, part), own_bytes, other_bytes, _part(upstream, part), _part(grad, part),
             *_strides(own, 3), *_strides(other, 3), *_strides(own_bytes, 2), *_strides(other_bytes, 2),
-            *upstream.stride(), rows, columns, largest,
+            *_strides(upstream, 3), rows, columns, largest,
         )  # fmt: skip
-        launches.append(Launch(_part(upstream, part).shape, arguments))
+        launches.append(Launch(_part_of(size, part), arguments))
     return plan, launches, grad
 
 
 def polygon_matrix(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -> Tensor:
-    """The matrix (B, P, T) of polygons (B, P, N, 2) and (B, T, M, 2), without a gradient; no size is 0."""
+    """The matrix (P, T) of polygons (P, N, 2) and (T, M, 2), or of batches, without a gradient; no size is 0."""
     if is_traced(polygons1, polygons2):
-        matrix: Tensor = _polygon_operator(polygons1, polygons2, *call)
+        matrix: Tensor = torch.ops.triton_mgiou.polygon_matrix(polygons1, polygons2, *call)
         return matrix
     return _polygon_values(polygons1, polygons2, call)
 
@@ -180,8 +187,8 @@ def _polygon_values(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) ->
 
 def prepare_polygons(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -> tuple[Plan, list[Launch], Tensor]:
     """The variant to launch, its launches, and the matrix that they write."""
-    batch, rows, size1, _ = polygons1.shape
-    columns, size2 = polygons2.shape[1:3]
+    batch, rows, columns = size = _size(polygons1, polygons2, 2)
+    size1, size2 = polygons1.shape[-2], polygons2.shape[-2]
     sets = (call.lengths1, call.lengths2, call.mask1, call.mask2)
     kinds = tuple(None if each is None else each.dtype for each in sets)
     corners = 4 if size1 == size2 == 4 and call.lengths1 is call.lengths2 is None else 0
@@ -197,18 +204,18 @@ def prepare_polygons(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -
             fields,
             Plan(polygon_pairs_kernel, constants, case, candidates, dtype, polygons1.get_device()),
         )
-    matrix = plan.scalar.new_empty((batch, rows, columns))
+    matrix = plan.scalar.new_empty((*polygons1.shape[:-2], columns))
     launches = []
     for part in _parts(batch):
         lengths = [_part(each, part) for each in sets[:2]]
         masks = [_as_bytes(each, part) for each in sets[2:]]
         arguments = (
             _part(polygons1, part), _part(polygons2, part), *lengths, *masks, _part(matrix, part),
-            *polygons1.stride(), *polygons2.stride(),
+            *_strides(polygons1, 4), *_strides(polygons2, 4),
             *_strides(lengths[0], 2), *_strides(lengths[1], 2), *_strides(masks[0], 2), *_strides(masks[1], 2),
             size1, size2, rows, columns,
         )  # fmt: skip
-        launches.append(Launch(_part(matrix, part).shape, arguments))
+        launches.append(Launch(_part_of(size, part), arguments))
     return plan, launches, matrix
 
 
@@ -223,11 +230,21 @@ def launch_all(plan: Plan, launches: list[Launch]) -> None:
     return None
 
 
+def _size(first: Tensor, second: Tensor, dimensions: int) -> tuple[int, int, int]:
+    """The size of the matrix, (B, P, T); `dimensions` are those of one shape."""
+    *batch, rows = first.shape[:-dimensions]
+    return batch[0] if batch else 1, rows, second.shape[-1 - dimensions]
+
+
 def _parts(batch: int) -> list[slice | None]:
     """The launches that a batch takes: None for the whole one."""
     if batch <= MOST_BATCHES:
         return [None]
     return [slice(start, start + MOST_BATCHES) for start in range(0, batch, MOST_BATCHES)]
+
+
+def _part_of(size: tuple[int, int, int], part: slice | None) -> tuple[int, int, int]:
+    return size if part is None else (len(range(size[0])[part]), size[1], size[2])
 
 
 def _part(tensor: Tensor | None, part: slice | None) -> Any:
@@ -239,13 +256,17 @@ def _as_bytes(mask: Tensor | None, part: slice | None) -> Tensor | None:
 
 
 def _strides(values: Tensor | None, count: int) -> tuple[int, ...]:
-    return (0,) * count if values is None else values.stride()
+    """0 over the batch where there is none."""
+    if values is None:
+        return (0,) * count
+    strides = values.stride()
+    return strides if len(strides) == count else (0, *strides)
 
 
 def _is_packed(boxes: Tensor) -> bool:
     """Whether the boxes of each sample follow each other, and 32 bits count their numbers."""
-    _, rows, numbers = boxes.shape
-    return boxes.stride(2) == 1 and (boxes.stride(1) == numbers or rows == 1) and rows * numbers < 2**31
+    rows, numbers = boxes.shape[-2:]
+    return boxes.stride(-1) == 1 and (boxes.stride(-2) == numbers or rows == 1) and rows * numbers < 2**31
 
 
 def _plan(
@@ -254,6 +275,7 @@ def _plan(
     first_mask: Tensor | None,
     second_mask: Tensor | None,
     call: BoxPairs,
+    size: tuple[int, int, int],
     gradient: bool,
 ) -> Plan:
     fields = (
@@ -266,8 +288,8 @@ def _plan(
         _is_packed(first),
         _is_packed(second),
         gradient,
-        not gradient and second.shape[1] % 4 == 0,
-        gradient and layouts.are_many(first.shape[0] * first.shape[1]),
+        not gradient and size[2] % 4 == 0,
+        gradient and layouts.are_many(size[0] * size[1]),
     )
     plan = launch.known_plan(fields)
     return launch.keep_plan(fields, pair_plan(PairKey(*fields))) if plan is None else plan
@@ -301,8 +323,7 @@ def pair_plan(key: PairKey) -> Plan:
     return Plan(kernel, tuple(constants.values()), case, candidates, dtype, key.device)
 
 
-@torch.library.custom_op("triton_mgiou::box_matrix", mutates_args=())
-def _matrix_operator(
+def _box_launch(
     boxes1: Tensor,
     boxes2: Tensor,
     mask1: Tensor | None,
@@ -313,18 +334,10 @@ def _matrix_operator(
     over: str,
     axis_weight: str,
 ) -> Tensor:
-    """The launch of the value."""
     return _values(boxes1, boxes2, mask1, mask2, BoxPairs(fmt, angle, clockwise, over, axis_weight))
 
 
-@_matrix_operator.register_fake
-def _(boxes1: Tensor, boxes2: Tensor, *_: Any) -> Tensor:
-    size = (boxes1.shape[0], boxes1.shape[1], boxes2.shape[1])
-    return boxes1.new_empty(size, dtype=compute_dtype(boxes1, boxes2))
-
-
-@torch.library.custom_op("triton_mgiou::box_matrix_gradient", mutates_args=())
-def _gradient_operator(
+def _box_gradient_launch(
     own: Tensor,
     other: Tensor,
     own_mask: Tensor | None,
@@ -336,32 +349,11 @@ def _gradient_operator(
     over: str,
     axis_weight: str,
 ) -> Tensor:
-    """The launch of the gradient to one side."""
     call = BoxPairs(fmt, angle, clockwise, over, axis_weight)
     return _gradient(own, other, own_mask, other_mask, upstream, call)
 
 
-@_gradient_operator.register_fake
-def _(own: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(own, memory_format=torch.contiguous_format)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    ctx.save_for_backward(*inputs[:4])
-    ctx.call = BoxPairs(*inputs[4:])
-
-
-def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    check_backward(upstream)
-    gradients = _gradients(lambda *inputs: _gradient_operator(*inputs[:-1], *inputs[-1]), ctx, upstream, ctx.call)
-    return (*gradients, *[None] * (2 + len(BoxPairs._fields)))
-
-
-_matrix_operator.register_autograd(_backward, setup_context=_save)
-
-
-@torch.library.custom_op("triton_mgiou::polygon_matrix", mutates_args=())
-def _polygon_operator(
+def _polygon_launch(
     polygons1: Tensor,
     polygons2: Tensor,
     lengths1: Tensor | None,
@@ -371,12 +363,33 @@ def _polygon_operator(
     over: str,
     axis_weight: str,
 ) -> Tensor:
-    """The launch."""
-    call = PolygonPairs(lengths1, lengths2, mask1, mask2, over, axis_weight)
-    return _polygon_values(polygons1, polygons2, call)
+    return _polygon_values(polygons1, polygons2, PolygonPairs(lengths1, lengths2, mask1, mask2, over, axis_weight))
 
 
-@_polygon_operator.register_fake
-def _(polygons1: Tensor, polygons2: Tensor, *_: Any) -> Tensor:
-    size = (polygons1.shape[0], polygons1.shape[1], polygons2.shape[1])
-    return polygons1.new_empty(size, dtype=compute_dtype(polygons1, polygons2))
+def _box_matrix_like(first: Tensor, second: Tensor, *_: Any) -> Tensor:
+    return first.new_empty((*first.shape[:-1], second.shape[-2]), dtype=compute_dtype(first, second))
+
+
+def _polygon_matrix_like(first: Tensor, second: Tensor, *_: Any) -> Tensor:
+    return first.new_empty((*first.shape[:-2], second.shape[-3]), dtype=compute_dtype(first, second))
+
+
+def _gradient_like(own: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(own, memory_format=torch.contiguous_format)
+
+
+def _differentiable_boxes(plain: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    def values(*given: Any) -> Tensor:
+        return plain(*given[:-1], *given[-1])
+
+    def gradient(*given: Any) -> Tensor:
+        found: Tensor = torch.ops.triton_mgiou.box_matrix_gradient(*given[:-1], *given[-1])
+        return found
+
+    matrix: Tensor = _Matrix.apply(*inputs[:4], BoxPairs(*inputs[4:]), values, gradient)  # type: ignore[no-untyped-call]
+    return matrix
+
+
+define("box_matrix", _box_launch, _box_matrix_like, _differentiable_boxes)
+define("box_matrix_gradient", _box_gradient_launch, _gradient_like)
+define("polygon_matrix", _polygon_launch, _polygon_matrix_like)

@@ -44,24 +44,26 @@ def package(pred: Tensor, target: Tensor, fmt: str = "cxcywhr", **options: Any) 
     return reference.per_sample_loss(pred, target, fmt=fmt, **{**paper, **options})
 
 
-def volume_term(pred: Tensor, target: Tensor) -> Tensor:
+def volume_term(pred: Tensor, target: Tensor, power: float = 1.0) -> Tensor:
     """The boundary term's counterpart in space, in [0, 1]: 0 only where P is G moved.
 
     With the mixed volume V = V(P, P, G), a third of the sum over the faces of P of the area times how far G reaches,
-    Minkowski's inequality says V^3 >= |P|^2 |G|. So 1 - |P|^2 |G| / V^3 * 2 V |G| / (V^2 + |G|^2) is 0 only there.
+    Minkowski's inequality says V^3 >= |P|^2 |G|. So 1 - |P|^2 |G| / V^3 * 2 V |G| / (V^2 + |G|^2) is 0 only there. A
+    `power` of 1/3 of that product measures lengths instead of volumes.
     """
     p, g, turn = pred[:, 3:6], target[:, 3:6], pred[:, 6] - target[:, 6]
     cos, sin = turn.cos().abs(), turn.sin().abs()
     reach = torch.stack((g[:, 0] * cos + g[:, 1] * sin, g[:, 0] * sin + g[:, 1] * cos, g[:, 2]), dim=1)
     faces = p.prod(1, keepdim=True) / p
     mixed, p_volume, g_volume = (faces * reach).sum(1) / 3, p.prod(1), g.prod(1)
-    return 1 - p_volume**2 * g_volume / mixed**3 * 2 * mixed * g_volume / (mixed**2 + g_volume**2)
+    match = p_volume**2 * g_volume / mixed**3 * 2 * mixed * g_volume / (mixed**2 + g_volume**2)
+    return 1 - match**power
 
 
-def with_volume(pred: Tensor, target: Tensor, weight: float, axis_grad: bool) -> Tensor:
+def with_volume(pred: Tensor, target: Tensor, weight: float, axis_grad: bool, power: float = 1.0) -> Tensor:
     """The paper's loss in space and a share of the term above."""
     loss = package(pred, target, "cxcyczlwhr", axis_grad=axis_grad)
-    return loss + weight * volume_term(pred, target)
+    return loss + weight * volume_term(pred, target, power)
 
 
 def corners_of_edges(pred: Tensor, target: Tensor, axis_grad: bool) -> Tensor:
@@ -127,6 +129,10 @@ SPACE: dict[str, Loss] = {
     "uniform, volume 0.25": partial(with_volume, weight=0.25, axis_grad=True),
     "uniform, volume 0.5": partial(with_volume, weight=0.5, axis_grad=True),
     "uniform, axes constant, volume 0.25": partial(with_volume, weight=0.25, axis_grad=False),
+    "uniform, root of volume 0.1": partial(with_volume, weight=0.1, axis_grad=True, power=1 / 3),
+    "uniform, root of volume 0.25": partial(with_volume, weight=0.25, axis_grad=True, power=1 / 3),
+    "uniform, root of volume 0.5": partial(with_volume, weight=0.5, axis_grad=True, power=1 / 3),
+    "uniform, axes constant, root of volume 0.25": partial(with_volume, weight=0.25, axis_grad=False, power=1 / 3),
 }
 CORNERS: dict[str, Loss] = {
     "L1, corner by corner": nearest_corners,

@@ -32,7 +32,7 @@ from tests.helpers import generator, rectangle_corners
 from tests.pairs import oracle
 from tests.pairs.helpers import random_boxes
 from triton_mgiou import box_mgiou, box_mgiou_loss, polygon_mgiou
-from triton_mgiou.functional import kernels_unavailable
+from triton_mgiou.backends import kernels_unavailable
 from triton_mgiou.options import OVERS
 from triton_mgiou.reference import pairs as reference
 

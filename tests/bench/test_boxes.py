@@ -10,7 +10,8 @@ import pytest
 import shapely
 import torch
 
-from bench.boxes import descent, gaussian, speed
+from bench import documents
+from bench.boxes import descent, gaussian, peers, report, speed
 from tests.boxes.helpers import random_boxes
 from tests.helpers import assert_close, assert_zero, generator
 
@@ -203,12 +204,82 @@ def test_free_boxes_arrive():
 
 def test_probiou_is_written_twice():
     pred, target, _ = pairs("cxcywhr", 30)
-    assert_close(speed.probiou(pred, target), gaussian.probiou(pred, target).mean(), atol=1e-5)
+    assert_close(peers.probiou(pred, target), gaussian.probiou(pred, target).mean(), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["reference", "corners, then polygons", "smooth L1", "ProbIoU"])
 def test_what_is_timed_agrees_with_its_definition(name):
     device = torch.device("cpu")
-    loss = speed.peers(device)[name]
-    assert speed.disagreement(name, loss, "cxcywhr", 64, device) is None
-    assert "disagrees" in speed.disagreement(name, lambda p, t: 1.001 * loss(p, t), "cxcywhr", 64, device)
+    loss = peers.peers(device)[name]
+    assert peers.disagreement(name, loss, "cxcywhr", 64, device) is None
+    assert "disagrees" in peers.disagreement(name, lambda p, t: 1.001 * loss(p, t), "cxcywhr", 64, device)
+
+
+def test_a_run_of_the_speed_writes_what_it_has_time_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "SIZES", {"cpu": (32,)})
+    monkeypatch.setattr(speed, "MILLION", {"cpu": 64})
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    kept = {"smooth L1": peers.peers(torch.device("cpu"))["smooth L1"], "ProbIoU": lambda p, t: (p - t).mean()}
+    monkeypatch.setattr(speed, "peers", lambda device: kept)  # noqa: ARG005
+    out = tmp_path / "boxes.json"
+    speed.main(["--out", str(out)])
+    found = json.loads(out.read_text())
+    assert [(row["fmt"], row["batch"]) for row in found["launches"]] == [
+        (fmt, batch) for fmt in speed.LAUNCHED for batch in (64, 96)
+    ]
+    assert [row["peer"] for row in found["steps"]] == ["smooth L1"]
+    assert [text.partition(":")[0] for text in found["left_out"]] == ["ProbIoU at 32"], found["left_out"]
+    assert "ProbIoU at 32: disagrees" in capsys.readouterr().out
+    speed.main(["--out", str(out), "--seconds", "0"])
+    found = json.loads(out.read_text())
+    assert found["launches"] == found["steps"] == []
+    assert len(found["left_out"]) == 2 * len(speed.LAUNCHED) + 1
+
+
+def test_a_capture_that_fails_is_named_and_the_run_goes_on(tmp_path, monkeypatch):
+    run = speed.Run(tmp_path / "boxes.json", 60.0, {})
+    run.results["steps"] = [{"peer": peer, "batch": batch, "loop_us": 1.0} for peer in "AB" for batch in (8, 16)]
+    said = {
+        "A": ['{"batch": 8, "graph_us": 2.0}', '{"batch": 16, "error": "RuntimeError: capture"}'],
+        "B": ['{"batch": 8, "graph_us": 3.0}', '{"batch": 16, "graph_us": 4.0}'],
+    }
+    monkeypatch.setattr(speed, "_lines_of", lambda arguments, _: (said[arguments[2]], None))
+    speed.graphs(run)
+    assert [row.get("graph_us") for row in run.results["steps"]] == [2.0, None, 3.0, 4.0]
+    assert run.results["left_out"] == ["graphs of A at 16: RuntimeError: capture"]
+
+
+def test_a_process_that_fails_says_why():
+    lines, reason = speed._lines_of(["-c", "print(1); raise ValueError('no device')"], 60.0)
+    assert (lines, reason) == (["1"], "ValueError: no device")
+    assert speed._lines_of(["-c", "import time; print(2, flush=True); time.sleep(60)"], 3.0) == (["2"], "no time left")
+
+
+def test_the_documents_take_the_results_once_they_are_there(tmp_path, monkeypatch):
+    def row(peer, loop, graph):
+        return {"peer": peer, "batch": 512, "loop_us": loop, "graph_us": graph, "memory_bytes": 11264}
+
+    found = {
+        "device": "A GPU",
+        "versions": {"torch": "9.9"},
+        "launches": [{"fmt": "cxcywhr", "batch": 2**20, "launch_us": 18.25, "value_us": 9.5, "gb_per_s": 3450.0}],
+        "steps": [
+            {**row("kernel", 150.0, 5.0), "loop_to_smooth_l1": 1.1},
+            row("smooth L1", 137.0, 10.0),
+            row("ProbIoU", 3000.0, 90.0),
+        ],
+        "first_call_s": 1.75,
+        "left_out": ["ProbIoU, compiled at 512: no compiler"],
+    }
+    monkeypatch.setattr(documents, "RESULTS", tmp_path)
+    documents.results.cache_clear()
+    assert documents.boxes_speed() == "Not measured yet."
+    (tmp_path / "h200_boxes.json").write_text(json.dumps(found))
+    text = documents.boxes_speed()
+    documents.results.cache_clear()
+    assert "A GPU, torch 9.9" in text
+    assert "| 512 | 150 | 1.10 | 5.00 | 0.50 | 20.0 | - | 11264 |" in text
+    assert "| 1048576 cxcywhr | 18.2 | 9.50 |" in text
+    assert "1.75 s" in text
+    assert "no compiler" in text
+    assert "left out: ProbIoU, compiled" in report.table(found)

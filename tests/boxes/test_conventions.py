@@ -146,6 +146,21 @@ def test_upright_bounding_boxes_know_their_own_format(tv_tensors, own, fmt):
     assert_close(box_mgiou_loss(*theirs, fmt=fmt, **OPTIONS), want, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fmt", ["cxcywh", "cxcywhr", "xyxyxyxy"])
+def test_bounding_boxes_in_half_precision_lose_nothing(tv_tensors, fmt, dtype):
+    """The sum of two pixels may be above what float16 holds, and has more digits than either type."""
+    sides = [
+        torch.tensor(rows, dtype=dtype)
+        for rows in ([[40000, 20, 40960, 35], [1001, 7, 1013, 2000]], [[40064, 22, 41024, 33], [997, 9, 1009, 2010]])
+    ]
+    want = box_mgiou_loss(*(side.double() for side in sides), fmt="xyxy", **OPTIONS)
+    theirs = [bounding(tv_tensors, side, "XYXY").requires_grad_() for side in sides]
+    loss = box_mgiou_loss(*theirs, fmt=fmt, **OPTIONS)
+    assert_close(loss, want, atol=1e-5)
+    assert torch.autograd.grad(loss.sum(), theirs[0])[0].dtype == dtype
+
+
 def test_bounding_boxes_that_a_format_has_no_place_for(tv_tensors):
     rotated = bounding(tv_tensors, pixels(generator(87))[0], "CXCYWHR")
     for fmt in ("xyxy", "cxcywh", "cxcyczlwhr", "corners3d"):

@@ -218,3 +218,22 @@ def test_pixels_in_half_precision(boxes):
     assert_close(value, want[0], atol=1e-6)
     assert torch.isfinite(gradient).all()
     assert (gradient[:, :2] != 0).any()
+
+
+@closed_formats
+@pytest.mark.parametrize("axis_grad", [True, False])
+def test_a_sample_that_needs_care_changes_no_bit_of_the_others(boxes, fmt, axis_grad):
+    """The kernel takes a shorter way where a whole program's boxes are ordinary ones."""
+    rng = generator(57)
+    pred, target = (random_boxes(fmt, 9, rng).float() for _ in range(2))
+    options = {"fmt": fmt, "axis_grad": axis_grad, "reduction": "none"}
+    value, *gradients = boxes.value_and_gradient(pred, target, wrt=BOTH, **options)
+    others = torch.arange(9) != 4
+    for place in range(pred.shape[1]):
+        for number in (0.0, -0.0, 1e-30, 1e30, 3e38, NAN):
+            changed = pred.clone()
+            changed[4, place] = number
+            other_value, *other_gradients = boxes.value_and_gradient(changed, target, wrt=BOTH, **options)
+            assert_same(other_value[others], value[others])
+            for got, want in zip(other_gradients, gradients, strict=True):
+                assert_same(got[others], want[others])

@@ -75,3 +75,18 @@ def test_compiled(boxes, fmt):
         assert_close(got, want, atol=1e-7)
         (wanted,) = torch.autograd.grad(want, pred)
         assert_gradient_close(torch.autograd.grad(got, pred)[0], wanted, rtol=1e-5)
+
+
+@formats
+@pytest.mark.parametrize("axis_weight", ["uniform", "length", "soft"])
+def test_nothing_waits_for_the_device(fmt, axis_weight):
+    """A step that reads a number on the host waits for the GPU, and cannot be captured as a CUDA graph."""
+    rng = generator(9)
+    pred, target = (random_boxes(fmt, 4, rng).requires_grad_() for _ in range(2))
+    options = options_of(fmt, axis_weight=axis_weight, boundary_weight=0.25)
+    weight = torch.rand(4, generator=rng)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        box_mgiou_loss(pred, target, fmt=fmt, weight=weight, backend="eager", **options).backward()
+    assert {event.name for event in profile.events()}.isdisjoint(
+        {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
+    )

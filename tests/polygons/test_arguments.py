@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from fractions import Fraction
 
 import pytest
 import torch
 
 from tests.conftest import INTERPRETED
 from tests.helpers import assert_close, assert_same, convex, generator, star, uniform
-from triton_mgiou import MGIoULoss, PolygonLoss, mean_positives, mgiou_loss
+from triton_mgiou import (
+    BoxMGIoULoss,
+    MGIoULoss,
+    PolygonLoss,
+    box_mgiou,
+    box_mgiou_loss,
+    mean_positives,
+    mgiou_loss,
+    polygon_mgiou,
+)
 
 BOTH = ("pred", "target")
 FLOATING = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -21,6 +31,7 @@ def sample_pair(batch=4, n=5, m=6, seed=71):
 
 
 PRED, TARGET = torch.zeros(4, 5, 2), torch.zeros(4, 6, 2)
+BOXES = torch.rand(4, 5, generator=generator(72))
 WRONG = {
     # name: (changed arguments, error, what the message begins with, what it says besides)
     "pred is a list": ({"pred": [[[0.0, 0.0]]]}, TypeError, "pred", ["torch.Tensor", "list"]),
@@ -63,6 +74,8 @@ WRONG = {
     "avg_factor with sum": ({"avg_factor": 2.0, "reduction": "sum"}, ValueError, "avg_factor", ['"mean"', '"sum"']),
     "avg_factor a string": ({"avg_factor": "2"}, TypeError, "avg_factor", ["number", "str"]),
     "avg_factor a bool": ({"avg_factor": True}, TypeError, "avg_factor", ["number", "bool"]),
+    "avg_factor a fraction": ({"avg_factor": Fraction(1, 3)}, TypeError, "avg_factor", ["number", "Fraction"]),
+    "a term's a fraction": ({"boundary_weight": Fraction(1)}, TypeError, "boundary_weight", ["number", "Fraction"]),
     "avg_factor negative": ({"avg_factor": -1.5}, ValueError, "avg_factor", ["0 or above", "-1.5"]),
     "avg_factor complex": ({"avg_factor": torch.tensor(1j)}, TypeError, "avg_factor", ["real", "complex64"]),
     "avg_factor NaN": ({"avg_factor": float("nan")}, ValueError, "avg_factor", ["finite", "nan"]),
@@ -189,6 +202,13 @@ def test_tensors_of_other_kinds_are_refused_by_name(kind):
         "area": lambda other: PolygonLoss()(pred, pred, visible, other(area)),
         "kpt_mask": lambda other: PolygonLoss()(pred, pred, other(visible), area),
         "num_positives": lambda other: mean_positives(other(torch.tensor([3.0]))),
+        "pred with boxes": lambda other: box_mgiou_loss(other(BOXES), BOXES),
+        "target with boxes": lambda other: box_mgiou_loss(BOXES, other(BOXES)),
+        "weight of boxes": lambda other: BoxMGIoULoss()(BOXES, BOXES, other(weight)),
+        "boxes1": lambda other: box_mgiou(other(BOXES), BOXES),
+        "mask2": lambda other: box_mgiou(BOXES, BOXES, mask2=other(weight)),
+        "polygons2": lambda other: polygon_mgiou(pred, other(target)),
+        "lengths1": lambda other: polygon_mgiou(pred, target, lengths1=other(weight)),
     }
     calls["weight of the module"] = lambda other: MGIoULoss()(pred, target, other(weight))
     with one_process() if kind == "DTensor" else nullcontext() as mesh:
@@ -227,9 +247,17 @@ def test_subclasses_that_only_add_something_are_taken(backend, other):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("function", [mgiou_loss, MGIoULoss()], ids=["function", "module"])
-def test_jit_trace_is_refused_by_name(function):
-    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace.*torch\.compile"):
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("mgiou_loss", MGIoULoss()),
+        ("box_mgiou_loss", lambda p, _: box_mgiou_loss(p[:, 0].repeat(1, 2), p[:, 1].repeat(1, 2), fmt="xyxy")),
+        ("box_mgiou", lambda p, _: box_mgiou(p[:, 0].repeat(1, 2), p[:, 1].repeat(1, 2), fmt="cxcywh")),
+        *((function.__name__, function) for function in (mgiou_loss, polygon_mgiou)),
+    ],
+)
+def test_jit_trace_is_refused_by_name(name, function):
+    with pytest.raises(RuntimeError, match=rf"torch\.jit\.trace cannot record {name}; .*torch\.compile"):
         torch.jit.trace(function, sample_pair())
 
 

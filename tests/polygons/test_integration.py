@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
+from types import ModuleType
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from tests.helpers import (
     star,
     uniform,
 )
-from triton_mgiou import PAPER, MGIoULoss, PolygonLoss, mgiou_loss
+from triton_mgiou import PAPER, MGIoULoss, PolygonLoss
 from triton_mgiou.training import AlphaSchedule, debug
 
 
@@ -322,10 +324,18 @@ else:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_public_names():
+def test_a_star_import_gives_what_the_package_offers_and_says_what_it_is():
+    """All that its user may call, no module and no helper, and each with a documentation of its own."""
     import triton_mgiou  # noqa: PLC0415
 
-    assert all(hasattr(triton_mgiou, name) for name in triton_mgiou.__all__)
-    assert triton_mgiou.mgiou_loss is mgiou_loss
-    assert triton_mgiou.MGIoULoss is MGIoULoss
-    assert triton_mgiou.__version__.count(".") == 2
+    names: dict[str, object] = {}
+    exec("from triton_mgiou import *", names)
+    del names["__builtins__"]
+    public = {name for name in vars(triton_mgiou) if not name.startswith("_")}
+    modules = {name for name in public if isinstance(getattr(triton_mgiou, name), ModuleType)}
+    assert set(names) == public - modules
+    for name, value in names.items():
+        if callable(value):
+            assert value.__name__ == name
+            assert inspect.getdoc(value) not in (None, inspect.getdoc(torch.nn.Module))
+            assert all(word in (value.__doc__ or "") for word in inspect.signature(value).parameters), name

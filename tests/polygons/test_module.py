@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
 import torch
 
 from tests.helpers import assert_close, assert_same, assert_zero, convex, generator, star, uniform
-from triton_mgiou import MGIoULoss, PolygonLoss, mgiou_loss
+from triton_mgiou import BoxMGIoULoss, MGIoULoss, PolygonLoss, box_mgiou_loss, mgiou_loss
 
 
 @pytest.fixture
@@ -91,6 +92,11 @@ def through_polygon_loss(mode):
     return loss
 
 
+def upright(*polygons):
+    """Boxes whose opposite corners are the first two vertices."""
+    return [each[:, :2].flatten(1) for each in polygons]
+
+
 LOSSES = {
     "mgiou_loss": lambda p, t, w, avg_factor, backend: mgiou_loss(
         p, t, weight=w, avg_factor=avg_factor, backend=backend
@@ -98,6 +104,12 @@ LOSSES = {
     "MGIoULoss": lambda p, t, w, avg_factor, backend: MGIoULoss(backend=backend)(p, t, w, avg_factor=avg_factor),
     "a weight with a gradient": lambda p, t, w, avg_factor, backend: mgiou_loss(
         p, t, weight=w.clone().requires_grad_(), avg_factor=avg_factor, backend=backend
+    ),
+    "box_mgiou_loss": lambda p, t, w, avg_factor, backend: box_mgiou_loss(
+        *upright(p, t), fmt="xyxy", weight=w, avg_factor=avg_factor, backend=backend
+    ),
+    "BoxMGIoULoss": lambda p, t, w, avg_factor, backend: BoxMGIoULoss(fmt="xyxy", backend=backend)(
+        *upright(p, t), w, avg_factor=avg_factor
     ),
     **{f"PolygonLoss {mode}": through_polygon_loss(mode) for mode in ("mgiou", "l2", "hybrid")},
 }
@@ -148,6 +160,11 @@ def test_an_avg_factor_is_the_same_as_a_number_and_as_a_tensor(backend, pair, na
     for value, gradient in results[1:]:
         assert_close(value, results[0][0], atol=1e-7)
         assert_close(gradient, results[0][1], atol=1e-7)
+    for number in (math.inf, math.nan):
+        factor = torch.tensor(number, device=device)
+        assert LOSSES[name](*pair, weight, factor, backend.name).isnan()
+        with pytest.raises(ValueError, match=r"^avg_factor must be finite, got"):
+            LOSSES[name](*pair, weight, number, backend.name)
     with pytest.raises(ValueError, match=r"^avg_factor must be 0 or above, got -3"):
         LOSSES[name](*pair, weight, -3, backend.name)
     assert LOSSES[name](*pair, weight, torch.tensor(-3.0, device=device), backend.name).isnan()
@@ -171,6 +188,27 @@ def test_one_positive_entry_is_enough(backend, pair):
     each = mgiou_loss(*pair, reduction="none", backend=backend.name)
     actual = MGIoULoss("sum", backend=backend.name)(*pair, weight)
     assert_close(actual, -0.5 * each[0] + 1.5 * each[2], atol=1e-6)
+
+
+@pytest.mark.parametrize("module", [MGIoULoss, BoxMGIoULoss, PolygonLoss])
+def test_weights_of_any_type(backend, pair, module):
+    """Also of those integers that PyTorch hardly computes with; NaN beside no positive one is not passed over."""
+    pred, target = pair[0], pair[0].flip(0)
+    if module is BoxMGIoULoss:
+        call, given = module(fmt="xyxy", backend=backend.name), upright(pred, target)
+    elif module is MGIoULoss:
+        call, given = module(backend=backend.name), (pred, target)
+    else:
+        call = module("hybrid", alpha=0.5, backend=backend.name, return_parts=False)
+        given = pred, target, torch.ones_like(pred[..., 0]), torch.ones_like(pred[:, 0, 0])
+    weight = torch.tensor([0, 2, 1, 0, 3], device=pred.device)
+    expected = call(*given, weight=weight.float())
+    assert expected > 0
+    for dtype in (torch.uint8, torch.int8, torch.int64, torch.uint16, torch.uint32, torch.float16, torch.float64):
+        assert_close(call(*given, weight=weight.to(dtype)), expected, atol=1e-7)
+        assert_zero(call(*given, weight=torch.zeros_like(weight).to(dtype)), "loss")
+    assert_same(call(*given, weight=weight > 0), call(*given, weight=(weight > 0).float()))
+    assert call(*given, weight=torch.tensor([0, math.nan, 0, -1, 0], device=pred.device)).isnan()
 
 
 def test_a_weight_without_a_positive_entry_and_no_reduction(backend, pair):

@@ -8,8 +8,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tests.helpers import assert_close, assert_gradient_close, assert_same, convex, generator, star
-from triton_mgiou import PAPER, mgiou_loss
+from tests.helpers import assert_close, assert_gradient_close, assert_same, convex, generator, random_boxes, star
+from triton_mgiou import PAPER, box_mgiou, box_mgiou_loss, mgiou_loss
 from triton_mgiou.options import Options
 
 DEFAULTS = Options()._asdict()
@@ -90,6 +90,41 @@ def test_double_backward_is_refused(kernels):
     loss = mgiou_loss(pred.requires_grad_(), target, backend="triton")
     with pytest.raises(RuntimeError, match=r"no second derivative.*create_graph=True.*backend=\"eager\""):
         torch.autograd.grad(loss, pred, create_graph=True)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_double_backward_is_refused_in_compiled_code(kernels):
+    pred, target = polygons(kernels)
+    compiled = torch.compile(lambda p: mgiou_loss(p, target, backend="triton"), fullgraph=True, backend="eager")
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(compiled(pred.requires_grad_()), pred, create_graph=True)
+
+
+class Function(torch.nn.Module):
+    """A function as a module, which is what can be exported."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *arguments):
+        return self.function(*arguments, backend="triton")
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+@pytest.mark.parametrize("function", [mgiou_loss, box_mgiou_loss, box_mgiou], ids=lambda each: each.__name__)
+def test_an_exported_program_has_the_gradient(kernels, function, with_gradient):
+    """Also where none was wanted when it was exported."""
+    rng = generator(8)
+    sides = polygons(kernels) if function is mgiou_loss else [random_boxes(6, rng).float() for _ in range(2)]
+    sides = [side.to(kernels.device).requires_grad_() for side in sides]
+    with torch.set_grad_enabled(with_gradient):
+        program = torch.export.export(Function(function), tuple(sides)).module()
+    expected = function(*sides, backend="triton").sum()
+    actual = program(*sides).sum()
+    assert_close(actual, expected, atol=1e-6)
+    for got, want in zip(torch.autograd.grad(actual, sides), torch.autograd.grad(expected, sides), strict=True):
+        assert_close(got, want, atol=1e-6)
 
 
 FORWARD = r'backend="triton" cannot run: forward-mode .*expected .*"eager"'

@@ -135,6 +135,13 @@ def test_sigmas_follow_the_module_and_are_no_part_of_its_state():
     assert "sigmas=[0.1" in repr(make("l2", sigmas=0.1))
 
 
+def test_sigmas_keep_their_values_where_new_tensors_have_none():
+    with torch.device("meta"):
+        loss = make("l2", sigmas=SIGMAS)
+    batch = sample()
+    assert_same(loss(*batch)[0], make("l2", sigmas=SIGMAS)(*batch)[0])
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("weighted", [False, True])

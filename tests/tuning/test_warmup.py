@@ -198,9 +198,9 @@ def test_info(folder, capsys):
 
 def test_info_without_triton(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "triton", None)
-    from triton_mgiou import functional  # noqa: PLC0415
+    from triton_mgiou import backends  # noqa: PLC0415
 
-    monkeypatch.setattr(functional, "_reasons", {})
+    monkeypatch.setattr(backends, "_reasons", {})
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert "triton: not installed\n" in out

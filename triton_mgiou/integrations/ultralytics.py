@@ -34,9 +34,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import triton_mgiou
-from triton_mgiou.functional import PAPER, box_mgiou_loss, mgiou_loss
+from triton_mgiou.functional import box_mgiou_loss, mgiou_loss
 from triton_mgiou.metrics import polygon_iou_matrix
 from triton_mgiou.modules import PolygonLoss
+from triton_mgiou.options import PAPER
 from triton_mgiou.training.schedules import AlphaSchedule
 
 TESTED = "8.4.190"

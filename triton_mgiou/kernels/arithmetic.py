@@ -1,7 +1,11 @@
 """Numbers: sign, inverses, powers of two, overflow."""
 
+import os
+
 import triton
 import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 LARGEST_32 = tl.constexpr(3.4028234663852886e38)
 LARGEST_64 = tl.constexpr(1.7976931348623157e308)
@@ -37,6 +41,17 @@ def inverse(values):
         return guess
     else:
         return tl.fma(guess, tl.fma(minus(values), guess, 1.0), guess)
+
+
+@triton.jit
+def reciprocal(values):
+    """1 / values in one instruction, of which the last bit may be wrong. A power of two times them gives its bits."""
+    if values.dtype == tl.float64 or INTERPRETED:
+        return 1.0 / values
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [values], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit

@@ -102,10 +102,17 @@ def compare(axis, pred, target, TINY: tl.constexpr):
 
 @triton.jit
 def own_interval(axis, edge, origin):
-    """Projections of an edge's start, and of both ends, on its axis: equal but for rounding. Bits as from `project`."""
-    start = tl.fma(axis.x, edge.start.x - origin.x, axis.y * (edge.start.y - origin.y))
-    end = tl.fma(axis.x, edge.end.x - origin.x, axis.y * (edge.end.y - origin.y))
-    return start, Interval(tl.minimum(start, end), tl.maximum(start, end))
+    """Projections of an edge's start, and of both ends, on its axis: equal but for rounding."""
+    start = Point(edge.start.x - origin.x, edge.start.y - origin.y)
+    return interval_of(axis, start, Point(edge.end.x - origin.x, edge.end.y - origin.y))
+
+
+@triton.jit
+def interval_of(axis, start, end):
+    """The same of an edge's ends relative to the origin. Bits as from `project`."""
+    at_start = tl.fma(axis.x, start.x, axis.y * start.y)
+    at_end = tl.fma(axis.x, end.x, axis.y * end.y)
+    return at_start, Interval(tl.minimum(at_start, at_end), tl.maximum(at_start, at_end))
 
 
 @triton.jit
@@ -119,6 +126,13 @@ def tie(ends, edge_ends):
 def rounded(ends, rounding):
     """Thresholds for `shares` by which all projections that are at an extreme but for rounding are (section 4)."""
     return Interval(ends.low + rounding, ends.high - rounding)
+
+
+@triton.jit
+def near_ends(ends, axis, slack):
+    """The same of projections on an axis whose coordinates are right to `slack`."""
+    size = tl.abs(axis.x) + tl.abs(axis.y)
+    return Interval(tl.fma(size, slack, ends.low), tl.fma(size, minus(slack), ends.high))
 
 
 @triton.jit

@@ -11,16 +11,16 @@ from triton_mgiou.kernels.axis import (
     axis_weight,
     compare,
     edge_axis,
+    near_ends,
     own_interval,
-    rounded,
     shares,
     slopes,
     tie,
 )
 from triton_mgiou.kernels.boundary import reach
 from triton_mgiou.kernels.convexity import convexity_along, convexity_gradient, convexity_of
-from triton_mgiou.kernels.edges import ends_in_slots, hand_over, handed_to
-from triton_mgiou.kernels.slots import add, dot, over_axes
+from triton_mgiou.kernels.edges import ends_in_slots, hand_opposite, hand_over, handed_to
+from triton_mgiou.kernels.slots import add, dot, over_axes, pick
 from triton_mgiou.kernels.types import AxisSums, Interval, Point, PredSums
 
 
@@ -37,7 +37,6 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
     by_edge = sums.by_edge
     by_weight = sums.by_weight
     by_mixed = sums.by_mixed
-    by_area = sums.by_area
     ends = ends_in_slots(edge, sample.lane, len(gradient.xs), VARIANT.LANES)
     if VARIANT.CONVEXITY:
         term = convexity_of(
@@ -50,16 +49,17 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
         reached = reach(axis, sample.direction, sample.target_shape)
         mixed += reached.length
         if VARIANT.GRAD:
-            to_start = Point(reached.at.y, minus(reached.at.x))
-            to_end = Point(minus(reached.at.y), reached.at.x)
-            by_mixed = hand_over(by_mixed, edge, ends, to_start, to_end, VARIANT.AXES)
-            by_area = hand_over(by_area, edge, ends, Point(axis.x, axis.y), Point(axis.x, axis.y), VARIANT.AXES)
+            by_mixed = hand_opposite(by_mixed, edge, ends, Point(minus(reached.at.y), reached.at.x), VARIANT.AXES)
     if VARIANT.GRAD:
         to_pred, to_target = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)
-        _, edge_ends = own_interval(axis, edge, sample.pred.origin)
+        if VARIANT.UNROLLED:  # a lane has both
+            start, end = pick(compared.on_pred, ends.start), pick(compared.on_pred, ends.end)
+            edge_ends = Interval(tl.minimum(start, end), tl.maximum(start, end))
+        else:
+            _, edge_ends = own_interval(axis, edge, sample.pred.origin)
         pred_ends = tie(compared.pred, edge_ends)
         if not VARIANT.AXIS_GRAD:
-            near = rounded(compared.pred, sample.pred_slack * (tl.abs(axis.x) + tl.abs(axis.y)))
+            near = near_ends(compared.pred, axis, sample.pred_slack)
             pred_ends = Interval(tl.maximum(pred_ends.low, near.low), tl.minimum(pred_ends.high, near.high))
         derivatives = shares(compared.on_pred, pred_ends, to_pred)
         along = Point(tl.zeros_like(axis.length), tl.zeros_like(axis.length))  # derivative to the edge
@@ -75,15 +75,14 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
             slope = tl.where(axis.is_axis, weight.slope / tl.where(axis.is_axis, axis.length, 1.0), 0.0)
             to_end = Point(slope * axis.edge.x, slope * axis.edge.y)
             along = Point(tl.fma(compared.distance, to_end.x, along.x), tl.fma(compared.distance, to_end.y, along.y))
-            to_start = Point(minus(to_end.x), minus(to_end.y))
-            by_weight = hand_over(by_weight, edge, ends, to_start, to_end, VARIANT.AXES)
-        if VARIANT.AXIS_GRAD or VARIANT.CONVEXITY:
-            to_start = Point(minus(along.x), minus(along.y))
-            if VARIANT.CONVEXITY:
-                x = tl.fma(minus(bent.to_start), axis.x, to_start.x)
-                to_start = Point(x, tl.fma(minus(bent.to_start), axis.y, to_start.y))
+            by_weight = hand_opposite(by_weight, edge, ends, to_end, VARIANT.AXES)
+        if VARIANT.CONVEXITY:
+            x = tl.fma(minus(bent.to_start), axis.x, minus(along.x))
+            to_start = Point(x, tl.fma(minus(bent.to_start), axis.y, minus(along.y)))
             by_edge = hand_over(by_edge, edge, ends, to_start, along, VARIANT.AXES)
-    return PredSums(mean, convexity, mixed, gradient, by_edge, by_weight, by_mixed, by_area)
+        elif VARIANT.AXIS_GRAD:
+            by_edge = hand_opposite(by_edge, edge, ends, along, VARIANT.AXES)
+    return PredSums(mean, convexity, mixed, gradient, by_edge, by_weight, by_mixed)
 
 
 @triton.jit
@@ -98,7 +97,7 @@ def target_axis(sums, edge, sample, VARIANT: tl.constexpr):
         to_pred, _ = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)
         pred_ends = compared.pred
         if not VARIANT.AXIS_GRAD:
-            pred_ends = rounded(pred_ends, sample.pred_slack * (tl.abs(axis.x) + tl.abs(axis.y)))
+            pred_ends = near_ends(pred_ends, axis, sample.pred_slack)
         gradient = add_gradient(gradient, axis, shares(compared.on_pred, pred_ends, to_pred))
     reach = sums.reach
     if VARIANT.BOUNDARY:
@@ -107,7 +106,7 @@ def target_axis(sums, edge, sample, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def gradient_of(slot: tl.constexpr, is_last, gradient, sums, factors, VARIANT: tl.constexpr):
+def gradient_of(slot: tl.constexpr, is_last, gradient, sums, area_gradient, factors, VARIANT: tl.constexpr):
     """The gradient of a slot's vertices, in the units of `gradient`, the part through projections."""
     x = gradient.xs[slot]
     y = gradient.ys[slot]
@@ -117,9 +116,8 @@ def gradient_of(slot: tl.constexpr, is_last, gradient, sums, factors, VARIANT: t
         y += handed.y
     if VARIANT.BOUNDARY:
         mixed = handed_to(sums.by_mixed, slot, is_last, VARIANT.AXES)
-        area = handed_to(sums.by_area, slot, is_last, VARIANT.AXES)
-        x = tl.fma(factors.by_mixed, mixed.x, tl.fma(factors.by_area, area.x, x))
-        y = tl.fma(factors.by_mixed, mixed.y, tl.fma(factors.by_area, area.y, y))
+        x = tl.fma(factors.by_mixed, mixed.x, tl.fma(factors.by_area, area_gradient.xs[slot], x))
+        y = tl.fma(factors.by_mixed, mixed.y, tl.fma(factors.by_area, area_gradient.ys[slot], y))
     if VARIANT.AXIS_GRAD and VARIANT.AXIS_WEIGHT != UNIFORM:
         handed = handed_to(sums.by_weight, slot, is_last, VARIANT.AXES)
         x = tl.fma(minus(factors.mean), handed.x, x)

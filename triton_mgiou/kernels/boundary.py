@@ -16,7 +16,7 @@ from triton_mgiou.kernels.arithmetic import inverse, minus, sign
 from triton_mgiou.kernels.axis import SHORTEST, project
 from triton_mgiou.kernels.slots import dot, highest, lowest, over_axes, total
 from triton_mgiou.kernels.types import Area, BoundaryTerm, Point, Reach
-from triton_mgiou.kernels.vertices import addresses_of, flags_of, is_real, load_scaled
+from triton_mgiou.kernels.vertices import addresses_of, flags_of, is_real, load_last, load_scaled
 
 
 @triton.jit
@@ -29,18 +29,24 @@ def area(measured):
 
 @triton.jit
 def put_in_order(
-    area, reach, sizes, frame, source, vertices, lanes, REAL: tl.constexpr, RESOLUTION: tl.constexpr,
+    area, reach, length, frame, source, vertices, lanes, REAL: tl.constexpr, RESOLUTION: tl.constexpr,
     VARIANT: tl.constexpr,
 ):  # fmt: skip
     """The area of G in whatever order its vertices are.
 
     A polygon that is convex in its order reaches along each edge's outward normal no further than the edge, and goes
-    around its bounding box once. Only where a sample of the program is another one are the vertices sorted.
+    around once: its edges are no longer than the sides of its bounding box, and twice around at least 1.4 times as
+    long. Only where a sample of the program is another one are the vertices sorted.
     """
-    rounding = tl.full((1, 1, 1), RESOLUTION, frame.extent.dtype) * frame.extent * sizes
+    rounding = tl.full((1, 1, 1), RESOLUTION, frame.extent.dtype) * frame.extent * length
     doubled = area.doubled + tl.zeros_like(rounding)
-    other = (reach - doubled > rounding) | (sizes > 1.5 * frame.target_around)
-    if tl.max(other.to(tl.int32)) > 0:
+    other = reach - doubled > rounding
+    if len(vertices.xs) * VARIANT.LANES > 4:  # twice around takes six vertices
+        other |= length > 1.2 * frame.target_around
+    # In all lanes, since then the compiler sees that a warp takes the branch as a whole: what it makes of shuffles
+    # where it does not see that is twice the code, and slower.
+    everywhere = other.to(tl.int32) + tl.zeros((1, VARIANT.AXES, VARIANT.LANES), tl.int32)
+    if tl.max(everywhere) > 0:
         ordered = _area_in_order(source, vertices, lanes, frame.scale, REAL, VARIANT)
         doubled = tl.where(other & (tl.abs(ordered - doubled) > rounding), ordered, doubled)
     return Area(doubled, area.direction, area.squares)
@@ -52,7 +58,7 @@ def _area_in_order(source, vertices, lanes, scale, REAL: tl.constexpr, VARIANT: 
 
     Vertices are loaded again each time: the few that need this pay for it, and no register is kept for it.
     """
-    origin = load_scaled(source, addresses_of(source, vertices.last), vertices.count > 0, scale)
+    origin = load_last(source, vertices, scale)
     x = scale * tl.zeros(lanes.lane.shape, scale.dtype)
     y = x
     for first in range(0, source.size, VARIANT.LANES):

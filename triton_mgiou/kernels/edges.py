@@ -7,10 +7,20 @@ batch; with UNROLLED they come from the slots.
 import triton
 import triton.language as tl
 
-from triton_mgiou.kernels.axis import axis_weight, edge_axis, own_interval
-from triton_mgiou.kernels.slots import add, highest, over_axes, put, zeros
-from triton_mgiou.kernels.types import Edge, EdgeSums, Ends, Handed, Measuring, Point, Step
-from triton_mgiou.kernels.vertices import MASK, addresses_of, flags_of, is_real, load_scaled, next_addresses
+from triton_mgiou.kernels.arithmetic import minus
+from triton_mgiou.kernels.axis import UNIFORM, axis_weight, edge_axis, interval_of
+from triton_mgiou.kernels.slots import add, add_scaled, highest, over_axes, put, total, zeros
+from triton_mgiou.kernels.types import Edge, EdgeSums, Ends, Gradient, Handed, Measuring, Point, Step
+from triton_mgiou.kernels.vertices import (
+    FULL,
+    MASK,
+    addresses_of,
+    flags_of,
+    is_real,
+    load_last,
+    load_scaled,
+    next_addresses,
+)
 
 
 @triton.jit
@@ -35,7 +45,7 @@ def _start(source, vertices, first, scale, REAL: tl.constexpr):
 
     Addresses that a loop carries save Triton's compiler a walk through the whole kernel for each of them.
     """
-    last = load_scaled(source, addresses_of(source, vertices.last), vertices.count > 0, scale)
+    last = load_last(source, vertices, scale)
     return Step(last, vertices.last, addresses_of(source, first), flags_of(source, first, REAL))
 
 
@@ -69,41 +79,156 @@ def _next_edge(step, source, vertices, k, inside, scale, REAL: tl.constexpr, AXE
 @triton.jit
 def _edge_of_slots(vertices, k: tl.constexpr, inside, scale):
     """The edge that ends at vertex k, where a lane has them all."""
-    before: tl.constexpr = (k + len(vertices.xs) - 1) % len(vertices.xs)
-    end = Point(vertices.xs[k] * scale, vertices.ys[k] * scale)
-    start = Point(vertices.xs[before] * scale, vertices.ys[before] * scale)
-    return Edge(end, k, start, before, inside | True)
+    SLOTS: tl.constexpr = len(vertices.xs)
+    start = _in_slot(vertices, k + SLOTS - 1, scale)
+    return Edge(_in_slot(vertices, k, scale), k, start, (k + SLOTS - 1) % SLOTS, inside | True)
 
 
 @triton.jit
-def measure(source, vertices, lanes, scale, origin, rule, REAL: tl.constexpr, VARIANT: tl.constexpr):
-    """`EdgeSums` of one side; projections are relative to `origin`."""
+def measure(source, vertices, shape, lanes, scale, rule, REAL: tl.constexpr, VARIANT: tl.constexpr):
+    """`EdgeSums` of one side, whose vertices are in `shape` too: projections are relative to its origin.
+
+    The edges are dealt out to all lanes of a polygon. Only with a mask they come by axes, since which vertex is before
+    another is not known.
+    """
     none = tl.zeros_like(rule.floor)
-    sums = EdgeSums(none, none, none, none, none, none, none, none)
-    sums = over_edges(_measure_edge, sums, source, vertices, lanes, scale, Measuring(origin, rule), REAL, VARIANT)
+    sums = EdgeSums(none, none, none, none, none, none, none)
+    if REAL == MASK:
+        context = Measuring(shape.origin, rule)
+        sums = over_edges(_measure_edge, sums, source, vertices, lanes, scale, context, REAL, VARIANT)
+    else:
+        SLOTS: tl.constexpr = len(vertices.xs)
+        for turn in tl.static_range((SLOTS + VARIANT.AXES - 1) // VARIANT.AXES):
+            edge, start, end = _dealt(source, vertices, shape, lanes, scale, turn, REAL, VARIANT)
+            sums = _add_edge(sums, edge_axis(edge, rule.floor), start, end, rule, VARIANT)
     return EdgeSums(
-        over_axes(sums.length),
-        over_axes(sums.axes),
-        over_axes(sums.weight),
-        over_axes(sums.squares),
-        over_axes(sums.sizes),
-        over_axes(sums.starts),
-        over_axes(sums.lows),
-        over_axes(sums.highs),
+        over_axes(total((sums.length,))),
+        over_axes(total((sums.axes,))),
+        over_axes(total((sums.weight,))),
+        over_axes(total((sums.squares,))),
+        over_axes(total((sums.starts,))),
+        over_axes(total((sums.lows,))),
+        over_axes(total((sums.highs,))),
     )
 
 
 @triton.jit
+def _dealt(
+    source, vertices, shape, lanes, scale, turn: tl.constexpr, REAL: tl.constexpr, VARIANT: tl.constexpr
+):  # fmt: skip
+    """A lane's edge number `turn`, and its ends relative to the origin of `shape`."""
+    SLOTS: tl.constexpr = len(vertices.xs)
+    LANES: tl.constexpr = VARIANT.LANES
+    index = (turn * VARIANT.AXES + lanes.axis) * LANES + lanes.lane
+    if VARIANT.AXES == 1:
+        real = vertices.real[turn]
+        end = _in_slot(vertices, turn, scale)
+        end_placed = Point(shape.xs[turn], shape.ys[turn])
+    else:
+        real = index < vertices.count
+        end = load_scaled(source, addresses_of(source, index), real, scale)
+        end_placed = Point(end.x - shape.origin.x, end.y - shape.origin.y)
+    if VARIANT.AXES * LANES == 1 and REAL == FULL:
+        before: tl.constexpr = (turn + SLOTS - 1) % SLOTS
+        start = _in_slot(vertices, before, scale)
+        start_placed = Point(shape.xs[before], shape.ys[before])
+    else:
+        start = _neighbour(source, index - 1, index > 0, real, load_last(source, vertices, scale), scale)
+        start_placed = Point(start.x - shape.origin.x, start.y - shape.origin.y)
+    return Edge(end, index, start, index, real), start_placed, end_placed
+
+
+@triton.jit
+def _in_slot(vertices, number: tl.constexpr, scale):
+    """Vertex `number`, counted around, of a lane that has all of a polygon: scaled but not moved."""
+    SLOT: tl.constexpr = number % len(vertices.xs)
+    return Point(vertices.xs[SLOT] * scale, vertices.ys[SLOT] * scale)
+
+
+@triton.jit
+def _neighbour(source, index, is_there, real, other, scale):
+    """Vertices number `index` where they are, the `other` one elsewhere.
+
+    No address is that of the other: the compiler would not see that those of neighbouring lanes are neighbours.
+    """
+    vertex = load_scaled(source, addresses_of(source, index), real & is_there, scale)
+    return Point(tl.where(is_there, vertex.x, other.x), tl.where(is_there, vertex.y, other.y))
+
+
+@triton.jit
+def gradient_of_area(source, vertices, lanes, scale, REAL: tl.constexpr, VARIANT: tl.constexpr):
+    """Derivatives of twice the area, to be summed over axes: for each vertex the turned diagonal of its neighbours.
+
+    Computed where it is needed, since to keep it would take registers all along, and dealt out as edges are. With a
+    mask the neighbours are not known, and edges hand them over.
+    """
+    SLOTS: tl.constexpr = len(vertices.xs)
+    xs = ()
+    ys = ()
+    if REAL == MASK:
+        none = tl.zeros_like(scale)
+        handed = Handed(zeros(vertices.xs), zeros(vertices.ys), Point(none, none))
+        handed = over_edges(_hand_axis, handed, source, vertices, lanes, scale, lanes.lane, REAL, VARIANT)
+        for slot in tl.static_range(SLOTS):
+            is_last = slot * VARIANT.LANES + lanes.lane == vertices.last
+            derivative = handed_to(handed, slot, is_last, VARIANT.AXES)
+            xs = xs + (derivative.x,)
+            ys = ys + (derivative.y,)
+    else:
+        AT_ONCE: tl.constexpr = VARIANT.AXES if VARIANT.AXES < SLOTS else SLOTS  # powers of two
+        for turn in tl.static_range(SLOTS // AT_ONCE):
+            diagonal = _diagonal(source, vertices, lanes, scale, turn, REAL, VARIANT)
+            for number in tl.static_range(AT_ONCE):
+                xs = xs + (tl.where(lanes.axis == number, diagonal.y, 0.0),)
+                ys = ys + (tl.where(lanes.axis == number, minus(diagonal.x), 0.0),)
+    return Gradient(xs, ys)
+
+
+@triton.jit
+def _diagonal(source, vertices, lanes, scale, turn: tl.constexpr, REAL: tl.constexpr, VARIANT: tl.constexpr):
+    """From the vertex before a lane's number `turn` to the one behind it."""
+    if VARIANT.AXES * VARIANT.LANES == 1 and REAL == FULL:
+        start = _in_slot(vertices, turn + len(vertices.xs) - 1, scale)
+        end = _in_slot(vertices, turn + 1, scale)
+    else:
+        index = (turn * VARIANT.AXES + lanes.axis) * VARIANT.LANES + lanes.lane
+        real = index < vertices.count
+        start = _neighbour(source, index - 1, index > 0, real, load_last(source, vertices, scale), scale)
+        first = load_scaled(source, addresses_of(source, 0), vertices.count > 0, scale)
+        end = _neighbour(source, index + 1, index < vertices.last, real, first, scale)
+    return Point(end.x - start.x, end.y - start.y)
+
+
+@triton.jit
+def _hand_axis(handed, edge, lane, VARIANT: tl.constexpr):
+    """`handed` with the axis of one more edge, the derivative of twice the area to both of its ends."""
+    ends = ends_in_slots(edge, lane, len(handed.xs), VARIANT.LANES)
+    x = tl.where(edge.real, edge.end.y - edge.start.y, 0.0)
+    y = tl.where(edge.real, edge.start.x - edge.end.x, 0.0)
+    return hand_over(handed, edge, ends, Point(x, y), Point(x, y), VARIANT.AXES)
+
+
+@triton.jit
 def _measure_edge(sums, edge, measuring, VARIANT: tl.constexpr):
-    axis = edge_axis(edge, measuring.rule.floor)
-    start, ends = own_interval(axis, edge, measuring.origin)
+    origin = measuring.origin
+    start = Point(edge.start.x - origin.x, edge.start.y - origin.y)
+    end = Point(edge.end.x - origin.x, edge.end.y - origin.y)
+    return _add_edge(sums, edge_axis(edge, measuring.rule.floor), start, end, measuring.rule, VARIANT)
+
+
+@triton.jit
+def _add_edge(sums, axis, start, end, rule, VARIANT: tl.constexpr):
+    """`sums` with one more edge, whose ends are relative to one origin for all."""
+    at_start, ends = interval_of(axis, start, end)
+    length = axis.length
+    if VARIANT.AXIS_WEIGHT == UNIFORM:
+        length = tl.abs(axis.x) + tl.abs(axis.y)
     return EdgeSums(
-        sums.length + axis.length,
+        sums.length + length,
         sums.axes + axis.is_axis.to(axis.length.dtype),
-        sums.weight + axis_weight(axis.length, axis.is_axis, measuring.rule.per_unit, VARIANT.AXIS_WEIGHT).value,
+        sums.weight + axis_weight(axis.length, axis.is_axis, rule.per_unit, VARIANT.AXIS_WEIGHT).value,
         tl.fma(axis.edge.x, axis.edge.x, tl.fma(axis.edge.y, axis.edge.y, sums.squares)),
-        sums.sizes + tl.abs(axis.x) + tl.abs(axis.y),
-        sums.starts + start,
+        sums.starts + at_start,
         sums.lows + ends.low,
         sums.highs + ends.high,
     )
@@ -137,6 +262,20 @@ def hand_over(handed, edge, ends, to_start, to_end, AXES: tl.constexpr):
         xs = add(handed.xs, put(put(zeros(handed.xs), to_start.x, ends.start), to_end.x, ends.end))
         ys = add(handed.ys, put(put(zeros(handed.ys), to_start.y, ends.start), to_end.y, ends.end))
         return Handed(xs, ys, handed.pending)
+
+
+@triton.jit
+def hand_opposite(handed, edge, ends, to_end, AXES: tl.constexpr):
+    """The same where an edge's start has the opposite of what its end has."""
+    if AXES == 1:
+        return hand_over(handed, edge, ends, Point(minus(to_end.x), minus(to_end.y)), to_end, AXES)
+    else:
+        signs = ()
+        for slot in tl.static_range(len(handed.xs)):
+            sign = tl.where(ends.end[slot], 1.0, tl.where(ends.start[slot], -1.0, 0.0))
+            signs = signs + (sign.to(to_end.x.dtype),)
+        xs = add_scaled(handed.xs, to_end.x, signs)
+        return Handed(xs, add_scaled(handed.ys, to_end.y, signs), handed.pending)
 
 
 @triton.jit

@@ -13,14 +13,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from triton_mgiou.kernels.arithmetic import minus
-from triton_mgiou.kernels.boxes import XYXY, _reach, _weights
+from triton_mgiou.kernels.arithmetic import minus, reciprocal
+from triton_mgiou.kernels.box_axes import edge_weights, reach
+from triton_mgiou.kernels.box_types import XYXY
 from triton_mgiou.kernels.pair_boxes import (
     Boxes,
     boxes_of,
     cos_sin,
     direction_of,
-    reciprocal,
     rescaled_boxes,
     scale_of,
     scaled_numbers,
@@ -140,7 +140,7 @@ def rule_of(pair, V: tl.constexpr):
     if V.TURNS:
         p_x, p_y = _bounds(p)
         g_x, g_y = _bounds(g)
-        extent = tl.maximum(_reach(pair.x, p_x, g_x), _reach(pair.y, p_y, g_y))
+        extent = tl.maximum(reach(pair.x, p_x, g_x), reach(pair.y, p_y, g_y))
     else:
         extent = tl.maximum(pair.p1.hull, pair.p2.hull)
     if V.IN_SPACE:
@@ -149,8 +149,8 @@ def rule_of(pair, V: tl.constexpr):
     none = tl.zeros_like(limit)
     if V.IN_SPACE:  # an axis is an edge: without one it counts where both are points on it, and apart
         w_p, w_g = (
-            _weights(p.a + none, p.b + none, p.c + none, extent, V),
-            _weights(g.a + none, g.b + none, g.c + none, extent, V),
+            edge_weights(p.a + none, p.b + none, p.c + none, extent, V),
+            edge_weights(g.a + none, g.b + none, g.c + none, extent, V),
         )
         return Rule(
             tl.where(pair.p1.halves <= limit, _seen(pair.p1, limit), w_p.x),
@@ -163,8 +163,8 @@ def rule_of(pair, V: tl.constexpr):
         )  # fmt: skip
     else:
         w_p, w_g = (
-            _weights(p.b + none, p.a + none, p.a + none, extent, V),
-            _weights(g.b + none, g.a + none, g.a + none, extent, V),
+            edge_weights(p.b + none, p.a + none, p.a + none, extent, V),
+            edge_weights(g.b + none, g.a + none, g.a + none, extent, V),
         )
         thinnest = tl.minimum(tl.minimum(pair.p1.hull, pair.p2.hull), tl.minimum(pair.g1.hull, pair.g2.hull))
         heaviest = tl.maximum(tl.maximum(w_p.x, w_p.y), tl.maximum(w_g.x, w_g.y))

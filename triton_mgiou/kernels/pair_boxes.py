@@ -6,7 +6,6 @@ exactly 0 for equal boxes.
 """
 
 import math
-import os
 from typing import NamedTuple
 
 import triton
@@ -14,22 +13,20 @@ import triton.language as tl
 
 from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS
 from triton_mgiou.kernels.arithmetic import inverse_power_of_two, minus
-from triton_mgiou.kernels.boxes import (
+from triton_mgiou.kernels.box_angles import (
     QUARTER_32,
     QUARTER_64,
     QUARTER_REST_32,
     QUARTER_REST_64,
-    XYXY,
-    Direction,
-    _directions,
-    _quarters,
-    _turn,
+    directions,
+    quarters,
+    turn_of,
 )
+from triton_mgiou.kernels.box_types import XYXY, Direction
 
 NUMBERS = tl.constexpr(tuple(math.prod(FORMATS[fmt].shape) for fmt in KERNEL_FORMATS))
 HAS_ANGLE = tl.constexpr(tuple(FORMATS[fmt].has_angle for fmt in KERNEL_FORMATS))
 IS_IN_SPACE = tl.constexpr(tuple(FORMATS[fmt].in_space for fmt in KERNEL_FORMATS))
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # sin x = x + x^3 (...) for x up to a quarter turn: relative error 6e-9, and exactly 1 there.
 SINE = tl.constexpr((2.605780491878705e-06, -0.0001980960284001521, 0.008333066245301491, -0.1666665955040033))
@@ -69,17 +66,6 @@ class Scale(NamedTuple):
 
     down: tl.tensor
     up: tl.tensor
-
-
-@triton.jit
-def reciprocal(values):
-    """1 / values. A power of two times `values` gives the same bits."""
-    if values.dtype == tl.float64 or INTERPRETED:
-        return 1.0 / values
-    else:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [values], dtype=tl.float32, is_pure=True, pack=1
-        )
 
 
 @triton.jit
@@ -195,7 +181,7 @@ def boxes_of(numbers, direction, V: tl.constexpr):
     cos, sin = a, a
     if V.TURNS:
         a, b = tl.where(direction.is_odd, b, a), tl.where(direction.is_odd, a, b)
-        cos, sin = _turn(Direction(tl.zeros_like(direction.is_odd), direction.rest), V.DEGREES)
+        cos, sin = turn_of(Direction(tl.zeros_like(direction.is_odd), direction.rest), V.DEGREES)
     return Boxes(numbers[0], numbers[1], numbers[2], numbers[2], numbers[3], a, b, c, direction.rest, cos, sin)
 
 
@@ -211,7 +197,7 @@ def named(boxes):
 def plain_direction(numbers, V: tl.constexpr):
     """Whether a box is named by its other side, and the angle of its direction; unless that is huge."""
     if V.TURNS:
-        return _quarters(_clockwise(numbers, V), V.DEGREES)
+        return quarters(_clockwise(numbers, V), V.DEGREES)
     else:
         return Direction(numbers[0] > 0, numbers[0])
 
@@ -220,7 +206,7 @@ def plain_direction(numbers, V: tl.constexpr):
 def direction_of(numbers, V: tl.constexpr):
     """The same for any angle."""
     if V.TURNS:
-        is_odd, rest = _directions((_clockwise(numbers, V),), V.DEGREES)
+        is_odd, rest = directions((_clockwise(numbers, V),), False, V.DEGREES)
         return Direction(is_odd[0], rest[0])
     else:
         return Direction(numbers[0] > 0, numbers[0])

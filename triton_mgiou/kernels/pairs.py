@@ -12,8 +12,9 @@ no axis or a number leaves its range. These take a fraction of the instructions,
 import triton
 import triton.language as tl
 
+from triton_mgiou.kernels.arithmetic import reciprocal
 from triton_mgiou.kernels.axis import UNIFORM
-from triton_mgiou.kernels.boxes import NO_LENGTH_32, NO_LENGTH_64
+from triton_mgiou.kernels.box_types import NO_LENGTH_32, NO_LENGTH_64
 from triton_mgiou.kernels.pair_axes import (
     DEPTH,
     MEAN,
@@ -37,7 +38,6 @@ from triton_mgiou.kernels.pair_boxes import (
     named,
     plain_direction,
     poison_of,
-    reciprocal,
     size_of_numbers,
     sizes_of,
 )

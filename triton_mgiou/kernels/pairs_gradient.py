@@ -15,9 +15,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from triton_mgiou.kernels.arithmetic import minus, saturate, sign
+from triton_mgiou.kernels.arithmetic import minus, reciprocal, saturate, sign
 from triton_mgiou.kernels.axis import LENGTH, UNIFORM
-from triton_mgiou.kernels.boxes import CXCYCZLWHR, CXCYWHR, NO_LENGTH_32, NO_LENGTH_64, XYXY
+from triton_mgiou.kernels.box_types import CXCYCZLWHR, CXCYWHR, NO_LENGTH_32, NO_LENGTH_64, XYXY
 from triton_mgiou.kernels.pair_axes import (
     DEPTH,
     MEAN,
@@ -39,7 +39,6 @@ from triton_mgiou.kernels.pair_boxes import (
     is_there,
     load_boxes,
     poison_of,
-    reciprocal,
     sizes_of,
 )
 

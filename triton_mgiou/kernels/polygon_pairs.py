@@ -13,7 +13,7 @@ import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import inverse, inverse_power_of_two, minus
 from triton_mgiou.kernels.axis import LENGTH, SHORTEST, SOFT, SOFT_UNIT, UNIFORM, axis_weight
-from triton_mgiou.kernels.boxes import NO_LENGTH_32, NO_LENGTH_64, TINY_32, TINY_64
+from triton_mgiou.kernels.box_types import NO_LENGTH_32, NO_LENGTH_64, TINY_32, TINY_64
 from triton_mgiou.kernels.pair_axes import DEPTH, MEAN, NOT_THERE
 
 

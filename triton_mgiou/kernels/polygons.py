@@ -26,7 +26,7 @@ from triton_mgiou.kernels.arithmetic import saturate
 from triton_mgiou.kernels.axis import LENGTH, SOFT, UNIFORM, axis_rule
 from triton_mgiou.kernels.axis_sums import gradient_of, pred_axis, target_axis
 from triton_mgiou.kernels.boundary import area, boundary_term, put_in_order
-from triton_mgiou.kernels.edges import measure, over_edges
+from triton_mgiou.kernels.edges import gradient_of_area, measure, over_edges
 from triton_mgiou.kernels.reduction import reduce_programs
 from triton_mgiou.kernels.slots import over_axes, zeros
 from triton_mgiou.kernels.types import (
@@ -164,7 +164,7 @@ def mgiou_kernel(
         pred = load_vertices(pred_source, lanes, PRED_SLOTS, LANES, PRED_REAL, COMPUTE)
         target = load_vertices(target_source, lanes, TARGET_SLOTS, LANES, TARGET_REAL, COMPUTE)
         present = (pred.count > 0) & (target.count > 0)
-        joint = frame(pred, target)
+        joint = frame(pred, target, PRED_REAL)
         scale = joint.scale
         pred_placed = place(pred, joint.low, scale)
         target_placed = place(target, joint.low, scale)
@@ -183,10 +183,8 @@ def mgiou_kernel(
         direction = none
         target_direction = none
         if MEASURE:
-            pred_measured = measure(pred_source, pred, lanes, scale, pred_shape.origin, rule, PRED_REAL, VARIANT)
-            target_measured = measure(
-                target_source, target, lanes, scale, target_shape.origin, rule, TARGET_REAL, VARIANT
-            )
+            pred_measured = measure(pred_source, pred, pred_shape, lanes, scale, rule, PRED_REAL, VARIANT)
+            target_measured = measure(target_source, target, target_shape, lanes, scale, rule, TARGET_REAL, VARIANT)
             pred_weight = pred_measured.weight
             target_weight = target_measured.weight
             if AXIS_WEIGHT == LENGTH:
@@ -213,7 +211,7 @@ def mgiou_kernel(
         no_slots = zeros(pred_placed.xs)
         no_mean = Mean(none, none)
         handed = Handed(no_slots, no_slots, Point(none, none))
-        sums = PredSums(no_mean, none, none, Gradient(no_slots, no_slots), handed, handed, handed, handed)
+        sums = PredSums(no_mean, none, none, Gradient(no_slots, no_slots), handed, handed, handed)
         sums = over_edges(pred_axis, sums, pred_source, pred, lanes, scale, sample, PRED_REAL, VARIANT)
         axes = AxisSums(no_mean, sums.gradient, none)
         axes = over_edges(target_axis, axes, target_source, target, lanes, scale, sample, TARGET_REAL, VARIANT)
@@ -229,7 +227,7 @@ def mgiou_kernel(
         by_area = none
         if BOUNDARY:
             target_area = put_in_order(
-                target_area, over_axes(axes.reach), target_measured.sizes, joint, target_source, target, lanes,
+                target_area, over_axes(axes.reach), target_measured.length, joint, target_source, target, lanes,
                 TARGET_REAL, RESOLUTION, VARIANT,
             )  # fmt: skip
             boundary = boundary_term(mixed, pred_area, target_area, TINY, RESOLUTION)
@@ -254,9 +252,12 @@ def mgiou_kernel(
             if AXIS_GRAD and AXIS_WEIGHT != UNIFORM:
                 mean = pred_distance if AXIS_WEIGHT == LENGTH else (pred_distance + target_distance) / weights
             factors = Factors(mean, by_mixed, by_area)
+            area_gradient = Gradient(no_slots, no_slots)
+            if BOUNDARY:
+                area_gradient = gradient_of_area(pred_source, pred, lanes, scale, PRED_REAL, VARIANT)
             for slot in tl.static_range(PRED_SLOTS):
                 index = slot * LANES + lane
-                gradient = gradient_of(slot, index == pred.last, axes.gradient, sums, factors, VARIANT)
+                gradient = gradient_of(slot, index == pred.last, axes.gradient, sums, area_gradient, factors, VARIANT)
                 kept = pred.real[slot] & present
                 x = tl.where(kept, saturate(gradient.x * factor * scale), 0.0)
                 y = tl.where(kept, saturate(gradient.y * factor * scale), 0.0)

@@ -77,6 +77,16 @@ def dot(left, right):
 
 
 @triton.jit
+def _smaller_or_nan(left, right):
+    return tl.minimum(left, right, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _larger_or_nan(left, right):
+    return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def bounds(values, real):
     """The interval of the values of real vertices."""
     kept = ()
@@ -86,11 +96,32 @@ def bounds(values, real):
 
 
 @triton.jit
+def bounds_or_nan(values):
+    """The interval of each lane's values, and NaN if one of them is: the same number of instructions."""
+    return Interval(_fold(values, _smaller_or_nan), _fold(values, _larger_or_nan))
+
+
+@triton.jit
+def over_lanes(interval):
+    """The interval of all lanes."""
+    return Interval(_over_lanes(interval.low, tl.min), _over_lanes(interval.high, tl.max))
+
+
+@triton.jit
 def over_axes(values):
     """The sum over the axes that are taken at a time, (POLYGONS, 1, LANES)."""
     if values.shape[1] == 1:
         return values
     return tl.sum(values, axis=1, keep_dims=True)
+
+
+@triton.jit
+def pick(slots, here):
+    """What is in the one slot where `here`."""
+    value = slots[0]
+    for slot in tl.static_range(1, len(slots)):
+        value = tl.where(here[slot], slots[slot], value)
+    return value
 
 
 @triton.jit

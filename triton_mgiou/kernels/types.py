@@ -163,11 +163,10 @@ class Measuring(NamedTuple):
 class EdgeSums(NamedTuple):
     """Sums over the edges of one side that need no projection of other vertices."""
 
-    length: tl.tensor
+    length: tl.tensor  # of |x| + |y| under UNIFORM, which needs no lengths
     axes: tl.tensor  # their number
     weight: tl.tensor
     squares: tl.tensor  # of the lengths
-    sizes: tl.tensor  # of |x| + |y|
     starts: tl.tensor  # projections of edges' starts on the edges' normals: twice the signed area
     lows: tl.tensor  # the same of the lower of each edge's two ends
     highs: tl.tensor
@@ -221,7 +220,6 @@ class PredSums(NamedTuple):
     by_edge: Handed  # derivatives of the distances and of the convexity term
     by_weight: Handed  # of the axes' weights
     by_mixed: Handed  # of twice the mixed area
-    by_area: Handed  # of twice the area
 
 
 class Sample(NamedTuple):

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import inverse_power_of_two, minus
-from triton_mgiou.kernels.slots import bounds, highest, total
-from triton_mgiou.kernels.types import Frame, Placed, Point, Vertices
+from triton_mgiou.kernels.slots import bounds, bounds_or_nan, highest, over_lanes, total
+from triton_mgiou.kernels.types import Frame, Interval, Placed, Point, Vertices
 
 # What says which vertices are real.
 ALL = tl.constexpr(0)
@@ -126,32 +126,44 @@ def load_vertices(source, lanes, SLOTS: tl.constexpr, LANES: tl.constexpr, REAL:
 
 
 @triton.jit
-def _poison(vertices):
-    """0, or NaN where a vertex is NaN or Inf: `min` and `max` do not pass it on."""
-    zero = tl.zeros_like(vertices.xs[0])
-    for slot in tl.static_range(len(vertices.xs)):
-        zero = tl.fma(vertices.xs[slot], 0.0, tl.fma(vertices.ys[slot], 0.0, zero))
+def _poison(xs, ys):
+    """0, or NaN where a coordinate is NaN or Inf."""
+    zero = tl.zeros_like(xs[0])
+    for slot in tl.static_range(len(xs)):
+        zero = tl.fma(xs[slot], 0.0, tl.fma(ys[slot], 0.0, zero))
     return total((zero,))
 
 
 @triton.jit
-def frame(pred, target):
+def frame(pred, target, REAL: tl.constexpr):
     """One power of two for the sample, and its joint lower corner (section 6)."""
-    pred_x, pred_y = bounds(pred.xs, pred.real), bounds(pred.ys, pred.real)
-    target_x, target_y = bounds(target.xs, target.real), bounds(target.ys, target.real)
+    if REAL == FULL:
+        pred_x, pred_y = bounds_or_nan(pred.xs), bounds_or_nan(pred.ys)
+        target_x, target_y = bounds_or_nan(target.xs), bounds_or_nan(target.ys)
+        ends_x = pred_x.low, pred_x.high, target_x.low, target_x.high
+        poison = _poison(ends_x, (pred_y.low, pred_y.high, target_y.low, target_y.high))
+        pred_x, pred_y = over_lanes(pred_x), over_lanes(pred_y)
+        target_x, target_y = over_lanes(target_x), over_lanes(target_y)
+    else:
+        pred_x, pred_y = bounds(pred.xs, pred.real), bounds(pred.ys, pred.real)
+        target_x, target_y = bounds(target.xs, target.real), bounds(target.ys, target.real)
+        poison = _poison(pred.xs, pred.ys) + _poison(target.xs, target.ys)
     low_x, high_x = tl.minimum(pred_x.low, target_x.low), tl.maximum(pred_x.high, target_x.high)
     low_y, high_y = tl.minimum(pred_y.low, target_y.low), tl.maximum(pred_y.high, target_y.high)
     largest_x = tl.maximum(tl.abs(low_x), tl.abs(high_x))
     largest_y = tl.maximum(tl.abs(low_y), tl.abs(high_y))
-    poison = _poison(pred) + _poison(target)
     scale = inverse_power_of_two(tl.maximum(largest_x, largest_y)) + poison
     low = Point(low_x * scale, low_y * scale)
-    extent = tl.maximum(high_x * scale - low.x, high_y * scale - low.y)
-    pred_extent = tl.maximum(pred_x.high * scale - pred_x.low * scale, pred_y.high * scale - pred_y.low * scale)
-    # Not by `&`: the compiler makes vectors of bits of it, which need local memory.
-    width = target_x.high * scale - target_x.low * scale
-    height = target_y.high * scale - target_y.low * scale
-    return Frame(scale, low, extent, pred_extent, 2.0 * (width + height), poison)
+    extent = tl.maximum(_scaled_length(Interval(low_x, high_x), scale), _scaled_length(Interval(low_y, high_y), scale))
+    pred_extent = tl.maximum(_scaled_length(pred_x, scale), _scaled_length(pred_y, scale))
+    target_around = 2.0 * (_scaled_length(target_x, scale) + _scaled_length(target_y, scale))
+    return Frame(scale, low, extent, pred_extent, target_around, poison)
+
+
+@triton.jit
+def _scaled_length(interval, scale):
+    """The length of an interval times a power of two: no difference overflows."""
+    return tl.fma(interval.high, scale, minus(interval.low * scale))
 
 
 @triton.jit
@@ -168,7 +180,12 @@ def place(vertices, origin, scale):
 
 
 @triton.jit
+def load_last(source, vertices, scale):
+    """The last real vertex, scaled but not moved."""
+    return load_scaled(source, addresses_of(source, vertices.last), vertices.count > 0, scale)
+
+
+@triton.jit
 def place_at_last(source, vertices, scale):
-    """The same relative to the last real vertex: the common origin may be far away."""
-    origin = load_scaled(source, addresses_of(source, vertices.last), vertices.count > 0, scale)
-    return place(vertices, origin, scale)
+    """The same as `place` relative to the last real vertex: the common origin may be far away."""
+    return place(vertices, load_last(source, vertices, scale), scale)

@@ -201,7 +201,8 @@ def _boundary(pair: _Pair, unit: str) -> Tensor:
     """
     p, g = pair.p_half, pair.g_half.detach()
     reach = _half_lengths(g, _cos_sin(pair.p_angle - pair.g_angle.detach(), unit))
-    p_area, g_area, mixed = 2.0 * p.prod(1), 2.0 * g.prod(1), (p.flip(1) * reach).sum(1)
+    # Not `prod`, whose derivative asks the host whether there is a 0.
+    p_area, g_area, mixed = 2.0 * p[:, 0] * p[:, 1], 2.0 * g[:, 0] * g[:, 1], (p.flip(1) * reach).sum(1)
     tiny = _tiny(p)
     flat = g_area <= (2.0 * MIN_AXIS_LENGTH * g.square().sum(1)).clamp(min=tiny)
     one = torch.where(flat, 1.0, torch.maximum(mixed, g_area)).detach()

@@ -25,8 +25,7 @@ _TINY = {torch.float32: TINY[32], torch.float64: TINY[64]}
 _TIE = {torch.float32: TIE[32], torch.float64: TIE[64]}
 _RESOLUTION = {torch.float32: RESOLUTION[32], torch.float64: RESOLUTION[64]}
 
-# Same-sized integer, bits of the mantissa, largest value of the exponent field.
-_FLOAT_BITS = {torch.float32: (torch.int32, 23, 0xFF), torch.float64: (torch.int64, 52, 0x7FF)}
+_LARGEST_SCALE = {torch.float32: 2.0**125, torch.float64: 2.0**1021}
 
 
 class _Polygons(NamedTuple):
@@ -114,10 +113,14 @@ def _normalise(p: Tensor, p_real: Tensor, g: Tensor, g_real: Tensor) -> tuple[_P
 
 
 def _inverse_power_of_two(values: Tensor) -> Tensor:
-    """2^-k for values in [2^k, 2^(k+1)), built from the bits; k stays where both 2^k and 2^-k are normal."""
-    integer, mantissa, top = _FLOAT_BITS[values.dtype]
-    exponent = (values.view(integer) >> mantissa) & top
-    return ((top - 1 - exponent.clamp(2, top - 3)) << mantissa).view(values.dtype)
+    """2^-k for values in [2^k, 2^(k+1)); k stays where both 2^k and 2^-k are normal.
+
+    The quotient is a power of two, and so exact. (The bits as integers would be simpler, but PyTorch 2.11 has no `vmap`
+    of that.)
+    """
+    largest = _LARGEST_SCALE[values.dtype]
+    scale = 2.0 * (torch.frexp(values).mantissa / values)
+    return torch.where(values == 0, largest, scale).clamp(1.0 / largest, largest)
 
 
 class _Scale(torch.autograd.Function):

@@ -59,13 +59,13 @@ class SearchSpace(NamedTuple):
 SEARCH = {
     (4, False): SearchSpace((4,), (1, 4), (1,), (1, 2), (168,)),
     (4, True): SearchSpace((4,), (1,), (1, 2), (1, 4), (128, 168)),
-    (8, False): SearchSpace((4, 8), (2, 4, 8), (1,), (1,), (168,)),
+    (8, False): SearchSpace((4, 8), (2, 4, 8), (1,), (1,), (128, 168)),
     (8, True): SearchSpace((4, 8), (1,), (1, 2), (1,), (128, 168)),
-    (16, False): SearchSpace((4, 8), (2, 4, 8), (1,), (1,), (168,)),
+    (16, False): SearchSpace((4, 8), (2, 4, 8), (1,), (1,), (128, 168, 255)),
     (16, True): SearchSpace((4, 8), (1,), (2, 4), (1,), (168, 255)),
-    (32, False): SearchSpace((4, 8), (2, 4, 8), (1,), (1,), (168,)),
+    (32, False): SearchSpace((4, 8), (2, 4, 8), (1,), (1,), (128, 168, 255)),
     (32, True): SearchSpace((4, 8), (1,), (1, 2), (1,), (168, 255)),
-    (64, False): SearchSpace((4, 8), (2, 4), (1,), (1, 2), (168,)),
+    (64, False): SearchSpace((4, 8), (2, 4), (1,), (1, 2), (128, 168)),
     (64, True): SearchSpace((4, 8), (1,), (1, 2), (1,), (168, 255)),
 }
 
@@ -177,10 +177,12 @@ def box_candidates(numbers: int, large_batch: bool) -> list[AnyLayout]:
     depend on the layout, so that the sum over a batch has the same bits whatever strides its boxes have.
     """
     rows = 4 if large_batch and numbers % 4 else 1
-    registers = 255 if numbers > 5 else 208  # with these nothing spills; with fewer more warps run at once
-    fewer = (128, 168, registers) if rows > 1 else (registers,)
+    # With these nothing spills in float32; with fewer more warps run at once.
+    registers = 128 if rows > 1 and numbers == 5 else 168
     default = BoxLayout(128, rows, 4, registers)
-    others = [BoxLayout(32 * warps, rows, warps, most) for warps in (4, 2, 1) for most in fewer]
+    others = [BoxLayout(32 * warps, rows, warps, registers) for warps in (4, 2, 1)]
+    if large_batch:
+        others += [BoxLayout(128, rows, 4, most) for most in (128, 168, 208)]
     return list(dict.fromkeys([default, *others]))
 
 

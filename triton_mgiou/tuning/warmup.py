@@ -13,16 +13,11 @@ import torch
 from torch import Tensor
 
 from triton_mgiou.arguments import check_choice
+from triton_mgiou.backends import kernels_unavailable
 from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS, PAIR_FORMATS
-from triton_mgiou.functional import (
-    box_mgiou,
-    box_mgiou_loss,
-    kernel_reduction,
-    kernels_unavailable,
-    mgiou_loss,
-    polygon_mgiou,
-)
+from triton_mgiou.functional import box_mgiou, box_mgiou_loss, mgiou_loss, polygon_mgiou
 from triton_mgiou.options import Options, Reduction
+from triton_mgiou.reduction import kernel_reduction
 from triton_mgiou.tuning import layouts, store
 from triton_mgiou.tuning.store import Entry
 

@@ -1,0 +1,72 @@
+"""Tables of what `bench.boxes.speed` found: for the terminal, and for a document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench import report
+
+STEP_TITLES = ("loop us", "/ L1", "graph us", "/ L1", "ProbIoU /", "compiled /", "memory B")
+
+
+def table(results: dict[str, Any]) -> str:
+    """What the targets of the kernel of boxes are about, as plain text."""
+    lines = ["".join(f"{title:>11}" for title in ("B", *STEP_TITLES))]
+    lines += ["".join(f"{cell:>11}" for cell in row) for row in step_rows(results)]
+    lines += [
+        f"{row['fmt']:>11} x {row['batch']}: value and gradient {row['launch_us']:.1f} us "
+        f"({row['gb_per_s']:.0f} GB/s), value {row['value_us']:.1f} us"
+        for row in results["launches"]
+    ]
+    if results["first_call_s"] is not None:
+        lines.append(f"first call, empty caches: {results['first_call_s']:.2f} s")
+    return "\n".join([*lines, *(f"left out: {reason}" for reason in results["left_out"])])
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The same in tables, with a sentence about what is missing."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    head = "B | loop | / smooth L1 | graph | / smooth L1 | ProbIoU / loop | compiled ProbIoU / loop | memory, bytes"
+    launches = (
+        [f"{row['batch']} {row['fmt']}", report.number(row["launch_us"]), report.number(row["value_us"])]
+        for row in results["launches"]
+    )
+    parts = [
+        f"{results['device']}, {versions}; microseconds.",
+        report.table(head, step_rows(results)),
+        report.table("one launch | value and gradient | value", launches),
+    ]
+    if results["first_call_s"] is not None:
+        parts.append(f"The first call of a process with empty caches takes {results['first_call_s']:.2f} s.")
+    if results["left_out"]:
+        parts.append(f"Not measured: {'; '.join(results['left_out'])}.")
+    return "\n\n".join(parts)
+
+
+def step_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Our step at each batch size, and its ratios to the peers'; "-" for what was not measured."""
+    by_batch: dict[int, dict[str, dict[str, Any]]] = {}
+    for row in results["steps"]:
+        by_batch.setdefault(row["batch"], {})[row["peer"]] = row
+    rows = []
+    for batch, found in by_batch.items():
+        own = found.get("kernel", found.get("reference"))
+        if own is None:
+            continue
+        loop, graph, memory = own["loop_us"], own.get("graph_us"), own.get("memory_bytes")
+        smooth_l1, probiou, compiled = (found.get(name, {}) for name in ("smooth L1", "ProbIoU", "ProbIoU, compiled"))
+        cells = (
+            loop,
+            own.get("loop_to_smooth_l1"),
+            graph,
+            _ratio(graph, smooth_l1.get("graph_us")),
+            _ratio(probiou.get("loop_us"), loop),
+            _ratio(compiled.get("loop_us"), loop),
+        )
+        numbers = [report.number(cell) for cell in cells]
+        rows.append([str(batch), *numbers, "-" if memory is None else str(memory)])
+    return rows
+
+
+def _ratio(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first / second

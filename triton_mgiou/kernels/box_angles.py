@@ -1,0 +1,162 @@
+"""Angles of boxes: their quarter turns, and cosine and sine of what is left.
+
+Half a turn of a box changes nothing, so angles are known up to that. Quarter turns are taken away from each angle by
+itself, without loss, however large it is.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+from triton_mgiou.kernels.arithmetic import minus
+from triton_mgiou.kernels.box_types import Direction, Turn
+
+SINE = tl.constexpr(tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(1, 10)))  # its series, after x
+COSINE = tl.constexpr(tuple((-1) ** k / math.factorial(2 * k) for k in range(1, 10)))  # after 1
+
+# A quarter turn in radians as a sum of two numbers of each type.
+QUARTER_32 = tl.constexpr(1.57079637050628662109375)
+QUARTER_REST_32 = tl.constexpr(-4.37113900018624283e-8)
+QUARTER_64 = tl.constexpr(1.5707963267948966)
+QUARTER_REST_64 = tl.constexpr(6.123233995736766e-17)
+
+
+def _quarters_in_a_radian(words):
+    """2 / pi in words of 32 bits, the first in front of the point; by Machin's formula."""
+    unit = 1 << (32 * words + 64)
+
+    def arctangent_of_inverse(number):
+        total, power, k = 0, unit // number, 0
+        while power:
+            total += (-1) ** k * power // (2 * k + 1)
+            power //= number * number
+            k += 1
+        return total
+
+    pi = 4 * (4 * arctangent_of_inverse(5) - arctangent_of_inverse(239))
+    bits = 2 * unit * unit // pi >> 64 + 32
+    return tuple(bits >> 32 * (words - 1 - i) & 0xFFFFFFFF for i in range(words))
+
+
+WORDS = tl.constexpr(9)
+QUARTERS_IN_A_RADIAN = tl.constexpr(_quarters_in_a_radian(9))
+
+
+@triton.jit
+def quarters(angle, DEGREES: tl.constexpr):
+    """Take away quarter turns. Fused, so that nothing is lost but what the rest cannot hold; in degrees nothing."""
+    IS_64: tl.constexpr = angle.dtype == tl.float64
+    if DEGREES:
+        QUARTER: tl.constexpr = 90.0
+    else:
+        QUARTER: tl.constexpr = QUARTER_64 if IS_64 else QUARTER_32
+    ROUND: tl.constexpr = 1.5 * 2.0**52 if IS_64 else 1.5 * 2.0**23  # a number this large has no place for a fraction
+    quarter = tl.full(angle.shape, QUARTER, angle.dtype)
+    large = tl.full(angle.shape, ROUND, angle.dtype)
+    rounded = tl.fma(angle, tl.full(angle.shape, 1.0 / QUARTER, angle.dtype), large)
+    count = rounded - large
+    rest = tl.fma(minus(count), quarter, angle)
+    if not DEGREES:
+        QUARTER_REST: tl.constexpr = QUARTER_REST_64 if IS_64 else QUARTER_REST_32
+        rest = tl.fma(minus(count), tl.full(angle.shape, QUARTER_REST, angle.dtype), rest)
+    bits = rounded.to(tl.int64, bitcast=True) if IS_64 else rounded.to(tl.int32, bitcast=True)
+    return Direction((bits & 1) != 0, rest)
+
+
+@triton.jit
+def _word(index):
+    word = index * 0
+    for place in tl.static_range(WORDS):
+        word = tl.where(index == place, QUARTERS_IN_A_RADIAN[place], word)
+    return word
+
+
+@triton.jit
+def _far_quarters(angle, DEGREES: tl.constexpr):
+    """The same for angles so large that their count of quarter turns has more digits than a number holds.
+
+    The angle is an integer times a power of two. In degrees, 8 times the rest modulo 45, of which the powers of two
+    repeat after twelve. In radians, times as many digits of 2 / pi as matter modulo two.
+    """
+    IS_64: tl.constexpr = angle.dtype == tl.float64
+    MANTISSA: tl.constexpr = 52 if IS_64 else 23
+    BIAS: tl.constexpr = 1075 if IS_64 else 150
+    bits = angle.to(tl.uint64, bitcast=True) if IS_64 else angle.to(tl.uint32, bitcast=True).to(tl.uint64)
+    exponent = ((bits >> MANTISSA) & (2047 if IS_64 else 255)).to(tl.int32) - BIAS
+    integer = (bits & ((1 << MANTISSA) - 1)) | (1 << MANTISSA)
+    if DEGREES:
+        power = (tl.maximum(exponent - 3, 0) % 12).to(tl.uint64)
+        rest = 8 * (((integer % 45) << power) % 45)
+        found = quarters(rest.to(tl.int32).to(angle.dtype), True)
+    else:
+        start = tl.minimum(tl.maximum(exponent + 31, 0), 159)
+        index = (start >> 5).to(tl.uint64)
+        shift = (start & 31).to(tl.uint64)
+        first, second, third = _word(index), _word(index + 1), _word(index + 2)
+        digits = (((first << 32) | second) << shift) | ((third << shift) >> 32)
+        turned = integer * digits  # half turns, in units of 2^-64, without the whole ones
+        if IS_64:
+            fourth, fifth = _word(index + 3), _word(index + 4)
+            digits = (((third << 32) | fourth) << shift) | ((fifth << shift) >> 32)
+            turned += tl.umulhi(integer, digits)
+        is_odd = ((turned + (1 << 62)) >> 63) != 0
+        rest = (turned - tl.where(is_odd, 1 << 63, 0).to(tl.uint64)).to(tl.int64, bitcast=True).to(angle.dtype)
+        found = Direction(is_odd, rest * tl.full(angle.shape, math.pi / 2 * 2.0**-63, angle.dtype))
+    return Direction(found.is_odd, tl.where(angle < 0, minus(found.rest), found.rest))
+
+
+@triton.jit
+def directions(angles, PLAIN: tl.constexpr, DEGREES: tl.constexpr):
+    """The directions of boxes. None of PLAIN ones is huge; of others, only where one of the program's is."""
+    is_odd = ()
+    rest = ()
+    for each in tl.static_range(len(angles)):
+        direction = quarters(angles[each], DEGREES)
+        is_odd = is_odd + (direction.is_odd,)
+        rest = rest + (direction.rest,)
+    if not PLAIN:
+        is_odd, rest = _far_directions(angles, is_odd, rest, DEGREES)
+    return is_odd, rest
+
+
+@triton.jit
+def _far_directions(angles, is_odd, rest, DEGREES: tl.constexpr):
+    """The directions, right also where angles are huge. Only a program that has one takes the long way."""
+    IS_64: tl.constexpr = angles[0].dtype == tl.float64
+    if DEGREES:
+        HUGE: tl.constexpr = 2.0**56 if IS_64 else 2.0**26
+    else:
+        HUGE: tl.constexpr = 2.0**50 if IS_64 else 2.0**22
+    any_huge = tl.abs(angles[0]) >= HUGE  # False for NaN, which a maximum would have to pass over
+    for each in tl.static_range(1, len(angles)):
+        any_huge = any_huge | (tl.abs(angles[each]) >= HUGE)
+    if tl.max(any_huge.to(tl.int32)) > 0:
+        far_odd = ()
+        far_rest = ()
+        for each in tl.static_range(len(angles)):
+            is_huge = tl.abs(angles[each]) >= HUGE
+            direction = _far_quarters(angles[each], DEGREES)
+            far_odd = far_odd + (tl.where(is_huge, direction.is_odd, is_odd[each]),)
+            far_rest = far_rest + (tl.where(is_huge, direction.rest, rest[each]),)
+        is_odd = far_odd
+        rest = far_rest
+    return is_odd, rest
+
+
+@triton.jit
+def turn_of(direction, DEGREES: tl.constexpr):
+    """Cosine and sine by their series; exactly 0 and 1 at quarter turns."""
+    TERMS: tl.constexpr = 8 if direction.rest.dtype == tl.float64 else 4
+    angle = direction.rest
+    if DEGREES:
+        angle = angle * tl.full(angle.shape, math.pi / 180, angle.dtype)
+    square = angle * angle
+    sine = tl.full(angle.shape, SINE[TERMS - 1], angle.dtype)
+    cosine = tl.full(angle.shape, COSINE[TERMS - 1], angle.dtype)
+    for step in tl.static_range(TERMS - 1):
+        sine = tl.fma(sine, square, tl.full(angle.shape, SINE[TERMS - 2 - step], angle.dtype))
+        cosine = tl.fma(cosine, square, tl.full(angle.shape, COSINE[TERMS - 2 - step], angle.dtype))
+    sine = tl.fma(sine, square * angle, angle)
+    cosine = tl.fma(cosine, square, 1.0)
+    return Turn(tl.where(direction.is_odd, minus(sine), cosine), tl.where(direction.is_odd, cosine, sine))

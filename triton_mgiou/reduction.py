@@ -1,0 +1,63 @@
+"""Weigh the samples' losses and reduce them: in a kernel where it can, in PyTorch elsewhere (section 8)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from triton_mgiou.options import Reduction
+from triton_mgiou.reference.polygons import compute_dtype
+
+LEAST_DIVISOR = 1e-30  # over a smaller one a gradient could overflow, and times a weight of 0 give NaN
+
+
+def kernel_reduction(
+    pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None
+) -> Reduction | None:
+    """The reduction as a kernel does it; None where `reduce` has to, since a kernel divides by a number above 0 only.
+
+    Nor does a kernel have a gradient to the weight.
+    """
+    if isinstance(avg_factor, Tensor) or (avg_factor is not None and avg_factor < LEAST_DIVISOR):
+        return None
+    if weight is not None:
+        if weight.requires_grad:
+            return None
+        weight = _per_sample(weight, compute_dtype(pred, target))
+    if reduction == "mean":
+        return Reduction(weight, False, pred.shape[0] if avg_factor is None else avg_factor)
+    return Reduction(weight, reduction == "none", None)
+
+
+def reduce(loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None) -> Tensor:
+    """Weigh the samples' losses, (B,), and reduce them."""
+    if weight is not None:
+        loss = loss * _per_sample(weight, loss.dtype)
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    if reduction == "sum" or loss.shape[0] == 0:
+        return total
+    return total / loss.shape[0] if avg_factor is None else _divide(total, avg_factor)
+
+
+def _divide(total: Tensor, avg_factor: float | Tensor) -> Tensor:
+    """`total / avg_factor`; where both are 0 it is 0, with a gradient of 0. A tensor below 0 or not finite gives NaN.
+
+    Nothing here reads a value on the host.
+    """
+    if not isinstance(avg_factor, Tensor):
+        if avg_factor >= LEAST_DIVISOR:
+            return total / avg_factor
+        avg_factor = torch.full((), avg_factor, dtype=total.dtype, device="cpu")
+    divisor = avg_factor.reshape(()).to(total.dtype)
+    divisor = torch.where((divisor >= 0) & divisor.isfinite(), divisor, torch.nan)
+    # A sum of 0 is divided by Inf instead. Added, because a GPU takes a divisor on the CPU only as an operand.
+    more = torch.where(torch.logical_or(total, divisor >= LEAST_DIVISOR), 0.0, torch.inf)
+    return total / (divisor + more.to(total.dtype))
+
+
+def _per_sample(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """One weight for each sample, (B,)."""
+    weight = weight.to(dtype)
+    return weight if weight.dim() == 1 else weight.mean(1)
