@@ -24,7 +24,7 @@ class Size(NamedTuple):
     all_losses: bool = True  # else one of each kind
 
 
-FULL = Size(1500, 300, 320, 64, 36, 24, SEEDS)
+FULL = Size(1500, 300, 320, 64, 40, 30, SEEDS)
 TOY = Size(24, 8, 96, 8, 1, 1, SEEDS[:1], all_losses=False)
 KINDS = {  # what the toy size trains, beside the table
     ("reports", "reported"),
@@ -38,7 +38,7 @@ KINDS = {  # what the toy size trains, beside the table
 class Job(NamedTuple):
     """A training."""
 
-    part: str  # "reports", "table" or "rest"
+    part: str  # "reports", "table", "rest", or "speed": the step times
     task: str
     loss: str
     seed: int
@@ -51,6 +51,12 @@ class Job(NamedTuple):
         words = (self.part, self.task, self.loss, f"seed {self.seed}")
         return "-".join("".join(c if c.isalnum() or c in ".+" else "_" for c in word) for word in words)
 
+
+SPEED = Job("speed", "steps", "all", 0, 0)
+SPEED_LOSSES = {
+    "corners": ("OKS", "mgiou", "hybrid"),
+    "boxes": ("ProbIoU + angle", "mgiou + angle"),
+}
 
 # ---- the ablation of the reports: the loss of the reports, what is changed of it, and how the training computes
 
@@ -103,20 +109,17 @@ BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
 def jobs(size: Size) -> list[Job]:
     """All trainings, the most important ones first."""
     task, epochs = ABLATION
-    found = [Job("reports", task, name, 0, epochs) for name in [*REPORTED, *PRECISIONS, "mgiou", "hybrid"]]
+    found = [SPEED, *(Job("reports", task, name, 0, epochs) for name in [*REPORTED, *PRECISIONS, "mgiou", "hybrid"])]
     table = [
         *(("hulls", name) for name in ("OKS", "mgiou")),
         *(("corners", name) for name in ("OKS", "mgiou", "hybrid")),
-        *(("squares", name) for name in ("ProbIoU + angle", "mgiou", "mgiou, smooth .1")),
+        *(("squares", name) for name in ("ProbIoU + angle", "mgiou")),
         *(("boxes", name) for name in ("ProbIoU + angle", "mgiou + angle")),
     ]
-    watched = {("corners", "reported"), ("corners", "mgiou"), ("corners", "hybrid"), ("corners", "OKS")}
     for seed in size.seeds:
+        found += [_job("table", task, name, seed, size, watch=(seed, task) == (0, "corners")) for task, name in table]
         if seed == 0:
             found.append(_job("table", "corners", "reported", 0, size, watch=True))
-        found += [
-            _job("table", task, name, seed, size, watch=seed == 0 and (task, name) in watched) for task, name in table
-        ]
     rest = [
         ("squares", "ProbIoU"),
         ("squares", "mgiou + angle"),
@@ -144,7 +147,7 @@ def jobs(size: Size) -> list[Job]:
         ("boxes", "paper"),
     ]
     found += [_job("rest", task, name, 0, size) for task, name in rest]
-    return [job for job in found if size.all_losses or job.part == "table" or (job.part, job.loss) in KINDS]
+    return [job for job in found if size.all_losses or job.part in {"speed", "table"} or (job.part, job.loss) in KINDS]
 
 
 def _job(part: str, task: str, loss: str, seed: int, size: Size, *, watch: bool = False) -> Job:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from bench.detectors import plan
 
-SPEED_TASKS = ("corners", "boxes")
 FIGURE = "curves.png"
 COLUMNS = ("AP50", "AP75", "AP90", "AP50-95", "hull AP50", "IoU", "crossing", "angle error")
 CURVES = {"reported": "tab:red", "OKS": "tab:blue", "mgiou": "tab:green", "hybrid": "tab:purple"}
@@ -36,7 +34,7 @@ Rows = list[dict[str, Any]]
 
 def read(folder: Path) -> Rows:
     """All finished trainings, in the order of the plan."""
-    order = {name: place for place, name in enumerate(job.name for job in plan.jobs(plan.FULL))}
+    order = {name: place for place, name in enumerate(job.name for job in plan.jobs(plan.FULL) if job != plan.SPEED)}
     files = sorted((path for path in folder.glob("*.json") if path.stem in order), key=lambda path: order[path.stem])
     return [json.loads(path.read_text(encoding="utf-8")) for path in files]
 
@@ -51,7 +49,7 @@ def line(row: dict[str, Any]) -> str:
 
 def sections(folder: Path) -> dict[str, str]:
     """The parts of the page by name; empty where there is no result."""
-    rows, speed = read(folder), folder / "speed.json"
+    rows, speed = read(folder), folder / f"{plan.SPEED.name}.json"
     times = json.loads(speed.read_text(encoding="utf-8"))["rows"] if speed.exists() else []
     place = "/".join(("..", "results", "detectors", FIGURE))
     figure = f"![Loss, box loss, loss scale and AP over the epochs]({place})"
@@ -90,12 +88,12 @@ def reports(rows: Rows) -> str:
         "loss scale at the end",
         "steps",
         "skipped",
-        "bad gradients",
+        "bad gradients after 20 steps",
     )
     lines = []
     for row in (each for each in rows if each["job"]["part"] == "reports"):
         curves = row["curves"]
-        bad = f"{100 * statistics.mean(curves['bad_gradients']):.0f} %" if "bad_gradients" in curves else ""
+        bad = f"{100 * row['bad_gradients']:.0f} %" if "bad_gradients" in row else ""
         lines.append(
             (
                 row["job"]["loss"],
@@ -185,7 +183,7 @@ def watched(rows: Rows) -> dict[str, dict[str, Any]]:
 def draw(path: Path, rows: Rows) -> None:
     """Loss, box loss, loss scale and AP over the epochs, of the reported loss and of others on the same task."""
     shown = watched(rows)
-    figure = Figure(figsize=(14, 3.6), layout="constrained")
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(14, 3.6), layout="constrained")
     panels: dict[str, Callable[[dict[str, Any]], tuple[list[float], list[float]]]] = {
         "loss of the keypoints / its first epoch's": lambda row: relative(row["curves"]["loss"]),
         "box loss": lambda row: over_epochs(row["curves"]["box_loss"]),

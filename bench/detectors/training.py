@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Mapping
 from copy import copy
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,9 @@ from ultralytics.utils.loss import KeypointLoss
 from bench.detectors.loader import Loader
 from bench.detectors.losses import FewVisible, Reported, Watched
 from bench.detectors.nms import provide_nms
-from bench.detectors.plan import BOX_LOSSES, KEYPOINT_LOSSES, PRECISIONS, REPORTED, Job, Size
+from bench.detectors.plan import BOX_LOSSES, KEYPOINT_LOSSES, PRECISIONS, REPORTED, SPEED, Job, Size
 from bench.detectors.scenes import BOXES, KEYPOINTS, Scenes
+from bench.detectors.workers import Tell
 from triton_mgiou.integrations import ultralytics as adapter
 from triton_mgiou.metrics import COCO_THRESHOLDS, average_precision, polygon_iou_matrix
 
@@ -45,7 +45,7 @@ provide_nms()
 LOGGER.setLevel("ERROR")
 
 
-def train(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: str) -> dict[str, Any]:
+def train(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: str, tell: Tell) -> dict[str, Any]:
     """Train and judge.
 
     Args:
@@ -53,6 +53,7 @@ def train(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: str) -> d
         size: How large.
         scenes: To train on and to judge by.
         device: "cpu", or the number of a GPU.
+        tell: Called after each epoch with its number, from 1 on, and the seconds that it took.
 
     Returns:
         What the file of the training holds: the means of each epoch, what was judged, and the steps that were skipped.
@@ -60,27 +61,27 @@ def train(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: str) -> d
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(job, size, scenes, device, Path(folder))
+        trainer.add_callback("on_fit_epoch_end", lambda trainer: tell((trainer.epoch + 1, trainer.epoch_time)))
         trainer.train()
     log = trainer.log
-    steps = len(log["scale"])
-    skipped = skipped_steps([trainer.first_scale, *log["scale"]])
-    if trainer.watched:
-        log["bad_gradients"] = [share.item() for share in trainer.watched.bad]
+    skipped = skipped_steps(trainer.scales)
+    bad: list[float] = torch.stack(trainer.watched.bad).tolist() if trainer.watched else []
     return {
         "job": job._asdict(),
         "seconds": round(time.perf_counter() - start, 1),
         "amp": bool(trainer.amp),
-        "steps": steps,
+        "steps": len(trainer.scales),
         "skipped": len(skipped),
         "skipped_after_20": sum(step >= FIRST_STEPS for step in skipped),
+        **({"bad_gradients": float(np.mean(bad[FIRST_STEPS:] or bad[-1:]))} if bad else {}),
         "curves": {name: by_epoch(values, job.epochs) for name, values in log.items()},
         "judged": trainer.judged,
     }
 
 
-def skipped_steps(scales: list[float]) -> list[int]:
+def skipped_steps(scales: list[tuple[float, float]]) -> list[int]:
     """The steps after which the loss scale was smaller, or as small as it gets, from the scales before and after."""
-    return [step for step, (before, after) in enumerate(pairwise(scales)) if after < before or after == 0]
+    return [step for step, (before, after) in enumerate(scales) if after < before or after == 0]
 
 
 def by_epoch(values: list[float], epochs: int) -> list[float]:
@@ -119,6 +120,14 @@ def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: st
                 self.judged.append({"epoch": done, **own, **self.validator.summary()})
             return {}, 0.0
 
+        def optimizer_step(self) -> None:
+            if job.part == SPEED.part:  # reading the scale waits for the device
+                super().optimizer_step()
+                return
+            before = self.scaler.get_scale()
+            super().optimizer_step()
+            self.scales.append((before, self.scaler.get_scale()))
+
         def save_model(self) -> bool:
             return False
 
@@ -151,7 +160,7 @@ def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: st
             "val": job.watch,
         }
     )
-    trainer.first_scale, trainer.judged, trainer.log = 0.0, [], {"loss": [], "box_loss": [], "scale": []}
+    trainer.scales, trainer.judged, trainer.log = [], [], {"loss": [], "box_loss": [], "scale": []}
 
     def note(trainer: Any) -> None:
         items = trainer.loss_items
@@ -162,7 +171,6 @@ def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: st
     def begin(trainer: Any) -> None:
         if precision.endswith("without scaler"):
             trainer.scaler = torch.amp.GradScaler("cuda", enabled=False)
-        trainer.first_scale = trainer.scaler.get_scale()
 
     trainer.add_callback("on_train_start", begin)
     trainer.add_callback("on_train_batch_end", note)
@@ -182,8 +190,9 @@ def _keypoints(job: Job) -> Any:
             loss = Reported(**REPORTED.get(name, {})) if is_reported else super().make_loss(sigmas)
             if options.get("few"):
                 loss = FewVisible(loss, KeypointLoss(sigmas))
-            self.watched = Watched(loss)
-            return self.watched.to(sigmas.device)
+            if job.part != SPEED.part:
+                loss = self.watched = Watched(loss)
+            return loss.to(sigmas.device)
 
     for attribute in ("mode", "alpha", "schedule", "sigmas", "options"):
         if attribute in options:
