@@ -65,7 +65,7 @@ def train(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: str, tell
         trainer.train()
     log = trainer.log
     skipped = skipped_steps(trainer.scales)
-    bad: list[float] = torch.stack(trainer.watched.bad).tolist() if trainer.watched else []
+    bad: list[float] = torch.stack(trainer.watched.bad).tolist() if trainer.watched and trainer.watched.bad else []
     return {
         "job": job._asdict(),
         "seconds": round(time.perf_counter() - start, 1),

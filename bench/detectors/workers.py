@@ -129,6 +129,7 @@ class Crew:
                 if kind == "died" and job not in tried_again:
                     tried_again.append(job)
                     waiting.append(job)
+                    content += ", and it is tried once more"
                 heard(worker, job, kind, content)
             heard(self.workers[0], None, "pause", None)
 

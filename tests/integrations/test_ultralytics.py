@@ -183,6 +183,26 @@ def test_obb_criterion(head, monkeypatch):
 
 
 @pytest.mark.parametrize("task", TRAINERS)
+@pytest.mark.parametrize("head", HEADS[1:])
+def test_float16(task, head):
+    """Under autocast to float16 the loss is about the float32 one, and no gradient at the loss is NaN or Inf."""
+    model, _, parts, batch = make(task, head)
+    loss, expected = model.loss(batch)
+    seen = []
+    part, place = (parts[0].keypoint_loss, 0) if task == "pose" else (parts[0].bbox_loss, 1)
+    part.register_forward_pre_hook(lambda _, given: given[place].register_hook(seen.append) and None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss, items = model.loss(batch)
+    scaler.scale(loss.sum()).backward()
+    name = "pose_loss" if task == "pose" else "box_loss"
+    torch.testing.assert_close(items[name].float(), expected[name], rtol=0.02, atol=0.02)
+    assert seen
+    assert all(gradient.isfinite().all() for gradient in seen)
+    assert any(gradient.any() for gradient in seen)
+
+
+@pytest.mark.parametrize("task", TRAINERS)
 @pytest.mark.parametrize("head", HEADS)
 def test_a_batch_without_objects(task, head):
     model, _, _, batch = make(task, head, objects=(0, 0))
@@ -392,6 +412,10 @@ def test_train_on_two_gpus(data, tmp_path, task):
     chosen = settings(data, task, tmp_path, device="0,1", batch=4)
     model.train(trainer=TRAINERS[task], **{key: value for key, value in chosen.items() if key != "model"})
     assert (tmp_path / "run" / "weights" / "best.pt").exists()
+    head, row = (tmp_path / "run" / "results.csv").read_text(encoding="utf-8").splitlines()
+    found = dict(zip(head.split(","), map(float, row.split(",")), strict=True))
+    assert all(map(np.isfinite, found.values()))
+    assert "metrics/mAP50-95(G)" in found
 
 
 # ---- validators
