@@ -42,7 +42,7 @@ from triton_mgiou.metrics import polygon_iou
 SIDE, STRIDE, BINS = 48, 4, 16
 SIZES = (14.0, 28.0)  # of an object, in pixels
 NEAR = 0.35  # the share of polygons whose middle is near the crop's, so that as many are cut off as in mosaics
-IMAGES, TEST_IMAGES, BATCH, STEPS = 6000, 1500, 64, 1200
+IMAGES, TEST_IMAGES, BATCH, STEPS = 6000, 1500, 64, 800
 RATE, DECAY, CLIP, WARM = 2e-3, 5e-4, 10.0, 8
 BOX_GAIN, DISTRIBUTION_GAIN, POSE_GAIN = 7.5, 1.5, 12.0
 BOX_OPTIONS: dict[str, Any] = {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25}
@@ -54,15 +54,14 @@ BOXES: dict[str, tuple[str, float, float, bool]] = {
     "ProbIoU": ("ProbIoU", 1.0, 0.0, False),
     "ProbIoU x 2.5 + angle": ("ProbIoU", 2.5, 0.0, True),
     "mgiou": ("mgiou", 1.0, 0.0, False),
-    "mgiou + angle": ("mgiou", 1.0, 0.0, True),
     "mgiou x 2.5": ("mgiou", 2.5, 0.0, False),
-    "mgiou x 2.5 + angle": ("mgiou", 2.5, 0.0, True),
     "mgiou x 4": ("mgiou", 4.0, 0.0, False),
     "mgiou x 2.5, smooth .1": ("mgiou", 2.5, 0.1, False),
-    "mgiou x 5, smooth .2": ("mgiou", 5.0, 0.2, False),
+    "mgiou + angle": ("mgiou", 1.0, 0.0, True),
+    "mgiou x 2.5 + angle": ("mgiou", 2.5, 0.0, True),
 }
-POLYGONS = ("OKS", "mgiou", "mgiou, none below 3", "mgiou, L2 below 3", "hybrid", "hybrid, none below 3")
-WITH_ANGLE = ("ProbIoU + angle", "mgiou + angle", "mgiou x 2.5 + angle", "mgiou x 2.5")
+POLYGONS = ("mgiou", "mgiou, none below 3", "mgiou, L2 below 3", "hybrid", "OKS")
+WITH_ANGLE = ("ProbIoU + angle", "mgiou + angle", "mgiou x 2.5 + angle")
 BY_TASK = {"squares": BOXES, "corners": POLYGONS, "hulls": POLYGONS, "boxes": WITH_ANGLE, "long": WITH_ANGLE}
 PLAN = [(task, name, seed) for seed in (0, 1) for task, names in BY_TASK.items() for name in names]
 
@@ -73,7 +72,8 @@ def make(task: str, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     rng = np.random.default_rng((seed, count))
     photographs = scenes.load_photographs()
     digits = importlib.import_module("sklearn.datasets").load_digits().images
-    images, polygons, boxes = [], [], []
+    images: list[NDArray[np.uint8]] = []
+    polygons, boxes = [], []
     is_box = task in scenes.BOXES
     while len(images) < count:
         canvas = scenes.background(photographs[rng.integers(len(photographs))], 2 * SIDE, rng)
@@ -146,7 +146,7 @@ def box_loss(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         if smooth:
             losses = torch.where(losses < smooth, losses.square() / (2 * smooth), losses - smooth / 2)
         sides = rbox2dist(target[:, :4], anchor(len(target)), target[:, 4:5], reg_max=BINS - 1)
-        total = BOX_GAIN * gain * losses.mean()
+        total: Tensor = BOX_GAIN * gain * losses.mean()
         total = total + DISTRIBUTION_GAIN * distribution(distances.reshape(-1, BINS), sides).mean()
         if has_angle:
             share = torch.exp(-torch.log(target[:, 2] / target[:, 3]).square() / 9)
@@ -171,7 +171,8 @@ class Nothing(nn.Module):
 
     def forward(self, pred: Tensor, *_: Tensor) -> Tensor:
         """Return 0."""
-        return 0 * pred.sum()
+        zero: Tensor = 0 * pred.sum()
+        return zero
 
 
 def visible(polygons: Tensor) -> Tensor:
@@ -209,7 +210,7 @@ def train(task: str, name: str, seed: int, steps: int = STEPS, images: int = IMA
             given = torch.cat((polygons / STRIDE, 2.0 * seen[..., None]), 2)
             loss = POSE_GAIN * of_polygons(pred, given, seen, area)  # type: ignore[misc]
         optimizer.zero_grad()
-        (BATCH * loss).backward()
+        torch.autograd.backward(BATCH * loss)
         nn.utils.clip_grad_norm_(network.parameters(), CLIP)
         optimizer.step()
         kept = 0.9999 * (1 - math.exp(-(step + 1) / 2000))

@@ -26,7 +26,6 @@ TARGETS = (
     ("boxes", "AP90", "mgiou + angle", "ProbIoU + angle", 0.0),
     ("boxes", "AP50-95", "mgiou + angle", "ProbIoU + angle", 0.0),
     ("squares", "AP90", "mgiou", "ProbIoU + angle", 0.0),
-    ("squares", "AP90", "mgiou, smooth .1", "ProbIoU + angle", 0.0),
 )
 
 Rows = list[dict[str, Any]]
@@ -59,6 +58,7 @@ def sections(folder: Path) -> dict[str, str]:
         "tables": tables(rows),
         "targets": targets(rows),
         "speed": speeds(times),
+        "missing": missing(folder),
     }
 
 
@@ -77,6 +77,23 @@ def fill(page: Path, folder: Path) -> None:
         before, rest = text.split(begin)
         text = f"{before}{begin}{table or 'Not run.'}\n{end}{rest.split(end)[1]}"
     page.write_text(text, encoding="utf-8")
+
+
+def missing(folder: Path) -> str:
+    """What was not run, or failed."""
+    left: dict[str, list[str]] = {}
+    for job in plan.jobs(plan.FULL):
+        if not (folder / f"{job.name}.json").exists():
+            left.setdefault(f"{job.task}, {job.loss}", []).append(str(job.seed))
+    rest = "; ".join(f"{name} (seed {', '.join(seeds)})" for name, seeds in left.items())
+    failures = [
+        f"{path.name.removesuffix('.failed.txt')}: {path.read_text(encoding='utf-8').strip().splitlines()[-1]}"
+        for path in sorted(folder.glob("*.failed.txt"))
+    ]
+    parts = [f"Not run: {rest}."] if left else []
+    if failures:
+        parts += ["", "Failed:", "", *(f"- {failure}" for failure in failures)]
+    return "\n".join(parts)
 
 
 def reports(rows: Rows) -> str:

@@ -269,13 +269,9 @@ def write(path: Path, values: dict[str, Any]) -> None:
 def facts(toy: bool, kind: str) -> dict[str, Any]:
     """What a result must say about where it comes from."""
     command = ["python -m bench.detectors", *(["--toy"] if toy else [])]
-    versions = {"triton-mgiou": triton_mgiou.__version__}
-    for name in VERSIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {**machine(command, torch.device(kind)), "versions": versions}
+    installed = {each.name.lower(): each.version for each in metadata.distributions()}
+    versions = {name: installed.get(name, "not installed") for name in VERSIONS}
+    return {**machine(command, torch.device(kind)), "versions": {"triton-mgiou": triton_mgiou.__version__, **versions}}
 
 
 def say(text: str) -> None:

@@ -186,17 +186,18 @@ def _keypoints(job: Job) -> Any:
     options: Mapping[str, Any] = given
 
     class Trainer(adapter.MGIoUPoseTrainer):
+        few = False
+
         def make_loss(self, sigmas: Tensor) -> nn.Module:
             loss = Reported(**REPORTED.get(name, {})) if is_reported else super().make_loss(sigmas)
-            if options.get("few"):
+            if self.few:
                 loss = FewVisible(loss, KeypointLoss(sigmas))
             if job.part != SPEED.part:
                 loss = self.watched = Watched(loss)
             return loss.to(sigmas.device)
 
-    for attribute in ("mode", "alpha", "schedule", "sigmas", "options"):
-        if attribute in options:
-            setattr(Trainer, attribute, options[attribute])
+    for attribute, value in options.items():
+        setattr(Trainer, attribute, value)
     return Trainer
 
 
@@ -207,29 +208,11 @@ def _boxes(job: Job) -> Any:
     options: Mapping[str, Any] = given
 
     class Trainer(adapter.MGIoUOBBTrainer):
-        def make_loss(self, reg_max: int) -> adapter.MGIoUBoxLoss:
-            if {"smooth", "gain"} & set(options):
-                return Reshaped(reg_max, self.options, options.get("smooth", 0.0), options.get("gain", 1.0))
-            return super().make_loss(reg_max)
+        pass
 
-    Trainer.options = options.get("options", adapter.BOX_OPTIONS)
+    for attribute, value in options.items():
+        setattr(Trainer, attribute, value)
     return Trainer
-
-
-class Reshaped(adapter.MGIoUBoxLoss):
-    """The loss of each box made quadratic below `smooth`, as smooth L1 is, and times `gain`."""
-
-    def __init__(self, reg_max: int, options: Mapping[str, Any], smooth: float, gain: float) -> None:
-        super().__init__(reg_max, options)
-        self.smooth = smooth
-        self.gain = gain
-
-    def boxes(self, pred: Tensor, target: Tensor, weight: Tensor, total: Tensor | int) -> Tensor:
-        """Return the weighted sum over `total`."""
-        losses = adapter.box_loss(pred, target, reduction="none", **self.options)
-        if self.smooth:
-            losses = torch.where(losses < self.smooth, losses.square() / (2 * self.smooth), losses - self.smooth / 2)
-        return self.gain * (losses * weight).sum() / total
 
 
 class _Judge:

@@ -142,9 +142,7 @@ class Crew:
             beside = [each.job for each in self.workers if each.device == worker.device and each.job is not None]
             if any(map(alone, beside)):
                 continue
-            fits = (
-                job for job in waiting if not (alone(job) and beside) and time.monotonic() + seconds(job) <= end
-            )
+            fits = (job for job in waiting if not (alone(job) and beside) and time.monotonic() + seconds(job) <= end)
             if (job := next(fits, None)) is not None:
                 waiting.remove(job)
                 worker.give(job)

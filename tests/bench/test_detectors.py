@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench.detectors import plan, report
+from bench.detectors import plan, report, run
 from bench.detectors.losses import FewVisible, Reported, Watched
 from tests.helpers import convex, generator
 from triton_mgiou import PolygonLoss
@@ -117,7 +120,7 @@ def test_the_plan_is_in_the_order_of_importance():
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names)
     parts = [job.part for job in jobs]
-    assert parts == sorted(parts, key=["reports", "table", "rest"].index)
+    assert parts == sorted(parts, key=["speed", "reports", "table", "rest"].index)
     seeds = [job.seed for job in jobs if job.part == "table"]
     assert seeds == sorted(seeds)
     for task, _, *losses, _ in report.TARGETS:
@@ -137,7 +140,8 @@ def finished(job, **judged):
         "steps": 10,
         "skipped": 7,
         "skipped_after_20": 0,
-        "curves": {"loss": [2.0, 1.0], "box_loss": [4.0, 3.0], "scale": [65536.0, 512.0], "bad_gradients": [0.0, 0.5]},
+        "bad_gradients": 0.25,
+        "curves": {"loss": [2.0, 1.0], "box_loss": [4.0, 3.0], "scale": [65536.0, 512.0]},
         "judged": [{"epoch": 2, "AP50": 0.9, "AP75": 0.5, "AP90": 0.1, **judged}],
     }
 
@@ -172,12 +176,80 @@ def test_the_page_gets_the_tables_between_its_marks(tmp_path):
     )
     page.write_text(marks, encoding="utf-8")
     rows = [{"task": "boxes", "batch": 64, "loss": "mgiou", "ms": 12.345, "fastest": 12.0, "to_own": 0.9}]
-    (tmp_path / "speed.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    (tmp_path / f"{plan.SPEED.name}.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
     report.fill(page, tmp_path)
     text = page.read_text(encoding="utf-8")
     assert "old" not in text
     assert text.count("\nNot run.\n") == 4
+    assert "steps" not in text.split("begin: missing")[1]
     assert "speed: <!-- begin: speed -->\n### Milliseconds" in text
     assert "| boxes | 64 | mgiou | 12.35 | 0.900 |\n<!-- end: speed -->.\n" in text
     report.fill(page, tmp_path)
     assert page.read_text(encoding="utf-8") == text
+
+
+def test_what_was_not_run_is_said(tmp_path):
+    jobs = [job for job in plan.jobs(plan.FULL) if job.task != "outlines"]
+    for job in jobs:
+        (tmp_path / f"{job.name}.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "rest-outlines-OKS-seed_0.failed.txt").write_text("Traceback\nValueError: so\n", encoding="utf-8")
+    text = report.missing(tmp_path)
+    assert "outlines, mgiou (seed 0)" in text
+    assert "hulls" not in text
+    assert "- rest-outlines-OKS-seed_0: ValueError: so" in text
+
+
+# ---- how long it takes
+
+
+def progress(tmp_path, end=1000.0):
+    setup = run.Setup(plan.FULL, tmp_path, tmp_path, False, "cuda", {"device": "H200"})
+    jobs = plan.jobs(plan.FULL)
+    chosen = {kind: next(job for job in jobs if job.task == kind) for kind in ("hulls", "boxes")}
+    return run.Progress(setup, jobs, jobs, 12, 0.0, end), chosen
+
+
+def test_a_training_is_expected_to_take_what_epochs_took(tmp_path):
+    """Those of its own kind, where there were any, but for the first of each training, which loads and compiles."""
+    found, jobs = progress(tmp_path)
+    hulls, boxes = jobs["hulls"], jobs["boxes"]
+    before = found.seconds(hulls)
+    for epoch, seconds in ((1, 100.0), (2, 2.0), (3, 3.0)):
+        found.heard(None, hulls, "told", (epoch, seconds))
+    assert found.seconds(hulls) < before
+    assert found.seconds(hulls) == pytest.approx(run.SPARE * (run.START["cuda"] + 3 * hulls.epochs))
+    assert found.seconds(boxes) == pytest.approx(run.SPARE * (run.START["cuda"] + 3 * boxes.epochs))
+    found.heard(None, boxes, "told", (2, 5.0))
+    assert found.seconds(boxes) == pytest.approx(run.SPARE * (run.START["cuda"] + 5 * boxes.epochs))
+
+
+def test_a_failure_keeps_its_traceback_until_it_is_made_good(tmp_path, capsys):
+    found, jobs = progress(tmp_path)
+    name = jobs["hulls"].name
+    found.heard(SimpleNamespace(device="1"), jobs["hulls"], "failed", "Traceback\nValueError: so")
+    assert (tmp_path / f"{name}.failed.txt").read_text(encoding="utf-8").endswith("ValueError: so\n")
+    assert not found.finish()
+    assert f"{name} failed on device 1: ValueError: so" in capsys.readouterr().out
+    (tmp_path / f"{name}.json").write_text("{}", encoding="utf-8")  # by another try
+    assert found.finish()
+
+
+def test_what_cannot_be_imported_is_said_at_once(tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "shapely" else find(name))
+    monkeypatch.setattr(sys, "argv", ["bench.detectors", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert ended.value.code == 2
+    assert "cannot import" in (text := capsys.readouterr().err)
+    assert "shapely" in text
+
+
+def test_the_gpus_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert run.find_devices() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert run.find_devices() == ["3", "5"]
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 0)
+    assert run.find_devices() == ["cpu"]

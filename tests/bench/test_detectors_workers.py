@@ -113,9 +113,8 @@ def test_processes_end_with_their_parent(tmp_path, sign):
         """),
         encoding="utf-8",
     )
-    with subprocess.Popen(
-        [sys.executable, script], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    ) as parent:
+    command, environment = [sys.executable, script], {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         children = [int(parent.stdout.readline()) for _ in range(2)]
         os.kill(parent.pid, sign)
     for _ in range(100):

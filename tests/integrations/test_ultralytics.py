@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import subprocess
 import sys
 import textwrap
@@ -36,6 +37,10 @@ ROOT = Path(__file__).parents[2]
 
 class MGIoUMode(MGIoUPoseTrainer):
     mode = "mgiou"
+
+
+class Gain(MGIoUOBBTrainer):
+    gain = 3.0
 
 
 class AllIn(MGIoUPoseTrainer):
@@ -163,7 +168,7 @@ def test_obb_criterion(head, monkeypatch):
         return seen[-1][1]
 
     monkeypatch.setattr(RotatedBboxLoss, "forward", spy)
-    model, _, parts, batch = make("obb", head)
+    model, _, parts, batch = make("obb", head, Gain)
     loss, items = model.loss(batch)
     loss.sum().backward()
     assert len(seen) == len(parts)
@@ -175,7 +180,7 @@ def test_obb_criterion(head, monkeypatch):
         reduction="none",
     )
     weight = scores[positive].sum(-1).double()
-    expected = 7.5 * (torch.as_tensor(values) * weight).sum() / total
+    expected = 7.5 * Gain.gain * (torch.as_tensor(values) * weight).sum() / total
     torch.testing.assert_close(items["box_loss"].double(), expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(items[parts[0].loss_names[2]], 1.5 * distribution.detach())
     gradients = [p.grad for p in model.model[-1].parameters() if p.requires_grad]
@@ -210,6 +215,16 @@ def test_a_batch_without_objects(task, head):
     loss.sum().backward()
     assert loss.sum().isfinite()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_shift_costs_what_it_costs_with_probiou():
+    """Near the target and along a side: what the gain of boxes is chosen by."""
+    target = torch.tensor([[50.0, 40, 30, 12, 0.3]], dtype=torch.float64)
+    along = torch.tensor([[math.cos(0.3), math.sin(0.3)]], dtype=torch.float64)
+    pred = torch.cat((target[:, :2] + 0.01 * along, target[:, 2:]), 1)
+    ours = adapter.box_loss(pred, target, **adapter.BOX_OPTIONS)
+    torch.testing.assert_close(6**0.5 * ours, 1 - probiou(pred, target, eps=1e-12).squeeze(), rtol=1e-3, atol=0)
+    assert MGIoUOBBTrainer.gain == pytest.approx(6**0.5, abs=0.1)
 
 
 def test_the_assigner_of_obb_takes_mgiou():
