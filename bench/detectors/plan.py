@@ -119,14 +119,16 @@ def jobs(size: Size) -> list[Job]:
         found += [_job("table", task, name, seed, size, watch=(seed, task) == (0, "corners")) for task, name in table]
         if seed == 0:
             found.append(_job("table", "corners", "reported", 0, size, watch=True))
+    found += [_job("table", "squares", "mgiou, gain 4", seed, size) for seed in size.seeds]
     rest = [
-        ("squares", "ProbIoU"),
-        ("squares", "mgiou + angle"),
-        ("squares", "mgiou, gain 1"),
-        ("squares", "mgiou, gain 4"),
+        ("corners", "paper"),
+        ("hulls", "paper"),
         ("outlines", "OKS"),
         ("outlines", "mgiou"),
         ("outlines", "hybrid"),
+        ("squares", "ProbIoU"),
+        ("squares", "mgiou + angle"),
+        ("squares", "mgiou, gain 1"),
         ("long", "ProbIoU + angle"),
         ("long", "mgiou + angle"),
         ("long", "mgiou"),
@@ -134,8 +136,6 @@ def jobs(size: Size) -> list[Job]:
         ("boxes", "mgiou, gain 1 + angle"),
         ("boxes", "ProbIoU"),
         ("hulls", "hybrid"),
-        ("hulls", "paper"),
-        ("corners", "paper"),
         ("corners", "hybrid, sigma .35"),
         ("corners", "hybrid, alpha .9 to 0"),
         ("corners", "hybrid, alpha .5"),

@@ -5,18 +5,20 @@ from __future__ import annotations
 import importlib
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.detectors import plan
+from bench.detectors.scenes import BOXES
 
 FIGURE = "curves.png"
 COLUMNS = ("AP50", "AP75", "AP90", "AP50-95", "hull AP50", "IoU", "crossing", "angle error")
 CURVES = {"reported": "tab:red", "OKS": "tab:blue", "mgiou": "tab:green", "hybrid": "tab:purple"}
 
-# What is to be reached: task, metric, our loss, Ultralytics' own or another of ours, by how much at least
-TARGETS = (
+# What is to be reached: task, metric, our loss, Ultralytics' own or another of ours, by how much at least; None where
+# nothing is, but the difference is asked for: hulls of outlines that are not convex must lose
+TARGETS: tuple[tuple[str, str, str, str, float | None], ...] = (
     ("hulls", "AP75", "mgiou", "OKS", 0.10),
     ("corners", "AP75", "hybrid", "OKS", 0.0),
     ("corners", "AP75", "hybrid", "mgiou", 0.0),
@@ -26,7 +28,13 @@ TARGETS = (
     ("boxes", "AP90", "mgiou + angle", "ProbIoU + angle", 0.0),
     ("boxes", "AP50-95", "mgiou + angle", "ProbIoU + angle", 0.0),
     ("squares", "AP90", "mgiou", "ProbIoU + angle", 0.0),
+    ("squares", "AP90", "mgiou, gain 4", "ProbIoU + angle", 0.0),
+    ("outlines", "AP50", "mgiou", "OKS", None),
+    ("outlines", "AP50", "hybrid", "OKS", None),
+    ("outlines", "AP75", "mgiou", "OKS", None),
+    ("outlines", "AP75", "hybrid", "OKS", None),
 )
+STORY = ("loss", "hull AP50", "AP50", "crossing", "mAP50(P)")
 
 Rows = list[dict[str, Any]]
 
@@ -52,8 +60,13 @@ def sections(folder: Path) -> dict[str, str]:
     times = json.loads(speed.read_text(encoding="utf-8"))["rows"] if speed.exists() else []
     place = "/".join(("..", "results", "detectors", FIGURE))
     figure = f"![Loss, box loss, loss scale and AP over the epochs]({place})"
+    crops = folder / "crops.json"
+    studied = json.loads(crops.read_text(encoding="utf-8"))["rows"] if crops.exists() else []
     return {
         "reports": reports(rows),
+        "story": story(rows),
+        "crops of boxes": crop_tables([row for row in studied if row["task"] in BOXES]),
+        "crops of polygons": crop_tables([row for row in studied if row["task"] not in BOXES]),
         "figure": figure if watched(rows) else "",
         "tables": tables(rows),
         "targets": targets(rows),
@@ -62,20 +75,25 @@ def sections(folder: Path) -> dict[str, str]:
     }
 
 
-def write(folder: Path) -> None:
-    """Write the tables, as Markdown, and the figure into the folder."""
-    text = "\n\n".join(part for name, part in sections(folder).items() if part and name != "figure")
-    (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
-    draw(folder / FIGURE, read(folder))
+def write(folder: Path, pages: Sequence[Path]) -> None:
+    """Write the figure, and the tables into the pages; where there are none, into a page in the folder."""
+    for page in pages:
+        fill(page, folder)
+    if not pages:
+        text = "\n\n".join(part for name, part in sections(folder).items() if part and name != "figure")
+        (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
+    if watched(rows := read(folder)):
+        draw(folder / FIGURE, rows)
 
 
 def fill(page: Path, folder: Path) -> None:
-    """Put the tables between their marks in a page."""
+    """Put the tables between their marks in a page, those for which it has some."""
     text = page.read_text(encoding="utf-8")
     for name, table in sections(folder).items():
         begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
-        before, rest = text.split(begin)
-        text = f"{before}{begin}{table or 'Not run.'}\n{end}{rest.split(end)[1]}"
+        if begin in text:
+            before, rest = text.split(begin)
+            text = f"{before}{begin}{table or 'Not run.'}\n{end}{rest.split(end)[1]}"
     page.write_text(text, encoding="utf-8")
 
 
@@ -125,6 +143,35 @@ def reports(rows: Rows) -> str:
     return markdown("### Two epochs each, under AMP (float16) where nothing else is said", head, lines)
 
 
+def story(rows: Rows) -> str:
+    """What becomes of polygons, their hulls and Ultralytics' own metric, by loss; means over the seeds."""
+    lines = []
+    for task in ("corners", "hulls"):
+        same = [row for row in rows if row["job"]["task"] == task and row["job"]["part"] in {"table", "rest"}]
+        for loss in ("reported", "paper", "mgiou", "hybrid", "OKS"):
+            group = [row for row in same if row["job"]["loss"] == loss]
+            if group:
+                curve = [statistics.mean(row["curves"]["loss"][end] for row in group) for end in (0, -1)]
+                numbers = [mean_of(group, key) for key in STORY[1:]]
+                lines.append((task, loss, len(group), f"{curve[0]:.3g} to {curve[1]:.3g}", *numbers))
+    head = ("task", "loss", "seeds", "loss, first to last epoch", *STORY[1:])
+    return markdown("### Hulls, polygons, and Ultralytics' own metric of keypoints", head, lines)
+
+
+def crop_tables(rows: Rows) -> str:
+    """What single objects in crops were taught, a table for each task; means over the seeds."""
+    texts = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        same = [row for row in rows if row["task"] == task]
+        keys = [key for key in same[0] if key not in {"task", "loss", "seed"}]
+        lines = []
+        for loss in dict.fromkeys(row["loss"] for row in same):
+            group = [row for row in same if row["loss"] == loss]
+            lines.append((loss, len(group), *(f"{statistics.mean(row[key] for row in group):.3f}" for key in keys)))
+        texts.append(markdown(f"### {task}", ("loss", "seeds", *keys), lines))
+    return "\n\n".join(texts)
+
+
 def tables(rows: Rows) -> str:
     """What the detectors find, a table for each task; means over the seeds, their number where it is not one."""
     texts = []
@@ -151,7 +198,7 @@ def targets(rows: Rows) -> str:
             {
                 row["job"]["seed"]: row["judged"][-1].get(metric, 0.0)
                 for row in rows
-                if (row["job"]["task"], row["job"]["loss"]) == (task, loss) and row["job"]["part"] == "table"
+                if (row["job"]["task"], row["job"]["loss"]) == (task, loss) and row["job"]["part"] != "reports"
             }
             for loss in (ours, other)
         ]
@@ -163,10 +210,9 @@ def targets(rows: Rows) -> str:
         told = ["", ""]  # of a single seed nothing can be said
         if len(seeds) > 1:
             error = statistics.stdev(differences) / len(seeds) ** 0.5
-            told = [f"{error:.4f}", "yes" if mean >= least - error else "no"]
-        lines.append(
-            (f"{task}: {ours} to {other}", metric, f"{mean:+.4f}", told[0], len(seeds), f"{least:+.2f}", told[1])
-        )
+            told = [f"{error:.4f}", "" if least is None else "yes" if mean >= least - error else "no"]
+        wanted = "" if least is None else f"{least:+.2f}"
+        lines.append((f"{task}: {ours} to {other}", metric, f"{mean:+.4f}", told[0], len(seeds), wanted, told[1]))
     head = ("what", "metric", "difference", "standard error", "seeds", "at least", "reached")
     return markdown("### What was to be reached", head, lines)
 

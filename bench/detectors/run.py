@@ -39,6 +39,7 @@ from bench.machine import machine
 NEEDED = ("ultralytics", "torchvision", "shapely", "sklearn", "skimage", "cv2", "matplotlib")
 VERSIONS = ("torch", "triton", "torchvision", "ultralytics", "shapely", "numpy", "scikit-learn", "scikit-image")
 OWN = Path("bench/results/detectors")
+PAGES = (Path("bench/detectors/README.md"), Path("bench/convergence/README.md"))
 EACH = 6  # trainings at a time on a GPU: one alone waits for its own launches most of the time
 EPOCH = {"cuda": 6.0, "cpu": 2.0}  # seconds, where nothing is known yet
 START = {"cuda": 20.0, "cpu": 3.0}  # of a training before its first epoch and after its last
@@ -80,9 +81,7 @@ def main() -> int:
     out = args.out or OWN
     out.mkdir(parents=True, exist_ok=True)
     failed = False if args.report else not train_missing(out, args, begin)
-    report.write(out)
-    if out == OWN:
-        report.fill(Path(__file__).with_name("README.md"), out)
+    report.write(out, PAGES if out == OWN else ())
     say(f"written: {out}")
     return int(failed)
 
