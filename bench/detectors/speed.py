@@ -55,8 +55,9 @@ def measure(
                 times: dict[str, list[float]] = {loss: [] for loss in losses}
                 for turn in range(rounds + 1):
                     for loss, trainer in trainers.items():
-                        seconds = _time(partial(_step, trainer, batch), steps)
-                        if turn:  # the first one warms up
+                        # The first one warms up, longer than the scaler needs to find its scale.
+                        seconds = _time(partial(_step, trainer, batch), steps if turn else 4 * steps)
+                        if turn:
                             times[loss].append(1000 * seconds)
                 rows += [
                     {

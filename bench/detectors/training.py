@@ -148,6 +148,7 @@ def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: st
             "batch": size.batch_size,
             "epochs": job.epochs,
             "close_mosaic": max(1, job.epochs // 10),
+            "nbs": size.batch_size,  # each batch is a step of the optimizer
             "device": device,
             "amp": precision.split()[0],
             "angle": 1.0 if "+ angle" in job.loss else 0.0,

@@ -13,6 +13,7 @@ import torch
 from bench.detectors import plan, report, run
 from bench.detectors.losses import FewVisible, Reported, Watched
 from tests.helpers import convex, generator
+from tests.oracle import loss as oracle_loss
 from triton_mgiou import PolygonLoss
 
 SAMPLES = 64
@@ -110,6 +111,21 @@ def test_few_visible_vertices_get_the_other_loss():
     given = (pred, target, mask, area)
     expected = (few(*(each[:32] for each in given)) + many(*(each[32:] for each in given))) / 2
     torch.testing.assert_close(FewVisible(many, few)(pred, target, mask, area), expected)
+
+
+def test_few_visible_vertices_are_compared_as_what_they_are():
+    """Two as a segment, by the oracle; one as a point, whose loss and gradient are 0: what the crops showed to do."""
+    pred, target, mask, area = batch()
+    mask[:, 2:] = False
+    loss = PolygonLoss("mgiou", reduction="none", return_parts=False)
+    options = {"axis_weight": "length", "boundary_weight": 0.25, "reduction": "none"}
+    expected = oracle_loss(pred.detach()[:, :2], target[:, :2], **options)
+    torch.testing.assert_close(loss(pred, target, mask, area).double(), torch.as_tensor(expected), atol=1e-5, rtol=1e-5)
+    mask[:, 1] = False
+    value = loss(pred, target, mask, area).sum()
+    value.backward()
+    assert value == 0
+    assert not pred.grad.any()
 
 
 # ---- plan and report
