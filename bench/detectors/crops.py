@@ -62,7 +62,14 @@ BOXES: dict[str, tuple[str, float, float, bool]] = {
 }
 POLYGONS = ("mgiou", "mgiou, none below 3", "mgiou, L2 below 3", "hybrid", "OKS")
 WITH_ANGLE = ("ProbIoU + angle", "mgiou + angle", "mgiou x 2.5 + angle")
-BY_TASK = {"squares": BOXES, "corners": POLYGONS, "hulls": POLYGONS, "boxes": WITH_ANGLE, "long": WITH_ANGLE}
+BY_TASK = {
+    "squares": BOXES,
+    "corners": POLYGONS,
+    "hulls": POLYGONS,
+    "outlines": ("mgiou", "hybrid", "OKS"),
+    "boxes": WITH_ANGLE,
+    "long": WITH_ANGLE,
+}
 PLAN = [(task, name, seed) for seed in (0, 1) for task, names in BY_TASK.items() for name in names]
 
 
@@ -77,7 +84,7 @@ def make(task: str, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     is_box = task in scenes.BOXES
     while len(images) < count:
         canvas = scenes.background(photographs[rng.integers(len(photographs))], 2 * SIDE, rng)
-        most = math.radians(60) if task == "corners" else math.pi
+        most = math.radians(60) if task in {"corners", "outlines"} else math.pi
         size = rng.uniform(*SIZES) * (1.3 if task == "long" else 1.0)
         digit = digits[rng.integers(len(digits))]
         polygon = scenes.paste(canvas, digit, task, (SIDE, SIDE), size, rng.uniform(-most, most), rng)
