@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,7 +105,8 @@ def train_missing(out: Path, args: argparse.Namespace, begin: float) -> bool:
         setup = Setup(size, Path(folder), out, args.toy, kind, facts(args.toy, kind))
         progress = Progress(setup, jobs, left, processes, begin, begin + args.seconds - LAST)
         progress.begin(devices)
-        with Crew([devices[k % len(devices)] for k in range(processes)], partial(work, setup=setup)) as crew:
+        crew_of = [devices[k % len(devices)] for k in range(processes)]
+        with Crew(crew_of, partial(work, setup=setup), partial(prepare, kind)) as crew:
             # Its processes import what they need while the scenes are drawn.
             draw({job.task for job in left if job.part != plan.SPEED.part}, size, setup.scenes)
             progress.say("scenes drawn")
@@ -150,6 +152,12 @@ def load(task: str, folder: Path) -> tuple[Scenes, Scenes]:
 def place(folder: Path, task: str, split: int, name: str) -> Path:
     """The file of a part of the scenes."""
     return folder / f"{task}-{split}-{name}.npy"
+
+
+def prepare(kind: str) -> None:
+    """Import what a training needs, and wake the GPU."""
+    importlib.import_module("bench.detectors.speed")
+    torch.zeros(1, device=kind)
 
 
 def work(job: Job, tell: Tell, *, setup: Setup) -> dict[str, Any]:
@@ -205,7 +213,7 @@ class Progress:
         if job == plan.SPEED:
             return SPEED[kind]
         seen = self.epochs[job.task in BOXES] or self.epochs[job.task not in BOXES]
-        return SPARE * (START[kind] + job.epochs * (max(seen[-2 * self.processes :]) if seen else self.guess()))
+        return SPARE * (START[kind] + job.epochs * (median(seen[-2 * self.processes :]) if seen else self.guess()))
 
     def guess(self) -> float:
         """Seconds of an epoch, before any was seen."""

@@ -53,7 +53,7 @@ def train(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: str, tell
         size: How large.
         scenes: To train on and to judge by.
         device: "cpu", or the number of a GPU.
-        tell: Called after each epoch with its number, from 1 on, and the seconds that it took.
+        tell: Called after each epoch with its number, from 1 on, and the seconds that it took, without judging.
 
     Returns:
         What the file of the training holds: the means of each epoch, what was judged, and the steps that were skipped.
@@ -61,7 +61,9 @@ def train(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: str, tell
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(job, size, scenes, device, Path(folder))
-        trainer.add_callback("on_fit_epoch_end", lambda trainer: tell((trainer.epoch + 1, trainer.epoch_time)))
+        begun = []
+        trainer.add_callback("on_train_epoch_start", lambda _: begun.append(time.perf_counter()))
+        trainer.add_callback("on_train_epoch_end", lambda _: tell((len(begun), time.perf_counter() - begun[-1])))
         trainer.train()
     log = trainer.log
     skipped = skipped_steps(trainer.scales)

@@ -12,11 +12,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing import connection, get_context, parent_process
 from typing import Any
 
 Tell = Callable[[Any], None]
 Work = Callable[[Any, Tell], Any]  # has to be picklable
+Prepare = Callable[[], None]  # likewise
 
 CONTEXT = get_context("spawn")
 
@@ -27,18 +29,20 @@ class Worker:
     Args:
         device: What `CUDA_VISIBLE_DEVICES` is in that process, or "cpu".
         work: What is done with a job; called with it and with a function that tells the crew how it gets on.
+        prepare: Called before the first job.
     """
 
-    def __init__(self, device: str, work: Work) -> None:
+    def __init__(self, device: str, work: Work, prepare: Prepare) -> None:
         self.device = device
         self.work = work
+        self.prepare = prepare
         self.job: Any = None
         self.begin()
 
     def begin(self) -> None:
         """Start the process, or another one where it ended."""
         self.connection, there = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=serve, args=(there, self.device, self.work), daemon=True)
+        self.process = CONTEXT.Process(target=serve, args=(there, self.device, self.work, self.prepare), daemon=True)
         self.process.start()
         there.close()  # so that the end of the process is the end of the connection
 
@@ -77,10 +81,11 @@ class Crew:
     Args:
         devices: One for each worker, see `Worker`.
         work: See `Worker`.
+        prepare: See `Worker`.
     """
 
-    def __init__(self, devices: Sequence[str], work: Work) -> None:
-        self.workers = [Worker(device, work) for device in devices]
+    def __init__(self, devices: Sequence[str], work: Work, prepare: Prepare) -> None:
+        self.workers = [Worker(device, work, prepare) for device in devices]
 
     def __enter__(self) -> Crew:
         return self
@@ -148,11 +153,13 @@ class Crew:
                 worker.give(job)
 
 
-def serve(there: connection.Connection[Any, Any], device: str, work: Work) -> None:
+def serve(there: connection.Connection[Any, Any], device: str, work: Work, prepare: Prepare) -> None:
     """Do jobs until there are no more, or until one raises: what it leaves of the device may be of no use."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if device != "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = device
+    with suppress(Exception):  # what is wrong will be seen, and told, with the first job
+        prepare()
     while True:
         try:
             job = there.recv()

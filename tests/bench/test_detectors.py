@@ -251,7 +251,7 @@ def test_a_training_is_expected_to_take_what_epochs_took(tmp_path):
     found, jobs = progress(tmp_path)
     hulls, boxes = jobs["hulls"], jobs["boxes"]
     before = found.seconds(hulls)
-    for epoch, seconds in ((1, 100.0), (2, 2.0), (3, 3.0)):
+    for epoch, seconds in ((1, 100.0), (2, 2.0), (3, 3.0), (4, 30.0)):
         found.heard(None, hulls, "told", (epoch, seconds))
     assert found.seconds(hulls) < before
     assert found.seconds(hulls) == pytest.approx(run.SPARE * (run.START["cuda"] + 3 * hulls.epochs))

@@ -18,6 +18,12 @@ ROOT = Path(__file__).parents[2]
 LONG = 600.0
 
 
+def prepare():
+    """Leaves word that it was called, and may fail: the jobs tell why."""
+    os.environ["PREPARED"] = "yes"
+    raise ImportError("nothing of the kind")
+
+
 def act(job, tell):
     """What a job's words say; returns the device, and when it was done."""
     begin, pid = time.monotonic(), os.getpid()
@@ -35,13 +41,14 @@ def act(job, tell):
             if not mark.exists():
                 mark.touch()
                 os.kill(pid, signal.SIGKILL)
+    assert os.environ.get("PREPARED") == "yes"
     return {"device": os.environ.get("CUDA_VISIBLE_DEVICES"), "begin": begin, "end": time.monotonic(), "pid": pid}
 
 
 def run(jobs, devices, *, seconds=lambda _: 0.0, last=LONG, alone="alone"):
     """All that was heard, by job, and what was left."""
     heard = {}
-    with Crew(devices, act) as crew:
+    with Crew(devices, act, prepare) as crew:
         left = crew.run(
             jobs,
             end=time.monotonic() + last,
@@ -101,9 +108,9 @@ def test_processes_end_with_their_parent(tmp_path, sign):
         textwrap.dedent("""
             import sys
             from bench.detectors.workers import Crew
-            from tests.bench.test_detectors_workers import act, run
+            from tests.bench.test_detectors_workers import act, prepare, run
             if __name__ == "__main__":
-                crew = Crew(["0", "1"], act)
+                crew = Crew(["0", "1"], act, prepare)
                 for worker in crew.workers:
                     worker.give("tell sleep60")
                 for worker in crew.workers:
