@@ -842,6 +842,7 @@ CASES |= {
         plain(train_loss=fall(60), val_map=rise(60, 0.4), val_map_small=[-1.0] * 60, val_mar_100=rise(60, 0.5)), 0
     ),
     "an image scale below 1": run(plain(loss=fall(40), mAP=rise(40), image_scale=[1.5, 0.5] * 20), 0),
+    "a scale that is learnt": run(plain(loss=fall(40), mAP=rise(40), **{"train/scale": fall(40, 1.2, 0.8)}), 0),
     "a loss scale that lives": run(plain(loss=fall(40), mAP=rise(40), loss_scale=[65536.0, 256.0] * 20), 0),
     "restarts of the learning rate": run(
         with_metrics(detect(N), lambda _, v: [x * (0.7 if i in {40, 41, 80, 81} else 1) for i, x in enumerate(v)]), 0

@@ -8,11 +8,12 @@ from itertools import accumulate, pairwise
 from statistics import fmean, median
 from typing import NamedTuple
 
+from triton_mgiou.training.checkpoints import LOWEST_SCALE
 from triton_mgiou.training.tables import Column, Table
 
 LOWER_IS_BETTER = re.compile(r"loss|error|nll|perplexity|(?<![a-z])(mae|mse|rmse|wer|cer|ppl)(?![a-z])")
 LOSS_SCALE = re.compile(r"(loss|grad|amp|scaler?)[_/ .]*scaler?$|(^|/)scaler?$")
-LOWEST_SCALE = 1.0  # as in a checkpoint
+SCALER_AT = 16.0  # a scale that never gets there is no GradScaler's, which begins at 65536
 NO_CURVE = re.compile(r"(?<![a-z])(lr|weight|scaler?|coef|gain|time)\d*$|(^|/)best[_ ]")
 # By what they say of a run: each kind is judged where there is none of the kinds before. An accuracy beside mAP is
 # that of a head on its proposals, and high at once.
@@ -315,9 +316,9 @@ def _ends_early(column: Column, table: Table) -> str:
 
 
 def _fallen_scale(values: list[float]) -> str:
-    if not values[0] >= LOWEST_SCALE > values[-1]:
+    if not (max(values) >= SCALER_AT and values[-1] < LOWEST_SCALE):
         return ""
-    way = f"from {values[0]:.3g} to {values[-1]:.3g}"
+    way = f"from {max(values):.3g} to {values[-1]:.3g}"
     return f"the scale of this GradScaler fell {way}, so nearly every step was skipped"
 
 
