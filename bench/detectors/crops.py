@@ -17,7 +17,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,14 @@ BOXES: dict[str, tuple[str, float, float, bool]] = {
     "mgiou + angle": ("mgiou", 1.0, 0.0, True),
     "mgiou x 2.5 + angle": ("mgiou", 2.5, 0.0, True),
 }
+HULL = "the target's hull"  # no training, but the most that a loss of hulls can reach
 POLYGONS = ("mgiou", "mgiou, none below 3", "mgiou, L2 below 3", "hybrid", "OKS")
 WITH_ANGLE = ("ProbIoU + angle", "mgiou + angle", "mgiou x 2.5 + angle")
 BY_TASK = {
     "squares": BOXES,
     "corners": POLYGONS,
     "hulls": POLYGONS,
-    "outlines": ("mgiou", "hybrid", "OKS"),
+    "outlines": ("mgiou", "hybrid", "OKS", HULL),
     "boxes": WITH_ANGLE,
     "long": WITH_ANGLE,
 }
@@ -189,6 +190,10 @@ def visible(polygons: Tensor) -> Tensor:
 
 def train(task: str, name: str, seed: int, steps: int = STEPS, images: int = IMAGES) -> dict[str, Any]:
     """Train and judge the average."""
+    if name == HULL:
+        targets = [polygon.numpy() for polygon in make(task, images // 4, 1)[1]]
+        find = importlib.import_module("cv2").convexHull
+        return shares(judged([find(target)[:, 0] for target in targets], targets))
     torch.manual_seed(seed)
     vertices = 0 if task in scenes.BOXES else scenes.KEYPOINTS[task]
     network, average = Network(vertices), Network(vertices)
@@ -254,7 +259,7 @@ def judge(network: nn.Module, task: str, images: int) -> dict[str, Any]:
     return row
 
 
-def judged(pred: NDArray[Any], target: NDArray[Any]) -> NDArray[np.float64]:
+def judged(pred: Iterable[NDArray[Any]], target: Iterable[NDArray[Any]]) -> NDArray[np.float64]:
     """IoU of paired polygons, (P,)."""
     return np.array([polygon_iou(*pair) for pair in zip(pred, target, strict=True)])
 
@@ -292,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     left = [job for job in PLAN if job not in done and args.only in ", ".join(map(str, job))]
     for task, name, seed in (progress := tqdm(left)):
         progress.set_description(f"{task}, {name}, {seed}")
-        found = {key: round(value, 5) for key, value in train(task, name, seed).items()}
+        found = {key: round(value, 5) for key, value in train(task, name, seed).items() if math.isfinite(value)}
         rows.append({"task": task, "loss": name, "seed": seed, **found})
         rows.sort(key=lambda row: PLAN.index((row["task"], row["loss"], row["seed"])))
         about = machine(["python -m bench.detectors.crops"], torch.device("cpu"))

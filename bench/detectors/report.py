@@ -167,7 +167,8 @@ def crop_tables(rows: Rows) -> str:
         lines = []
         for loss in dict.fromkeys(row["loss"] for row in same):
             group = [row for row in same if row["loss"] == loss]
-            lines.append((loss, len(group), *(f"{statistics.mean(row[key] for row in group):.3f}" for key in keys)))
+            means = (statistics.mean(row[key] for row in group) if key in group[0] else None for key in keys)
+            lines.append((loss, len(group), *("" if mean is None else f"{mean:.3f}" for mean in means)))
         texts.append(markdown(f"### {task}", ("loss", "seeds", *keys), lines))
     return "\n\n".join(texts)
 

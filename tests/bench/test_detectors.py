@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from tests.helpers import convex, generator
 from tests.oracle import loss as oracle_loss
 from triton_mgiou import PolygonLoss
 
+ROOT = Path(__file__).parents[2]
 SAMPLES = 64
 OURS = PolygonLoss("mgiou")
 
@@ -290,3 +292,12 @@ def test_the_gpus_that_may_be_used(monkeypatch):
     assert run.find_devices() == ["3", "5"]
     monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 0)
     assert run.find_devices() == ["cpu"]
+
+
+@pytest.mark.parametrize("page", run.PAGES, ids=lambda page: page.parent.name)
+def test_pages_hold_the_results_that_are_there(page, tmp_path):
+    before = (ROOT / page).read_text(encoding="utf-8")
+    copy = tmp_path / "page.md"
+    copy.write_text(before, encoding="utf-8")
+    report.fill(copy, ROOT / run.OWN)
+    assert copy.read_text(encoding="utf-8") == before
