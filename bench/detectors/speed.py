@@ -14,15 +14,10 @@ import torch
 from ultralytics.utils.torch_utils import autocast
 
 from bench.detectors.loader import Loader
-from bench.detectors.plan import Job, Size
+from bench.detectors.plan import SPEED, SPEED_LOSSES, Size
 from bench.detectors.scenes import Scenes
 from bench.detectors.training import make_trainer
 from triton_mgiou.integrations import ultralytics as adapter
-
-LOSSES = {
-    "corners": ("OKS", "mgiou", "hybrid"),
-    "boxes": ("ProbIoU + angle", "mgiou + angle"),
-}
 
 
 def measure(
@@ -50,7 +45,7 @@ def measure(
         For each task, batch size and loss the median and the fastest round in milliseconds a step.
     """
     rows = []
-    for task, losses in LOSSES.items():
+    for task, losses in SPEED_LOSSES.items():
         with tempfile.TemporaryDirectory() as folder:
             trainers = {loss: _trainer(loss, task, size, scenes[task], device, Path(folder)) for loss in losses}
             for batch_size in batch_sizes:
@@ -60,8 +55,9 @@ def measure(
                 times: dict[str, list[float]] = {loss: [] for loss in losses}
                 for turn in range(rounds + 1):
                     for loss, trainer in trainers.items():
-                        seconds = _time(partial(_step, trainer, batch), steps)
-                        if turn:  # the first one warms up
+                        # The first one warms up, longer than the scaler needs to find its scale.
+                        seconds = _time(partial(_step, trainer, batch), steps if turn else 4 * steps)
+                        if turn:
                             times[loss].append(1000 * seconds)
                 rows += [
                     {
@@ -78,7 +74,7 @@ def measure(
 
 
 def _trainer(loss: str, task: str, size: Size, scenes: tuple[Scenes, Scenes], device: str, folder: Path) -> Any:
-    trainer = make_trainer(Job("speed", task, loss, 0, 10), size, scenes, device, folder)
+    trainer = make_trainer(SPEED._replace(task=task, loss=loss, epochs=10), size, scenes, device, folder)
     trainer._setup_train()
     trainer.epoch = 0
     trainer._model_train()

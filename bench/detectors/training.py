@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Mapping
 from copy import copy
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,9 @@ from ultralytics.utils.loss import KeypointLoss
 from bench.detectors.loader import Loader
 from bench.detectors.losses import FewVisible, Reported, Watched
 from bench.detectors.nms import provide_nms
-from bench.detectors.plan import BOX_LOSSES, KEYPOINT_LOSSES, PRECISIONS, REPORTED, Job, Size
+from bench.detectors.plan import BOX_LOSSES, KEYPOINT_LOSSES, PRECISIONS, REPORTED, SPEED, Job, Size
 from bench.detectors.scenes import BOXES, KEYPOINTS, Scenes
+from bench.detectors.workers import Tell
 from triton_mgiou.integrations import ultralytics as adapter
 from triton_mgiou.metrics import COCO_THRESHOLDS, average_precision, polygon_iou_matrix
 
@@ -45,7 +45,7 @@ provide_nms()
 LOGGER.setLevel("ERROR")
 
 
-def train(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: str) -> dict[str, Any]:
+def train(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: str, tell: Tell) -> dict[str, Any]:
     """Train and judge.
 
     Args:
@@ -53,6 +53,7 @@ def train(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: str) -> d
         size: How large.
         scenes: To train on and to judge by.
         device: "cpu", or the number of a GPU.
+        tell: Called after each epoch with its number, from 1 on, and the seconds that it took, without judging.
 
     Returns:
         What the file of the training holds: the means of each epoch, what was judged, and the steps that were skipped.
@@ -60,27 +61,29 @@ def train(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: str) -> d
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(job, size, scenes, device, Path(folder))
+        begun = []
+        trainer.add_callback("on_train_epoch_start", lambda _: begun.append(time.perf_counter()))
+        trainer.add_callback("on_train_epoch_end", lambda _: tell((len(begun), time.perf_counter() - begun[-1])))
         trainer.train()
     log = trainer.log
-    steps = len(log["scale"])
-    skipped = skipped_steps([trainer.first_scale, *log["scale"]])
-    if trainer.watched:
-        log["bad_gradients"] = [share.item() for share in trainer.watched.bad]
+    skipped = skipped_steps(trainer.scales)
+    bad: list[float] = torch.stack(trainer.watched.bad).tolist() if trainer.watched and trainer.watched.bad else []
     return {
         "job": job._asdict(),
         "seconds": round(time.perf_counter() - start, 1),
         "amp": bool(trainer.amp),
-        "steps": steps,
+        "steps": len(trainer.scales),
         "skipped": len(skipped),
         "skipped_after_20": sum(step >= FIRST_STEPS for step in skipped),
+        **({"bad_gradients": float(np.mean(bad[FIRST_STEPS:] or bad[-1:]))} if bad else {}),
         "curves": {name: by_epoch(values, job.epochs) for name, values in log.items()},
         "judged": trainer.judged,
     }
 
 
-def skipped_steps(scales: list[float]) -> list[int]:
+def skipped_steps(scales: list[tuple[float, float]]) -> list[int]:
     """The steps after which the loss scale was smaller, or as small as it gets, from the scales before and after."""
-    return [step for step, (before, after) in enumerate(pairwise(scales)) if after < before or after == 0]
+    return [step for step, (before, after) in enumerate(scales) if after < before or after == 0]
 
 
 def by_epoch(values: list[float], epochs: int) -> list[float]:
@@ -119,6 +122,14 @@ def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: st
                 self.judged.append({"epoch": done, **own, **self.validator.summary()})
             return {}, 0.0
 
+        def optimizer_step(self) -> None:
+            if job.part == SPEED.part:  # reading the scale waits for the device
+                super().optimizer_step()
+                return
+            before = self.scaler.get_scale()
+            super().optimizer_step()
+            self.scales.append((before, self.scaler.get_scale()))
+
         def save_model(self) -> bool:
             return False
 
@@ -139,6 +150,7 @@ def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: st
             "batch": size.batch_size,
             "epochs": job.epochs,
             "close_mosaic": max(1, job.epochs // 10),
+            "nbs": size.batch_size,  # each batch is a step of the optimizer
             "device": device,
             "amp": precision.split()[0],
             "angle": 1.0 if "+ angle" in job.loss else 0.0,
@@ -151,7 +163,7 @@ def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: st
             "val": job.watch,
         }
     )
-    trainer.first_scale, trainer.judged, trainer.log = 0.0, [], {"loss": [], "box_loss": [], "scale": []}
+    trainer.scales, trainer.judged, trainer.log = [], [], {"loss": [], "box_loss": [], "scale": []}
 
     def note(trainer: Any) -> None:
         items = trainer.loss_items
@@ -162,7 +174,6 @@ def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: st
     def begin(trainer: Any) -> None:
         if precision.endswith("without scaler"):
             trainer.scaler = torch.amp.GradScaler("cuda", enabled=False)
-        trainer.first_scale = trainer.scaler.get_scale()
 
     trainer.add_callback("on_train_start", begin)
     trainer.add_callback("on_train_batch_end", note)
@@ -178,16 +189,18 @@ def _keypoints(job: Job) -> Any:
     options: Mapping[str, Any] = given
 
     class Trainer(adapter.MGIoUPoseTrainer):
+        few = False
+
         def make_loss(self, sigmas: Tensor) -> nn.Module:
             loss = Reported(**REPORTED.get(name, {})) if is_reported else super().make_loss(sigmas)
-            if options.get("few"):
+            if self.few:
                 loss = FewVisible(loss, KeypointLoss(sigmas))
-            self.watched = Watched(loss)
-            return self.watched.to(sigmas.device)
+            if job.part != SPEED.part:
+                loss = self.watched = Watched(loss)
+            return loss.to(sigmas.device)
 
-    for attribute in ("mode", "alpha", "schedule", "sigmas", "options"):
-        if attribute in options:
-            setattr(Trainer, attribute, options[attribute])
+    for attribute, value in options.items():
+        setattr(Trainer, attribute, value)
     return Trainer
 
 
@@ -198,29 +211,11 @@ def _boxes(job: Job) -> Any:
     options: Mapping[str, Any] = given
 
     class Trainer(adapter.MGIoUOBBTrainer):
-        def make_loss(self, reg_max: int) -> adapter.MGIoUBoxLoss:
-            if {"smooth", "gain"} & set(options):
-                return Reshaped(reg_max, self.options, options.get("smooth", 0.0), options.get("gain", 1.0))
-            return super().make_loss(reg_max)
+        pass
 
-    Trainer.options = options.get("options", adapter.BOX_OPTIONS)
+    for attribute, value in options.items():
+        setattr(Trainer, attribute, value)
     return Trainer
-
-
-class Reshaped(adapter.MGIoUBoxLoss):
-    """The loss of each box made quadratic below `smooth`, as smooth L1 is, and times `gain`."""
-
-    def __init__(self, reg_max: int, options: Mapping[str, Any], smooth: float, gain: float) -> None:
-        super().__init__(reg_max, options)
-        self.smooth = smooth
-        self.gain = gain
-
-    def boxes(self, pred: Tensor, target: Tensor, weight: Tensor, total: Tensor | int) -> Tensor:
-        """Return the weighted sum over `total`."""
-        losses = adapter.box_loss(pred, target, reduction="none", **self.options)
-        if self.smooth:
-            losses = torch.where(losses < self.smooth, losses.square() / (2 * self.smooth), losses - self.smooth / 2)
-        return self.gain * (losses * weight).sum() / total
 
 
 class _Judge:

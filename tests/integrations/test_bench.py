@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.detectors import plan, training
+from bench.detectors import crops, plan, training
 
 ROOT = Path(__file__).parents[2]
 SQUARE = np.array([[0.0, 0.0], [10.0, 0.0], [10.0, 10.0], [0.0, 10.0]])
@@ -49,21 +50,44 @@ def test_the_error_of_an_angle_does_not_care_for_quarter_turns(turn, error):
 
 
 def test_skipped_steps():
-    assert training.skipped_steps([65536.0, 32768.0, 32768.0, 16384.0, 32768.0]) == [0, 2]
-    assert training.skipped_steps([1e-45, 0.0, 0.0]) == [0, 1]
-    assert training.skipped_steps([1.0, 1.0]) == []
+    assert training.skipped_steps([(65536.0, 32768.0), (32768.0, 32768.0), (32768.0, 16384.0), (16384.0, 32768.0)]) == [
+        0,
+        2,
+    ]
+    assert training.skipped_steps([(1e-45, 0.0), (0.0, 0.0)]) == [0, 1]
+    assert training.skipped_steps([(1.0, 1.0)]) == []
 
 
-def test_the_smooth_box_loss():
-    """Quadratic below .1 and parallel to the loss above, times the gain."""
-    pred = torch.tensor([[0.0, 0, 10, 10, 0], [8, 0, 10, 10, 0]])
-    target = torch.tensor([[0.1, 0.0, 10, 10, 0], [0, 0, 10, 10, 0]])
-    plain = training.adapter.box_loss(pred, target, reduction="none", **training.adapter.BOX_OPTIONS)
-    assert plain[0] < 0.1 < plain[1]
-    weight = torch.tensor([2.0, 3.0])
-    loss = training.Reshaped(16, training.adapter.BOX_OPTIONS, smooth=0.1, gain=2.0).boxes(pred, target, weight, 5)
-    expected = 2 * (2 * plain[0] ** 2 / 0.2 + 3 * (plain[1] - 0.05)) / 5
-    torch.testing.assert_close(loss, expected)
+class Knows:
+    """Finds in crops what is there, moved to the right and turned."""
+
+    def __init__(self, task, count, right=0.0, turn=0.0):
+        _, polygons, boxes = crops.make(task, count, 1)
+        move = torch.tensor([right, 0.0, 0, 0, math.radians(turn)])
+        self.found = (boxes + move) / torch.tensor([4.0, 4, 4, 4, 1]) if task == "squares" else polygons / 4 + right / 4
+
+    def __call__(self, _):
+        return self.found, None
+
+
+def test_how_crops_are_judged():
+    right = crops.judge(Knows("squares", 20), "squares", 20)
+    assert (right["IoU"], right["IoU > .90"]) == pytest.approx((1, 1), abs=1e-5)
+    assert (right["centre error"], right["size error"], right["angle error"]) == pytest.approx((0, 0, 0), abs=1e-4)
+    moved = crops.judge(Knows("squares", 20, right=2.0), "squares", 20)
+    boxes = crops.make("squares", 20, 1)[2]
+    assert moved["centre error"] == pytest.approx(float((2 / boxes[:, 2]).median()), abs=1e-5)
+    for turn in (80.0, 100.0, -10.0):
+        assert crops.judge(Knows("squares", 20, turn=turn), "squares", 20)["angle error"] == pytest.approx(10, abs=0.01)
+    cut = crops.judge(Knows("corners", 60, right=3.0), "corners", 60)
+    assert cut["IoU"] < 0.9
+    assert 0 < cut["2 visible"] <= 3 * math.sqrt(2) / 14 + 1e-3
+
+
+@pytest.mark.parametrize(("task", "name"), [("squares", "mgiou x 2.5 + angle"), ("corners", "mgiou, none below 3")])
+def test_a_network_learns_from_crops(task, name):
+    begin, end = (crops.train(task, name, 0, steps=steps, images=200)["IoU"] for steps in (1, 40))
+    assert end > begin + 0.05
 
 
 def test_toy_size_and_going_on(tmp_path):

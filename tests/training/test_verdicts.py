@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import math
 import pathlib
+import pickle
 import random
 import struct
+import tempfile
 import warnings
 
 import numpy as np
@@ -696,6 +699,326 @@ if FLOAT4 is not None:
     CASES["float4"] = ("w.pt", saved({"w": torch.zeros(4, dtype=torch.uint8).view(FLOAT4)}), 0, None)
 
 
+def run(columns, status, words=None, name="results.csv", **options):
+    return name, table(csv_text(columns, **options)), status, words
+
+
+def text(content, status, words=None, name="log.csv"):
+    return name, table(content) if isinstance(content, str) else binary(content), status, words
+
+
+def checkpoint(content, status, words=None, name="last.pt", **options):
+    return name, saved(content, **options), status, words
+
+
+def plain(**columns):
+    """A table of any trainer; each column as long as the longest."""
+    return {"epoch": range(max(map(len, columns.values()))), **columns}
+
+
+def segment(rows):
+    columns = detect(rows) | {f"{part}/seg_loss": fall(rows, 3, 1.2, seed=9) for part in ("train", "val")}
+    return columns | {f"metrics/{name}(M)": rise(rows, top - 0.05, noise=0.02) for name, top in METRICS.items()}
+
+
+def yolov5(rows, top=1.0):
+    """The columns of YOLOv5's results.csv, from 6.0 on."""
+    return {
+        "epoch": range(rows),
+        **{f"train/{name}_loss": fall(rows, 0.1, 0.03, seed=i) for i, name in enumerate(("box", "obj", "cls"))},
+        **{f"metrics/{name}": rise(rows, 0.7 * top) for name in ("precision", "recall", "mAP_0.5", "mAP_0.5:0.95")},
+        **{f"val/{name}_loss": fall(rows, 0.1, 0.04, seed=i + 5) for i, name in enumerate(("box", "obj", "cls"))},
+        **{f"x/lr{i}": [0.01 * (1 - row / rows) for row in range(rows)] for i in range(3)},
+    }
+
+
+def rtdetr(rows, **changes):
+    names = ("giou_loss", "cls_loss", "l1_loss")
+    losses = {
+        f"{part}/{name}": fall(rows, 1.2, 0.3, seed=i) for part in ("train", "val") for i, name in enumerate(names)
+    }
+    return {"epoch": range(1, rows + 1), **losses, "metrics/mAP50(B)": rise(rows, 0.6)} | changes
+
+
+def weights_and_biases(values):
+    """An export of a chart: the run's name before each column, its minimum and maximum beside it."""
+    head = ",".join(f'"{name}"' for name in ("Step", *(f"run - train/loss{end}" for end in ("", "__MIN", "__MAX"))))
+    return "\n".join([head, *(f'"{i}","{v}","{v}","{v}"' for i, v in enumerate(values))]) + "\n"
+
+
+def transformers(losses, evaluated, accuracy):
+    rows = [{"loss": value, "step": step, "epoch": step / 10} for step, value in enumerate(losses)]
+    rows += [
+        {"eval_loss": value, "eval_accuracy": right, "step": 10 * step}
+        for step, (value, right) in enumerate(zip(evaluated, accuracy, strict=True))
+    ]
+    return json.dumps({"log_history": rows})
+
+
+def classifier(losses, top1):
+    """MMPretrain, in percent."""
+    rows = []
+    for epoch, (loss, right) in enumerate(zip(losses, top1, strict=True)):
+        rows.append({"lr": 0.1, "loss": loss, "epoch": epoch + 1, "iter": epoch, "step": epoch})
+        rows.append({"accuracy/top1": right, "accuracy/top5": min(5 * right, 99.0), "step": epoch + 1})
+    return json_text(rows)
+
+
+def quoted(values, scores):
+    """Decimal commas between quotes, as spreadsheets write them."""
+    cells = [(f"{v:.4f}".replace(".", ","), f"{w:.4f}".replace(".", ",")) for v, w in zip(values, scores, strict=True)]
+    return "epoch,loss,mAP\n" + "".join(f'{i},"{v}","{w}"\n' for i, (v, w) in enumerate(cells))
+
+
+def per_channel(scale):
+    scales, zeros = torch.tensor([0.1, scale]), torch.tensor([0, 0])
+    return {"w": torch.quantize_per_channel(torch.rand(2, 3), scales, zeros, 0, torch.qint8)}
+
+
+def cut_shard(path):
+    dcp({"w": torch.ones(9999)})(path)
+    shard = path / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-500])
+
+
+def message_hub(history):
+    """What MMEngine keeps beside the weights; a HistoryBuffer is no class of ours, a namespace stands for it."""
+    buffer = argparse.Namespace(_log_history=np.array(history), _count_history=np.ones(len(history)))
+    return {"log_scalars": {"train/grad_norm": buffer}, "runtime_info": {"iter": 20}}
+
+
+class Evil:
+    """Writes a file where it is unpickled by anything that runs its code."""
+
+    def __reduce__(self):
+        return exec, (f"open({EVIL!r}, 'w').write('x')",)
+
+
+EVIL = str(pathlib.Path(tempfile.gettempdir()) / f"evil-{random.SystemRandom().random()}")
+SHORT = list(zip(fall(40), rise(40), strict=True))
+C_TEXTS = (
+    "-nan",
+    "NAN",
+    "nan(ind)",
+    "-nan(ind)",
+    "nan(0x8000000000000)",
+    "1.#QNAN",
+    "-1.#IND00",
+    "1.#INF",
+    "-Infinity",
+)
+
+CASES |= {
+    # Healthy tables
+    "segment": run(segment(N), 0),
+    "YOLO26 pose: RLE loss falls below 0": run(pose(N, **{"train/rle_loss": fall(N, 2, -1.4)}), 0),
+    "YOLOv5's csv": run(yolov5(100), 0, padded=True),
+    "RT-DETR": run(rtdetr(N), 0),
+    "one row": run(detect(1), 0),
+    "two rows": run(detect(2), 0),
+    "a thousand rows": run(detect(1000), 0),
+    "UTF-16, from a shell of Windows": text(csv_text(detect(N)).encode("utf-16"), 0),
+    "sep=; for Excel": text("sep=;\n" + csv_text(detect(N), ";", decimal=","), 0),
+    "quoted decimal commas": text(quoted(fall(40), rise(40)), 0),
+    "YOLOv5, byte order mark, Windows lines": text(
+        b"\xef\xbb\xbf" + yolov5_text(100).replace("\n", "\r\n").encode(), 0, name="results.txt"
+    ),
+    "MMEngine, byte order mark, Windows lines": text(
+        b"\xef\xbb\xbf" + json_text(mmengine(24)).replace("\n", "\r\n").encode(), 0, name="scalars.json"
+    ),
+    "cut off at a comma": text(csv_text(detect(N)).rstrip().rpartition(",")[0] + ",", 0),
+    "blank lines": text(csv_text(detect(N)).replace("\n", "\n\n"), 0),
+    "resumed with more columns": text(csv_text(detect(60)) + csv_text(pose(60)), 0),
+    "YOLOv5, epochs again after a resume": text(
+        yolov5_text(100) + "\n".join(yolov5_text(100).splitlines()[60:]), 0, name="results.txt"
+    ),
+    "YOLOv5 on a CPU": text(yolov5_text(100).replace("7.37G", "   0G"), 0, name="results.txt"),
+    "Weights and Biases": text(weights_and_biases(fall(80)), 0),
+    "Keras": run(plain(accuracy=rise(30, 0.93), loss=fall(30), val_accuracy=rise(30, 0.9), val_loss=fall(30)), 0),
+    "names in capitals": run(plain(**{"Train Loss": fall(60), "Val Loss": fall(60), "Val mAP@0.5": rise(60)}), 0),
+    "mAP in percent": run(plain(loss=fall(60), mAP50=rise(60, 82.0)), 0),
+    "mIoU in percent": run(plain(loss=fall(60), mIoU=rise(60, 70.0)), 0),
+    "torchmetrics: -1 for small objects": run(
+        plain(train_loss=fall(60), val_map=rise(60, 0.4), val_map_small=[-1.0] * 60, val_mar_100=rise(60, 0.5)), 0
+    ),
+    "an image scale below 1": run(plain(loss=fall(40), mAP=rise(40), image_scale=[1.5, 0.5] * 20), 0),
+    "a scale that is learnt": run(plain(loss=fall(40), mAP=rise(40), **{"train/scale": fall(40, 1.2, 0.8)}), 0),
+    "a loss scale that lives": run(plain(loss=fall(40), mAP=rise(40), loss_scale=[65536.0, 256.0] * 20), 0),
+    "restarts of the learning rate": run(
+        with_metrics(detect(N), lambda _, v: [x * (0.7 if i in {40, 41, 80, 81} else 1) for i, x in enumerate(v)]), 0
+    ),
+    "mAP 5 % below its best": run(
+        with_metrics(detect(N), lambda _, v: [x * (1 if i < 90 else 0.95) for i, x in enumerate(v)]), 0
+    ),
+    "mAP 0 in the first 25 epochs": run(with_metrics(detect(N), lambda _, v: [0.0] * 25 + v[:-25]), 0),
+    "MMPretrain": text(classifier(fall(30), rise(30, 76.0)), 0, name="scalars.json"),
+    "Transformers with evaluations": text(
+        transformers(fall(60), fall(12), rise(12, 0.9)), 0, name="trainer_state.json"
+    ),
+    "validation loss explodes, mAP good": run(detect(N, **{"val/cls_loss": [*fall(N - 10), *[60.0] * 10]}), 0),
+    # Broken tables
+    "masks never learnt, boxes good": run(
+        {k: [0.0] * N if "(M)" in k else v for k, v in segment(N).items()}, 1, "(M): never learnt"
+    ),
+    "YOLOv5's csv, mAP 0": run(yolov5(100, top=0.0), 1, "never learnt", padded=True),
+    "RT-DETR, NaN in a validation loss": run(rtdetr(N, **{"val/l1_loss": [*fall(90), *[NAN] * 60]}), 1, "60 NaN"),
+    "one NaN in a validation loss": run(detect(N, **{"val/box_loss": [*fall(60), NAN, *fall(89, 0.6)]}), 1, "1 NaN"),
+    "UTF-16, NaN": text(
+        csv_text(detect(30, **{"train/box_loss": [*fall(20), *[NAN] * 10]})).encode("utf-16"), 1, "10 N"
+    ),
+    "quoted decimal commas, flat": text(quoted(flat(40, 0.7), [0.0] * 40), 1, "get_scale"),
+    "Weights and Biases, flat": text(weights_and_biases(flat(80, 0.7)), 1, "never learnt"),
+    "Keras, at chance": run(
+        plain(
+            accuracy=flat(60, 0.1, 0.01), loss=flat(60, 2.302, 3e-4), val_accuracy=[0.1] * 60, val_loss=flat(60, 2.303)
+        ),
+        1,
+        "never learnt",
+    ),
+    "MMPretrain, at chance": text(
+        classifier(flat(40, 4.605, 5e-4), [1.0] * 40), 1, "never learnt", name="scalars.json"
+    ),
+    "Transformers, at chance": text(
+        transformers(flat(60, 0.693), flat(12, 0.693), [0.5] * 12), 1, "never learnt", name="trainer_state.json"
+    ),
+    "torchmetrics, mAP 0": run(plain(train_loss=fall(60), val_map=[0.0] * 60, val_mar_100=[0.0] * 60), 1, "never"),
+    "IoU 0 beside an IoU loss that falls": run(
+        plain(iou_loss=fall(40), val_iou=[0.0] * 40), 1, "val_iou: never learnt"
+    ),
+    "detectron2: NaN where nothing is predicted": text(
+        json_text([{k: v for k, v in row.items() if "boat" not in k} for row in detectron2(20, metric=[NAN] * 20)]),
+        1,
+        "bbox/AP: 20 NaN",
+        name="metrics.json",
+    ),
+    "MMEngine, norm of the gradient NaN to the end": text(
+        json_text([row | ({"grad_norm": NAN} if "loss" in row else {}) for row in mmengine(24)]), 1, "grad_norm: 96 NaN"
+    ),
+    "NaN as text in JSON": text(
+        json_text([{"epoch": i, "loss": v if i < 30 else "nan", "mAP": w} for i, (v, w) in enumerate(SHORT)]),
+        1,
+        "10 NaN",
+    ),
+    "a loss scale that dies": run(
+        plain(loss=noisy([0.7] * 40, 0.05), **{"scaler/scale": [65536 * 0.5**i for i in range(40)]}),
+        1,
+        "GradScaler fell",
+    ),
+    "training loss explodes, mAP good": run(
+        detect(N, **{"train/box_loss": [*fall(N - 10), *[60.0] * 10]}), 1, "train/box_loss: collapsed"
+    ),
+    "a negative loss that stands still": run(plain(loss=flat(60, -0.7)), 1, "never learnt"),
+    "beyond the largest number": text(
+        "epoch,loss\n" + "".join(f"{i},{v}\n" for i, v in enumerate([*fall(50), "1e400"])), 1, "1 Inf"
+    ),
+    **{
+        f"{word} as C writes it": text(
+            "epoch,loss,mAP\n" + "".join(f"{i},{v if i < 20 else word},{i / 100}\n" for i, v in enumerate(fall(30))),
+            1,
+            "loss: 0 NaN and 10 Inf" if "inf" in word.lower() else "loss: 10 NaN",
+        )
+        for word in C_TEXTS
+    },
+    # No tables
+    "a head alone": text(csv_text(detect(3)).splitlines()[0], 2, "no rows"),
+    "packed": ("results.csv.gz", binary(gzip.compress(csv_text(detect(9)).encode())), 2, "read are"),
+    "packed under a table's name": ("results.csv", binary(gzip.compress(csv_text(detect(9)).encode())), 2, "read are"),
+    "a table in Markdown": text("| epoch | loss |\n|---|---|\n| 1 | 0.5 |\n", 2, "read are", name="results.md"),
+    "a page of an error": text("<!DOCTYPE html><html><body>404</body></html>", 2, "read are"),
+    "an index of weights": text(
+        json.dumps({"metadata": {"total_size": 5}, "weight_map": {"a": "b"}}), 2, name="model.safetensors.index.json"
+    ),
+    "a learning rate alone": (
+        "run-a-tag-lr.csv",
+        table(tensorboard_text([0.01] * 50)),
+        2,
+        "neither a loss nor a metric",
+    ),
+    "a folder of a run": (
+        "exp",
+        lambda path: (path.mkdir(), (path / "results.csv").write_text(csv_text(detect(5)))),
+        2,
+        "without the .meta",
+    ),
+    # Healthy checkpoints
+    "per channel": checkpoint(per_channel(0.2), 0),
+    "compressed rows, blocks": checkpoint(
+        {"a": torch.eye(4).to_sparse_csr(), "b": torch.eye(4).to_sparse_bsr((2, 2))}, 0
+    ),
+    "observers before the first batch": checkpoint(
+        {"w": torch.ones(2), "act.min_val": torch.tensor(INF), "act.max_val": torch.tensor(-INF)}, 0
+    ),
+    "states of random generators": checkpoint(
+        {"model": network().state_dict(), "torch": torch.get_rng_state(), "numpy": np.random.default_rng(0)}, 0
+    ),
+    "a whole optimizer": checkpoint({"m": network(), "o": torch.optim.Adam(network().parameters())}, 0),
+    "MMEngine's log of a search for the scale": checkpoint(
+        {"state_dict": network().state_dict(), "message_hub": message_hub([INF, INF, 2.0])}, 0
+    ),
+    "a numpy pickle": ("model.pkl", binary(pickle.dumps({"w": np.ones(3)})), 0, None),
+    "code that must not run": checkpoint({"w": torch.ones(2), "x": [Evil()]}, 0, "not run"),
+    "safetensors without numbers": (
+        "m.safetensors",
+        binary(safetensors({"a": torch.zeros(0), "b": torch.ones(())})),
+        0,
+        None,
+    ),
+    "a view of one number": checkpoint({"w": torch.ones(1).expand(1000, 1000)}, 0),
+    # Broken checkpoints
+    "bfloat16, Inf": checkpoint({"w": torch.tensor([1.0, INF]).bfloat16()}, 1, "0 NaN and 1 Inf"),
+    "float8 with Inf": checkpoint({"w": torch.tensor([1.0, INF]).to(torch.float8_e5m2)}, 1, "1 Inf"),
+    "per channel, a scale of NaN": checkpoint(per_channel(NAN), 1, "w: 3 NaN"),
+    "compressed rows, NaN": checkpoint({"w": torch.tensor([[0, NAN], [1, 0]]).to_sparse_csr()}, 1, "w: 1 NaN"),
+    "moments of NaN": checkpoint(
+        {"model": network().state_dict(), "optimizer": {"state": {0: {"exp_avg": torch.tensor([NAN])}}}}, 1, "exp_avg"
+    ),
+    "a scale of NaN": checkpoint({"w": torch.ones(1), "scaler": scaler_state(NAN)}, 1, "GradScaler is nan"),
+    "a scale as a tensor": checkpoint({"w": torch.ones(1), "s": scaler_state(torch.tensor(1e-12))}, 1, "is 1e-12"),
+    "an average of the weights": checkpoint(
+        torch.optim.swa_utils.AveragedModel(network(broken=True)), 1, "running_var"
+    ),
+    "objects in an array": checkpoint({"o": np.array([torch.tensor([NAN]), None], dtype=object)}, 1, "1 NaN"),
+    "code that must not run, NaN, old format": checkpoint(
+        {"w": torch.tensor([NAN]), "x": Evil()}, 1, "w: 1 NaN", _use_new_zipfile_serialization=False
+    ),
+    "code that must not run, a numpy pickle": (
+        "model.pkl",
+        binary(pickle.dumps({"x": Evil(), "w": np.array([NAN])})),
+        1,
+        "w: 1 NaN",
+    ),
+    "safetensors, bfloat16, Inf": (
+        "m.safetensors",
+        binary(safetensors({"a": torch.tensor([1.0, INF]).bfloat16()})),
+        1,
+        "1 Inf",
+    ),
+    # No checkpoints
+    "TorchScript": ("m.pt", lambda path: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path), 2, "TorchScript"),
+    "arrays of numpy": ("w.npz", lambda path: np.savez(path, w=np.ones(3)), 2, "none of torch.save"),
+    "a checkpoint cut off": (
+        "w.pt",
+        lambda path: (torch.save({"w": torch.ones(99)}, path), path.write_bytes(path.read_bytes()[:-300])),
+        2,
+        None,
+    ),
+    "a shard cut off": ("step_100", cut_shard, 2, "ends before w"),
+    "safetensors with a head beyond the end": (
+        "m.safetensors",
+        binary(struct.pack("<Q", 1 << 40) + b"{}"),
+        2,
+        "damaged",
+    ),
+    "a folder of safetensors": (
+        "exp",
+        lambda path: (path.mkdir(), (path / "m.safetensors").write_bytes(safetensors({}))),
+        2,
+        "without the .meta",
+    ),
+    "a link to itself": ("a.pt", lambda path: path.symlink_to(path), 2, "cannot read"),
+}
+
+
 @pytest.mark.parametrize(("name", "write", "status", "words"), CASES.values(), ids=CASES)
 def test_verdict(name, write, status, words, tmp_path, capsys):
     path = tmp_path / name
@@ -708,3 +1031,13 @@ def test_verdict(name, write, status, words, tmp_path, capsys):
     assert (len(err.splitlines()), out) == (1, "") if status == 2 else err == ""
     if status == 2:
         assert str(path) in err
+
+
+def test_no_code_has_run():
+    """After the cases above, whatever their order: those with code in them are looked at once more."""
+    for content in ({"w": torch.ones(2), "x": [Evil()]}, {"k": Evil()}):
+        path = pathlib.Path(EVIL + ".pt")
+        torch.save(content, path)
+        main(["diagnose", str(path)])
+        path.unlink()
+    assert not pathlib.Path(EVIL).exists()

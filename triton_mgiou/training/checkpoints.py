@@ -29,6 +29,7 @@ TOLD = 3  # foreign classes in a note
 LOWEST_SCALE = 1.0  # as in `TrainingGuard`
 PICKLE = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 MASK = re.compile(r"mask", re.IGNORECASE)
+LOGGED = re.compile(r"(^|\.)log_scalars\.")  # what MMEngine's message hub has logged, such as the norm of a gradient
 BOOKKEEPING = re.compile(r"(^|[._])(best|kth|min|max|score)[^.]*$")  # the best value so far, Inf to begin with
 SAFETENSORS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -93,8 +94,9 @@ def check(found: Checkpoint) -> list[str]:
     """What is wrong with a checkpoint.
 
     Faults are NaN and Inf in a tensor, and the scale of a GradScaler below 1: its search ends far above, below it
-    has skipped nearly every step. No faults are -Inf in a mask, by its name, and a single number called best, kth,
-    min, max or score that is Inf, as the best value so far is to begin with.
+    has skipped nearly every step. No faults are -Inf in a mask, by its name; a single number called best, kth, min,
+    max or score that is Inf, as the best value so far is to begin with; and what was logged, such as the norm of a
+    gradient, which is Inf where a GradScaler searches.
     """
     problems = []
     for name, tensor in _progress(found.tensors):
@@ -104,7 +106,7 @@ def check(found: Checkpoint) -> list[str]:
         values = tensor.detach()
         is_mask = MASK.search(name) and not report.nan and not bool((values == math.inf).any())
         is_first_best = BOOKKEEPING.search(name) and not report.nan and values.numel() == 1
-        if not is_mask and not is_first_best:
+        if not is_mask and not is_first_best and not LOGGED.search(name):
             problems.append(str(report))
     problems += [
         f"{name}: the scale of this GradScaler is {scale:.3g}, so nearly every step was skipped: the gradient has NaN "
@@ -182,10 +184,10 @@ def _check_archive(path: Path) -> None:
             records = archive.infolist()
     except Exception as error:
         raise CheckpointError(f"is a damaged zip file: {type(error).__name__} {error}") from None
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise CheckpointError("was not written by torch.save: its records are compressed; read are " + READ)
     if any(record.filename.endswith("/constants.pkl") for record in records):
         raise CheckpointError("is a TorchScript program, which is code; read are " + READ)
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise CheckpointError("was not written by torch.save: its records are compressed; read are " + READ)
     if not any(record.filename.endswith("data.pkl") for record in records):
         raise CheckpointError("is a zip file, but none of torch.save; read are " + READ)
 
@@ -265,6 +267,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         content = np.memmap(file, np.uint8, mode="c") if path.stat().st_size else np.zeros(0, np.uint8)
     try:
         (size,) = struct.unpack("<Q", content[:8].tobytes())
+        if size > len(content) - 8:
+            raise CheckpointError("is damaged: its head lies beyond the end")
         head: dict[str, Any] = json.loads(content[8 : 8 + size].tobytes())
         entries = {name: entry for name, entry in head.items() if name != "__metadata__"}
         tensors = {}

@@ -8,9 +8,12 @@ from itertools import accumulate, pairwise
 from statistics import fmean, median
 from typing import NamedTuple
 
+from triton_mgiou.training.checkpoints import LOWEST_SCALE
 from triton_mgiou.training.tables import Column, Table
 
 LOWER_IS_BETTER = re.compile(r"loss|error|nll|perplexity|(?<![a-z])(mae|mse|rmse|wer|cer|ppl)(?![a-z])")
+LOSS_SCALE = re.compile(r"(loss|grad|amp|scaler?)[_/ .]*scaler?$|(^|/)scaler?$")
+SCALER_AT = 16.0  # a scale that never gets there is no GradScaler's, which begins at 65536
 NO_CURVE = re.compile(r"(?<![a-z])(lr|weight|scaler?|coef|gain|time)\d*$|(^|/)best[_ ]")
 # By what they say of a run: each kind is judged where there is none of the kinds before. An accuracy beside mAP is
 # that of a head on its proposals, and high at once.
@@ -31,6 +34,7 @@ FULL = 0.95  # of the full metric: one that stands still there has converged
 FLAT, FLAT_BESIDE_NOTHING = 0.05, 0.1  # of its mean: a loss that stays within is flat; the second, if metrics are 0 too
 GOOD, GONE = 0.85, 0.01  # of its best: a metric that ends below has fallen, or collapsed
 RISE = 0.3  # of its best, and of what it had fallen by: a loss that rises by more has fallen from its best
+EXPLODED = 10.0  # times its start: a loss of the training that ends above has collapsed, however good the metrics
 MANIFOLD = 3.0  # times its best: a loss that ends above, and above its start, has collapsed
 NOISE = 3.0  # standard deviations from row to row: less is no rise and no fall
 
@@ -93,7 +97,7 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
 
     - NaN or Inf in a loss, or in a metric after it had a number, is a fault; in other columns, as the norm of a
       gradient, if it stays so until the end. So is a loss or metric that is empty at the end while what was written
-      beside it goes on.
+      beside it goes on, and the scale of a GradScaler that ends below 1.
     - never learnt: a metric stays below 0.1 % for 30 rows, or for 10 if no loss falls any more; a loss or metric is
       the same number in all rows (0 in a loss is by definition, unless all losses are 0; 95 % in a metric is enough);
       all losses stay within 5 % from the first row to the last, and there is no metric, or within 10 %, and none
@@ -102,7 +106,7 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
       by 30 %, and by 30 % of what it had fallen, or above its start by 5 % (from 10 rows on), while no metric is good
       (5 %, and not fallen).
     - collapsed: a metric ends below 1 % of its best, be it in the last row only; a loss ends at three times its
-      best and above its start.
+      best and above its start; a training loss at ten times its start, however good a metric.
     - converged (no fault): the last 30 % of the rows are less than 1 % better than the best before.
     - oscillation (no fault by itself): in the last 30 % of the rows a loss turns in 60 % of them and goes 10 % of its
       mean from row to row.
@@ -125,6 +129,7 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
         if is_run and not kind and "grad" not in column.name and not any(map(math.isfinite, column.values)):
             continue  # not defined for this data
         trouble = _not_finite(column, always=kind == "loss") or (_ends_early(column, table) if kind else "")
+        trouble = trouble or (_fallen_scale(column.values) if LOSS_SCALE.search(column.name.lower()) else "")
         if trouble:
             problems.append(f"{column.name}: {trouble}")
         elif kind == "loss" and len(column.values) >= FEWEST:
@@ -201,7 +206,9 @@ def _families(metrics: list[Column], table: Table, problems: list[str]) -> list[
             problems.append(f"{column.name}: {trouble}")
         else:
             numbers.append(shorter)
-    if not numbers:
+    # NaN in all metrics of the kind that says most: nothing is predicted. In some: there are no such objects.
+    most = next((pattern for pattern in METRICS if any(pattern.search(c.name.lower()) for c in metrics)), None)
+    if most and not any(most.search(column.name.lower()) for column in numbers):
         problems += [f"{column.name}: {_not_finite(column, always=True)}" for column in undefined]
     highest: dict[str, Curve] = {}
     for pattern in METRICS:
@@ -246,9 +253,10 @@ def _fault_of_loss(loss: Curve, losses: list[Curve], is_excused: bool, stands_st
     if stands_still:
         return f"never learnt: {loss.start:.4g} at the start, {loss.end:.4g} at the end"
     rise, fallen = loss.end - loss.best, max(loss.start - loss.best, 0)
-    if is_excused:
-        return ""
     after = f"{loss.end:.4g} at the end, after {loss.best:.4g} at epoch {loss.at:g}"
+    is_training = not re.search(r"val|test|eval", loss.name.lower())
+    if is_excused:
+        return f"collapsed: {after}" if is_training and loss.end > EXPLODED * max(abs(loss.start), loss.best) else ""
     if loss.end > max(MANIFOLD * loss.best, loss.start) and rise > fallen:
         return f"collapsed: {after}"
     is_rise = rise > RISE * max(abs(loss.best), fallen)
@@ -305,6 +313,13 @@ def _ends_early(column: Column, table: Table) -> str:
         return ""
     empty = table.rows - 1 - last
     return f"empty in the last {empty} rows, after epoch {column.epochs[-1]:g} (some libraries write NaN so)"
+
+
+def _fallen_scale(values: list[float]) -> str:
+    if not (max(values) >= SCALER_AT and values[-1] < LOWEST_SCALE):
+        return ""
+    way = f"from {max(values):.3g} to {values[-1]:.3g}"
+    return f"the scale of this GradScaler fell {way}, so nearly every step was skipped"
 
 
 def _converged(curve: Curve) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,10 @@ READ = "CSV (Ultralytics, Lightning, TensorBoard), YOLOv5's results.txt, JSON li
 CLOCK = re.compile(r"(trainer/)?(global_|_)?(epochs?|steps?|iter(ation)?s?)")
 NO_NUMBERS = ("wall time", "unnamed: 0", "index", "")  # of a training
 MISSING = ("", "-", "none", "null", "n/a", "na")
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# What the libraries of C write: nan(ind), nan(0x8000), 1.#QNAN, -1.#IND, 1.#INF
+C_NAN = re.compile(r"[-+]?(nan\(\w*\)|1\.#(QNAN|SNAN|IND)\d*)", re.IGNORECASE)
+C_INF = re.compile(r"[-+]?1\.#INF\d*", re.IGNORECASE)
 YOLO = re.compile(r"\d+/\d+|[\d.,]+[GM]")  # the epoch as `0/299`, then the memory as `7.37G`
 BROKEN_SHARE = 0.02  # of the rows may be broken, as a kill leaves them
 
@@ -54,11 +60,15 @@ def read_table(path: Path) -> Table:
     Raises:
         TableError: It is none, or damaged.
     """
-    text = path.read_bytes().rstrip(b"\0")  # a crash of the machine leaves zeros at the end
+    content = path.read_bytes()
+    encoding = "utf-16" if content.startswith(UTF_16) else "utf-8-sig"  # of the shell of Windows
     try:
-        lines = [line for line in text.decode("utf-8-sig").splitlines() if line.strip()]
+        text = content.decode(encoding).rstrip("\0")  # a crash of the machine leaves zeros at the end
     except UnicodeDecodeError:
         raise TableError("is no table: it is not UTF-8 text") from None
+    lines = [line for line in text.splitlines() if line.strip()]
+    if lines and re.fullmatch("sep=.", lines[0]):  # for Excel
+        lines.pop(0)
     if not lines:
         raise TableError("is empty")
     notes: list[str] = []
@@ -105,9 +115,12 @@ def _json_rows(lines: list[str], notes: list[str]) -> list[Row]:
         prefix = f"{mode}/" if isinstance(mode, str) and mode != "train" else ""
         row: Row = {}
         for name, value in each.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            number = value
+            if isinstance(value, str) and (read := _number(value)) is not None and not math.isfinite(read):
+                number = read  # some write NaN as text
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
                 clock = CLOCK.fullmatch(name.lower())
-                row[name if clock else prefix + name] = float(value)
+                row[name if clock else prefix + name] = float(number)
         if "env_info" not in each and row:
             rows.append(row)
     if not rows:
@@ -133,17 +146,16 @@ def _json(text: str) -> Any:
 def _text_rows(lines: list[str], notes: list[str], tag: str) -> list[Row]:
     delimiter = max((";", "\t", ","), key=lines[0].count)  # 1;0,5 has as many of both
     spaced = lines[0].split()
-    if len(spaced) > 1 and all(YOLO.fullmatch(cell) or _number(cell, True) is not None for cell in spaced):
+    if len(spaced) > 1 and all(YOLO.fullmatch(cell) or _number(cell) is not None for cell in spaced):
         delimiter = " "
     if delimiter in lines[0] and delimiter != " ":
         split = [[cell.strip() for cell in cells] for cells in csv.reader(lines, delimiter=delimiter)]
     else:
         split = [line.split() for line in lines]
-    comma = delimiter != "," or delimiter not in lines[0]
     if len(split[0]) > 8 and all(map(YOLO.fullmatch, split[0][:2])):
         split = [[cells[0].partition("/")[0], *cells[2:]] for cells in split]
         head = _yolo_head(split)
-    elif _is_head(split[0], comma):
+    elif _is_head(split[0]):
         head = _distinct(split.pop(0))
         if not split:
             raise TableError("has a head and no rows")
@@ -156,19 +168,19 @@ def _text_rows(lines: list[str], notes: list[str], tag: str) -> list[Row]:
     broken = []
     for number, row in enumerate(split, 1):
         cells = row if any(row[len(head) :]) else row[: len(head)]  # some end each row in a comma
-        if number > 1 and _is_head(cells, comma):  # after a resume
+        if number > 1 and _is_head(cells):  # after a resume
             head = _distinct(cells)
         elif len(cells) == len(head):
             rows.append(dict(zip(head, cells, strict=True)))
         else:
             broken.append(f"row {number} has {len(cells)} cells instead of {len(head)}")
     _refuse_or_note(broken, len(split), notes)
-    return _numbers(rows, comma, notes)
+    return _numbers(rows, notes)
 
 
-def _numbers(rows: list[dict[str, str]], comma: bool, notes: list[str]) -> list[Row]:
+def _numbers(rows: list[dict[str, str]], notes: list[str]) -> list[Row]:
     """The numbers of the cells; a column of nothing but words is left out, a word among numbers is damage."""
-    numbers = [{name: _number(cell, comma) for name, cell in row.items()} for row in rows]
+    numbers = [{name: _number(cell) for name, cell in row.items()} for row in rows]
     has_numbers = {name for row in numbers for name, value in row.items() if value is not None}
     for index, (row, cells) in enumerate(zip(numbers, rows, strict=True)):
         for name in [name for name, value in row.items() if value is None]:
@@ -217,14 +229,18 @@ def _tag(path: Path) -> str:
     return re.split(r"tag-", path.stem)[-1]
 
 
-def _is_head(cells: list[str], comma: bool) -> bool:
+def _is_head(cells: list[str]) -> bool:
     """Whether most cells are names."""
     named = [cell for cell in cells if cell.lower() not in MISSING]
-    return 2 * sum(_number(cell, comma) is None for cell in named) > len(named)
+    return 2 * sum(_number(cell) is None for cell in named) > len(named)
 
 
-def _number(cell: str, comma: bool) -> float | None:
-    if comma and re.fullmatch(r"[-+]?\d+,\d+([eE][-+]?\d+)?", cell):
+def _number(cell: str) -> float | None:
+    if C_NAN.fullmatch(cell):
+        return math.nan
+    if C_INF.fullmatch(cell):
+        return -math.inf if cell.startswith("-") else math.inf
+    if re.fullmatch(r"[-+]?\d+,\d+([eE][-+]?\d+)?", cell):
         cell = cell.replace(",", ".")
     try:
         return float(cell)
