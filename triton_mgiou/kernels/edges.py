@@ -88,13 +88,13 @@ def _edge_of_slots(vertices, k: tl.constexpr, inside, scale):
 def measure(source, vertices, shape, lanes, scale, rule, REAL: tl.constexpr, VARIANT: tl.constexpr):
     """`EdgeSums` of one side, whose vertices are in `shape` too: projections are relative to its origin.
 
-    The edges are dealt out to all lanes of a polygon. Only with a mask they come by axes, since which vertex is before
-    another is not known.
+    The edges are dealt out to all lanes of a polygon. With a mask, where it is not known which vertex is before
+    another, they come by axes, and each is added by the lane that it would be dealt to: the same bits.
     """
-    none = tl.zeros_like(rule.floor)
+    none = tl.zeros_like(rule.floor) + tl.zeros(lanes.lane.shape, rule.floor.dtype)
     sums = EdgeSums(none, none, none, none, none, none, none)
     if REAL == MASK:
-        context = Measuring(shape.origin, rule)
+        context = Measuring(shape.origin, rule, lanes.lane)
         sums = over_edges(_measure_edge, sums, source, vertices, lanes, scale, context, REAL, VARIANT)
     else:
         SLOTS: tl.constexpr = len(vertices.xs)
@@ -119,7 +119,7 @@ def _dealt(
     """A lane's edge number `turn`, and its ends relative to the origin of `shape`."""
     SLOTS: tl.constexpr = len(vertices.xs)
     LANES: tl.constexpr = VARIANT.LANES
-    index = (turn * VARIANT.AXES + lanes.axis) * LANES + lanes.lane
+    index = (turn * LANES + lanes.lane) * VARIANT.AXES + lanes.axis
     if VARIANT.AXES == 1:
         real = vertices.real[turn]
         end = _in_slot(vertices, turn, scale)
@@ -160,22 +160,22 @@ def gradient_of_area(source, vertices, lanes, scale, REAL: tl.constexpr, VARIANT
     """Derivatives of twice the area, to be summed over axes: for each vertex the turned diagonal of its neighbours.
 
     Computed where it is needed, since to keep it would take registers all along, and dealt out as edges are. With a
-    mask the neighbours are not known, and edges hand them over.
+    mask the neighbours are not known, and edges hand them over: the same bits.
     """
     SLOTS: tl.constexpr = len(vertices.xs)
+    AT_ONCE: tl.constexpr = VARIANT.AXES if VARIANT.AXES < SLOTS else SLOTS  # powers of two
     xs = ()
     ys = ()
     if REAL == MASK:
         none = tl.zeros_like(scale)
         handed = Handed(zeros(vertices.xs), zeros(vertices.ys), Point(none, none))
-        handed = over_edges(_hand_axis, handed, source, vertices, lanes, scale, lanes.lane, REAL, VARIANT)
+        handed = over_edges(_hand_neighbours, handed, source, vertices, lanes, scale, lanes.lane, REAL, VARIANT)
         for slot in tl.static_range(SLOTS):
             is_last = slot * VARIANT.LANES + lanes.lane == vertices.last
             derivative = handed_to(handed, slot, is_last, VARIANT.AXES)
-            xs = xs + (derivative.x,)
-            ys = ys + (derivative.y,)
+            xs = xs + (tl.where(lanes.axis == slot % AT_ONCE, over_axes(derivative.x), 0.0),)
+            ys = ys + (tl.where(lanes.axis == slot % AT_ONCE, over_axes(derivative.y), 0.0),)
     else:
-        AT_ONCE: tl.constexpr = VARIANT.AXES if VARIANT.AXES < SLOTS else SLOTS  # powers of two
         for turn in tl.static_range(SLOTS // AT_ONCE):
             diagonal = _diagonal(source, vertices, lanes, scale, turn, REAL, VARIANT)
             for number in tl.static_range(AT_ONCE):
@@ -200,16 +200,18 @@ def _diagonal(source, vertices, lanes, scale, turn: tl.constexpr, REAL: tl.const
 
 
 @triton.jit
-def _hand_axis(handed, edge, lane, VARIANT: tl.constexpr):
-    """`handed` with the axis of one more edge, the derivative of twice the area to both of its ends."""
+def _hand_neighbours(handed, edge, lane, VARIANT: tl.constexpr):
+    """`handed` with what one more edge tells its ends of their neighbours: the turned diagonal, to the bit."""
     ends = ends_in_slots(edge, lane, len(handed.xs), VARIANT.LANES)
-    x = tl.where(edge.real, edge.end.y - edge.start.y, 0.0)
-    y = tl.where(edge.real, edge.start.x - edge.end.x, 0.0)
-    return hand_over(handed, edge, ends, Point(x, y), Point(x, y), VARIANT.AXES)
+    to_start = Point(tl.where(edge.real, edge.end.y, 0.0), tl.where(edge.real, minus(edge.end.x), 0.0))
+    to_end = Point(tl.where(edge.real, minus(edge.start.y), 0.0), tl.where(edge.real, edge.start.x, 0.0))
+    return hand_over(handed, edge, ends, to_start, to_end, VARIANT.AXES)
 
 
 @triton.jit
 def _measure_edge(sums, edge, measuring, VARIANT: tl.constexpr):
+    turn = edge.end_index // VARIANT.AXES % VARIANT.LANES
+    edge = Edge(edge.end, edge.end_index, edge.start, edge.start_index, edge.real & (turn == measuring.lane))
     origin = measuring.origin
     start = Point(edge.start.x - origin.x, edge.start.y - origin.y)
     end = Point(edge.end.x - origin.x, edge.end.y - origin.y)

@@ -158,6 +158,7 @@ class Measuring(NamedTuple):
 
     origin: Point
     rule: AxisRule
+    lane: tl.tensor  # (1, 1, LANES)
 
 
 class EdgeSums(NamedTuple):
