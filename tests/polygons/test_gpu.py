@@ -227,7 +227,7 @@ def tuner(tmp_path, monkeypatch):
     from triton_mgiou.tuning import layouts, measure, store  # noqa: PLC0415
 
     monkeypatch.setenv("TRITON_MGIOU_CACHE_DIR", str(tmp_path))
-    few = {(4, large): layouts.SearchSpace((2, 4), (1,), (1,), (1,), (168,)) for large in (False, True)}
+    few = {(4, large): (layouts.SearchSpace((2, 4), (1,), (1,), (1,), (168,)),) for large in (False, True)}
     monkeypatch.setattr(layouts, "SEARCH", few)
     store.tuning_cache.cache_clear()
     launch.forget_plans()
