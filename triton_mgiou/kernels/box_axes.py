@@ -72,17 +72,6 @@ def edge_weights(x, y, z, extent, V: tl.constexpr):
 
 
 @triton.jit
-def with_sign(values, signs):
-    """|values| with the sign bits of `signs`."""
-    if values.dtype == tl.float64:
-        bits = signs.to(tl.int64, bitcast=True) & (-(2**63))
-        return (values.to(tl.int64, bitcast=True) | bits).to(tl.float64, bitcast=True)
-    else:
-        bits = signs.to(tl.int32, bitcast=True) & (-(2**31))
-        return (values.to(tl.int32, bitcast=True) | bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def times_sign(values, signs, PLAIN: tl.constexpr):
     """Values times 1, -1, or 0 where `signs` is 0, which it never is in what is PLAIN."""
     if values.dtype == tl.float64:

@@ -15,6 +15,7 @@ from triton_mgiou.kernels.arithmetic import inverse, inverse_power_of_two, minus
 from triton_mgiou.kernels.axis import LENGTH, SHORTEST, SOFT, SOFT_UNIT, UNIFORM, axis_weight
 from triton_mgiou.kernels.box_types import NO_LENGTH_32, NO_LENGTH_64, TINY_32, TINY_64
 from triton_mgiou.kernels.pair_axes import DEPTH, MEAN, NOT_THERE
+from triton_mgiou.kernels.pair_boxes import is_there
 
 
 class PolygonVariant(NamedTuple):
@@ -308,7 +309,7 @@ def polygon_pairs_kernel(
     p = _polygons(p_ptr, stride1_n, stride1_c, size1, p_count, V, COMPUTE)
     p_there = p_count > 0
     if mask1_ptr is not None:
-        p_there &= tl.load(mask1_ptr + batch * mask1_stride_b + p_index.to(tl.int64) * mask1_stride_n) != 0
+        p_there &= is_there(mask1_ptr + batch * mask1_stride_b, p_index, mask1_stride_n)
     if lengths2_ptr is not None:
         lengths2_ptr += batch * lengths2_stride_b
     for tile in range(tl.program_id(1), tl.cdiv(columns, COLUMNS), tl.num_programs(1)):
@@ -319,6 +320,6 @@ def polygon_pairs_kernel(
         g = _polygons(g_ptr, stride2_n, stride2_c, size2, g_count, V, COMPUTE)
         g_there = g_count > 0
         if mask2_ptr is not None:
-            g_there &= tl.load(mask2_ptr + batch * mask2_stride_b + g_index.to(tl.int64) * mask2_stride_n) != 0
+            g_there &= is_there(mask2_ptr + batch * mask2_stride_b, g_index, mask2_stride_n)
         values = tl.where(p_there & g_there, _values(p, g, V, COMPUTE), NOT_THERE)
         tl.store(matrix_ptr + (batch * rows + row) * columns + column, values, mask=(row < rows) & (column < columns))
