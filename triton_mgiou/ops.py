@@ -230,7 +230,7 @@ class _TracedCall:
 
 
 def _outputs(loss: Tensor, pred_grad: Tensor | None, target_grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """What an operator returns: a gradient that is not asked for is empty. No two share memory, not even an empty one."""
+    """What an operator returns: a gradient that is not asked for is empty. No two share memory, not even empty ones."""
     like = loss.detach()
     return (
         loss,
