@@ -9,7 +9,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from tests.helpers import AXIS_WEIGHTS, assert_close, assert_gradient_close, assert_same, assert_zero, convex, generator
+from tests.helpers import (
+    AXIS_WEIGHTS,
+    INF,
+    assert_close,
+    assert_finite,
+    assert_gradient_close,
+    assert_same,
+    assert_zero,
+    convex,
+    generator,
+)
 from tests.pairs import oracle
 from tests.pairs.helpers import FORMATS, OVER, PLANE, needs_kernel, random_boxes, uniform
 from triton_mgiou import box_mgiou, polygon_mgiou
@@ -125,6 +135,49 @@ def test_zero_upstream_is_no_gradient_even_beside_overflow(backend):
     boxes = torch.tensor([[0, 0, 1e-44, 1e-44, 0], [1e38, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
     for grad in gradients(backend, boxes, boxes, torch.zeros(3, 3)):
         assert_zero(grad)
+
+
+@pytest.mark.parametrize("over", OVER)
+def test_a_gradient_saturates_with_what_comes_from_above(backend, over):
+    """Boxes so small that derivatives overflow, but not times a small factor. Of many pairs none may give NaN."""
+    rng = generator(15)
+    tiny = torch.tensor([1e-39, 1e-39, 1e-39, 1e-39, 1.0])
+    first, second = (random_boxes(n, "cxcywhr", rng).float() * tiny for n in (3, 4))
+    eager = replace(backend, name="eager")
+    few = torch.tensor([[1e-6]])
+    exact = gradients(eager, first[:1].double(), second[:1].double(), few.double(), over=over)
+    for actual, want in zip(gradients(backend, first[:1], second[:1], few, over=over), exact, strict=True):
+        assert_gradient_close(actual[:, :4], want[:, :4], rtol=1e-4)
+    large = torch.tensor([[1.0, -1.0, 1.0, -1.0]]).expand(3, 4) * 2.0**16
+    for grad in gradients(backend, first, second, large, over=over):
+        assert_finite(grad)
+        assert grad.abs().max() > 1e37
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("fmt", IN_KERNEL)
+def test_inf_from_above_is_seen(backend, fmt, over):
+    """A GradScaler looks for it. The gradients of other boxes stay as they are."""
+    rng = generator(16)
+    first, second = random_boxes(3, fmt, rng).float(), random_boxes(4, fmt, rng).float()
+    upstream = torch.ones(3, 4)
+    plain = gradients(backend, first, second, upstream, fmt=fmt, over=over)
+    upstream[1, 2] = INF
+    for grad, want, place in zip(
+        gradients(backend, first, second, upstream, fmt=fmt, over=over), plain, (1, 2), strict=True
+    ):
+        assert not grad[place].isfinite().all()
+        rest = torch.arange(len(grad)) != place
+        assert_same(grad[rest], want[rest])
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("turn", [0.0, 30.0, 45.0, 135.0])
+def test_boxes_across_each_other_do_not_turn(backend, turn, over):
+    """To the right and to the left is the same there, so the derivative to each angle is 0."""
+    across = torch.tensor([[3.0, 1.0, 4.0, 2.0, turn], [3.0, 1.0, 7.0, 0.5, turn - 90.0]])
+    for grad in gradients(backend, across, across.flip(0), torch.eye(2), over=over, angle="degrees"):
+        assert_zero(grad[:, 4])
 
 
 def test_one_side_alone(backend):

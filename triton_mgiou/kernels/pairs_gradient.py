@@ -17,6 +17,7 @@ import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import minus, reciprocal, saturate, sign
 from triton_mgiou.kernels.axis import LENGTH, UNIFORM
+from triton_mgiou.kernels.box_axes import above_zero
 from triton_mgiou.kernels.box_types import CXCYCZLWHR, CXCYWHR, NO_LENGTH_32, NO_LENGTH_64, XYXY
 from triton_mgiou.kernels.pair_axes import (
     DEPTH,
@@ -88,14 +89,20 @@ def _share(axis, weight, limit, largest, V: tl.constexpr):
 
 
 @triton.jit
-def _slopes_over_axes(pair, rule, V: tl.constexpr):
-    """Derivatives of the value by the intervals on all axes, and by the edges of P that its weights come from."""
+def _times(upstream, factor):
+    """Their product; NaN for Inf from above, which must not become a finite gradient where that saturates."""
+    return tl.fma(upstream, factor, upstream * 0.0)
+
+
+@triton.jit
+def _slopes_over_axes(pair, rule, upstream, V: tl.constexpr):
+    """`upstream` times the derivatives of the value by the intervals on all axes, and by the edges of P's weights."""
     none = tl.zeros_like(pair.p1.hull)
     f1, f2, f3, f4, f5 = rule.p1, rule.p2, rule.g1, rule.g2, rule.pz + rule.gz
     to_edge_1, to_edge_2 = none, none
     if V.OVER == MEAN:
         p, g = sums_over_axes(pair, rule, False, V)
-        each = -2.0 * reciprocal(total_weight(rule))
+        each = _times(upstream, -2.0 * reciprocal(total_weight(rule)))
         f1, f2, f3, f4, f5 = f1 * each, f2 * each, f3 * each, f4 * each, f5 * each
         if V.AXIS_WEIGHT != UNIFORM:
             mean = p if V.AXIS_WEIGHT == LENGTH else (p + g) * reciprocal(total_weight(rule))
@@ -110,7 +117,7 @@ def _slopes_over_axes(pair, rule, V: tl.constexpr):
             shares = _share(pair.z, f5, rule.limit, largest, V)
             f5 = shares * ((rule.pz > 0).to(none.dtype) + (rule.gz > 0).to(none.dtype))
             count += f5
-        each = tl.where(count > 0, (-1.0 if V.OVER == DEPTH else -2.0) * reciprocal(tl.maximum(count, 1.0)), 0.0)
+        each = _times(upstream, (-1.0 if V.OVER == DEPTH else -2.0) * reciprocal(tl.maximum(count, 1.0)))
         f1, f2, f3, f4, f5 = f1 * each, f2 * each, f3 * each, f4 * each, f5 * each
     on_z = _no_slopes(pair)
     if V.OVER == DEPTH:
@@ -129,7 +136,7 @@ def _slopes_over_axes(pair, rule, V: tl.constexpr):
 
 @triton.jit
 def _to_boxes(pair, slopes, V: tl.constexpr):
-    """Derivatives of the value by P: along its own directions, along x, y, z, by half-sizes, and by its angle."""
+    """The same by P: along its own directions, along x, y, z, by half-sizes, and by its angle."""
     p1, p2, g1, g2, on_z, to_edge_1, to_edge_2 = slopes
     none = tl.zeros_like(to_edge_1)
     if V.TURNS:
@@ -143,7 +150,7 @@ def _to_boxes(pair, slopes, V: tl.constexpr):
         turn = tl.fma(p2.second, tl.fma(g.a, cos, minus(g.b) * sin), turn)
         turn = tl.fma(g1.first, tl.fma(p.b, cos, minus(p.a) * sin), turn)
         turn = tl.fma(g2.first, tl.fma(p.a, cos, minus(p.b) * sin), turn)
-        turn = turn * sign(pair.turn)
+        turn = turn * tl.fma(above_zero(pair.turn * cos), 2.0, -1.0)  # 0 at a quarter turn, where |cos| has its kink
         turn = tl.fma(p1.offset, pair.p2.offset, tl.fma(minus(p2.offset), pair.p1.offset, turn))
         along, across = p1.offset, p2.offset
     else:
@@ -171,14 +178,16 @@ def _finite_and_there(numbers, there):
 
 
 @triton.jit
-def _added(sums, derivatives, scale, upstream, largest):
-    """`sums` with one more tile. A derivative saturates such that their sum cannot overflow (section 5)."""
+def _added(sums, derivatives, scale, largest):
+    """`sums` with one more tile. A pair's gradient saturates such that their sum cannot overflow; NaN stays."""
     new = ()
     for number in tl.static_range(9):
         derivative = derivatives[number]
         if number < 8:  # not of the angle
-            derivative = tl.minimum(tl.maximum(derivative * scale, minus(largest)), largest)
-        new = new + (tl.fma(derivative, upstream, sums[number]),)
+            derivative = derivative * scale
+        derivative = tl.maximum(derivative, minus(largest), propagate_nan=tl.PropagateNan.ALL)
+        derivative = tl.minimum(derivative, largest, propagate_nan=tl.PropagateNan.ALL)
+        new = new + (sums[number] + derivative,)
     return new
 
 
@@ -257,8 +266,8 @@ def box_pairs_gradient_kernel(
         upstream = tl.load(upstream_rows + g_index.to(tl.int64) * upstream_stride_other).to(COMPUTE)
         upstream = tl.where(p_kept & g_kept, upstream, 0.0)
         pair, scale = scaled_pair(p_numbers, _clean(g_numbers, g_kept), V)
-        derivatives = _to_boxes(pair, _slopes_over_axes(pair, rule_of(pair, V), V), V)
-        sums = _added(sums, derivatives, scale, upstream, largest)
+        derivatives = _to_boxes(pair, _slopes_over_axes(pair, rule_of(pair, V), upstream, V), V)
+        sums = _added(sums, derivatives, scale, largest)
 
     along, across, x, y = _row_sum(sums[0]), _row_sum(sums[1]), _row_sum(sums[2]), _row_sum(sums[3])
     z, a, b, c, turn = _row_sum(sums[4]), _row_sum(sums[5]), _row_sum(sums[6]), _row_sum(sums[7]), _row_sum(sums[8])
