@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import assert_close, assert_finite, assert_zero, generator
+from tests.helpers import AXIS_WEIGHTS, assert_close, assert_finite, assert_zero, generator, uniform
 from tests.pairs import oracle
 from tests.pairs.helpers import FORMATS, OVER, corners_in_space, needs_kernel, random_boxes
 from tests.pairs.test_value import matrix
@@ -109,6 +109,29 @@ def test_weights_make_no_match_of_points_and_lines(backend, name, axis_weight):
         assert actual.item() < 0.5
     else:
         assert_close(actual, [[expected]], atol=3e-6)
+
+
+@pytest.mark.parametrize("over", ["mean", "min"])
+@pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
+def test_nothing_is_below_minus_1(backend, axis_weight, over):
+    """Segments far above each other, whose weights add up to any number, and points, whose directions are any."""
+    rng = generator(6)
+    sizes = uniform((40, 1), 0, 3, rng)
+    level, raised = torch.zeros(20, 5, dtype=torch.float64), torch.zeros(20, 5, dtype=torch.float64)
+    level[:, 2:3], raised[:, 2:3], raised[:, 1:2] = sizes[:20], sizes[20:], uniform((20, 1), 100, 150, rng)
+    points = random_boxes(40, "cxcywhr", rng) * torch.tensor([1, 1, 0, 0, 1])
+    for first, second in ((level, raised), (points[:20], points[20:])):
+        for dtype in (torch.float32, torch.float64):
+            value = matrix(backend, first.to(dtype), second.to(dtype), axis_weight=axis_weight, over=over)
+            assert (value >= -1).all()
+        segments = [box_ends(each).float() for each in (first, second)]
+        assert (matrix(backend, *segments, axis_weight=axis_weight, over=over) >= -1).all()
+
+
+def box_ends(boxes):
+    """The two ends of boxes (n, 5) without a height."""
+    along = 0.5 * boxes[:, 2:3] * torch.stack((boxes[:, 4].cos(), boxes[:, 4].sin()), dim=1)
+    return torch.stack((boxes[:, :2] - along, boxes[:, :2] + along), dim=1)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

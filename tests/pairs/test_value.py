@@ -98,6 +98,19 @@ def test_swapping_the_sets_changes_no_bit(backend, fmt, over, seed):
 
 
 @pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
+@given(seed=SEEDS)
+def test_swapping_polygons_changes_no_bit(backend, axis_weight, over, seed):
+    """Those of any vertex count, of other sizes and places, and those that are segments on one line, or points."""
+    rng = generator(seed)
+    options = {"over": over, "axis_weight": axis_weight}
+    first, second = convex(4, 4, rng).float(), star(5, 6, rng).float() * 0.3 + 1.7
+    line = 5 * torch.rand(9, 2, 1, generator=rng) * torch.tensor([0.8, 0.3])
+    for one, other in ((first, second), (first, first.flip(0) * 0.7), (line[:4], line[4:]), (line[:4, :1], line[4:])):
+        assert_same(matrix(backend, other, one, **options).T, matrix(backend, one, other, **options))
+
+
+@pytest.mark.parametrize("over", OVER)
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_ordering_a_set_changes_no_bit(backend, fmt, over):
     rng = generator(6)

@@ -74,7 +74,10 @@ def _plain_value(p, g, V: tl.constexpr):
 @triton.jit
 def _any_value(p_numbers, g_numbers, V: tl.constexpr):
     pair, _ = scaled_pair(p_numbers, g_numbers, V)
-    return _value(pair, rule_of(pair, V), False, V) + (poison_of(p_numbers) + poison_of(g_numbers))
+    value = _value(pair, rule_of(pair, V), False, V)
+    if V.OVER != DEPTH:
+        value = tl.maximum(value, -1.0)  # which reciprocals may round past; that of plain pairs is not so near
+    return value + (poison_of(p_numbers) + poison_of(g_numbers))
 
 
 @triton.jit

@@ -214,17 +214,18 @@ def _values(p, g, V: tl.constexpr, COMPUTE: tl.constexpr):
     to_p, to_g = scale * (1.0 / p.scale), scale * (1.0 / g.scale)
     shift_x, shift_y = g.low_x * to_g - p.low_x * to_p, g.low_y * to_g - p.low_y * to_p
     p_width, p_height, g_width, g_height = p.width * to_p, p.height * to_p, g.width * to_g, g.height * to_g
-    none = tl.zeros_like(shift_x)
-    extent_x = tl.maximum(p_width, g_width + shift_x) - tl.minimum(none, shift_x)
-    extent_y = tl.maximum(p_height, g_height + shift_y) - tl.minimum(none, shift_y)
-    extent = tl.maximum(extent_x, extent_y)
+    # From the joint lower corner, so that swapping the two changes no bit.
+    p_left, g_left = tl.maximum(minus(shift_x), 0.0), tl.maximum(shift_x, 0.0)
+    p_low, g_low = tl.maximum(minus(shift_y), 0.0), tl.maximum(shift_y, 0.0)
+    p_right, g_right, p_high, g_high = p_left + p_width, g_left + g_width, p_low + p_height, g_low + g_height
+    extent = tl.maximum(tl.maximum(p_right, g_right), tl.maximum(p_high, g_high))
     limit = tl.maximum(extent * tl.full(extent.shape, SHORTEST, COMPUTE), V.NO_LENGTH)
     on_p = _axes(p, g, to_p, to_g, shift_x, shift_y, extent, limit, V, COMPUTE)
     on_g = _axes(g, p, to_g, to_p, minus(shift_x), minus(shift_y), extent, limit, V, COMPUTE)
 
     # Where these see only a line or nothing, x and y, as far as there is something along them.
-    distance_x, hull_x = _compare(none, p_width, shift_x, g_width + shift_x, limit, V)
-    distance_y, hull_y = _compare(none, p_height, shift_y, g_height + shift_y, limit, V)
+    distance_x, hull_x = _compare(p_left, p_right, g_left, g_right, limit, V)
+    distance_y, hull_y = _compare(p_low, p_high, g_low, g_high, limit, V)
     weight_x, weight_y = (hull_x > limit).to(COMPUTE), (hull_y > limit).to(COMPUTE)
     other = (on_p.is_flat + on_g.is_flat > 0) | (on_p.is_axis + on_g.is_axis == 0)
     if V.OVER == MEAN:
@@ -234,7 +235,10 @@ def _values(p, g, V: tl.constexpr, COMPUTE: tl.constexpr):
     else:
         along = tl.maximum(weight_x * distance_x, weight_y * distance_y)
         distance = tl.where(other, along, tl.maximum(on_p.largest, on_g.largest))
-    return 1.0 - distance + (p.poison + g.poison)
+    value = 1.0 - distance
+    if V.OVER != DEPTH:
+        value = tl.maximum(value, -1.0)  # which quotients may round past
+    return value + (p.poison + g.poison)
 
 
 @triton.jit
