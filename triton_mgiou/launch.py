@@ -16,6 +16,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -75,6 +76,7 @@ class Plan:
         self.layout = store.chosen_layout(case, candidates, device)
         self.constants = (*flags, *self.layout.sizes().values())
         self.scalar = torch.empty((), dtype=dtype, device=device_of(device))  # an allocation like it is the fastest
+        self.scalar.untyped_storage().resize_(0)  # keeps no memory, which might be of a pool that takes it back
         self.compiled: Any = None  # after the first launch
         self._launcher: tuple[Any, tuple[Any, ...]] | None = None
 
@@ -170,6 +172,10 @@ def reduction_scratch(device: int, stream: int, dtype: torch.dtype) -> _Scratch:
 
     A stream runs one kernel after the other, so its launches share theirs. A captured launch may be replayed on
     any stream, so it keeps its own.
+
+    What launches share has to last, and the first of them may run in a memory pool that takes back whatever is not an
+    output: `torch.compile(mode="reduce-overhead")` has one where it warms up. A thread has its pools for itself, so
+    another allocates.
     """
     if device < 0:
         return _Scratch(_partial(device, dtype), torch.zeros(1, dtype=torch.int32, device="cpu"))
@@ -178,7 +184,14 @@ def reduction_scratch(device: int, stream: int, dtype: torch.dtype) -> _Scratch:
     key = device, stream, dtype
     scratch = _scratch.get(key)
     if scratch is None:
-        scratch = _scratch[key] = _Scratch(_partial(device, dtype), _counter(device))
+        with ThreadPoolExecutor(1) as another:
+            scratch = _scratch[key] = another.submit(_lasting_scratch, device, dtype).result()
+    return scratch
+
+
+def _lasting_scratch(device: int, dtype: torch.dtype) -> _Scratch:
+    scratch = _Scratch(_partial(device, dtype), _counter(device))
+    torch.cuda.current_stream(device).synchronize()  # once: any stream may use it
     return scratch
 
 
