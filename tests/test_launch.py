@@ -101,7 +101,7 @@ def test_tritons_launcher_is_one_that_is_known():
 
 def test_a_plan_is_made_once_for_each_variant():
     pred = torch.zeros(2, 4, 2)
-    call = launch.PolygonCall(None, None, Reduction(None, False, 2.0), Options())
+    call = launch.PolygonCall(None, None, Reduction(None, "mean", None), Options())
     first, *_ = launch.prepare_polygons(pred, pred, call, True, 0)
     second, *_ = launch.prepare_polygons(pred, pred, call, True, 0)
     value, *_ = launch.prepare_polygons(pred, pred, call, False, 0)
