@@ -232,11 +232,10 @@ class _TracedCall:
 
 def _outputs(loss: Tensor, pred_grad: Tensor | None, target_grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """What an operator returns: a gradient that is not asked for is empty. No two share memory, not even empty ones."""
-    like = loss.detach()
     return (
         loss,
-        like.new_empty(0) if pred_grad is None else pred_grad,
-        like.new_empty(0) if target_grad is None else target_grad,
+        loss.new_empty(0) if pred_grad is None else pred_grad,
+        loss.new_empty(0) if target_grad is None else target_grad,
     )
 
 
