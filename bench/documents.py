@@ -20,6 +20,7 @@ from typing import Any
 
 from bench import report
 from bench.boxes import report as boxes_report
+from bench.pairs import report as pairs_report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -148,6 +149,16 @@ def boxes_speed() -> str:
     return boxes_report.markdown(results("h200_boxes"))
 
 
+def boxes_descent() -> str:
+    """Which loss brings free boxes to their targets."""
+    return boxes_report.descent(results("boxes_descent"))
+
+
+def pairs_speed() -> str:
+    """The matrix of all pairs."""
+    return pairs_report.markdown(results("h200_pairs"))
+
+
 def amp_rows() -> str:
     """The reported loss under mixed precision."""
     rows = results("convergence_amp")["rows"]
@@ -200,7 +211,7 @@ def convergence_unrelated() -> str:
         for each in results("convergence")["unrelated_objects"]
         for low, high in [each["sides"]]
     )
-    return report.table("sides of the objects, of the image's | mean loss", rows)
+    return report.table("sides of the objects, in the image's side | mean loss", rows)
 
 
 def demo_runs() -> str:
@@ -255,6 +266,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "startup training": startup_training,
     "tuning gains": tuning_gains,
     "boxes speed": boxes_speed,
+    "boxes descent": boxes_descent,
+    "pairs speed": pairs_speed,
     "amp": amp_rows,
     "convergence digits": convergence_digits,
     "convergence starts": convergence_starts,

@@ -140,9 +140,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.add_argument("--epochs", type=_integer_from(1), default=30, help="passes over the training images")
-    command.add_argument("--seed", type=_integer_from(0), default=0, help="of the weights and the order of images")
+    command.add_argument("--seed", type=_integer_from(0), default=0, help="seed of weights and order of images")
     command.add_argument("--device", default="auto", help="torch device; auto takes cuda where there is one")
-    command.add_argument("--batch-size", type=_integer_from(1), default=64, help="images a step")
+    command.add_argument("--batch-size", type=_integer_from(1), default=64, help="images per step")
     command.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="folder for the files")
 
     command = commands.add_parser(
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         help="say what is wrong with a checkpoint or with the table of a run",
         description="Look for NaN, Inf and a dead GradScaler in a checkpoint, and in the table of a run for NaN, Inf, "
         "and whether it never learnt, fell from its best or collapsed. Exit status: 0 if nothing is wrong (it has "
-        f"converged, or still learns), 1 if something is, 2 if the file cannot be read. Read are {diagnose.READ}.",
+        f"converged, or still learns), 1 if something is, 2 if the file cannot be read. It reads {diagnose.READ}.",
     )
     command.add_argument("path", type=Path, metavar="PATH", help="the file, or a distributed checkpoint's folder")
 

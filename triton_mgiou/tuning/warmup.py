@@ -50,7 +50,7 @@ _TENSORS = {
 
 
 class WarmupResult(NamedTuple):
-    """One compiled variant of the kernel."""
+    """One compiled variant of a kernel."""
 
     pred_vertices: int  # the largest count that uses it; 0 for boxes and pairs
     target_vertices: int
@@ -61,7 +61,7 @@ class WarmupResult(NamedTuple):
     us: float | None  # on the GPU; None where it was not measured
     gain: float | None  # over the default configuration: 0.1 where that takes 1.1 times as long
     source: str  # "tuned", "cache" for an earlier run's file, "rank" for another rank's, or "default"
-    fmt: str | None = None  # of boxes; of all pairs "pairs of " it
+    fmt: str | None = None  # of boxes; "pairs of FMT" for a matrix
 
 
 def warmup(
