@@ -162,17 +162,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--vertices", type=_pair_of(_integer_from(1)), nargs="*", default=[4, 8, 16], metavar="N[:M]",
-        help="vertex counts; N:M where the target has another",
+        help="vertex counts of polygons; N:M where the target has another count; none leaves polygons out",
     )  # fmt: skip
     command.add_argument("--batch", type=_integer_from(1), nargs="+", default=[512, 65536], help="batch sizes")
     command.add_argument(
         "--dtype", type=_pair_of(_dtype), nargs="+", default=[torch.float32], metavar="T[:T]",
-        help="input types; P:T where the target has another",
+        help="input types, such as float32; T:T where the target has another type",
     )  # fmt: skip
-    command.add_argument("--device", help="torch device; the current GPU by default")
+    command.add_argument("--device", help="torch device; None takes the current GPU")
     command.add_argument(
         "--options", type=_options, default="{}", metavar="JSON",
-        help="options of mgiou_loss; for a tensor its dtype or true",
+        help='options of mgiou_loss; for a tensor its dtype or true: {"target_lengths": true}',
     )  # fmt: skip
     command.add_argument("--boxes", nargs="+", default=[], metavar="FMT", help="formats of box_mgiou_loss")
     command.add_argument(
