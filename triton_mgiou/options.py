@@ -45,7 +45,7 @@ class Reduction(NamedTuple):
     """What a kernel makes of the samples' losses."""
 
     weight: Tensor | None  # (B,)
-    per_sample: bool  # each of them, or their sum
+    rule: str  # as in `mgiou_loss`; the mean is the sum over B
     divisor: float | None  # of the sum
 
 
