@@ -92,7 +92,10 @@ def speed_summary() -> str:
     at = _span([compiled[size]["wall_ratio"]["step"] for size in kernel], 1)
     large = _span([row["wall_ratio"]["step"] for size, row in compiled.items() if size not in kernel], 0)
     quicker, slower_graphs = ([ratio for ratio in graphs.values() if (ratio > 1) == slow] for slow in (False, True))
+    found = speed()
     lines = [
+        f"- {found['device']}, torch {found['versions']['torch']}, Triton {found['versions']['triton']}, commit "
+        f"{found['commit']}.",
         f"- In a loop the host is the bottleneck: a step takes {loops[0]} times as long as one with `smooth_l1_loss`",
         f"  on the same tensors, and {loops[1]} times one with `l1_loss`.",
         f"- Replayed as a CUDA graph it takes {_span(quicker)} times as long as `smooth_l1_loss`",
