@@ -236,8 +236,8 @@ def box_mgiou_loss(
         avg_factor: With `reduction="mean"`, divide the sum by this instead of by B, as in `mgiou_loss`: it may be 0
             where the weighted sum is 0. Not allowed with "sum", without effect with "none", as in mmdetection.
         reduction: "mean", "sum" or "none".
-        axis_weight: As in `mgiou_loss`. None: "uniform"; in space there is no other.
-        axis_grad: As in `mgiou_loss`. None: True; for "corners3d", where free corners get nearer without it, False.
+        axis_weight: As in `mgiou_loss`. None: "uniform", for "xyxyxyxy" "length"; in space only "uniform".
+        axis_grad: As in `mgiou_loss`. None: True; False for "xyxyxyxy" and "corners3d", free corners.
         boundary_weight: As in `mgiou_loss`. None: 0.25; in space, where there is no such term, 0.
         convexity_weight: As in `mgiou_loss`, for "xyxyxyxy" only. None: 0.
         backend: "eager" (PyTorch), "triton" (fused kernels; an error where they cannot run) or "auto".
