@@ -71,7 +71,7 @@ def mgiou_loss(
     The loss is 0 where `pred` is the target and that is convex, from any first vertex and in either direction. A
     target with dents ends as its hull. The loss does not change when both polygons are moved, scaled or turned
     together ("soft" weights: turned by right angles). It does when they are swapped, as the two terms are not
-    symmetric; MGIoU is. Both polygons have the same unit, whichever that is.
+    symmetric; MGIoU is. Any unit will do, the same for both polygons.
 
     A polygon of one vertex is a point, of two a segment. Where a side of a sample has no real vertex, or neither
     polygon has an edge, the sample's loss and gradient are 0. Any finite input gives a finite value and
