@@ -83,7 +83,7 @@ class Checks:
 
         def check_gradient(side: str) -> Callable[[Tensor], None]:
             return lambda gradient: check_finite(
-                gradient, f"gradient of {side}", f"{function}, backward, with up to {upstream:.6g} from above"
+                gradient, f"gradient of {side}", f"{function}, backward, upstream gradient up to {upstream:.6g}"
             )
 
         output.register_hook(check_upstream)  # type: ignore[no-untyped-call]
