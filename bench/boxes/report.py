@@ -17,7 +17,7 @@ STEP_TITLES = ("loop us", "/ L1", "graph us", "/ L1", "ProbIoU /", "compiled /",
 
 
 def table(results: dict[str, Any]) -> str:
-    """What the targets of the kernel of boxes are about, as plain text."""
+    """The times as plain text."""
     lines = ["".join(f"{title:>11}" for title in ("B", *STEP_TITLES))]
     lines += ["".join(f"{cell:>11}" for cell in row) for row in step_rows(results)]
     lines += [

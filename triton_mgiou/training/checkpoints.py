@@ -91,7 +91,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def check(found: Checkpoint) -> list[str]:
-    """What is wrong with a checkpoint.
+    """Say what is wrong with a checkpoint.
 
     Faults are NaN and Inf in a tensor, and the scale of a GradScaler below 1: its search ends far above, below it
     has skipped nearly every step. No faults are -Inf in a mask, by its name; a single number called best, kth, min,

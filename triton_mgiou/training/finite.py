@@ -20,7 +20,7 @@ NO_NAN = (getattr(torch, "float4_e2m1fn_x2", None),)  # formats that are finite 
 
 @dataclass(frozen=True)
 class NonFinite:
-    """What is wrong with a tensor that holds NaN or Inf.
+    """A tensor that holds NaN or Inf, and what is in it.
 
     Attributes:
         name: What the tensor is called.
@@ -160,7 +160,7 @@ def _sparse_places(tensor: Tensor, of_values: tuple[tuple[int, ...], ...]) -> tu
 
 
 def describe(tensor: Tensor, name: str, mask: Tensor | None = None) -> NonFinite | None:
-    """What is wrong with a tensor where `mask` is True, or None if nothing is."""
+    """Describe NaN and Inf in a tensor where `mask` is True; None if there is none."""
     tensor = tensor.detach()
     if tensor.is_quantized:
         tensor = tensor.dequantize()  # a scale can be NaN
