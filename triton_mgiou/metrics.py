@@ -150,7 +150,7 @@ def _faces(*outlines: Floats) -> tuple[NDArray[Any], list[NDArray[np.bool_]]]:
 
 
 def _region(outline: Floats) -> Any:
-    """The region of an outline by the even-odd rule, as a valid geometry: empty where a coordinate is not finite."""
+    """What an outline covers by the even-odd rule, as a valid geometry: empty where a coordinate is not finite."""
     shapely = _shapely()
     if not np.isfinite(outline).all():
         return shapely.Polygon()
