@@ -96,7 +96,7 @@ class Plan:
 
 
 def private_launcher(compiled: Any) -> tuple[Any, tuple[Any, ...]] | None:
-    """What launches a compiled kernel without Triton's bookkeeping, and its arguments between stream and the kernel's.
+    """Find the launcher of a compiled kernel without Triton's bookkeeping, and its arguments right after the stream.
 
     None where Triton's launcher doesn't look as it is known to: `kernel[grid](...)` then has to be used.
     """
@@ -220,7 +220,7 @@ def _counter(device: int) -> Tensor:
 
 
 class PolygonCall(NamedTuple):
-    """What is asked of the kernel of polygons, besides both sides."""
+    """A call of the kernel of polygons, without both sides."""
 
     pred_real: Tensor | None  # lengths or a mask, or None where every vertex is real
     target_real: Tensor | None
@@ -383,7 +383,7 @@ def _as_words(polygons: Tensor, size: int) -> tuple[Tensor, int, int]:
 
 
 class BoxCall(NamedTuple):
-    """What is asked of the kernel of boxes, besides both sides."""
+    """A call of the kernel of boxes, without both sides."""
 
     fmt: str
     angle: str

@@ -1,4 +1,4 @@
-"""What losses and matrices do in debug mode: look for NaN and Inf in their input, their output and the gradients.
+"""The checks of debug mode, for NaN and Inf in the input, the output and the gradients of losses and matrices.
 
 Values are read on the host, which `torch.compile` must not trace, so it breaks its graph here. Marking that imports the
 compiler, which takes a second: only debug mode imports this module.
@@ -17,7 +17,7 @@ from triton_mgiou.training.finite import check_finite
 
 
 class Checks:
-    """Those of one call of `function`, which is named in errors and warnings."""
+    """The checks of one call of `function`, which is named in errors and warnings."""
 
     def __init__(self, function: str) -> None:
         self.function = function
@@ -83,7 +83,7 @@ class Checks:
 
         def check_gradient(side: str) -> Callable[[Tensor], None]:
             return lambda gradient: check_finite(
-                gradient, f"gradient of {side}", f"{function}, backward, with up to {upstream:.6g} from above"
+                gradient, f"gradient of {side}", f"{function}, backward, upstream gradient up to {upstream:.6g}"
             )
 
         output.register_hook(check_upstream)  # type: ignore[no-untyped-call]

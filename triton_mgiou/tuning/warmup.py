@@ -50,7 +50,7 @@ _TENSORS = {
 
 
 class WarmupResult(NamedTuple):
-    """One compiled variant of the kernel."""
+    """One compiled variant of a kernel."""
 
     pred_vertices: int  # the largest count that uses it; 0 for boxes and pairs
     target_vertices: int
@@ -61,7 +61,7 @@ class WarmupResult(NamedTuple):
     us: float | None  # on the GPU; None where it was not measured
     gain: float | None  # over the default configuration: 0.1 where that takes 1.1 times as long
     source: str  # "tuned", "cache" for an earlier run's file, "rank" for another rank's, or "default"
-    fmt: str | None = None  # of boxes; of all pairs "pairs of " it
+    fmt: str | None = None  # of boxes; "pairs of FMT" for a matrix
 
 
 def warmup(
@@ -168,7 +168,7 @@ class _Prepared(NamedTuple):
 
 
 class _Variant(NamedTuple):
-    """What one variant of the kernel is for."""
+    """A variant of the kernel of polygons."""
 
     dtype: tuple[torch.dtype, ...]
     size: tuple[int, ...]
@@ -216,7 +216,7 @@ class _Variant(NamedTuple):
                 loss.sum().backward()  # type: ignore[no-untyped-call]
 
     def prepare(self) -> _Prepared:
-        """What a launch on this input, or on `LEAST_BATCH` of it, is."""
+        """A launch on this input, or on `LEAST_BATCH` of it."""
         from triton_mgiou import launch  # noqa: PLC0415 - needs Triton
 
         batch = max(self.batch, LEAST_BATCH)
@@ -275,7 +275,7 @@ class _BoxVariant(NamedTuple):
                 loss.sum().backward()  # type: ignore[no-untyped-call]
 
     def prepare(self) -> _Prepared:
-        """What a launch on this input, or on `LEAST_BATCH` of it, is."""
+        """A launch on this input, or on `LEAST_BATCH` of it."""
         from triton_mgiou import launch  # noqa: PLC0415 - needs Triton
 
         batch = max(self.batch, LEAST_BATCH)
@@ -301,7 +301,7 @@ class _PairVariant(NamedTuple):
     packed: tuple[bool, bool] = (True, True)
 
     def gradient_to(self, side: int) -> _PairVariant:
-        """That of the gradient to one side, which is the first set of its launch."""
+        """The variant of the gradient to one side, which is the first set of its launch."""
         if side == 0:
             return self._replace(gradient=True)
         swapped = {"mask1": "mask2", "mask2": "mask1"}
@@ -360,7 +360,7 @@ class _PairVariant(NamedTuple):
         pairs.launch_all(plan, launches)
 
     def prepare(self) -> _Prepared:
-        """What a launch on this input is."""
+        """A launch on this input."""
         plan, launches, output = self._prepare()
         ((size, arguments),) = launches
         # Gradients are compared as those behind a loss are, which here is the upstream matrix: no launch changes it.
