@@ -7,6 +7,7 @@ compiler, which takes a second: only debug mode imports this module.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -57,7 +58,7 @@ class Checks:
                 f"{self.function}, input: {count} of {len(angles)} angles of {name} are above 4 pi, up to "
                 f'{angles.max().item():.6g}: expected radians; for degrees give angle="degrees"',
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=_callers_level(),
             )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -90,3 +91,14 @@ class Checks:
         for side, shapes in sides.items():
             if shapes.requires_grad:
                 shapes.register_hook(check_gradient(side))  # type: ignore[no-untyped-call]
+
+
+def _callers_level() -> int:
+    """The `stacklevel` of a warning that is to name the line of the user's code: past this package and PyTorch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "triton_mgiou",
+        "torch",
+    ):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -299,6 +299,7 @@ class _PairVariant(NamedTuple):
     device: torch.device
     options: Mapping[str, Any]
     packed: tuple[bool, bool] = (True, True)
+    side: int = 0  # the set of the call that is the first one here
 
     def gradient_to(self, side: int) -> _PairVariant:
         """The variant of the gradient to one side, which is the first set of its launch."""
@@ -306,7 +307,7 @@ class _PairVariant(NamedTuple):
             return self._replace(gradient=True)
         swapped = {"mask1": "mask2", "mask2": "mask1"}
         options = {swapped.get(name, name): value for name, value in self.options.items()}
-        return self._replace(gradient=True, dtype=self.dtype[::-1], size=self.size[::-1], options=options)
+        return self._replace(gradient=True, dtype=self.dtype[::-1], size=self.size[::-1], options=options, side=1)
 
     def kinds(self) -> Iterator[_PairVariant]:
         """Itself, and those for other sizes and for boxes that do not follow each other, which are other kernels."""
@@ -326,7 +327,7 @@ class _PairVariant(NamedTuple):
         """The first fields of the result, and the last."""
         words = "all"
         if self.gradient:
-            words = f"P {layouts.how_many(layouts.are_many(self.size[0]))}"
+            words = f"boxes{self.side + 1}, {'PT'[self.side]} {layouts.how_many(layouts.are_many(self.size[0]))}"
         elif self.fmt not in _POLYGONS:
             words = f"T {'' if self.size[1] % 4 == 0 else 'not '}a multiple of 4"
         return {"pred_vertices": 0, "target_vertices": 0, "batch": words, "fmt": f"pairs of {self.fmt}"}
