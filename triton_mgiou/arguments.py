@@ -180,9 +180,11 @@ def check_pairs(
     """Refuse what are no two sets of shapes, (P, *shape) or (B, P, *shape); None in `shape` is any size but 0."""
     for side, value in ((f"{name}1", first), (f"{name}2", second)):
         check_tensor(side, value)
-        wanted = value.shape[value.dim() - len(shape) :]
-        fits = all(got == want or (want is None and got > 0) for got, want in zip(wanted, shape, strict=True))
-        if value.dim() not in (1 + len(shape), 2 + len(shape)) or not fits:
+        fits = value.dim() - len(shape) in (1, 2) and all(
+            got == want or (want is None and got > 0)
+            for got, want in zip(value.shape[-len(shape) :], shape, strict=True)
+        )
+        if not fits:
             raise ValueError(f"{side} must have shape {expected}, got {tuple(value.shape)}")
         check_floating(side, value)
     check_not_traced(function, first.shape[0])

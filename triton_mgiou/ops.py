@@ -26,7 +26,7 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
     """The loss of polygons, B at least 1."""
-    if not is_traced(pred, target):
+    if not needs_dispatcher(pred, target):
         return _direct(pred, target, call)
     options = call.options
     weight, rule, divisor = call.reduction
@@ -53,7 +53,7 @@ def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
 
 def box_loss(pred: Tensor, target: Tensor, call: BoxCall) -> Tensor:
     """The loss of boxes, B at least 1."""
-    if not is_traced(pred, target):
+    if not needs_dispatcher(pred, target):
         return _direct(pred, target, call)
     options = call.options
     weight, rule, divisor = call.reduction
@@ -88,9 +88,11 @@ def _constant_or_tensor(weight: float) -> tuple[float, Tensor | None]:
     return 0.0, torch.full((), weight, dtype=torch.float64, device="cpu")
 
 
-def is_traced(pred: Tensor, target: Tensor) -> bool:
-    """Whether PyTorch traces the call, and so needs an operator of its dispatcher."""
-    return torch.compiler.is_compiling() or type(pred) not in _PLAIN or type(target) not in _PLAIN
+def needs_dispatcher(pred: Tensor, target: Tensor) -> bool:
+    """Whether the call needs PyTorch's dispatcher: it is traced, or a side is negated only when it is read."""
+    if torch.compiler.is_compiling() or type(pred) not in _PLAIN or type(target) not in _PLAIN:
+        return True
+    return pred.is_neg() or target.is_neg()
 
 
 def _direct(pred: Tensor, target: Tensor, call: PolygonCall | BoxCall) -> Tensor:

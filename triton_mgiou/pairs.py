@@ -19,7 +19,7 @@ from triton_mgiou.kernels.pairs import box_pairs_kernel
 from triton_mgiou.kernels.pairs_gradient import box_pairs_gradient_kernel
 from triton_mgiou.kernels.polygon_pairs import polygon_pairs_kernel
 from triton_mgiou.launch import COMPUTE, INTERPRETED, Plan
-from triton_mgiou.ops import check_backward, define, is_traced
+from triton_mgiou.ops import check_backward, define, needs_dispatcher
 from triton_mgiou.options import AXIS_WEIGHTS, OVERS
 from triton_mgiou.reference.polygons import compute_dtype
 from triton_mgiou.tuning import layouts
@@ -66,7 +66,7 @@ class PairKey(NamedTuple):
 
 def box_matrix(boxes1: Tensor, boxes2: Tensor, mask1: Tensor | None, mask2: Tensor | None, call: BoxPairs) -> Tensor:
     """The matrix (P, T) of boxes (P, n) and (T, n), or of batches of them; no size is 0."""
-    if is_traced(boxes1, boxes2):
+    if needs_dispatcher(boxes1, boxes2):
         matrix: Tensor = torch.ops.triton_mgiou.box_matrix(boxes1, boxes2, mask1, mask2, *call)
         return matrix
     if (boxes1.requires_grad or boxes2.requires_grad) and torch.is_grad_enabled():
@@ -96,6 +96,7 @@ class _Matrix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         check_backward(upstream)
+        upstream = upstream.resolve_neg()  # the kernel reads memory
         boxes1, boxes2, mask1, mask2 = ctx.saved_tensors
         grad1 = grad2 = None
         if ctx.needs_input_grad[0]:
@@ -173,7 +174,7 @@ def prepare_gradient(
 
 def polygon_matrix(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -> Tensor:
     """The matrix (P, T) of polygons (P, N, 2) and (T, M, 2), or of batches, without a gradient; no size is 0."""
-    if is_traced(polygons1, polygons2):
+    if needs_dispatcher(polygons1, polygons2):
         matrix: Tensor = torch.ops.triton_mgiou.polygon_matrix(polygons1, polygons2, *call)
         return matrix
     return _polygon_values(polygons1, polygons2, call)

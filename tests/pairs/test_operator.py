@@ -58,6 +58,36 @@ def test_inference_mode_and_autocast_change_nothing(backend):
         assert_same(box_mgiou(first, second, backend=backend.name), expected)
 
 
+def test_tensors_that_negate_when_read_are_read_so(backend):
+    """Memory has the opposite of the imaginary part of a conjugate."""
+    first, second = sets(backend)
+    upstream = torch.rand(4, 6, generator=generator(4)).to(backend.device)
+
+    def lazily(values):
+        result = torch.complex(torch.zeros_like(values), -values).conj().imag
+        assert result.is_neg()
+        return result
+
+    for own, other in ((lazily(first), second), (first, lazily(second))):
+        assert_same(matrix(backend, own, other), matrix(backend, first, second))
+        corners = [each[:, :4].unflatten(1, (2, 2)) for each in (own, other, first, second)]
+        assert_same(matrix(backend, *corners[:2]), matrix(backend, *corners[2:]))
+    leaves = [each.clone().requires_grad_() for each in (first, second)]
+    for sides in ((leaves[0], leaves[1]), (lazily(leaves[0]), lazily(leaves[1]))):
+        value = box_mgiou(*sides, backend=backend.name)
+        for actual, want in zip(
+            torch.autograd.grad(value, leaves, lazily(upstream)),
+            gradients(backend, first, second, upstream),
+            strict=True,
+        ):
+            assert_same(actual.cpu(), want)
+    first, second = first[:4], second[:4]
+    expected = box_mgiou_loss(first, second, weight=upstream[:, 0], backend=backend.name)
+    for own, other in ((lazily(first), second), (first, lazily(second))):
+        actual = box_mgiou_loss(own, other, weight=lazily(upstream)[:, 0], backend=backend.name)
+        assert_same(actual, expected)
+
+
 def test_a_second_derivative_is_refused_by_the_kernel(backend):
     first, second = (each.requires_grad_() for each in sets(backend))
     value = box_mgiou(first, second, backend=backend.name).sum()
@@ -113,6 +143,13 @@ BOXES = torch.ones(3, 5)
 ERRORS = {
     "first is no tensor": (TypeError, "boxes1 must be a torch.Tensor, got list", ([1.0], BOXES), {}),
     "second is integer": (TypeError, "boxes2 must be floating .*, got torch.int64", (BOXES, BOXES.long()), {}),
+    "one number": (ValueError, r"boxes1 must have shape .* got \(\)", (torch.tensor(1.0), BOXES), {}),
+    "corners of one box": (
+        ValueError,
+        r"boxes2 must have shape \(P, 8, 3\) .* got \(8,\)",
+        (torch.ones(2, 8, 3), torch.ones(8)),
+        {"fmt": "corners3d"},
+    ),
     "four numbers": (ValueError, r"boxes2 must have shape .*5.* got \(3, 4\)", (BOXES, BOXES[:, :4]), {}),
     "one box": (ValueError, r"boxes1 must have shape .* got \(5,\)", (BOXES[0], BOXES), {}),
     "one batch": (ValueError, "boxes2 must have a batch if and only if", (BOXES[None], BOXES), {}),
@@ -134,6 +171,7 @@ POLYGONS = torch.ones(3, 4, 2)
 POLYGON_ERRORS = {
     "no vertex": (ValueError, "polygons1 must have shape .* N >= 1", (POLYGONS[:, :0], POLYGONS), {}),
     "space": (ValueError, "polygons2 must have shape", (POLYGONS, torch.ones(3, 4, 3)), {}),
+    "one vertex": (ValueError, r"polygons1 must have shape .* got \(2,\)", (POLYGONS[0, 0], POLYGONS), {}),
     "lengths": (TypeError, "lengths1 must be integers", (POLYGONS, POLYGONS), {"lengths1": torch.ones(3)}),
     "uint16": (
         TypeError,

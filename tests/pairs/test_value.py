@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.helpers import AXIS_WEIGHTS, assert_close, assert_same, convex, generator, star
 from tests.pairs import oracle
 from tests.pairs.helpers import FORMATS, OVER, PLANE, ULP, needs_kernel, random_boxes
-from triton_mgiou import PAPER, box_mgiou, box_mgiou_loss, polygon_mgiou
+from triton_mgiou import PAPER, box_mgiou, box_mgiou_loss, mgiou_loss, polygon_mgiou
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -72,6 +72,20 @@ def test_polygons_match_the_oracle(backend, sizes, axis_weight, over):
     )
     actual = matrix(backend, first, second, lengths1=lengths1, lengths2=lengths2, **options)
     assert_close(actual, expected, atol=1e-13, rtol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_lengths_of_8_bits_count_vertices_of_more(backend, dtype):
+    if backend.is_slow:
+        pytest.skip("so many vertices take minutes")
+    polygons = star(2, 300, generator(14)).float()
+    lengths = torch.tensor([3, 100], dtype=dtype)
+    shorter = [polygons[k : k + 1, :n] for k, n in enumerate(lengths.tolist())]
+    actual = matrix(backend, polygons, polygons[:1, :4], lengths1=lengths)
+    assert_same(actual, torch.cat([matrix(backend, each, polygons[:1, :4]) for each in shorter]))
+    losses = [mgiou_loss(polygons[:1, :4], each, reduction="none") for each in shorter]
+    actual = mgiou_loss(polygons[[0, 0], :4], polygons, target_lengths=lengths, reduction="none")
+    assert_close(actual, torch.cat(losses), atol=1e-6)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -103,7 +103,8 @@ def _boxes(numbers: Tensor, mask: Tensor | None) -> _Shapes:
 
 def _polygons(vertices: Tensor, lengths: Tensor | None, mask: Tensor | None) -> _Shapes:
     batch, rows, size, _ = vertices.shape
-    count = torch.full((batch, rows), size, device=vertices.device) if lengths is None else lengths.clamp(0, size)
+    count = torch.full((batch, rows), size, device=vertices.device) if lengths is None else lengths.long()
+    count = count.clamp(0, size)  # as int64: a type of 8 bits may not hold the size
     is_there = count > 0 if mask is None else mask & (count > 0)
     is_real = torch.arange(size, device=vertices.device) < count.clamp(min=1).unsqueeze(2)
     return _shapes(torch.where(is_real.unsqueeze(3), vertices, 0.0), is_there, is_real)

@@ -84,7 +84,7 @@ def _real_first(vertices: Tensor, lengths: Tensor | None, mask: Tensor | None) -
         order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
         return vertices.gather(1, order.unsqueeze(-1).expand(-1, -1, 2)), mask.sum(1)
     if lengths is not None:
-        return vertices, lengths.clamp(0, size)
+        return vertices, lengths.long().clamp(0, size)  # a type of 8 bits may not hold the size
     return vertices, torch.full((batch,), size, device=vertices.device)
 
 
