@@ -1,4 +1,4 @@
-"""PTX of the losses' kernels in many variants, to compare before and after a change.
+"""PTX of the kernels of losses and matrices in many variants, to compare before and after a change.
 
     python -m tests.ptx before
     python -m tests.ptx after
@@ -26,8 +26,11 @@ from triton import knobs
 
 from tests.boxes.helpers import SPACE
 from tests.boxes.test_kernels import compiled as compiled_boxes
+from tests.pairs.test_kernels import box_kernel as compiled_box_pairs
+from tests.pairs.test_kernels import polygon_kernel as compiled_polygon_pairs
 from tests.polygons.test_kernels import compiled as compiled_polygons
-from triton_mgiou.box_formats import KERNEL_FORMATS
+from triton_mgiou.box_formats import KERNEL_FORMATS, PAIR_FORMATS
+from triton_mgiou.options import OVERS
 
 SIZES = {"4": (4, 4), "8": (8, 8), "16": (16, 16), "32": (32, 32), "64": (64, 64), "5x11": (5, 11)}
 DEFAULT: dict[str, Any] = {"axis_weight": "length", "axis_grad": False, "boundary": True}
@@ -102,9 +105,38 @@ def box_variants() -> dict[str, Build]:
     return found
 
 
+def pair_variants() -> dict[str, Build]:
+    """The same of the kernels of matrices. "large" is a T that is a multiple of 4, and a gradient to many boxes."""
+    found: dict[str, Build] = {}
+
+    def add(name: str, options: dict[str, Any], *capabilities: int) -> None:
+        for capability in capabilities or (90,):
+            found[f"pairs-{name}-sm{capability}"] = partial(compiled_box_pairs, capability, **options)
+
+    for kind, gradient in (("value", False), ("gradient", True)):
+        for over in OVERS:
+            for size, large in (("small", False), ("large", True)):
+                add(f"cxcywhr-{over}-{size}-{kind}", {"over": over, "large": large, "gradient": gradient}, 80, 90)
+        for fmt in PAIR_FORMATS[1:]:
+            add(f"{fmt}-{kind}", {"fmt": fmt, "gradient": gradient})
+        others: dict[str, dict[str, Any]] = {
+            "masks": {"masks": True},
+            "strided": {"packed": False},
+            "soft": {"axis_weight": "soft"},
+            "float64": {"dtype": torch.float64, "large": False},
+        }
+        for name, options in others.items():
+            add(f"cxcywhr-{name}-{kind}", {**options, "gradient": gradient})
+    for over in OVERS:
+        for corners in (0, 4):
+            name = f"pairs-polygons-{over}-{corners}-sm90"
+            found[name] = partial(compiled_polygon_pairs, 90, over=over, corners=corners)
+    return found
+
+
 def variants() -> dict[str, Build]:
     """All of them."""
-    return polygon_variants() | box_variants()
+    return polygon_variants() | box_variants() | pair_variants()
 
 
 def without_names(ptx: str) -> str:
@@ -117,7 +149,7 @@ def without_names(ptx: str) -> str:
     def number(match: re.Match[str]) -> str:
         return symbols.setdefault(match[0], f"symbol_{len(symbols)}")
 
-    names = r"\$L_\w+|\b[A-Za-z]\w*_param_\d+|\b(?:mgiou|box)_kernel\w*|\bglobal_smem\w*"
+    names = r"\$L_\w+|\b[A-Za-z]\w*_param_\d+|\b[a-z]\w*_kernel\w*|\bglobal_smem\w*"
     return re.sub(names, number, "\n".join(lines)) + "\n"
 
 

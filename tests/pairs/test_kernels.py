@@ -46,6 +46,17 @@ def box_kernel(capability, *, fmt="cxcywhr", over="mean", axis_weight="uniform",
     return compiled(plan.kernel, capability, constants, plan.layout, POINTERS[dtype], masks)
 
 
+def polygon_kernel(capability, *, over="mean", corners=0, masks=True):
+    (layout, *_) = layouts.polygon_pair_candidates(corners, False)
+    constants = {
+        "COMPUTE": triton.language.float32,
+        "OVER": OVERS.index(over),
+        "AXIS_WEIGHT": 0,
+        "CORNERS": corners,
+    }
+    return compiled(polygon_pairs_kernel, capability, constants, layout, "*fp32", masks)
+
+
 @pytest.mark.skipif(triton.__version__ < "3.6", reason="the assembler of Triton 3.4 takes 8 bytes of stack")
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("capability", [80, 90])
@@ -75,12 +86,5 @@ def test_other_variants_compile(options, gradient):
 @pytest.mark.parametrize("corners", [0, 4])
 @pytest.mark.parametrize("over", OVERS)
 def test_kernels_of_polygons_do_not_spill(over, corners, tmp_path):
-    (layout, *_) = layouts.polygon_pair_candidates(corners, False)
-    constants = {
-        "COMPUTE": triton.language.float32,
-        "OVER": OVERS.index(over),
-        "AXIS_WEIGHT": 0,
-        "CORNERS": corners,
-    }
-    kernel = compiled(polygon_pairs_kernel, 90, constants, layout, "*fp32", True)
+    kernel = polygon_kernel(90, over=over, corners=corners)
     assert local_memory(kernel, tmp_path / "kernel.cubin") == 0
