@@ -274,11 +274,13 @@ def test_blocks_change_nothing_and_keep_to_their_memory(fmt, monkeypatch):
             assert_close(grad, expected, atol=1e-12, rtol=1e-12)
 
 
-def test_blocks_refuse_a_second_derivative(monkeypatch):
+def test_blocks_refuse_a_second_derivative_and_a_batch_of_gradients(monkeypatch):
     monkeypatch.setattr(pairs, "MEMORY", 2**12)
     boxes = random_boxes(8, "cxcywhr", generator(13)).requires_grad_()
     with pytest.raises(RuntimeError, match=r"second derivative.*MEMORY"):
         torch.autograd.grad(box_mgiou(boxes, boxes, over="depth").sum(), boxes, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"batch of gradients.*is_grads_batched=False.*MEMORY"):
+        torch.autograd.grad(box_mgiou(boxes, boxes), boxes, torch.ones(2, 8, 8), is_grads_batched=True)
 
 
 def test_transforms_of_the_eager_matrix():

@@ -186,12 +186,16 @@ class _InBlocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"a matrix of {upstream.numel()} pairs has no second derivative, as more than {ctx.pairs} are computed "
-                "in blocks: expected create_graph=False, got create_graph=True; triton_mgiou.reference.pairs.MEMORY "
-                "says how many bytes may be taken"
-            )
+        for is_wanted, what, argument in (
+            (torch.is_grad_enabled(), "second derivative", "create_graph"),
+            (torch._C._functorch.is_legacy_batchedtensor(upstream), "batch of gradients", "is_grads_batched"),
+        ):
+            if is_wanted:
+                raise RuntimeError(
+                    f"a matrix of {upstream.numel()} pairs has no {what}, as more than {ctx.pairs} are computed in "
+                    f"blocks: expected {argument}=False, got {argument}=True; triton_mgiou.reference.pairs.MEMORY says "
+                    "how many bytes may be taken"
+                )
         first, second = _Shapes(*ctx.saved_tensors[:4]), _Shapes(*ctx.saved_tensors[4:])
         grads = torch.zeros_like(first.numbers), torch.zeros_like(second.numbers)
         asked = ctx.needs_input_grad[2], ctx.needs_input_grad[6]
