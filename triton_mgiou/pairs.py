@@ -25,6 +25,7 @@ from triton_mgiou.reference.polygons import compute_dtype
 from triton_mgiou.tuning import layouts
 
 MOST_BATCHES = 65532  # of one launch: CUDA's second and third dimensions have 65535, and parts stay aligned
+MOST_SHAPES = 2**31 - 2**20  # of a set: 32 bits count them, and those that a program would take behind the last one
 
 
 class BoxPairs(NamedTuple):
@@ -234,7 +235,13 @@ def launch_all(plan: Plan, launches: list[Launch]) -> None:
 def _size(first: Tensor, second: Tensor, dimensions: int) -> tuple[int, int, int]:
     """The size of the matrix, (B, P, T); `dimensions` are those of one shape."""
     *batch, rows = first.shape[:-dimensions]
-    return batch[0] if batch else 1, rows, second.shape[-1 - dimensions]
+    columns = second.shape[-1 - dimensions]
+    if rows > MOST_SHAPES or columns > MOST_SHAPES:  # Triton would take the lower bits of these numbers
+        raise ValueError(
+            f"for the kernels each set must have at most {MOST_SHAPES} shapes, got {rows} and {columns}; "
+            'expected fewer, or backend "eager"'
+        )
+    return batch[0] if batch else 1, rows, columns
 
 
 def _parts(batch: int) -> list[slice | None]:
