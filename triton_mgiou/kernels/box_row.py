@@ -242,7 +242,7 @@ def _boundary(sides, crossing, weight, boundary_weight, PLAIN: tl.constexpr, V: 
     squared = a * a
     divisor = v * tl.fma(v, v, squared)
     if not PLAIN:
-        is_point = v <= V.TINY
+        is_point = mixed <= V.TINY
         divisor = tl.where(is_flat | is_point, 1.0, divisor)
     share = reciprocal(divisor)
     per_area = squared * share
