@@ -39,8 +39,8 @@ def _quarters_in_a_radian(words):
     return tuple(bits >> 64 * (words - 1 - i) & 0xFFFFFFFFFFFFFFFF for i in range(words))
 
 
-# As many as the largest number needs.
-WORDS_32 = tl.constexpr(4)
+# As many as the largest number of each type needs.
+WORDS_32 = tl.constexpr(5)
 WORDS_64 = tl.constexpr(19)
 QUARTERS_IN_A_RADIAN = tl.constexpr(_quarters_in_a_radian(19))
 
@@ -67,13 +67,21 @@ def quarters(angle, DEGREES: tl.constexpr):
 
 
 @triton.jit
-def _digits(index, shift, WORDS: tl.constexpr):
-    """64 bits of 2 / pi, from bit `shift` of a word on."""
-    first = index * 0
-    second = first
-    for place in tl.static_range(WORDS - 1):
-        first = tl.where(index == place, QUARTERS_IN_A_RADIAN[place], first)
-        second = tl.where(index == place, QUARTERS_IN_A_RADIAN[place + 1], second)
+def _words(index, WORDS: tl.constexpr):
+    """Three words of 2 / pi, from one of them on."""
+    none = tl.zeros_like(index).to(tl.uint64)
+    first, second, third = none, none, none
+    for place in tl.static_range(WORDS - 2):
+        is_here = index == place
+        first = tl.where(is_here, QUARTERS_IN_A_RADIAN[place], first)
+        second = tl.where(is_here, QUARTERS_IN_A_RADIAN[place + 1], second)
+        third = tl.where(is_here, QUARTERS_IN_A_RADIAN[place + 2], third)
+    return first, second, third
+
+
+@triton.jit
+def _shifted(first, second, shift):
+    """The first word of two that are moved up by `shift` bits."""
     return (first << shift) | ((second >> 1) >> (63 - shift))
 
 
@@ -95,13 +103,12 @@ def _far_quarters(angle, DEGREES: tl.constexpr):
         rest = 8 * (((integer % 45) << power) % 45)
         found = quarters(rest.to(tl.int32).to(angle.dtype), True)
     else:
-        WORDS: tl.constexpr = WORDS_64 if IS_64 else WORDS_32
         start = tl.maximum(exponent + 63, 0)
-        index = (start >> 6).to(tl.uint64)
+        first, second, third = _words(start >> 6, WORDS_64 if IS_64 else WORDS_32)
         shift = (start & 63).to(tl.uint64)
-        turned = integer * _digits(index, shift, WORDS)  # half turns, in units of 2^-64, without the whole ones
+        turned = integer * _shifted(first, second, shift)  # half turns, in units of 2^-64, without the whole ones
         if IS_64:
-            turned += tl.umulhi(integer, _digits(index + 1, shift, WORDS))
+            turned += tl.umulhi(integer, _shifted(second, third, shift))
         is_odd = ((turned + (1 << 62)) >> 63) != 0
         rest = (turned - tl.where(is_odd, 1 << 63, 0).to(tl.uint64)).to(tl.int64, bitcast=True).to(angle.dtype)
         found = Direction(is_odd, rest * tl.full(angle.shape, math.pi / 2 * 2.0**-63, angle.dtype))
