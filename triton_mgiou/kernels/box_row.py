@@ -113,6 +113,8 @@ def box_row(pred, target, pred_direction, target_direction, boundary_weight, PLA
         weight = tl.where(weight > 0, weight, 1.0)
         factor = tl.where(weight == AXES, 1.0 / AXES, inverse(weight)) + poison
     loss = total * factor
+    if not PLAIN:  # lengths of 0 on every axis: all distances are 1, but for the reciprocals' last bit
+        loss = tl.minimum(loss, 1.0, propagate_nan=tl.PropagateNan.ALL)
     boundary = BoundarySlopes(none, none)
     if V.BOUNDARY:
         term, boundary = _boundary(sides, crossing, weight, boundary_weight, PLAIN, V)
