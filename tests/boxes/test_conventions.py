@@ -177,7 +177,7 @@ def test_bounding_boxes_without_a_size_have_a_finite_gradient(tv_tensors, own, p
 @pytest.mark.parametrize("fmt", ["xyxy", "cxcywh", "cxcywhr", "xyxyxyxy"])
 def test_bounding_boxes_of_integers_are_refused_whatever_they_become(tv_tensors, fmt):
     whole = bounding(tv_tensors, torch.tensor([[1, 2, 3, 4]]), "XYXY")
-    with pytest.raises(TypeError, match="target must be floating.*int64"):
+    with pytest.raises(TypeError, match=r"target must be floating.*int64"):
         box_mgiou_loss(bounding(tv_tensors, torch.tensor([[1.0, 2, 3, 4]]), "XYXY"), whole, fmt=fmt)
 
 

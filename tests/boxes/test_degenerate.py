@@ -84,7 +84,8 @@ def test_points_and_segments_of_the_boundary_term(boxes):
 
 @pytest.mark.parametrize("fmt", ["cxcywhr", "cxcywh"])
 @pytest.mark.parametrize(
-    ("size", "slope"), [((1e-15, 1e-15), (1.0, 1.0)), ((1e-28, 1e-28), (0, 0)), ((1e-28, 0), (0, 0)), ((0, 1e-26), (0, 0))]
+    ("size", "slope"),
+    [((1e-15, 1e-15), (1.0, 1.0)), ((1e-28, 1e-28), (0, 0)), ((1e-28, 0), (0, 0)), ((0, 1e-26), (0, 0))],
 )
 def test_the_boundary_term_of_a_speck(boxes, fmt, size, slope):
     """A square p in the middle of a square W has the term 1 - 2 p W / (p^2 + W^2), so far below W its slope is -2 / W.
