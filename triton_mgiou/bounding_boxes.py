@@ -72,9 +72,9 @@ def _centre(kind: str, numbers: Tensor) -> tuple[Tensor, ...]:
 
 
 def _polar(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Length and direction of a vector. Those of 0 are 0, with a gradient of 0, which PyTorch's is NaN."""
+    """Length and direction of a vector. Those of 0 are 0 and have the gradient 0, which PyTorch's is NaN."""
     is_none = (x == 0) & (y == 0)
-    x = torch.where(is_none, 1.0, x)
+    x, y = torch.where(is_none, 1.0, x), torch.where(is_none, 0.0, y)
     return torch.where(is_none, 0.0, torch.hypot(x, y)), torch.atan2(y, x)
 
 

@@ -174,6 +174,16 @@ def test_bounding_boxes_without_a_size_have_a_finite_gradient(tv_tensors, own, p
         assert torch.isfinite(torch.autograd.grad(loss, point)[0]).all()
 
 
+def test_a_side_without_a_length_has_no_direction_to_learn(tv_tensors):
+    """Its first corner then moves the centre only, as the last one does, of which no side is measured."""
+    corners = torch.tensor([[5.0, 5, 5, 5, 5, 9, 5, 9]])
+    segment = bounding(tv_tensors, corners, "XYXYXYXY").requires_grad_()
+    target = torch.tensor([[6.0, 8, 3, 5, 0.3]])
+    (gradient,) = torch.autograd.grad(box_mgiou_loss(segment, target), segment)
+    assert_close(gradient[:, :2], gradient[:, 6:], atol=1e-7, what="gradient to the first corner")
+    assert (gradient != 0).any()
+
+
 @pytest.mark.parametrize("fmt", ["xyxy", "cxcywh", "cxcywhr", "xyxyxyxy"])
 def test_bounding_boxes_of_integers_are_refused_whatever_they_become(tv_tensors, fmt):
     whole = bounding(tv_tensors, torch.tensor([[1, 2, 3, 4]]), "XYXY")
