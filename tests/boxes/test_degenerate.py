@@ -144,7 +144,7 @@ def test_a_negative_size_counts_as_its_absolute_value(boxes, fmt, axis_weight):
 @axis_grads
 def test_any_finite_number_gives_a_finite_loss_and_gradient(boxes, axis_weight, axis_grad, dtype):
     largest, smallest = torch.finfo(dtype).max, 2.0**-149 if dtype == torch.float32 else 2.0**-1074
-    numbers = [0.0, smallest, -smallest, 1e-30, 1.0, -1.0, 1e20, -largest, largest, torch.finfo(dtype).tiny]
+    numbers = [0.0, smallest, -smallest, 1e-30, 1e-12, 1.0, -1.0, 1e20, -largest, largest, torch.finfo(dtype).tiny]
     rng = generator(52)
     for fmt in (*ALL_FORMATS,):
         shape = ALL_FORMATS[fmt].shape
