@@ -158,7 +158,7 @@ def _region(outline: Floats) -> Any:
 
 
 def _regions(polygons: list[Floats], needed: NDArray[np.intp]) -> NDArray[Any]:
-    """The regions of those that are needed: they are costly, and most predictions of a validation are near no target."""
+    """The regions of those that are needed: they are costly, and in a validation most predictions meet no target."""
     regions = np.full(len(polygons), None)
     for place in np.unique(needed):
         regions[place] = _region(polygons[place])

@@ -210,6 +210,21 @@ class _MGIoUTrainer:
         if set_losses not in trainer.callbacks["on_train_epoch_start"]:  # other processes get those of the first
             trainer.add_callback("on_train_epoch_start", set_losses)
 
+    def train(self) -> None:
+        """Train. However it ends, the models are left without a criterion, as what is saved of them has to be plain."""
+        try:
+            super().train()  # type: ignore[misc]
+        finally:
+            for model in _models(self):
+                if isinstance(model, nn.Module):  # before the training it is a name
+                    model.criterion = None  # type: ignore[assignment]
+
+    def save_model(self) -> Any:
+        """Save the average without its criterion, which the first 8.4 versions would put into `last.pt`."""
+        trainer: Any = self
+        trainer.ema.ema.criterion = None  # the next epoch gets another
+        return super().save_model()  # type: ignore[misc]
+
     def set_loss(self, criterion: Any) -> None:
         """Put the loss into an Ultralytics criterion; called before each epoch for each criterion.
 
@@ -221,8 +236,7 @@ class _MGIoUTrainer:
 
 def set_losses(trainer: Any) -> None:
     """Put the loss of one of our trainers into the criteria of its model and of the model's average."""
-    models = [unwrap_model(trainer.model)] + ([trainer.ema.ema] if trainer.ema else [])
-    for model in models:
+    for model in _models(trainer):
         if getattr(model, "criterion", None) is None:
             model.criterion = model.init_criterion()
         both = (getattr(model.criterion, "one2many", None), getattr(model.criterion, "one2one", None))
@@ -232,6 +246,10 @@ def set_losses(trainer: Any) -> None:
                     kind = type(criterion).__name__
                     raise RuntimeError(_other_version(f"has a {kind} without {part}", f"has {kind}.{part}"))
             trainer.set_loss(criterion)
+
+
+def _models(trainer: Any) -> list[Any]:
+    return [unwrap_model(trainer.model)] + ([trainer.ema.ema] if trainer.ema else [])
 
 
 class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
