@@ -108,7 +108,7 @@ def train_missing(out: Path, args: argparse.Namespace, begin: float) -> bool:
         crew_of = [devices[k % len(devices)] for k in range(processes)]
         with Crew(crew_of, partial(work, setup=setup), partial(prepare, kind)) as crew:
             # Its processes import what they need while the scenes are drawn.
-            draw({job.task for job in left if job.part != plan.SPEED.part}, size, setup.scenes)
+            draw(plan.tasks(left), size, setup.scenes)
             progress.say("scenes drawn")
             progress.missed = crew.run(
                 left, end=progress.end, seconds=progress.seconds, alone=plan.SPEED.__eq__, heard=progress.heard
