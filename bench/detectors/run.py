@@ -276,9 +276,16 @@ def write(path: Path, values: dict[str, Any]) -> None:
 def facts(toy: bool, kind: str) -> dict[str, Any]:
     """What a result must say about where it comes from."""
     command = ["python -m bench.detectors", *(["--toy"] if toy else [])]
-    installed = {each.name.lower(): each.version for each in metadata.distributions()}
-    versions = {name: installed.get(name, "not installed") for name in VERSIONS}
+    versions = {name: installed_version(name) for name in VERSIONS}
     return {**machine(command, torch.device(kind)), "versions": {"triton-mgiou": triton_mgiou.__version__, **versions}}
+
+
+def installed_version(name: str) -> str:
+    """The version of a distribution."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def say(text: str) -> None:

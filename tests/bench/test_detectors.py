@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -301,3 +302,12 @@ def test_pages_hold_the_results_that_are_there(page, tmp_path):
     copy.write_text(before, encoding="utf-8")
     report.fill(copy, ROOT / run.OWN)
     assert copy.read_text(encoding="utf-8") == before
+
+
+def test_the_remains_of_another_package_do_not_stop_the_bench(tmp_path, monkeypatch):
+    """A folder of metadata without a name, as an interrupted pip leaves it."""
+    (tmp_path / "broken-1.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    versions = run.facts(toy=True, kind="cpu")["versions"]
+    assert versions["numpy"] == np.__version__
+    assert set(versions) == {"triton-mgiou", *run.VERSIONS}
