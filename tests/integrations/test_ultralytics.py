@@ -538,6 +538,11 @@ def test_fitness_is_that_of_the_polygons():
     assert results["fitness"] == metrics.polygon.fitness() > 0.4
     assert len(metrics.keys) == len(metrics.mean_results()) == len(metrics.class_result(0)) == 12
     assert len(metrics.curves) == len(metrics.curves_results)
+    (row,) = metrics.summary()
+    assert row["Polygon-mAP50"] == pytest.approx(results["metrics/mAP50(G)"], abs=1e-5)
+    assert row["Polygon-mAP50-95"] == pytest.approx(results["metrics/mAP50-95(G)"], abs=1e-5)
+    assert row["Polygon-R"] == pytest.approx(results["metrics/recall(G)"], abs=1e-5)
+    assert row["Pose-R"] == row["mAP50"] == 0
 
 
 def test_plots_show_the_polygons(monkeypatch, tmp_path):

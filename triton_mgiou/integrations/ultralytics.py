@@ -399,6 +399,15 @@ class _PolygonMetrics:
         """Return the results of one class."""
         return [*super().class_result(i), *self.polygon.class_result(i)]  # type: ignore[misc]
 
+    def summary(self, normalize: bool = True, decimals: int = 5) -> list[dict[str, Any]]:
+        """Return a row for each class, as for `to_df` and `to_csv`."""
+        rows: list[dict[str, Any]] = super().summary(normalize, decimals)  # type: ignore[misc]
+        names = ("P", "R", "F1", "mAP50", "mAP50-95")
+        own = (self.polygon.p, self.polygon.r, self.polygon.f1, self.polygon.ap50, self.polygon.ap)
+        for row, *values in zip(rows, *own, strict=True):
+            row |= {f"Polygon-{name}": round(float(value), decimals) for name, value in zip(names, values, strict=True)}
+        return rows
+
     @property
     def fitness(self) -> float:
         """What chooses `best.pt`: Ultralytics' fitness of the polygons alone."""
@@ -438,8 +447,8 @@ class _PolygonValidator:
     def _process_batch(self, preds: dict[str, Tensor], batch: dict[str, Any]) -> dict[str, NDArray[Any]]:
         validator: Any = self
         found: dict[str, NDArray[Any]] = super()._process_batch(preds, batch)  # type: ignore[misc]
-        iou = torch.from_numpy(_ious(self._polygons(batch), self._polygons(preds))).to(preds["cls"].device)
-        found["tp_g"] = validator.match_predictions(preds["cls"], batch["cls"], iou).cpu().numpy()
+        iou = torch.from_numpy(_ious(self._polygons(batch), self._polygons(preds)))  # on the CPU: MPS has no float64
+        found["tp_g"] = validator.match_predictions(preds["cls"].cpu(), batch["cls"].cpu(), iou).numpy()
         return found
 
 
@@ -465,7 +474,7 @@ class PolygonPoseValidator(_PolygonValidator, PoseValidator):
         self.metrics = PolygonPoseMetrics()
 
     def _polygons(self, objects: Mapping[str, Tensor]) -> list[NDArray[np.float64]]:
-        keypoints = objects["keypoints"].double().cpu().numpy()
+        keypoints = objects["keypoints"].cpu().double().numpy()
         if keypoints.shape[-1] == 2:
             return list(keypoints)
         # A target's third number is 0, 1 or 2.
@@ -503,7 +512,7 @@ class PolygonOBBValidator(_PolygonValidator, OBBValidator):
         self.metrics = PolygonOBBMetrics()
 
     def _polygons(self, objects: Mapping[str, Tensor]) -> list[NDArray[np.float64]]:
-        return list(ops.xywhr2xyxyxyxy(objects["bboxes"].double()).cpu().numpy())
+        return list(ops.xywhr2xyxyxyxy(objects["bboxes"].cpu().double()).numpy())
 
 
 def _plot_polygons(labels: Mapping[str, Any], images: Tensor, paths: Sequence[str], name: Path, owner: Any) -> None:
