@@ -13,7 +13,9 @@ be imported, since a training on several GPUs starts other processes that import
         mode = "mgiou"
 
 A checkpoint holds nothing of this package: it loads, predicts and exports without it, and resumes with
-`YOLO("last.pt").train(resume=True, trainer=...)`, schedule included.
+`YOLO("last.pt").train(resume=True, trainer=...)`, schedule included. What judges polygons has to be named here too:
+
+    YOLO("best.pt").val(validator=PolygonPoseValidator, data="polygons.yaml")
 
 Needs `pip install "triton-mgiou[ultralytics]"`. Ultralytics is licensed under AGPL-3.0, this module under MIT: it calls
 and subclasses, and copies nothing.
