@@ -260,7 +260,12 @@ def test_the_assigner_of_yolo26_takes_mgiou_where_the_first_vertex_is_arbitrary(
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(KeypointLoss, "forward"), (adapter.tal.RotatedTaskAlignedAssigner, "iou_calculation")]
+    ("owner", "name"),
+    [
+        (KeypointLoss, "forward"),
+        (adapter.tal.RotatedTaskAlignedAssigner, "iou_calculation"),
+        (adapter.tal.TaskAlignedAssigner, "pair_overlaps"),
+    ],
 )
 def test_a_changed_signature_names_both_versions(monkeypatch, owner, name):
     function = getattr(owner, name)

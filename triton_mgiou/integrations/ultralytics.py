@@ -77,7 +77,7 @@ SHOWN_CONFIDENCE = 0.25
 VISIBLE = 0.5  # a predicted vertex is there from this confidence on
 
 # What is called here, or called by Ultralytics with these arguments.
-PoseAssigner = getattr(tal, "PoseTaskAlignedAssigner", None)  # not in 8.4.120 yet
+PoseAssigner = getattr(tal, "PoseTaskAlignedAssigner", None)  # not in 8.4.170 yet
 CALLS: dict[Callable[..., Any], tuple[str, ...]] = {
     KeypointLoss.forward: ("self", "pred_kpts", "gt_kpts", "kpt_mask", "area"),
     RotatedBboxLoss.forward: (
@@ -87,6 +87,7 @@ CALLS: dict[Callable[..., Any], tuple[str, ...]] = {
     tal.RotatedTaskAlignedAssigner.iou_calculation: ("self", "gt_bboxes", "pd_bboxes"),
 }
 if PoseAssigner is not None:
+    CALLS[tal.TaskAlignedAssigner.pair_overlaps] = ("self", "indices", "gt_bboxes", "pd_bboxes")
     CALLS[PoseAssigner.pair_overlaps] = ("self", "indices", "gt_bboxes", "pd_bboxes", "pd_kpts", "gt_kpts")
 
 
