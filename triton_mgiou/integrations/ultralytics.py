@@ -225,8 +225,12 @@ class _MGIoUTrainer:
     def save_model(self) -> Any:
         """Save the average without its criterion, which the first 8.4 versions would put into `last.pt`."""
         trainer: Any = self
-        trainer.ema.ema.criterion = None  # the next epoch gets another
-        return super().save_model()  # type: ignore[misc]
+        average = trainer.ema.ema
+        criterion, average.criterion = average.criterion, None
+        try:
+            return super().save_model()  # type: ignore[misc]
+        finally:
+            average.criterion = criterion
 
     def set_loss(self, criterion: Any) -> None:
         """Put the loss into an Ultralytics criterion; called before each epoch for each criterion.
