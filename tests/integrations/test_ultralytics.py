@@ -551,7 +551,7 @@ def test_fitness_is_that_of_the_polygons():
 
 
 def test_plots_show_the_polygons(monkeypatch, tmp_path):
-    """As masks that cover what the polygons cover: a triangle, and nothing of an image that is not shown."""
+    """As masks of a quarter, which cover what a polygon covers: a triangle; none of an image that is not shown."""
     drawn = {}
     monkeypatch.setattr(adapter, "plot_images", lambda **given: drawn.update(given))
     keypoints = torch.tensor([[[0.25, 0.25, 2], [0.75, 0.25, 2], [0.75, 0.75, 2], [0, 0, 0]]]).repeat(2, 1, 1)
@@ -562,7 +562,7 @@ def test_plots_show_the_polygons(monkeypatch, tmp_path):
         "batch_idx": torch.tensor([0.0, 16.0]),
     }
     owner = SimpleNamespace(data={"names": {0: "a"}}, on_plot=None)
-    adapter._plot_polygons(labels, torch.zeros(17, 3, 80, 80), ["x"] * 17, tmp_path / "a.jpg", owner)
+    adapter._plot_polygons(labels, torch.zeros(17, 3, 320, 320), ["x"] * 17, tmp_path / "a.jpg", owner)
     assert drawn["labels"]["masks"].shape == (1, 80, 80)
     assert drawn["labels"]["masks"][0].sum() == pytest.approx(40 * 40 / 2, rel=0.1)
     assert drawn["labels"]["masks"][0, 25, 55] == 1

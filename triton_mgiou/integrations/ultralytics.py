@@ -74,6 +74,7 @@ except ImportError as error:
 BOX_OPTIONS: Mapping[str, Any] = {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25}
 SHOWN_IMAGES = 16  # of a batch, in a plot
 SHOWN_CONFIDENCE = 0.25
+SHRINK = 4  # of the masks in a plot, as of Ultralytics' own: thousands of whole ones would not fit into memory
 VISIBLE = 0.5  # a predicted vertex is there from this confidence on
 
 # What is called here, or called by Ultralytics with these arguments.
@@ -530,7 +531,8 @@ def _plot_polygons(labels: Mapping[str, Any], images: Tensor, paths: Sequence[st
     height, width = images.shape[2:]
     if len(keypoints) and keypoints[..., :2].max() <= 1.01:  # relative, as targets are
         keypoints[..., :2] *= (width, height)
-    masks = np.zeros((len(keypoints), height, width), dtype=np.uint8)
+    keypoints[..., :2] /= SHRINK
+    masks = np.zeros((len(keypoints), height // SHRINK, width // SHRINK), dtype=np.uint8)
     for mask, polygon in zip(masks, keypoints, strict=True):
         kept = polygon if polygon.shape[1] == 2 else polygon[polygon[:, 2] >= VISIBLE, :2]
         if len(kept):
