@@ -20,6 +20,7 @@ from typing import Any
 
 from bench import report
 from bench.boxes import report as boxes_report
+from bench.pairs import report as pairs_report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -91,7 +92,10 @@ def speed_summary() -> str:
     at = _span([compiled[size]["wall_ratio"]["step"] for size in kernel], 1)
     large = _span([row["wall_ratio"]["step"] for size, row in compiled.items() if size not in kernel], 0)
     quicker, slower_graphs = ([ratio for ratio in graphs.values() if (ratio > 1) == slow] for slow in (False, True))
+    found = speed()
     lines = [
+        f"- {found['device']}, torch {found['versions']['torch']}, Triton {found['versions']['triton']}, commit "
+        f"{found['commit']}.",
         f"- In a loop the host is the bottleneck: a step takes {loops[0]} times as long as one with `smooth_l1_loss`",
         f"  on the same tensors, and {loops[1]} times one with `l1_loss`.",
         f"- Replayed as a CUDA graph it takes {_span(quicker)} times as long as `smooth_l1_loss`",
@@ -148,6 +152,16 @@ def boxes_speed() -> str:
     return boxes_report.markdown(results("h200_boxes"))
 
 
+def boxes_descent() -> str:
+    """Which loss brings free boxes to their targets."""
+    return boxes_report.descent(results("boxes_descent"))
+
+
+def pairs_speed() -> str:
+    """The matrix of all pairs."""
+    return pairs_report.markdown(results("h200_pairs"))
+
+
 def amp_rows() -> str:
     """The reported loss under mixed precision."""
     rows = results("convergence_amp")["rows"]
@@ -200,7 +214,7 @@ def convergence_unrelated() -> str:
         for each in results("convergence")["unrelated_objects"]
         for low, high in [each["sides"]]
     )
-    return report.table("sides of the objects, of the image's | mean loss", rows)
+    return report.table("sides of the objects, in the image's side | mean loss", rows)
 
 
 def demo_runs() -> str:
@@ -255,6 +269,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "startup training": startup_training,
     "tuning gains": tuning_gains,
     "boxes speed": boxes_speed,
+    "boxes descent": boxes_descent,
+    "pairs speed": pairs_speed,
     "amp": amp_rows,
     "convergence digits": convergence_digits,
     "convergence starts": convergence_starts,

@@ -1,4 +1,4 @@
-"""What is measured: this package's loss, its peers, their input, and what each must agree with before its time counts.
+"""This package's loss and its peers, their input, and what each must agree with before its time counts.
 
 The input of every size repeats a block of 32 pairs of convex polygons. So a loop in plain Python, which computes each
 definition in float64 on the block, checks the value and the gradient of the whole batch, whatever its size.

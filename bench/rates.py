@@ -1,4 +1,4 @@
-"""What a GPU can do at most: bytes a second of a copy, and operations a second of kernels that do one kind only.
+"""The most that a GPU can do: bytes a second of a copy, and operations a second of kernels that do one kind only.
 
 A thread keeps 8 numbers in a ring and replaces all of them in every step, each from its neighbours: 8 operations are
 in flight at a time, and the compiler can drop none.

@@ -1,4 +1,4 @@
-"""What a process pays before its first step, what the host does in a warm call, and what tuning gains, on a GPU.
+"""Measure the first call of a process, the host's share of a warm call, and the gain of tuning, on a GPU.
 
     python -m bench.startup --out bench/results/h200_startup.json                      all parts
     python -m bench.startup --out bench/results/h200_startup.json --parts first host   these; the others stay

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tests.conftest import INTERPRETED
+from tests.helpers import assert_same, generator, random_boxes, rectangle_corners
 
 triton = pytest.importorskip("triton")
 
-from triton_mgiou import launch  # noqa: E402
+from triton_mgiou import box_mgiou, box_mgiou_loss, launch, mgiou_loss  # noqa: E402
 from triton_mgiou.options import Options, Reduction  # noqa: E402
 from triton_mgiou.tuning import layouts  # noqa: E402
 
@@ -100,9 +101,45 @@ def test_tritons_launcher_is_one_that_is_known():
 
 def test_a_plan_is_made_once_for_each_variant():
     pred = torch.zeros(2, 4, 2)
-    call = launch.PolygonCall(None, None, Reduction(None, False, 2.0), Options())
+    call = launch.PolygonCall(None, None, Reduction(None, "mean", None), Options())
     first, *_ = launch.prepare_polygons(pred, pred, call, True, 0)
     second, *_ = launch.prepare_polygons(pred, pred, call, True, 0)
     value, *_ = launch.prepare_polygons(pred, pred, call, False, 0)
     assert first is second
     assert value is not first
+
+
+def test_a_plan_keeps_no_memory_of_a_device():
+    plan = launch.Plan(Kernel(NEW), ("FLAG",), "case", [LAYOUT], torch.float32, -1)
+    assert plan.scalar.untyped_storage().nbytes() == 0
+    assert torch.empty_like(plan.scalar).fill_(2.0).item() == 2.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs compiled kernels")
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("function", [mgiou_loss, box_mgiou_loss, box_mgiou])
+def test_compiled_to_cuda_graphs(function, monkeypatch):
+    """The first launch of all is in the compiler's warm-up, after which it refuses what it finds left in its pool."""
+    monkeypatch.setattr(launch, "_scratch", {})
+    monkeypatch.setattr(launch, "_zeros", {})
+    launch.forget_plans()
+    counters = torch._dynamo.utils.counters["inductor"]
+    counters.clear()
+    compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    rng = generator(0)
+    for _ in range(4):  # a warm-up, a record, two replays
+        for batch in (300, 500):
+            boxes = random_boxes(2 * batch, rng).float()
+            if function is mgiou_loss:
+                boxes = rectangle_corners(boxes)
+            first, second = boxes.to("cuda").split(batch)
+            first.requires_grad_()
+            torch.compiler.cudagraph_mark_step_begin()
+            value = compiled(first, second)
+            (gradient,) = torch.autograd.grad(value.sum(), first)
+            expected = function(first, second, backend="triton")
+            assert_same(value.detach(), expected.detach())
+            assert_same(gradient, torch.autograd.grad(expected.sum(), first)[0], "gradient")
+    assert counters["cudagraph_recorded_non_static_inputs"] > 0
+    assert counters["cudagraph_skips"] == 0

@@ -6,7 +6,7 @@ from triton_mgiou.modules import BoxMGIoULoss, MGIoULoss, PolygonLoss
 from triton_mgiou.options import PAPER
 from triton_mgiou.tuning.warmup import warmup
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "PAPER",
     "BoxMGIoULoss",

@@ -168,7 +168,7 @@ def _wrong_box_shape(name: str, shape: tuple[int, ...], fmt: str) -> str:
     kind = FORMATS[fmt]
     expected = ", ".join(("B", *map(str, kind.shape)))
     others = [repr(other) for other, each in FORMATS.items() if each.shape == shape[1:]]
-    hint = f", which {' and '.join(others)} have" if others else ""
+    hint = f", which {' and '.join(others)} {'has' if len(others) == 1 else 'have'}" if others else ""
     if shape[1:] == kind.shape[::-1] and len(shape) == 3:
         hint = ": transpose the last two"
     return f"{name} must have shape ({expected}) for fmt={fmt!r} ({kind.numbers}), got {shape}{hint}"

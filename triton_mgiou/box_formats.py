@@ -11,7 +11,7 @@ from triton_mgiou.options import AXIS_WEIGHTS, Options
 
 
 class BoxFormat(NamedTuple):
-    """What there is to know of a format besides its arithmetic."""
+    """A format without its arithmetic."""
 
     shape: tuple[int, ...]  # of one box
     numbers: str  # what they are

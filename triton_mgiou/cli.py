@@ -140,9 +140,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.add_argument("--epochs", type=_integer_from(1), default=30, help="passes over the training images")
-    command.add_argument("--seed", type=_integer_from(0), default=0, help="of the weights and the order of images")
+    command.add_argument("--seed", type=_integer_from(0), default=0, help="seed of weights and order of images")
     command.add_argument("--device", default="auto", help="torch device; auto takes cuda where there is one")
-    command.add_argument("--batch-size", type=_integer_from(1), default=64, help="images a step")
+    command.add_argument("--batch-size", type=_integer_from(1), default=64, help="images per step")
     command.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="folder for the files")
 
     command = commands.add_parser(
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         help="say what is wrong with a checkpoint or with the table of a run",
         description="Look for NaN, Inf and a dead GradScaler in a checkpoint, and in the table of a run for NaN, Inf, "
         "and whether it never learnt, fell from its best or collapsed. Exit status: 0 if nothing is wrong (it has "
-        f"converged, or still learns), 1 if something is, 2 if the file cannot be read. Read are {diagnose.READ}.",
+        f"converged, or still learns), 1 if something is, 2 if the file cannot be read. It reads {diagnose.READ}.",
     )
     command.add_argument("path", type=Path, metavar="PATH", help="the file, or a distributed checkpoint's folder")
 
@@ -162,17 +162,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--vertices", type=_pair_of(_integer_from(1)), nargs="*", default=[4, 8, 16], metavar="N[:M]",
-        help="vertex counts; N:M where the target has another",
+        help="vertex counts of polygons; N:M where the target has another count; none leaves polygons out",
     )  # fmt: skip
     command.add_argument("--batch", type=_integer_from(1), nargs="+", default=[512, 65536], help="batch sizes")
     command.add_argument(
         "--dtype", type=_pair_of(_dtype), nargs="+", default=[torch.float32], metavar="T[:T]",
-        help="input types; P:T where the target has another",
+        help="input types, such as float32; T:T where the target has another type",
     )  # fmt: skip
-    command.add_argument("--device", help="torch device; the current GPU by default")
+    command.add_argument("--device", help="torch device; None takes the current GPU")
     command.add_argument(
         "--options", type=_options, default="{}", metavar="JSON",
-        help="options of mgiou_loss; for a tensor its dtype or true",
+        help='options of mgiou_loss; for a tensor its dtype or true: {"target_lengths": true}',
     )  # fmt: skip
     command.add_argument("--boxes", nargs="+", default=[], metavar="FMT", help="formats of box_mgiou_loss")
     command.add_argument(

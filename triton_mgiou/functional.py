@@ -71,7 +71,7 @@ def mgiou_loss(
     The loss is 0 where `pred` is the target and that is convex, from any first vertex and in either direction. A
     target with dents ends as its hull. The loss does not change when both polygons are moved, scaled or turned
     together ("soft" weights: turned by right angles). It does when they are swapped, as the two terms are not
-    symmetric; MGIoU is. Coordinates have any one unit.
+    symmetric; MGIoU is. Any unit will do, the same for both polygons.
 
     A polygon of one vertex is a point, of two a segment. Where a side of a sample has no real vertex, or neither
     polygon has an edge, the sample's loss and gradient are 0. Any finite input gives a finite value and
@@ -83,8 +83,8 @@ def mgiou_loss(
             float64. Computed in float64 if either input is float64, else in float32.
         target: Target vertices, shape (B, M, 2); M may differ from N. Gets a gradient if it asks for one.
         pred_lengths: How many vertices are real, shape (B,), int8 to int64 or uint8; the rest is padding and may
-            hold anything. Clamped to 0..N. Without lengths and mask, every vertex is real; repeating a vertex is
-            then a padding that changes no MGIoU.
+            hold anything. Clamped to 0..N. Without lengths and mask, every vertex is real; padding by a repeated
+            vertex does not change MGIoU then.
         target_lengths: The same for `target`.
         pred_mask: The other way to say it: shape (B, N), bool, True for a real vertex. Holes are allowed: an
             edge goes to the next real vertex.
@@ -136,7 +136,7 @@ def mgiou_loss(
         pred_real = pred_lengths if pred_mask is None else pred_mask
         target_real = target_lengths if target_mask is None else target_mask
         inside = kernel_reduction(pred, target, weight, reduction, avg_factor)
-        call = triton_mgiou.launch.PolygonCall(pred_real, target_real, inside or Reduction(None, True, None), options)
+        call = triton_mgiou.launch.PolygonCall(pred_real, target_real, inside or Reduction(None, "none", None), options)
         loss = triton_mgiou.ops.polygon_loss(pred, target, call)
     else:
         loss = reference.per_sample_loss(
@@ -182,7 +182,7 @@ def box_mgiou_loss(
     turn by 90 with w and h swapped; in radians these have a loss of rounding, up to 1e-6 times the aspect ratio. It
     does not change when both boxes are moved, scaled or turned together ("soft" weights: turned by right angles).
 
-    Which numbers a box has is said by `fmt`, `angle` and `clockwise`:
+    `fmt`, `angle` and `clockwise` say what the numbers of a box are:
 
     ============================================== ============ ========= =========== ==============
     library                                        `fmt`        `angle`   `clockwise` centre
@@ -201,8 +201,8 @@ def box_mgiou_loss(
     nuScenes `Box.corners().T`                     "corners3d"  -         -           -
     ============================================== ============ ========= =========== ==============
 
-    The first row is the trap: torchvision's plain "cxcywhr" has our default's name, but degrees and the other
-    direction. mmdet3d's `.tensor` has the centre of the bottom: put `.gravity_center` in the place of its first three
+    Mind the first row: torchvision's plain "cxcywhr" has our default's name, but degrees and the other direction.
+    mmdet3d's `.tensor` has the centre of the bottom: put `.gravity_center` in the place of its first three
     numbers. nuScenes' `corners()` is (3, 8), and its sizes are width, length, height. KITTI's camera boxes, whose angle
     turns about another axis, are not covered.
 
@@ -226,8 +226,8 @@ def box_mgiou_loss(
             `mgiou_loss` of (B, 4, 2), with its defaults.
             "cxcyczlwhr", (B, 7): gravity centre x, y and z, length along x, width along y, height along z, yaw about z.
             "corners3d", (B, 8, 3): eight corners, of which 0-1, 0-3 and 0-4 are edges. `pred` need not be a box: its
-            axes are these three edges, as in the paper; vertex 0 is the one to be most careful with. Of a box any
-            labels with these edges give the same loss.
+            axes are these three edges, as in the paper, so vertex 0 counts most. For a box, any order of the corners
+            with these edges gives the same loss.
         angle: "radians" or "degrees".
         clockwise: Whether (x, y) = centre + (u cos r - v sin r, u sin r + v cos r), so that angles turn x towards y.
             That is clockwise on a screen, where y points down, and counter-clockwise from above in a right-handed
@@ -236,8 +236,8 @@ def box_mgiou_loss(
         avg_factor: With `reduction="mean"`, divide the sum by this instead of by B, as in `mgiou_loss`: it may be 0
             where the weighted sum is 0. Not allowed with "sum", without effect with "none", as in mmdetection.
         reduction: "mean", "sum" or "none".
-        axis_weight: As in `mgiou_loss`. None: "uniform"; in space there is no other.
-        axis_grad: As in `mgiou_loss`. None: True; for "corners3d", where free corners get nearer without it, False.
+        axis_weight: As in `mgiou_loss`. None: "uniform", for "xyxyxyxy" "length"; in space only "uniform".
+        axis_grad: As in `mgiou_loss`. None: True; False for "xyxyxyxy" and "corners3d", free corners.
         boundary_weight: As in `mgiou_loss`. None: 0.25; in space, where there is no such term, 0.
         convexity_weight: As in `mgiou_loss`, for "xyxyxyxy" only. None: 0.
         backend: "eager" (PyTorch), "triton" (fused kernels; an error where they cannot run) or "auto".
@@ -282,7 +282,7 @@ def box_mgiou_loss(
     inside = None
     if pred.shape[0] > 0 and takes_kernel(backend, pred):
         inside = kernel_reduction(pred, target, weight, reduction, avg_factor)
-        call = triton_mgiou.launch.BoxCall(fmt, angle, clockwise, inside or Reduction(None, True, None), options)
+        call = triton_mgiou.launch.BoxCall(fmt, angle, clockwise, inside or Reduction(None, "none", None), options)
         loss = triton_mgiou.ops.box_loss(pred, target, call)
     else:
         loss = box_reference.per_sample_loss(
@@ -319,12 +319,12 @@ def box_mgiou(
 
     MGIoU is 1 for boxes that coincide, exactly so for equal numbers, and falls towards -1 for boxes far apart. It is
     1 - 2 `box_mgiou_loss` without terms, entry by entry, except for pairs whose axes cannot tell them apart: two
-    points and two segments on one line are compared along the line that joins them, in space two plates also across
-    it, so that only what coincides has 1. A box of zeros, as padding has, is a point: with any box that has an extent
-    its MGIoU is 0 at most. The matrix does not change by a bit when the sets are swapped, but for being transposed.
+    points and two segments on one line are compared along the line that joins them, in space plates also along their
+    normals, so that only what coincides has 1. A box of zeros, as padding has, is a point: with any box that has an
+    extent its MGIoU is 0 at most. Swapped sets give the transposed matrix, to the bit.
 
-    A pair of which one is not there (`mask1`, `mask2`) has -1 and no gradient. A solver of assignments takes it as it
-    takes any number, and may choose it where there are more rows than columns that are there, so drop these choices:
+    A pair of which one is not there (`mask1`, `mask2`) has -1 and no gradient. A solver of assignments takes it for a
+    number like any other, and may choose it where too few columns are there, so drop these choices:
 
         rows, columns = scipy.optimize.linear_sum_assignment(box_mgiou(pred, gt, mask2=mask).cpu(), maximize=True)
         kept = mask.cpu()[columns]
@@ -358,8 +358,8 @@ def box_mgiou(
             extent below a millionth of the pair's counts as that.
         axis_weight: As in `mgiou_loss`; in space "uniform" only. For "min" and "depth" it says which axes there are.
         backend: "eager" (PyTorch), "triton" (fused kernels; an error where they cannot run) or "auto". The kernels
-            need no memory but the matrix; eager PyTorch takes `triton_mgiou.reference.pairs.MEMORY` bytes besides, at
-            most, and more under transforms of `torch.func` and in `torch.compile`. There is no kernel for "corners3d"
+            need no memory but the matrix; eager PyTorch takes up to `triton_mgiou.reference.pairs.MEMORY` bytes more,
+            without a limit under transforms of `torch.func` and in `torch.compile`. There is no kernel for "corners3d"
             and none with a gradient for "xyxyxyxy": with "auto" these are eager on a GPU too.
 
     Returns:
@@ -430,8 +430,8 @@ def polygon_mgiou(
 ) -> Tensor:
     """MGIoU of every polygon of one set with every polygon of another.
 
-    As `box_mgiou`, of which see all that is not said here. MGIoU sees the polygons' hulls and the normals of their
-    edges. Entry by entry it is 1 - 2 `mgiou_loss(..., boundary_weight=0)` with the same `axis_weight`.
+    See `box_mgiou` for all that is not said here. MGIoU sees the polygons' hulls and the normals of their edges. Entry
+    by entry it is 1 - 2 `mgiou_loss(..., boundary_weight=0)` with the same `axis_weight`.
 
     Args:
         polygons1: Vertices, (P, N, 2) or in batches (B, P, N, 2), in order along the outline; dtypes as for boxes.

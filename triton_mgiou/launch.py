@@ -16,6 +16,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -75,6 +76,7 @@ class Plan:
         self.layout = store.chosen_layout(case, candidates, device)
         self.constants = (*flags, *self.layout.sizes().values())
         self.scalar = torch.empty((), dtype=dtype, device=device_of(device))  # an allocation like it is the fastest
+        self.scalar.untyped_storage().resize_(0)  # keeps no memory, which might be of a pool that takes it back
         self.compiled: Any = None  # after the first launch
         self._launcher: tuple[Any, tuple[Any, ...]] | None = None
 
@@ -94,7 +96,7 @@ class Plan:
 
 
 def private_launcher(compiled: Any) -> tuple[Any, tuple[Any, ...]] | None:
-    """What launches a compiled kernel without Triton's bookkeeping, and its arguments between stream and the kernel's.
+    """Find the launcher of a compiled kernel without Triton's bookkeeping, and its arguments right after the stream.
 
     None where Triton's launcher doesn't look as it is known to: `kernel[grid](...)` then has to be used.
     """
@@ -151,6 +153,11 @@ def _outputs(
     return torch.empty_like(plan.scalar), grad, partial, counter
 
 
+def _divisor(rule: str, divisor: float | None, batch: int) -> float:
+    """By what the kernel divides the sum."""
+    return float(batch if rule == "mean" else 1.0 if divisor is None else divisor)
+
+
 def device_of(index: int) -> torch.device:
     """The device that `Tensor.get_device` calls so."""
     return torch.device("cpu") if index < 0 else torch.device("cuda", index)
@@ -170,6 +177,10 @@ def reduction_scratch(device: int, stream: int, dtype: torch.dtype) -> _Scratch:
 
     A stream runs one kernel after the other, so its launches share theirs. A captured launch may be replayed on
     any stream, so it keeps its own.
+
+    What launches share has to last, and the first of them may run in a memory pool that takes back whatever is not an
+    output: `torch.compile(mode="reduce-overhead")` has one where it warms up. A thread has its pools for itself, so
+    another allocates.
     """
     if device < 0:
         return _Scratch(_partial(device, dtype), torch.zeros(1, dtype=torch.int32, device="cpu"))
@@ -178,7 +189,14 @@ def reduction_scratch(device: int, stream: int, dtype: torch.dtype) -> _Scratch:
     key = device, stream, dtype
     scratch = _scratch.get(key)
     if scratch is None:
-        scratch = _scratch[key] = _Scratch(_partial(device, dtype), _counter(device))
+        with ThreadPoolExecutor(1) as another:
+            scratch = _scratch[key] = another.submit(_lasting_scratch, device, dtype).result()
+    return scratch
+
+
+def _lasting_scratch(device: int, dtype: torch.dtype) -> _Scratch:
+    scratch = _Scratch(_partial(device, dtype), _counter(device))
+    torch.cuda.current_stream(device).synchronize()  # once: any stream may use it
     return scratch
 
 
@@ -202,7 +220,7 @@ def _counter(device: int) -> Tensor:
 
 
 class PolygonCall(NamedTuple):
-    """What is asked of the kernel of polygons, besides both sides."""
+    """A call of the kernel of polygons, without both sides."""
 
     pred_real: Tensor | None  # lengths or a mask, or None where every vertex is real
     target_real: Tensor | None
@@ -254,7 +272,7 @@ def prepare_polygons(
 ) -> tuple[Plan, tuple[Any, ...], Tensor, Tensor | None]:
     """The variant to launch, its arguments, and its outputs: the loss, and the gradient to `pred` if asked for."""
     device = pred.get_device()
-    pred_real, target_real, (weight, per_sample, divisor), options = call
+    pred_real, target_real, (weight, rule, divisor), options = call
     axis_weight, axis_grad, convexity_weight, boundary_weight = options
     batch, pred_size, _ = pred.shape
     target_size = target.shape[1]
@@ -269,7 +287,7 @@ def prepare_polygons(
         None if pred_real is None else pred_real.dtype,
         None if target_real is None else target_real.dtype,
         None if weight is None else weight.dtype,
-        per_sample,
+        rule == "none",
         axis_weight,
         axis_grad,
         convexity_weight > 0,
@@ -284,7 +302,7 @@ def prepare_polygons(
     if plan is None:
         key = PolygonKey(*fields)
         plan = _plans[key] = polygon_plan(key)
-    loss, grad, partial, counter = _outputs(plan, pred, batch, per_sample, gradient, device, stream)
+    loss, grad, partial, counter = _outputs(plan, pred, batch, rule == "none", gradient, device, stream)
     pred_real, pred_real_stride_b, pred_real_stride_n = _as_bytes(pred_real)
     target_real, target_real_stride_b, target_real_stride_n = _as_bytes(target_real)
     arguments = (
@@ -293,7 +311,7 @@ def prepare_polygons(
         pred_real_stride_b, pred_real_stride_n, target_real_stride_b, target_real_stride_n,
         0 if weight is None else weight.stride(0),
         batch, pred_size, target_size,
-        1.0 if divisor is None else float(divisor), float(convexity_weight), float(boundary_weight),
+        _divisor(rule, divisor, batch), float(convexity_weight), float(boundary_weight),
     )  # fmt: skip
     return plan, arguments, loss, grad
 
@@ -365,7 +383,7 @@ def _as_words(polygons: Tensor, size: int) -> tuple[Tensor, int, int]:
 
 
 class BoxCall(NamedTuple):
-    """What is asked of the kernel of boxes, besides both sides."""
+    """A call of the kernel of boxes, without both sides."""
 
     fmt: str
     angle: str
@@ -413,7 +431,7 @@ def prepare_boxes(
 ) -> tuple[Plan, tuple[Any, ...], Tensor, Tensor | None]:
     """The variant to launch, its arguments, and its outputs: the loss, and the gradient to `pred` if asked for."""
     device = pred.get_device()
-    fmt, angle, clockwise, (weight, per_sample, divisor), options = call
+    fmt, angle, clockwise, (weight, rule, divisor), options = call
     batch = pred.shape[0]
     fields = (
         device,
@@ -423,7 +441,7 @@ def prepare_boxes(
         angle,
         clockwise,
         None if weight is None else weight.dtype,
-        per_sample,
+        rule == "none",
         options.axis_weight,
         options.axis_grad,
         options.boundary_weight > 0,
@@ -435,12 +453,12 @@ def prepare_boxes(
     if plan is None:
         key = BoxKey(*fields)
         plan = _plans[key] = box_plan(key)
-    loss, grad, partial, counter = _outputs(plan, pred, batch, per_sample, gradient, device, stream)
+    loss, grad, partial, counter = _outputs(plan, pred, batch, rule == "none", gradient, device, stream)
     arguments = (
         pred, target, weight, loss, grad, partial, counter,
         *_three_strides(pred), *_three_strides(target),
         0 if weight is None else weight.stride(0),
-        batch, 1.0 if divisor is None else float(divisor), float(options.boundary_weight),
+        batch, _divisor(rule, divisor, batch), float(options.boundary_weight),
     )  # fmt: skip
     return plan, arguments, loss, grad
 

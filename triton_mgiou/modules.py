@@ -34,7 +34,7 @@ def _none_if_none_is_positive(weight: Tensor) -> Tensor:
 
 
 class MGIoULoss(nn.Module):
-    """`mgiou_loss` as a module that a detector built on mmdetection or mmrotate takes as it is.
+    """`mgiou_loss` as a module, called as detectors built on mmdetection or mmrotate call their losses.
 
     Args:
         reduction: "mean", "sum" or "none".
@@ -116,9 +116,7 @@ class MGIoULoss(nn.Module):
 
 
 class BoxMGIoULoss(MGIoULoss):
-    """`box_mgiou_loss` as a module that a detector built on mmdetection, mmrotate or mmdet3d takes as it is.
-
-    It is called as `MGIoULoss` is, with boxes.
+    """`box_mgiou_loss` as a module, called as `MGIoULoss` is: for detectors built on mmdetection, mmrotate or mmdet3d.
 
     Args:
         reduction: "mean", "sum" or "none".
@@ -129,8 +127,8 @@ class BoxMGIoULoss(MGIoULoss):
 
     Raises:
         TypeError: An option that `box_mgiou_loss` does not have.
-        ValueError: An unknown `reduction`, or an unknown `fmt`, `angle` or `clockwise`, or an angle's that the format
-            does not have. Other options are checked by the first call.
+        ValueError: An unknown `reduction`, `fmt` or `angle`, or `angle` or `clockwise` for a format that does not have
+            it. Other options are checked by the first call.
     """
 
     OPTIONS = ("fmt", "angle", "clockwise", *MGIoULoss.OPTIONS)
@@ -153,10 +151,9 @@ class PolygonLoss(nn.Module):
     knows no shape; `mgiou_loss` sees the shape, but not which vertex is which. So alpha should start high and fall: see
     `triton_mgiou.training.AlphaSchedule`.
 
-    A vertex that is not visible is taken out of both polygons, which is right for padding. A vertex out of the image,
-    which Ultralytics marks in the same way, is none: what is compared then is the visible part, with three visible
-    vertices a triangle, with two a segment, which still has a direction, with one a point, whose loss is 0. Where many
-    objects are cut off, "hybrid" keeps a gradient at each visible vertex.
+    A vertex that is not visible is left out of both polygons, as padding should be. Ultralytics marks a vertex out of
+    the image in the same way; then only the visible part is compared: three vertices as a triangle, two as a segment,
+    one as a point, whose loss is 0. Where many objects are cut off, "hybrid" keeps a gradient at each visible vertex.
 
     Args:
         mode: "mgiou", "l2" or "hybrid".

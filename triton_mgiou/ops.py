@@ -29,7 +29,7 @@ def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
     if not is_traced(pred, target):
         return _direct(pred, target, call)
     options = call.options
-    weight, per_sample, divisor = call.reduction
+    weight, rule, divisor = call.reduction
     convexity_weight, changing_convexity_weight = _constant_or_tensor(options.convexity_weight)
     boundary_weight, changing_boundary_weight = _constant_or_tensor(options.boundary_weight)
     loss: Tensor = torch.ops.triton_mgiou.loss(
@@ -38,7 +38,7 @@ def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
         call.pred_real,
         call.target_real,
         weight,
-        "none" if per_sample else "sum",
+        rule,
         options.axis_weight,
         options.axis_grad,
         convexity_weight,
@@ -56,13 +56,13 @@ def box_loss(pred: Tensor, target: Tensor, call: BoxCall) -> Tensor:
     if not is_traced(pred, target):
         return _direct(pred, target, call)
     options = call.options
-    weight, per_sample, divisor = call.reduction
+    weight, rule, divisor = call.reduction
     boundary_weight, changing_boundary_weight = _constant_or_tensor(options.boundary_weight)
     loss: Tensor = torch.ops.triton_mgiou.box_loss(
         pred,
         target,
         weight,
-        "none" if per_sample else "sum",
+        rule,
         call.fmt,
         call.angle,
         call.clockwise,
@@ -160,24 +160,25 @@ def define(
         fake: Gives outputs of the same shapes and types, and any values.
         differentiable: The same as `launch` where a derivative is wanted. Gets, before the arguments, the operator
             without one. None for an operator that has none, and says so.
+
+    What the compiler makes code of is a second operator, `_NAME`, without a derivative: from it to the launch PyTorch's
+    dispatcher calls nothing else in Python.
     """
-    _library.define(torch.library.infer_schema(launch, mutates_args=(), op_name=name), tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, launch, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"triton_mgiou::{name}", fake, lib=_library)
-    operator = getattr(torch.ops.triton_mgiou, name).default
+    for each in (name, f"_{name}"):
+        schema = torch.library.infer_schema(launch, mutates_args=(), op_name=each)
+        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(each, launch, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"triton_mgiou::{each}", fake, lib=_library)
+    plain = getattr(torch.ops.triton_mgiou, f"_{name}").default
 
-    def with_derivative(keys: Any, *arguments: Any) -> Any:
-        def plain(*arguments: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
-
+    def with_derivative(*arguments: Any) -> Any:
         if not torch.is_grad_enabled() or not any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
             return plain(*arguments)
         if differentiable is None:
             raise RuntimeError(f"triton_mgiou::{name} has no derivative: expected no input that requires a gradient")
         return differentiable(plain, *arguments)
 
-    _library.impl(name, with_derivative, "Autograd", with_keyset=True)
+    _library.impl(name, with_derivative, "Autograd")
 
 
 def _define_loss(name: str, launch: Callable[..., tuple[Tensor, Tensor, Tensor]], reduction: int) -> None:
@@ -231,11 +232,10 @@ class _TracedCall:
 
 def _outputs(loss: Tensor, pred_grad: Tensor | None, target_grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """What an operator returns: a gradient that is not asked for is empty. No two share memory, not even empty ones."""
-    like = loss.detach()
     return (
         loss,
-        like.new_empty(0) if pred_grad is None else pred_grad,
-        like.new_empty(0) if target_grad is None else target_grad,
+        loss.new_empty(0) if pred_grad is None else pred_grad,
+        loss.new_empty(0) if target_grad is None else target_grad,
     )
 
 
@@ -260,7 +260,7 @@ def _polygon_launch(
     if changing_boundary_weight is not None:
         boundary_weight = changing_boundary_weight.item()
     options = Options(axis_weight, axis_grad, convexity_weight, boundary_weight)
-    call = PolygonCall(pred_real, target_real, Reduction(weight, reduction == "none", None), options)
+    call = PolygonCall(pred_real, target_real, Reduction(weight, reduction, None), options)
     return _outputs(*call.loss_and_gradients(pred, target, pred_grad, target_grad))
 
 
@@ -282,7 +282,7 @@ def _box_launch(
     if changing_boundary_weight is not None:
         boundary_weight = changing_boundary_weight.item()
     options = Options(axis_weight, axis_grad, 0.0, boundary_weight)
-    call = BoxCall(fmt, angle, clockwise, Reduction(weight, reduction == "none", None), options)
+    call = BoxCall(fmt, angle, clockwise, Reduction(weight, reduction, None), options)
     return _outputs(*call.loss_and_gradients(pred, target, pred_grad, target_grad))
 
 

@@ -1,4 +1,4 @@
-"""What reference, kernels and callers share: the loss's options, and the constants of the definition.
+"""The options of the losses and the constants of the definition, for reference, kernels and callers.
 
 Nothing here needs torch or Triton. Sections are those of `reference/DEFINITION.md`.
 """
@@ -33,7 +33,7 @@ WIDEST_TIE = 2.0**-15
 
 
 class Options(NamedTuple):
-    """What a loss computes, as in `mgiou_loss`."""
+    """The options of a loss, as in `mgiou_loss`."""
 
     axis_weight: str = "length"
     axis_grad: bool = False
@@ -42,10 +42,10 @@ class Options(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """What a kernel makes of the samples' losses."""
+    """How a kernel reduces the samples' losses."""
 
     weight: Tensor | None  # (B,)
-    per_sample: bool  # each of them, or their sum
+    rule: str  # as in `mgiou_loss`; the mean is the sum over B
     divisor: float | None  # of the sum
 
 

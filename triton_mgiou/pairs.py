@@ -28,7 +28,7 @@ MOST_BATCHES = 65532  # of one launch: CUDA's second and third dimensions have 6
 
 
 class BoxPairs(NamedTuple):
-    """What is asked for, besides both sets."""
+    """A call of the matrix of boxes, without both sets."""
 
     fmt: str
     angle: str

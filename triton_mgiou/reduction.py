@@ -25,8 +25,8 @@ def kernel_reduction(
             return None
         weight = _per_sample(weight, compute_dtype(pred, target))
     if reduction == "mean":
-        return Reduction(weight, False, pred.shape[0] if avg_factor is None else avg_factor)
-    return Reduction(weight, reduction == "none", None)
+        return Reduction(weight, "mean" if avg_factor is None else "sum", avg_factor)
+    return Reduction(weight, reduction, None)
 
 
 def reduce(loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is measured of boxes: the loss, its peers, their input, and whether they agree with their definition."""
+"""The loss of boxes and its peers, their input, and whether they agree with their definition."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _covariance(boxes: Tensor) -> tuple[Tensor, ...]:
 
 
 def by_corners(pred: Tensor, target: Tensor) -> Tensor:
-    """What there was before: corners by PyTorch, and the loss of polygons with the options of boxes."""
+    """Corners by PyTorch, and the loss of polygons with the options of boxes."""
     options: dict[str, Any] = {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25}
     return mgiou_loss(_corners(pred), _corners(target), **options)
 

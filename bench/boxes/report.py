@@ -1,16 +1,23 @@
-"""Tables of what `bench.boxes.speed` found: for the terminal, and for a document."""
+"""Tables of what `bench.boxes.speed` and `bench.boxes.descent` found: for the terminal, and for a document."""
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from bench import report
 
+SHOWN = {  # of the losses of a task, the package's own defaults in bold
+    "plane": ("ProbIoU", "KLD", "GWD", "KFIoU", "L1", "paper", "uniform, boundary 0.25"),
+    "upright": ("GIoU", "DIoU", "CIoU", "paper", "uniform, boundary 0.25"),
+    "space": ("ProbIoU", "KLD", "GWD", "KFIoU", "L1", "paper", "uniform, root of volume 0.25"),
+}
+DEFAULTS = {"plane": "uniform, boundary 0.25", "upright": "uniform, boundary 0.25", "space": "paper"}
 STEP_TITLES = ("loop us", "/ L1", "graph us", "/ L1", "ProbIoU /", "compiled /", "memory B")
 
 
 def table(results: dict[str, Any]) -> str:
-    """What the targets of the kernel of boxes are about, as plain text."""
+    """The times as plain text."""
     lines = ["".join(f"{title:>11}" for title in ("B", *STEP_TITLES))]
     lines += ["".join(f"{cell:>11}" for cell in row) for row in step_rows(results)]
     lines += [
@@ -41,6 +48,29 @@ def markdown(results: dict[str, Any]) -> str:
     if results["left_out"]:
         parts.append(f"Not measured: {'; '.join(results['left_out'])}.")
     return "\n\n".join(parts)
+
+
+def descent(results: dict[str, Any]) -> str:
+    """Mean IoU at the end of steps that fall to 0, from starts that overlap the target and from those that do not."""
+    rows = [row for row in results["rows"] if row["steps"] == "falling"]
+    ratios = dict.fromkeys(row["ratio"] for row in rows)
+
+    def mean(task: str, name: str, start: str, among: Any = ratios) -> str:
+        wanted = [row for row in rows if (row["task"], row["loss_name"], row["start"]) == (task, name, start)]
+        return f"{statistics.mean(row['iou'] for row in wanted if row['ratio'] in among):.3f}"
+
+    lines = [
+        [
+            task,
+            f"**{name}**" if name == DEFAULTS[task] else name,
+            *(mean(task, name, start) for start in ("near", "one box")),
+            *(mean(task, name, "apart", (ratio,)) for ratio in ratios),
+        ]
+        for task, names in SHOWN.items()
+        for name in names
+    ]
+    apart = " | ".join(f"apart, 1 : {ratio:g}" for ratio in ratios)
+    return report.table(f"boxes | loss | near | one box | {apart}", lines)
 
 
 def step_rows(results: dict[str, Any]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""What the loss of boxes costs, against smooth L1 on the same numbers and ProbIoU, and write one JSON.
+"""Measure the loss of boxes against smooth L1 on the same numbers and ProbIoU, and write one JSON.
 
     python -m bench.boxes.speed --out bench/results/h200_boxes.json --seconds 500
 

@@ -35,7 +35,7 @@ class Dataset:
 
 
 class Loader:
-    """Batches of a task, anew each time it is iterated over.
+    """Batches of a task, new ones each time it is iterated over.
 
     Args:
         scenes: The images and their objects.

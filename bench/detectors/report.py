@@ -104,7 +104,8 @@ def missing(folder: Path) -> str:
     left: dict[str, list[str]] = {}
     for job in plan.jobs(plan.FULL):
         if not (folder / f"{job.name}.json").exists():
-            left.setdefault(f"{job.task}, {job.loss}", []).append(str(job.seed))
+            epochs = f", {job.epochs} epochs" if job.part == "reports" else ""
+            left.setdefault(f"{job.task}, {job.loss}{epochs}", []).append(str(job.seed))
     rest = "; ".join(f"{name} (seed {', '.join(seeds)})" for name, seeds in left.items())
     failures = [
         f"{path.name.removesuffix('.failed.txt')}: {path.read_text(encoding='utf-8').strip().splitlines()[-1]}"

@@ -1,4 +1,4 @@
-"""What the matrix of all pairs costs, and write one JSON.
+"""Measure the matrix of all pairs, and write one JSON.
 
     python -m bench.pairs --out bench/results/h200_pairs.json
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from bench import measure, peers, report, roofline, speed
+from bench import heads, measure, peers, report, roofline, speed
 from tests.helpers import convex, generator, rectangle_corners
 from triton_mgiou import PAPER, mgiou_loss
 
@@ -283,3 +283,16 @@ def test_a_report_from_a_gpu(tmp_path):
     names = [path.name for path in report.figures(whole, tmp_path / "gpu")]
     assert names == ["gpu_batch.png", "gpu_vertices.png", "gpu_memory.png", "gpu_roofline.png"]
     assert all((tmp_path / name).stat().st_size > 10_000 for name in names)
+
+
+def test_a_step_of_a_head_trains_it():
+    step = heads.step_of(F.l1_loss, 32, "eager", CPU)
+    losses = [step().item() for _ in range(100)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_steps_of_a_head_are_compared_in_one_run():
+    row = heads.measured(32, "eager", CPU, rounds=1)
+    assert row["us"].keys() == row["ratio"].keys() == heads.LOSSES.keys()
+    assert row["ratio"]["smooth L1"] == 1.0
+    assert row["ratio"]["default"] == pytest.approx(row["us"]["default"] / row["us"]["smooth L1"], rel=0.01)

@@ -283,3 +283,16 @@ def test_the_documents_take_the_results_once_they_are_there(tmp_path, monkeypatc
     assert "1.75 s" in text
     assert "no compiler" in text
     assert "left out: ProbIoU, compiled" in report.table(found)
+
+
+def test_the_document_has_the_means_of_a_descent():
+    rows = [
+        {"task": task, "loss_name": name, "start": start, "steps": steps, "ratio": ratio, "iou": 1 / ratio / (1 + k)}
+        for task, names in report.SHOWN.items()
+        for name in names
+        for start in descent.STARTS
+        for k, steps in enumerate(("falling", "constant"))
+        for ratio in (1.0, 2.0)
+    ]
+    text = report.descent({"rows": rows})
+    assert "| space | **paper** | 0.750 | 0.750 | 1.000 | 0.500 |" in text

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench.pairs import __main__ as bench
+from bench.pairs import report
 from tests.helpers import assert_close
 
 
@@ -29,3 +30,18 @@ def test_probiou_is_that_of_gaussians():
     distance = (3**2 / (4**2 / 12) + 1 / (2**2 / 12)) / 8
     expected = 1 - math.sqrt(1 - math.exp(-distance))
     assert_close(bench.batch_probiou(boxes[:1], boxes[1:]), [[expected]], atol=1e-5)
+
+
+def test_the_document_shows_what_was_measured():
+    results = {
+        "machine": {"device": "a GPU", "versions": {"torch": "2"}, "commit": "0123456"},
+        "boxes": {"8 x 4": {"us, mean": 10.0, "us, min": 20.0, "us, depth": 30.0}},
+        "quadrangles": {"8 x 4": {"left out": "0 seconds were over"}},
+        "in a loop": {"8 x 4": {"us, box_mgiou": 2.0, "us, batch_probiou": 8.0, "to batch_probiou": 0.25}},
+        "keeping apart": {"64": {"us, ours": 5.0, "mgiou's vmap": "not installed"}},
+    }
+    text = report.markdown(results)
+    assert "| 8 x 4 | 10.0 | 20.0 | 30.0 | - |" in text
+    assert "takes 4 times as long" in text
+    assert "Quadrangles" not in text
+    assert "apart" not in text

@@ -11,7 +11,7 @@ import torch
 
 from tests.boxes.helpers import FORMATS, SPACE, random_boxes
 from tests.helpers import assert_close, assert_same, generator, rectangle_corners
-from triton_mgiou import PAPER, BoxMGIoULoss, box_mgiou_loss
+from triton_mgiou import PAPER, BoxMGIoULoss, box_mgiou, box_mgiou_loss
 from triton_mgiou.box_formats import FORMATS as ALL_FORMATS
 from triton_mgiou.training import NonFiniteError, debug
 
@@ -180,6 +180,10 @@ def test_debug_mode_warns_of_degrees_given_as_radians():
         box_mgiou_loss(pred, target)
     with debug(), pytest.warns(RuntimeWarning, match="angles of pred"):
         box_mgiou_loss(target, pred)
+    for function in (box_mgiou_loss, box_mgiou, BoxMGIoULoss()):
+        with debug(), pytest.warns(RuntimeWarning) as caught:
+            function(pred, target)
+        assert [each.filename for each in caught] == [__file__]  # the user's line, not one of ours
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         box_mgiou_loss(pred, target)

@@ -310,7 +310,7 @@ def test_a_layout_that_spills_or_does_not_compile_is_left_out(tuner):
     from triton_mgiou.options import Options, Reduction  # noqa: PLC0415
 
     pred, target = polygons(600, 16)
-    call = launch.PolygonCall(None, None, Reduction(None, False, 600.0), Options())
+    call = launch.PolygonCall(None, None, Reduction(None, "mean", None), Options())
     plan, arguments, loss, gradient = launch.prepare_polygons(pred, target, call, True, 0)
     good = plan.layout
     plan.candidates = [

@@ -4,11 +4,22 @@ import importlib
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tests.helpers import assert_close, assert_gradient_close, assert_same, convex, generator, random_boxes, star
+from tests.helpers import (
+    assert_close,
+    assert_gradient_close,
+    assert_same,
+    convex,
+    generator,
+    random_boxes,
+    rectangle_corners,
+    star,
+)
 from triton_mgiou import PAPER, box_mgiou, box_mgiou_loss, mgiou_loss
 from triton_mgiou.options import Options
 
@@ -98,6 +109,29 @@ def test_double_backward_is_refused_in_compiled_code(kernels):
     compiled = torch.compile(lambda p: mgiou_loss(p, target, backend="triton"), fullgraph=True, backend="eager")
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(compiled(pred.requires_grad_()), pred, create_graph=True)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("function", [mgiou_loss, box_mgiou_loss], ids=lambda each: each.__name__)
+def test_compiled_code_is_the_launch_and_one_operation(kernels, function):
+    """The kernel takes the mean; what comes from above is multiplied into the gradient."""
+    graphs = []
+
+    def operations(graph, _):
+        names = [node.target.name() for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+        graphs.append(names)
+        return make_boxed_func(graph.forward)
+
+    sides = [side.to(kernels.device) for side in random_boxes(12, generator(9)).float().split(6)]
+    if function is mgiou_loss:
+        sides = [rectangle_corners(side) for side in sides]
+    sides[0].requires_grad_()
+    compiled = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=operations))
+    compiled(*sides, backend="triton").backward()
+    (gradient,) = torch.autograd.grad(function(*sides, backend="triton"), sides[0])
+    assert_same(sides[0].grad, gradient)
+    operator = {mgiou_loss: "triton_mgiou::_loss", box_mgiou_loss: "triton_mgiou::_box_loss"}[function]
+    assert graphs == [[operator], ["aten::mul.Tensor"]]
 
 
 class Function(torch.nn.Module):

@@ -464,7 +464,7 @@ def test_tables_that_cannot_be_read(text, words, tmp_path, diagnose):
     path.write_bytes(text)
     status, out, (line,) = diagnose(path)
     assert (status, out) == (2, [])
-    assert line.startswith(f"triton-mgiou diagnose: {path} {words}; read are CSV ")
+    assert line.startswith(f"triton-mgiou diagnose: {path} {words}; diagnose reads CSV ")
 
 
 @pytest.mark.parametrize("end", ["2,0.", "2,1e-", "2,-", "2", "2,0.4,0.3", '2,"0.'])

@@ -214,7 +214,7 @@ def test_bad_gradients_are_named():
     pred = pred.detach().half().requires_grad_()
     with debug():
         loss = mgiou_loss(pred, target)
-    message = r"mgiou_loss, backward, with up to 1e\+07 from above: gradient of pred: .* float16"
+    message = r"mgiou_loss, backward, upstream gradient up to 1e\+07: gradient of pred: .* float16"
     with pytest.raises(NonFiniteError, match=message):
         (loss * 1e7).backward()
 

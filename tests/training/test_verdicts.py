@@ -602,12 +602,12 @@ CASES = {
     ),
     # No tables
     "not a run": ("iris.csv", table("sepal,petal\n5.1,1.4\n4.9,1.4\n"), 2, "neither a loss nor a metric"),
-    "prose": ("notes.txt", table("The run went well.\nNext time with more data.\n"), 2, "read are"),
+    "prose": ("notes.txt", table("The run went well.\nNext time with more data.\n"), 2, "diagnose reads"),
     "an empty file": ("results.csv", table(""), 2, "is empty"),
-    "a picture": ("results.png", binary(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256))), 2, "read are"),
-    "settings": ("args.yaml", table("task: pose\nmode: train\nepochs: 100\n"), 2, "read are"),
+    "a picture": ("results.png", binary(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256))), 2, "diagnose reads"),
+    "settings": ("args.yaml", table("task: pose\nmode: train\nepochs: 100\n"), 2, "diagnose reads"),
     "a JSON of something else": ("a.json", table('{"categories": ["cat"], "info": {}}'), 2, "no column of numbers"),
-    "JSON of names": ("a.json", table('["a", "b"]'), 2, "read are"),
+    "JSON of names": ("a.json", table('["a", "b"]'), 2, "diagnose reads"),
     # Healthy checkpoints
     "plain": ("last.pt", saved(network().state_dict()), 0, None),
     "plain, old format": ("last.pt", saved(network().state_dict(), _use_new_zipfile_serialization=False), 0, None),
@@ -690,7 +690,7 @@ CASES = {
     "a shard alone": ("__0_0.distcp", binary(b"PK\x03\x04"), 2, "without the .metadata"),
     "a zip of something else": ("a.pt", binary(b"PK\x05\x06" + b"\0" * 18), 2, "none of torch.save"),
     "no tensor": ("a.pt", saved({"epoch": 3}), 2, "holds no tensor"),
-    "words": ("a.pt", table("no pickle at all"), 2, "read are"),
+    "words": ("a.pt", table("no pickle at all"), 2, "diagnose reads"),
     "safetensors cut off": ("m.safetensors", binary(safetensors({"a": torch.ones(30)})[:-9]), 2, "is damaged"),
     "safetensors of 3 bytes": ("m.safetensors", binary(b"abc"), 2, "no safetensors file"),
     "nothing there": ("missing.csv", lambda _: None, 2, "No such file"),
@@ -921,10 +921,15 @@ CASES |= {
     },
     # No tables
     "a head alone": text(csv_text(detect(3)).splitlines()[0], 2, "no rows"),
-    "packed": ("results.csv.gz", binary(gzip.compress(csv_text(detect(9)).encode())), 2, "read are"),
-    "packed under a table's name": ("results.csv", binary(gzip.compress(csv_text(detect(9)).encode())), 2, "read are"),
-    "a table in Markdown": text("| epoch | loss |\n|---|---|\n| 1 | 0.5 |\n", 2, "read are", name="results.md"),
-    "a page of an error": text("<!DOCTYPE html><html><body>404</body></html>", 2, "read are"),
+    "packed": ("results.csv.gz", binary(gzip.compress(csv_text(detect(9)).encode())), 2, "diagnose reads"),
+    "packed under a table's name": (
+        "results.csv",
+        binary(gzip.compress(csv_text(detect(9)).encode())),
+        2,
+        "diagnose reads",
+    ),
+    "a table in Markdown": text("| epoch | loss |\n|---|---|\n| 1 | 0.5 |\n", 2, "diagnose reads", name="results.md"),
+    "a page of an error": text("<!DOCTYPE html><html><body>404</body></html>", 2, "diagnose reads"),
     "an index of weights": text(
         json.dumps({"metadata": {"total_size": 5}, "weight_map": {"a": "b"}}), 2, name="model.safetensors.index.json"
     ),

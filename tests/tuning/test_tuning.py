@@ -131,7 +131,7 @@ def prepared(**options):
     """A plan, its arguments and outputs, for three polygons and the gradient."""
     rng = generator(0)
     pred, target = star(3, 4, rng).float(), convex(3, 3, rng).float()
-    call = launch.PolygonCall(None, None, Reduction(None, False, 3.0), Options(**options))
+    call = launch.PolygonCall(None, None, Reduction(None, "sum", 3.0), Options(**options))
     plan, arguments, loss, gradient = launch.prepare_polygons(pred, target, call, True, 0)
     return plan, arguments, [loss, gradient]
 

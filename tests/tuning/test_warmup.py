@@ -112,8 +112,8 @@ def test_pairs_from_the_command_line(tmp_path):
     results = json.loads(file.read_text())
     assert [(each["fmt"], each["gradient"], each["batch"]) for each in results] == [
         ("pairs of cxcywhr", False, "T not a multiple of 4"),
-        ("pairs of cxcywhr", True, "P < 4096"),
-        ("pairs of cxcywhr", True, "P < 4096"),
+        ("pairs of cxcywhr", True, "boxes1, P < 4096"),
+        ("pairs of cxcywhr", True, "boxes2, T < 4096"),
         ("pairs of cxcywhr", False, "T a multiple of 4"),
         ("pairs of polygons", False, "all"),
     ]

@@ -1,6 +1,6 @@
 """MGIoU in mmengine's registries, for configs of mmdetection, mmrotate and mmdetection3d.
 
-One line of a config makes the names below known, and no code:
+One line of a config registers the names below; no code is needed:
 
     custom_imports = dict(imports=["triton_mgiou.integrations.openmmlab"], allow_failed_imports=False)
 

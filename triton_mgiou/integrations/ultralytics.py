@@ -192,7 +192,7 @@ class _Places(nn.Module):
         self.loss = loss
 
     def forward(self, pred_kpts: Tensor, *rest: Tensor) -> Tensor:
-        """Return the loss of pred_kpts, shape (P, K, 2 or more), and what Ultralytics hands over besides."""
+        """Return the loss of pred_kpts, shape (P, K, 2 or more), and of Ultralytics' further arguments."""
         value: Tensor = self.loss(pred_kpts[..., :2], *rest)
         return value
 
@@ -201,7 +201,7 @@ class _Places(nn.Module):
 
 
 class _MGIoUTrainer:
-    """What both trainers share: the criteria of the model and of its average get another loss before each epoch.
+    """The base of both trainers: the criteria of the model and of its average get another loss before each epoch.
 
     Before each epoch, and not once, since a resumed training, one that recovers from NaN or from a lack of memory makes
     new ones. They belong to no model's class and are not saved, which keeps checkpoints plain.
@@ -418,7 +418,7 @@ class _PolygonMetrics:
 
     @property
     def fitness(self) -> float:
-        """What chooses `best.pt`: Ultralytics' fitness of the polygons alone."""
+        """Ultralytics' fitness of the polygons alone, which chooses `best.pt`."""
         return float(self.polygon.fitness())
 
     @property

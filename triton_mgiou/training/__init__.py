@@ -1,4 +1,4 @@
-"""What goes around a training: NaN and Inf by name, a guard around each step, gradient norms, a schedule."""
+"""Tools around a training: NaN and Inf by name, a guard around each step, gradient norms, a schedule."""
 
 from triton_mgiou.training.finite import (
     NonFinite,

@@ -91,7 +91,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def check(found: Checkpoint) -> list[str]:
-    """What is wrong with a checkpoint.
+    """Say what is wrong with a checkpoint.
 
     Faults are NaN and Inf in a tensor, and the scale of a GradScaler below 1: its search ends far above, below it
     has skipped nearly every step. No faults are -Inf in a mask, by its name; a single number called best, kth, min,
@@ -175,7 +175,7 @@ def _load(path: Path) -> tuple[Any, list[str]]:
             reason = f"{type(error).__name__} {error}"
     known = re.search(r"WeightsUnpickler error:\s*(.*)", reason)  # PyTorch's first line is bad advice here
     first = (known[1] if known else reason).strip().partition("\n")[0]
-    raise CheckpointError(f"is no checkpoint, or a damaged one: {first}; read are {READ}")
+    raise CheckpointError(f"is no checkpoint, or a damaged one: {first}; diagnose reads {READ}")
 
 
 def _check_archive(path: Path) -> None:
@@ -185,11 +185,11 @@ def _check_archive(path: Path) -> None:
     except Exception as error:
         raise CheckpointError(f"is a damaged zip file: {type(error).__name__} {error}") from None
     if any(record.filename.endswith("/constants.pkl") for record in records):
-        raise CheckpointError("is a TorchScript program, which is code; read are " + READ)
+        raise CheckpointError("is a TorchScript program, which is code; diagnose reads " + READ)
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise CheckpointError("was not written by torch.save: its records are compressed; read are " + READ)
+        raise CheckpointError("was not written by torch.save: its records are compressed; diagnose reads " + READ)
     if not any(record.filename.endswith("data.pkl") for record in records):
-        raise CheckpointError("is a zip file, but none of torch.save; read are " + READ)
+        raise CheckpointError("is a zip file, but none of torch.save; diagnose reads " + READ)
 
 
 def _is_legacy(path: Path) -> bool:
@@ -297,7 +297,9 @@ def _read_folder(path: Path) -> Checkpoint:
     plan = folder / ".metadata"
     if not plan.is_file():
         kind = "folder" if path.is_dir() else "shard"
-        raise CheckpointError(f"is a {kind} without the .metadata of torch.distributed.checkpoint; read are {READ}")
+        raise CheckpointError(
+            f"is a {kind} without the .metadata of torch.distributed.checkpoint; diagnose reads {READ}"
+        )
     foreign: list[str] = []
     found = Checkpoint({}, {}, [])
     numbers: dict[str, dict[str, float]] = {}  # what a plan takes apart to its single numbers

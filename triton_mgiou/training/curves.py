@@ -1,4 +1,4 @@
-"""What the curves of a run say: whether it has learnt, and whether it has lost again what it had learnt."""
+"""Judge the curves of a run: whether it has learnt, and whether it has lost again what it had learnt."""
 
 from __future__ import annotations
 
@@ -78,17 +78,17 @@ class Curve(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the column."""
+        """The column's name."""
         return self.column.name
 
     @property
     def values(self) -> list[float]:
-        """Of the column."""
+        """The column's values."""
         return self.column.values
 
 
 def judge(table: Table) -> tuple[list[str], list[str]]:
-    """What is wrong with a run, and what is worth knowing.
+    """Say what is wrong with a run, and what is worth knowing.
 
     Losses are columns with "loss", "error" or the like in their names; metrics those with mAP, AP, F1, IoU, fitness
     and so on; accuracy counts where there is none of these, precision and recall where there is no accuracy either.

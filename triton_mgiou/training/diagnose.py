@@ -46,7 +46,7 @@ def diagnose(path: Path) -> bool:
     except checkpoints.CheckpointError as error:
         raise DiagnoseError(f"{path} {error}") from None
     except (tables.TableError, curves.NothingToJudgeError) as error:
-        raise DiagnoseError(f"{path} {error}; read are {READ}") from None
+        raise DiagnoseError(f"{path} {error}; diagnose reads {READ}") from None
     except Exception as error:  # a script that calls this wants a status, whatever the file holds
         raise DiagnoseError(f"cannot read {path}: {type(error).__name__} {error}") from None
     lines = [f"{path}: {summary}, problems: {len(problems)}", *(f"  {line}" for line in (*problems, *notes))]

@@ -20,7 +20,7 @@ NO_NAN = (getattr(torch, "float4_e2m1fn_x2", None),)  # formats that are finite 
 
 @dataclass(frozen=True)
 class NonFinite:
-    """What is wrong with a tensor that holds NaN or Inf.
+    """A tensor that holds NaN or Inf, and what is in it.
 
     Attributes:
         name: What the tensor is called.
@@ -160,7 +160,7 @@ def _sparse_places(tensor: Tensor, of_values: tuple[tuple[int, ...], ...]) -> tu
 
 
 def describe(tensor: Tensor, name: str, mask: Tensor | None = None) -> NonFinite | None:
-    """What is wrong with a tensor where `mask` is True, or None if nothing is."""
+    """Describe NaN and Inf in a tensor where `mask` is True; None if there is none."""
     tensor = tensor.detach()
     if tensor.is_quantized:
         tensor = tensor.dequantize()  # a scale can be NaN
@@ -202,12 +202,12 @@ def describe(tensor: Tensor, name: str, mask: Tensor | None = None) -> NonFinite
 def debug(enabled: bool = True) -> Iterator[None]:
     """Check all losses and matrices in a `with` block, as `TRITON_MGIOU_DEBUG=1` does in the whole process.
 
-    The real vertices or the boxes of both sides, the weights, the loss or matrix, and in the backward pass the gradient
-    that comes from above and those that go to both sides are checked; backward may run after the block. Padding, and
-    what a mask leaves out, may hold anything. Angles in radians that look like degrees are warned of. It holds for all
-    threads, and each check waits for the device, so not inside a captured CUDA graph; `torch.compile` breaks its graph
-    there. Under a `torch.func` transform, where no value can be read, nothing is checked. A GradScaler lets gradients
-    overflow on purpose until it has found its scale: expect Inf in a float16 gradient in its first steps.
+    Checked are the real vertices or the boxes of both sides, the weights, the loss or matrix, and in the backward pass,
+    which may run after the block, the upstream gradient and those of both sides. Padding, and what a mask leaves out,
+    may hold anything. Angles in radians that look like degrees get a warning. The checks hold for all threads. Each
+    waits for the device, so use none inside a captured CUDA graph; `torch.compile` breaks its graph there. Under a
+    `torch.func` transform, where no value can be read, nothing is checked. A GradScaler lets gradients overflow on
+    purpose until it has found its scale: expect Inf in a float16 gradient in its first steps.
 
     Args:
         enabled: False turns the checks off in the block.

@@ -1,4 +1,4 @@
-"""`TrainingGuard`: no step with NaN or Inf, a way back, and the story of what happened."""
+"""`TrainingGuard`: no step with NaN or Inf, a way back, and an error that lists what happened."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from triton_mgiou.training.snapshot import (
 )
 
 LAST_GOOD, FAILED = "last-good.pt", "failed.pt"
-TOLD = 10  # steps in the story, and tensors of each kind
+TOLD = 10  # steps in the error, and tensors of each kind
 LOWEST_SCALE = 1.0  # where a GradScaler's usual search has long ended; below it float16 gradients round to 0
 SKIPS_IN_A_ROW = 20  # from PyTorch's first scale, 65536, these go below any gradient that is finite
 
@@ -232,7 +232,7 @@ class TrainingGuard:
 
         Args:
             loss: The loss whose `backward()` made the gradients, one element, not scaled; it is checked too, and
-                told in the story.
+                shown in the error.
 
         Returns:
             Whether the step was taken. If not, the gradients are gone.
@@ -354,7 +354,7 @@ class TrainingGuard:
         }
 
     def _stop(self, now: Mapping[str, Place], extras: list[dict[str, Place]], found: list[str], hint: str) -> NoReturn:
-        """Write the state as it is, go back to the last good one, write that, and tell the story."""
+        """Write the state as it is, go back to the last good one, write that, and raise what lists the last steps."""
         outcomes = [self._try_to_write(lambda: self._failed(now), FAILED)]
         self._drop_gradients()
         self._model_snapshot.put_back(now, parameters=True)
@@ -385,7 +385,7 @@ class TrainingGuard:
         try:
             if self._writes():
                 save_atomically(state(), path)
-        except Exception as error:  # a full disk, or what cannot be pickled: the story matters more
+        except Exception as error:  # a full disk, or what cannot be pickled: the error matters more
             return f"not written, {error}"
         return str(path)
 

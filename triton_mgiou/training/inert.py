@@ -18,7 +18,7 @@ LEGACY = bytes.fromhex("6cfc9c46f9206aa85019")  # the number that files of torch
 
 
 class StandIn:
-    """What an object of an unknown class was made from; calling, filling and setting it does nothing else."""
+    """Keeps what an object of an unknown class was made from; calling, filling and setting it does nothing else."""
 
     def __new__(cls, *args: Any, **options: Any) -> StandIn:  # noqa: D102
         stand_in = super().__new__(cls)
@@ -88,7 +88,7 @@ class Unpickler(pickle.Unpickler):
 
 
 def load_bytes(content: bytes, foreign: list[str]) -> Any:
-    """What torch.save wrote, with stand-ins; nothing else that torch.load reads, as TorchScript and tar files."""
+    """Load what torch.save wrote, with stand-ins; nothing else that torch.load reads, as TorchScript and tar files."""
     file = io.BytesIO(content)
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
@@ -102,7 +102,7 @@ def load_bytes(content: bytes, foreign: list[str]) -> Any:
 
 
 def pickle_module(foreign: list[str]) -> Any:
-    """What torch.load takes for the module pickle; it subclasses the unpickler."""
+    """Make what torch.load takes for the module pickle; it subclasses the unpickler."""
 
     class Inert(Unpickler):
         def __init__(self, *args: Any, **options: Any) -> None:

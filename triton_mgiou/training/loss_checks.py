@@ -1,4 +1,4 @@
-"""What losses and matrices do in debug mode: look for NaN and Inf in their input, their output and the gradients.
+"""The checks of debug mode, for NaN and Inf in the input, the output and the gradients of losses and matrices.
 
 Values are read on the host, which `torch.compile` must not trace, so it breaks its graph here. Marking that imports the
 compiler, which takes a second: only debug mode imports this module.
@@ -7,6 +7,7 @@ compiler, which takes a second: only debug mode imports this module.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -17,7 +18,7 @@ from triton_mgiou.training.finite import check_finite
 
 
 class Checks:
-    """Those of one call of `function`, which is named in errors and warnings."""
+    """The checks of one call of `function`, which is named in errors and warnings."""
 
     def __init__(self, function: str) -> None:
         self.function = function
@@ -57,7 +58,7 @@ class Checks:
                 f"{self.function}, input: {count} of {len(angles)} angles of {name} are above 4 pi, up to "
                 f'{angles.max().item():.6g}: expected radians; for degrees give angle="degrees"',
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=_callers_level(),
             )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -83,10 +84,21 @@ class Checks:
 
         def check_gradient(side: str) -> Callable[[Tensor], None]:
             return lambda gradient: check_finite(
-                gradient, f"gradient of {side}", f"{function}, backward, with up to {upstream:.6g} from above"
+                gradient, f"gradient of {side}", f"{function}, backward, upstream gradient up to {upstream:.6g}"
             )
 
         output.register_hook(check_upstream)  # type: ignore[no-untyped-call]
         for side, shapes in sides.items():
             if shapes.requires_grad:
                 shapes.register_hook(check_gradient(side))  # type: ignore[no-untyped-call]
+
+
+def _callers_level() -> int:
+    """The `stacklevel` of a warning that is to name the line of the user's code: past this package and PyTorch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "triton_mgiou",
+        "torch",
+    ):
+        level, frame = level + 1, frame.f_back
+    return level

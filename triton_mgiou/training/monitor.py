@@ -35,7 +35,7 @@ class GradientMonitor:
       about 1e-3 a step is common,
 
     and an exponential average of each (`decay`, corrected for its start; what is not finite does not enter). After 10
-    records it warns, once until it is over,
+    records it warns, once for as long as it lasts, of
 
     - exploding: the norm is not finite (from the first record on), or above `exploding` times the lowest average that
       it had; or a step changes the weights by more than `max_update` on average;

@@ -21,7 +21,7 @@ class AlphaSchedule(nn.Module):
         step     start while t < 1/2, then end
 
     The count of the steps is a buffer: it is saved in `state_dict` and follows `to(device)`, and a change neither
-    waits for a GPU nor makes `torch.compile` compile anew.
+    waits for a GPU nor makes `torch.compile` recompile.
 
     Args:
         total_steps: Calls of `step` from `start` to `end`: the epochs of a run if `step` is called once an epoch.
@@ -56,11 +56,11 @@ class AlphaSchedule(nn.Module):
         self.register_buffer("step_count", torch.zeros((), dtype=torch.int64))
 
     def step(self) -> None:
-        """Go one step on: once an epoch or once an iteration, whichever `total_steps` counts."""
+        """Go one step on. Call it once an epoch or once an iteration, whichever `total_steps` counts."""
         self.step_count += 1
 
     def set(self, step: int) -> None:
-        """Go to a step, as where a run is resumed whose loss is not in the checkpoint.
+        """Go to a step, for a run that is resumed from a checkpoint without the loss.
 
         Args:
             step: How many steps are done, 0 or above; `total_steps` and more is the end.

@@ -15,7 +15,7 @@ from triton_mgiou.training.finite import find_nonfinite
 
 
 class Place(NamedTuple):
-    """Where a module holds a parameter or a buffer, and what is there: None for a buffer that is not set."""
+    """A place where a module holds a parameter or a buffer, and what is there: None for a buffer that is not set."""
 
     module: nn.Module
     key: str
@@ -99,7 +99,7 @@ class ModuleSnapshot:
                     del place.module._buffers[place.key]
 
     def state_dict(self, module: nn.Module) -> dict[str, Any]:
-        """What `module.state_dict()` would have given then."""
+        """Return what `module.state_dict()` would have given then."""
         state = {name: self.copies.get(name, value) for name, value in module.state_dict().items()}
         for name, place in self.places.items():
             if name not in state and place.key not in place.module._non_persistent_buffers_set:
@@ -147,7 +147,7 @@ class OptimizerSnapshot:
             optimizer.state[owner] = copy.deepcopy(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `optimizer.state_dict()` would have given then, with the copies themselves."""
+        """Return what `optimizer.state_dict()` would have given then, with the copies themselves."""
         states = {index: dict(others) if isinstance(others, dict) else others for index, others in self._others.items()}
         for (index, key), copied in self._copies.items():
             states[index][key] = copied

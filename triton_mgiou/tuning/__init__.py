@@ -1,1 +1,1 @@
-"""Which layout a kernel gets: what there is to choose from, how it is measured, and where the choice is kept."""
+"""The layouts of kernels: what there is to choose from, how they are measured, and where the choice is kept."""

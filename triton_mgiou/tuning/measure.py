@@ -83,7 +83,7 @@ def _settings(layout: AnyLayout) -> dict[str, Any]:
 
 
 def _that_fit(plan: Plan, arguments: tuple[Any, ...], layouts: list[AnyLayout]) -> list[AnyLayout]:
-    """Those that compile and do not spill. Triton compiles in threads where it can (from 3.5 on)."""
+    """The layouts that compile and do not spill. Triton compiles in threads where it can (from 3.5 on)."""
     return layouts if INTERPRETED else list(_compiled_that_fit(plan, arguments, layouts))
 
 

@@ -50,7 +50,7 @@ _TENSORS = {
 
 
 class WarmupResult(NamedTuple):
-    """One compiled variant of the kernel."""
+    """One compiled variant of a kernel."""
 
     pred_vertices: int  # the largest count that uses it; 0 for boxes and pairs
     target_vertices: int
@@ -61,7 +61,7 @@ class WarmupResult(NamedTuple):
     us: float | None  # on the GPU; None where it was not measured
     gain: float | None  # over the default configuration: 0.1 where that takes 1.1 times as long
     source: str  # "tuned", "cache" for an earlier run's file, "rank" for another rank's, or "default"
-    fmt: str | None = None  # of boxes; of all pairs "pairs of " it
+    fmt: str | None = None  # of boxes; "pairs of FMT" for a matrix
 
 
 def warmup(
@@ -168,7 +168,7 @@ class _Prepared(NamedTuple):
 
 
 class _Variant(NamedTuple):
-    """What one variant of the kernel is for."""
+    """A variant of the kernel of polygons."""
 
     dtype: tuple[torch.dtype, ...]
     size: tuple[int, ...]
@@ -216,7 +216,7 @@ class _Variant(NamedTuple):
                 loss.sum().backward()  # type: ignore[no-untyped-call]
 
     def prepare(self) -> _Prepared:
-        """What a launch on this input, or on `LEAST_BATCH` of it, is."""
+        """A launch on this input, or on `LEAST_BATCH` of it."""
         from triton_mgiou import launch  # noqa: PLC0415 - needs Triton
 
         batch = max(self.batch, LEAST_BATCH)
@@ -224,7 +224,7 @@ class _Variant(NamedTuple):
         real = [given.pop(f"{side}_lengths", given.pop(f"{side}_mask", None)) for side in ("pred", "target")]
         weight, reduction, avg_factor = (given.pop(name, None) for name in ("weight", "reduction", "avg_factor"))
         inside = kernel_reduction(pred, target, weight, reduction or "mean", avg_factor)
-        call = launch.PolygonCall(real[0], real[1], inside or Reduction(None, True, None), Options(**given))
+        call = launch.PolygonCall(real[0], real[1], inside or Reduction(None, "none", None), Options(**given))
         plan, arguments, loss, grad = launch.prepare_polygons(pred, target, call, self.gradient, stream=0)
         return _Prepared(plan, batch, arguments, [loss] if grad is None else [loss, grad])
 
@@ -275,7 +275,7 @@ class _BoxVariant(NamedTuple):
                 loss.sum().backward()  # type: ignore[no-untyped-call]
 
     def prepare(self) -> _Prepared:
-        """What a launch on this input, or on `LEAST_BATCH` of it, is."""
+        """A launch on this input, or on `LEAST_BATCH` of it."""
         from triton_mgiou import launch  # noqa: PLC0415 - needs Triton
 
         batch = max(self.batch, LEAST_BATCH)
@@ -284,7 +284,7 @@ class _BoxVariant(NamedTuple):
         weight, reduction, avg_factor = (given.pop(name, None) for name in ("weight", "reduction", "avg_factor"))
         inside = kernel_reduction(pred, target, weight, reduction or "mean", avg_factor)
         options = FORMATS[self.fmt].defaults._replace(**{k: v for k, v in given.items() if v is not None})
-        call = launch.BoxCall(self.fmt, *convention, inside or Reduction(None, True, None), options)
+        call = launch.BoxCall(self.fmt, *convention, inside or Reduction(None, "none", None), options)
         plan, arguments, loss, grad = launch.prepare_boxes(pred, target, call, self.gradient, stream=0)
         return _Prepared(plan, batch, arguments, [loss] if grad is None else [loss, grad])
 
@@ -299,14 +299,15 @@ class _PairVariant(NamedTuple):
     device: torch.device
     options: Mapping[str, Any]
     packed: tuple[bool, bool] = (True, True)
+    side: int = 0  # the set of the call that is the first one here
 
     def gradient_to(self, side: int) -> _PairVariant:
-        """That of the gradient to one side, which is the first set of its launch."""
+        """The variant of the gradient to one side, which is the first set of its launch."""
         if side == 0:
             return self._replace(gradient=True)
         swapped = {"mask1": "mask2", "mask2": "mask1"}
         options = {swapped.get(name, name): value for name, value in self.options.items()}
-        return self._replace(gradient=True, dtype=self.dtype[::-1], size=self.size[::-1], options=options)
+        return self._replace(gradient=True, dtype=self.dtype[::-1], size=self.size[::-1], options=options, side=1)
 
     def kinds(self) -> Iterator[_PairVariant]:
         """Itself, and those for other sizes and for boxes that do not follow each other, which are other kernels."""
@@ -326,7 +327,7 @@ class _PairVariant(NamedTuple):
         """The first fields of the result, and the last."""
         words = "all"
         if self.gradient:
-            words = f"P {layouts.how_many(layouts.are_many(self.size[0]))}"
+            words = f"boxes{self.side + 1}, {'PT'[self.side]} {layouts.how_many(layouts.are_many(self.size[0]))}"
         elif self.fmt not in _POLYGONS:
             words = f"T {'' if self.size[1] % 4 == 0 else 'not '}a multiple of 4"
         return {"pred_vertices": 0, "target_vertices": 0, "batch": words, "fmt": f"pairs of {self.fmt}"}
@@ -360,7 +361,7 @@ class _PairVariant(NamedTuple):
         pairs.launch_all(plan, launches)
 
     def prepare(self) -> _Prepared:
-        """What a launch on this input is."""
+        """A launch on this input."""
         plan, launches, output = self._prepare()
         ((size, arguments),) = launches
         # Gradients are compared as those behind a loss are, which here is the upstream matrix: no launch changes it.
