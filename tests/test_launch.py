@@ -143,3 +143,12 @@ def test_compiled_to_cuda_graphs(function, monkeypatch):
             assert_same(gradient, torch.autograd.grad(expected.sum(), first)[0], "gradient")
     assert counters["cudagraph_recorded_non_static_inputs"] > 0
     assert counters["cudagraph_skips"] == 0
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter or a GPU")
+def test_triton_cpu_more_samples_than_a_kernel_counts_are_refused():
+    """With a batch of 2^31 a launcher would hand -2^31 to the kernel, which does nothing then."""
+    box, polygon = torch.zeros(1, 5).expand(2**31, 5), torch.zeros(1, 4, 2).expand(2**31, 4, 2)
+    for loss, shapes in ((box_mgiou_loss, box), (mgiou_loss, polygon)):
+        with pytest.raises(ValueError, match=r"pred must have at most 2147479552 samples.*got 2147483648"):
+            loss(shapes, shapes, backend="triton")

@@ -71,7 +71,11 @@ def check_number(name: str, value: Any) -> None:
     is_fraction = isinstance(value, Rational) and not isinstance(value, Integral)  # PyTorch can't compute with it
     if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool) or is_fraction):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not abs(float(value)) < math.inf:
+    try:
+        is_finite = math.isfinite(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that a float can hold, got an integer beyond 2**1023") from None
+    if not is_finite:
         raise ValueError(f"{name} must be finite, got {value}")
 
 

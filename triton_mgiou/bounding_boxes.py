@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_mgiou.arguments import check_floating
+
 _ROTATED = ("XYWHR", "CXCYWHR", "XYXYXYXY")
 
 
@@ -22,10 +24,12 @@ def plain_boxes(name: str, boxes: Any, fmt: str, angle: str, clockwise: bool) ->
     one at no turn. Corners are taken for those of a rectangle where its sides are asked for, as torchvision does.
 
     Raises:
+        TypeError: They are integers.
         ValueError: The format has no place for them: for their angle, or for boxes in the plane.
     """
     kind = boxes.format.name
     numbers: Tensor = boxes.as_subclass(Tensor)
+    check_floating(name, numbers)
     if kind.lower() == fmt and fmt in ("xyxy", "cxcywh", "xyxyxyxy"):
         return numbers
     expected = ("cxcywhr", "xyxyxyxy") if kind in _ROTATED else ("cxcywhr", "cxcywh", "xyxy", "xyxyxyxy")
@@ -61,9 +65,17 @@ def _centre(kind: str, numbers: Tensor) -> tuple[Tensor, ...]:
     if kind == "XYWHR":
         along, across = _half_sides(third, fourth, rest[0])
         return first + along[0] + across[0], second + along[1] + across[1], third, fourth, rest[0]
-    x, y = numbers[..., 0::2].mean(-1), numbers[..., 1::2].mean(-1)
-    w, h = torch.hypot(third - first, fourth - second), torch.hypot(rest[0] - third, rest[1] - fourth)
-    return x, y, w, h, torch.rad2deg(torch.atan2(second - fourth, third - first))
+    x, y = (numbers[..., 0::2] / 4).sum(-1), (numbers[..., 1::2] / 4).sum(-1)
+    w, turn = _polar(third - first, second - fourth)
+    h, _ = _polar(rest[0] - third, rest[1] - fourth)
+    return x, y, w, h, torch.rad2deg(turn)
+
+
+def _polar(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Length and direction of a vector. Those of 0 are 0 and have the gradient 0, which PyTorch's is NaN."""
+    is_none = (x == 0) & (y == 0)
+    x, y = torch.where(is_none, 1.0, x), torch.where(is_none, 0.0, y)
+    return torch.where(is_none, 0.0, torch.hypot(x, y)), torch.atan2(y, x)
 
 
 def _half_sides(w: Tensor, h: Tensor, degrees: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -146,6 +146,8 @@ def _outputs(
     plan: Plan, pred: Tensor, batch: int, per_sample: bool, gradient: bool, device: int, stream: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Room for the loss and the gradient to `pred`, and what sums up the samples' losses."""
+    if batch > layouts.MAX_SAMPLES:
+        raise ValueError(f"pred must have at most {layouts.MAX_SAMPLES} samples for the kernels, got {batch}")
     grad = torch.empty_like(pred, dtype=plan.dtype, memory_format=torch.contiguous_format) if gradient else None
     if per_sample:
         return plan.scalar.new_empty(batch), grad, None, None

@@ -59,21 +59,19 @@ def polygon_iou_matrix(pred: Sequence[ArrayLike] | NDArray[Any], target: Sequenc
         ValueError: A polygon has another shape.
     """
     shapely = _shapely()
-    sets = [
+    preds, targets = (
         [_vertices(f"{name}[{k}]", polygon) for k, polygon in enumerate(polygons)]
         for name, polygons in (("pred", pred), ("target", target))
-    ]
-    p, g = (np.array([_region(polygon) for polygon in polygons], dtype=object) for polygons in sets)
-    ious = np.zeros((len(p), len(g)))
+    )
+    ious = np.zeros((len(preds), len(targets)))
     if not ious.size:
         return ious
-    (p_low, p_high), (g_low, g_high) = (_bounds(regions) for regions in (p, g))
-    # NaN, the bounds of a polygon without an area, overlaps nothing.
-    overlap = (p_low[:, None] < g_high) & (g_low < p_high[:, None])
-    row, column = np.nonzero(overlap.all(2))
+    (p_low, p_high), (g_low, g_high) = _bounds(preds), _bounds(targets)
+    row, column = np.nonzero(((p_low[:, None] < g_high) & (g_low < p_high[:, None])).all(2))
+    p, g = _regions(preds, row), _regions(targets, column)
     inter = shapely.area(shapely.intersection(p[row], g[column]))
-    union = shapely.area(p)[row] + shapely.area(g)[column] - inter
-    ious[row, column] = inter / union
+    union = shapely.area(p[row]) + shapely.area(g[column]) - inter
+    ious[row, column] = np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
     return ious
 
 
@@ -150,10 +148,8 @@ def _faces(*outlines: Floats) -> tuple[NDArray[Any], list[NDArray[np.bool_]]]:
 
 
 def _region(outline: Floats) -> Any:
-    """What an outline covers by the even-odd rule, as a valid geometry: empty where a coordinate is not finite."""
+    """What a finite outline covers by the even-odd rule, as a valid geometry."""
     shapely = _shapely()
-    if not np.isfinite(outline).all():
-        return shapely.Polygon()
     polygon = shapely.polygons(outline)
     if shapely.is_valid(polygon):
         return polygon
@@ -161,9 +157,19 @@ def _region(outline: Floats) -> Any:
     return shapely.union_all(faces[inside])
 
 
-def _bounds(regions: NDArray[Any]) -> tuple[Floats, Floats]:
-    bounds = _shapely().bounds(regions)
-    return bounds[:, :2], bounds[:, 2:]
+def _regions(polygons: list[Floats], needed: NDArray[np.intp]) -> NDArray[Any]:
+    """The regions of those that are needed: they are costly, and in a validation most predictions meet no target."""
+    regions = np.full(len(polygons), None)
+    for place in np.unique(needed):
+        regions[place] = _region(polygons[place])
+    return regions
+
+
+def _bounds(polygons: list[Floats]) -> tuple[Floats, Floats]:
+    """The lower and the upper bounds of x and y, (P, 2) each; NaN where a coordinate is not finite."""
+    bounds = np.array([(polygon.min(0), polygon.max(0)) for polygon in polygons])
+    bounds[~np.isfinite(bounds).all((1, 2))] = np.nan  # which is near nothing
+    return bounds[:, 0], bounds[:, 1]
 
 
 def _is_inside(points: Floats, polygon: Floats) -> NDArray[np.bool_]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from bench.detectors.scenes import BOXES
@@ -147,6 +147,11 @@ def jobs(size: Size) -> list[Job]:
     ]
     found += [_job("rest", task, name, 0, size) for task, name in rest]
     return [job for job in found if size.all_losses or job.part in {"speed", "table"} or (job.part, job.loss) in KINDS]
+
+
+def tasks(chosen: Iterable[Job]) -> set[str]:
+    """The tasks whose scenes these trainings need, and the step times."""
+    return {task for job in chosen for task in (SPEED_LOSSES if job == SPEED else (job.task,))}
 
 
 def _job(part: str, task: str, loss: str, seed: int, size: Size, *, watch: bool = False) -> Job:

@@ -108,7 +108,7 @@ def train_missing(out: Path, args: argparse.Namespace, begin: float) -> bool:
         crew_of = [devices[k % len(devices)] for k in range(processes)]
         with Crew(crew_of, partial(work, setup=setup), partial(prepare, kind)) as crew:
             # Its processes import what they need while the scenes are drawn.
-            draw({job.task for job in left if job.part != plan.SPEED.part}, size, setup.scenes)
+            draw(plan.tasks(left), size, setup.scenes)
             progress.say("scenes drawn")
             progress.missed = crew.run(
                 left, end=progress.end, seconds=progress.seconds, alone=plan.SPEED.__eq__, heard=progress.heard
@@ -276,9 +276,16 @@ def write(path: Path, values: dict[str, Any]) -> None:
 def facts(toy: bool, kind: str) -> dict[str, Any]:
     """What a result must say about where it comes from."""
     command = ["python -m bench.detectors", *(["--toy"] if toy else [])]
-    installed = {each.name.lower(): each.version for each in metadata.distributions()}
-    versions = {name: installed.get(name, "not installed") for name in VERSIONS}
+    versions = {name: installed_version(name) for name in VERSIONS}
     return {**machine(command, torch.device(kind)), "versions": {"triton-mgiou": triton_mgiou.__version__, **versions}}
+
+
+def installed_version(name: str) -> str:
+    """The version of a distribution."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def say(text: str) -> None:

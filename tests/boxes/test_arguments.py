@@ -73,6 +73,8 @@ def test_ambiguous_formats_tell_their_meanings(fmt, meanings):
         ("cxcywhr", {"axis_weight": "equal"}, "axis_weight"),
         ("cxcywhr", {"boundary_weight": -1.0}, "boundary_weight"),
         ("cxcywhr", {"boundary_weight": math.nan}, "boundary_weight"),
+        ("cxcywhr", {"boundary_weight": 10**400}, "boundary_weight"),
+        ("cxcywhr", {"avg_factor": -(10**400)}, "avg_factor"),
         ("cxcywhr", {"reduction": "max"}, "reduction"),
         ("cxcywhr", {"backend": "cuda"}, "backend"),
         ("cxcywhr", {"reduction": "sum", "avg_factor": 2.0}, "avg_factor"),

@@ -161,6 +161,36 @@ def test_bounding_boxes_in_half_precision_lose_nothing(tv_tensors, fmt, dtype):
     assert torch.autograd.grad(loss.sum(), theirs[0])[0].dtype == dtype
 
 
+@pytest.mark.parametrize("own", ["XYXY", "XYWH", "CXCYWH", "CXCYWHR", "XYWHR", "XYXYXYXY"])
+@pytest.mark.parametrize("place", [0.0, 7.0, 3e38])
+def test_bounding_boxes_without_a_size_have_a_finite_gradient(tv_tensors, own, place):
+    """Padding, which is zeros, and points elsewhere."""
+    numbers = {"XYXY": [1.0] * 4, "XYXYXYXY": [1.0] * 8}.get(own, [1.0, 1, 0, 0, 0][: 5 if own.endswith("R") else 4])
+    point = bounding(tv_tensors, place * torch.tensor([numbers]), own).requires_grad_()
+    for fmt in ("cxcywhr", "xyxyxyxy"):
+        target = bounding(tv_tensors, torch.tensor([[1.0, 2, 3, 4]]), "CXCYWH")
+        loss = box_mgiou_loss(point, target, fmt=fmt, axis_weight="uniform")
+        assert torch.isfinite(loss)
+        assert torch.isfinite(torch.autograd.grad(loss, point)[0]).all()
+
+
+def test_a_side_without_a_length_has_no_direction_to_learn(tv_tensors):
+    """Its first corner then moves the centre only, as the last one does, of which no side is measured."""
+    corners = torch.tensor([[5.0, 5, 5, 5, 5, 9, 5, 9]])
+    segment = bounding(tv_tensors, corners, "XYXYXYXY").requires_grad_()
+    target = torch.tensor([[6.0, 8, 3, 5, 0.3]])
+    (gradient,) = torch.autograd.grad(box_mgiou_loss(segment, target), segment)
+    assert_close(gradient[:, :2], gradient[:, 6:], atol=1e-7, what="gradient to the first corner")
+    assert (gradient != 0).any()
+
+
+@pytest.mark.parametrize("fmt", ["xyxy", "cxcywh", "cxcywhr", "xyxyxyxy"])
+def test_bounding_boxes_of_integers_are_refused_whatever_they_become(tv_tensors, fmt):
+    whole = bounding(tv_tensors, torch.tensor([[1, 2, 3, 4]]), "XYXY")
+    with pytest.raises(TypeError, match=r"target must be floating.*int64"):
+        box_mgiou_loss(bounding(tv_tensors, torch.tensor([[1.0, 2, 3, 4]]), "XYXY"), whole, fmt=fmt)
+
+
 def test_bounding_boxes_that_a_format_has_no_place_for(tv_tensors):
     rotated = bounding(tv_tensors, pixels(generator(87))[0], "CXCYWHR")
     for fmt in ("xyxy", "cxcywh", "cxcyczlwhr", "corners3d"):

@@ -82,6 +82,25 @@ def test_points_and_segments_of_the_boundary_term(boxes):
         assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("fmt", ["cxcywhr", "cxcywh"])
+@pytest.mark.parametrize(
+    ("size", "slope"),
+    [((1e-15, 1e-15), (1.0, 1.0)), ((1e-28, 1e-28), (0, 0)), ((1e-28, 0), (0, 0)), ((0, 1e-26), (0, 0))],
+)
+def test_the_boundary_term_of_a_speck(boxes, fmt, size, slope):
+    """A square p in the middle of a square W has the term 1 - 2 p W / (p^2 + W^2), so far below W its slope is -2 / W.
+
+    Where p W is below 2^-96, under which squared lengths are rounding, it is a point: the term is 1, without a slope.
+    """
+    side = 1e-12
+    pred, target = (torch.tensor([[1.0, 1.0, *sizes, 0.0][: len(fmt) - 2]]) for sizes in (size, (side, side)))
+    value, gradient = boxes.value_and_gradient(pred, target, fmt=fmt, reduction="none", boundary_weight=0.25)
+    assert_close(value, [0.5 + 0.25], atol=2e-3)
+    # Of MGIoU: only G has axes, and on both D is (1 - p / W) / 2.
+    want = [-(0.25 * (s != 0) + 0.25 * t) / side for s, t in zip(size, slope, strict=True)]
+    assert_close(gradient[0, 2:4], want, rtol=5e-3, atol=0.0, what="gradient")
+
+
 @axis_grads
 @axis_weights
 def test_segments(boxes, axis_weight, axis_grad):
@@ -125,7 +144,7 @@ def test_a_negative_size_counts_as_its_absolute_value(boxes, fmt, axis_weight):
 @axis_grads
 def test_any_finite_number_gives_a_finite_loss_and_gradient(boxes, axis_weight, axis_grad, dtype):
     largest, smallest = torch.finfo(dtype).max, 2.0**-149 if dtype == torch.float32 else 2.0**-1074
-    numbers = [0.0, smallest, -smallest, 1e-30, 1.0, -1.0, 1e20, -largest, largest, torch.finfo(dtype).tiny]
+    numbers = [0.0, smallest, -smallest, 1e-30, 1e-12, 1.0, -1.0, 1e20, -largest, largest, torch.finfo(dtype).tiny]
     rng = generator(52)
     for fmt in (*ALL_FORMATS,):
         shape = ALL_FORMATS[fmt].shape

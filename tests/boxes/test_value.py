@@ -224,15 +224,16 @@ def test_small_boxes_far_away_keep_their_digits(boxes, fmt):
 
 @pytest.mark.parametrize("fmt", ANGLED)
 @pytest.mark.parametrize("angle", ["radians", "degrees"])
-def test_angles_of_many_turns(boxes, fmt, angle):
+@pytest.mark.parametrize("dtype", FLOAT_ERRORS)
+def test_angles_of_many_turns(boxes, fmt, angle, dtype):
     """As exact as the number itself, up to the largest there is."""
     rng = generator(23)
-    sizes = torch.cat(
-        (10 ** uniform((60,), 0, 38, rng), torch.tensor([3.4e38, 2.0**22, 2.0**26, 1e6], dtype=torch.float64))
-    )
+    largest = torch.finfo(dtype).max
+    special = torch.tensor([largest, 2.0**22, 2.0**26, 2.0**50], dtype=torch.float64)
+    sizes = torch.cat((10 ** uniform((60,), 0, math.log10(largest), rng), special))
     pred, target = random_boxes(fmt, 64, rng), random_boxes(fmt, 64, rng)
-    pred[:, -1] = sizes * uniform((64,), 0.5, 1, rng).sign() * torch.where(torch.arange(64) % 2 == 0, 1.0, -1.0)
-    pred, target = pred.float(), target.float()
+    pred[:, -1] = sizes * torch.where(torch.arange(64) % 2 == 0, 1.0, -1.0)
+    pred, target = pred.to(dtype), target.to(dtype)
     target[:32, -1] = pred[:32, -1].flip(0)
     value, gradient = boxes.value_and_gradient(pred, target, fmt=fmt, angle=angle, reduction="none")
     exact = [numpy64(side) for side in (pred, target)]
@@ -240,7 +241,7 @@ def test_angles_of_many_turns(boxes, fmt, angle):
         for side in exact:
             side[:, -1] = [math.radians(math.fmod(number, 360)) for number in side[:, -1]]
     options = {} if fmt in SPACE else {"boundary_weight": 0.25}
-    assert_close(value, oracle.per_sample_loss(*exact, fmt, **options), atol=3e-6)
+    assert_close(value, oracle.per_sample_loss(*exact, fmt, **options), atol=3 * FLOAT_ERRORS[dtype])
     assert torch.isfinite(gradient).all()
     equal = boxes.value_and_gradient(pred, pred, fmt=fmt, angle=angle, reduction="none")
     assert_zero(equal[0], "loss")

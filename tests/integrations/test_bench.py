@@ -123,3 +123,15 @@ def test_toy_size_and_going_on(tmp_path):
     again = {path.stem: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     assert {name for name in names if again[name] != files[name]} == {gone}
     assert "### boxes" in (tmp_path / "tables.md").read_text(encoding="utf-8")
+
+
+def test_step_times_alone(tmp_path):
+    """As in a run that goes on where nothing else is left."""
+    options = ["--toy", "--out", tmp_path, "--processes", "1", "--only", "speed"]
+    subprocess.run([sys.executable, "-m", "bench.detectors", *options], cwd=ROOT, check=True)
+    rows = json.loads((tmp_path / f"{plan.SPEED.name}.json").read_text(encoding="utf-8"))["rows"]
+    assert {(row["task"], row["loss"]) for row in rows} == {
+        (task, loss) for task, losses in plan.SPEED_LOSSES.items() for loss in losses
+    }
+    assert all(row["ms"] >= row["fastest"] > 0 for row in rows)
+    assert "### Milliseconds" in (tmp_path / "tables.md").read_text(encoding="utf-8")

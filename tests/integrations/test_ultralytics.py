@@ -260,7 +260,12 @@ def test_the_assigner_of_yolo26_takes_mgiou_where_the_first_vertex_is_arbitrary(
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(KeypointLoss, "forward"), (adapter.tal.RotatedTaskAlignedAssigner, "iou_calculation")]
+    ("owner", "name"),
+    [
+        (KeypointLoss, "forward"),
+        (adapter.tal.RotatedTaskAlignedAssigner, "iou_calculation"),
+        (adapter.tal.TaskAlignedAssigner, "pair_overlaps"),
+    ],
 )
 def test_a_changed_signature_names_both_versions(monkeypatch, owner, name):
     function = getattr(owner, name)
@@ -327,11 +332,12 @@ class InterruptedTrainingError(Exception):
 @pytest.mark.parametrize("head", ["yolo11n", "yolo26n"])
 def test_resume(data, tmp_path, head):
     """An interrupted training goes on with our loss, and its schedule where it was."""
-    alphas = []
+    alphas, updates = [], []
 
     def note(trainer):
         (schedule,) = (m for m in trainer.polygon_loss.modules() if isinstance(m, AlphaSchedule))
         alphas.append(schedule().item())
+        updates.append(getattr(trainer.model.criterion, "updates", None))  # of the weights of YOLO26's two heads
 
     def stop(trainer):
         if trainer.epoch == 1:
@@ -350,8 +356,7 @@ def test_resume(data, tmp_path, head):
         assert alpha == pytest.approx(expected().item(), abs=1e-6)
         expected.step()
     assert len(alphas) == 4
-    if head == "yolo26n":
-        assert model.trainer.model.criterion.updates == 4
+    assert updates == ([1, 2, 3, 4] if head == "yolo26n" else [None] * 4)
 
 
 ELSEWHERE = """
@@ -376,12 +381,29 @@ ELSEWHERE = """
 """
 
 
+def interrupted(data, tmp_path, checkpoint):
+    """What is there after a training from a checkpoint that was interrupted: its own, and one of the model in hand."""
+
+    def stop(_):
+        raise InterruptedTrainingError
+
+    chosen = settings(data, "pose", tmp_path / "interrupted", epochs=2)
+    del chosen["model"]
+    model = YOLO(checkpoint)
+    model.add_callback("on_fit_epoch_end", stop)
+    with pytest.raises(InterruptedTrainingError):
+        model.train(trainer=MGIoUPoseTrainer, **chosen)
+    model.save(tmp_path / "saved.pt")
+    return [model.trainer.last, tmp_path / "saved.pt"]
+
+
 def test_checkpoints_load_predict_and_export_where_this_package_is_not_installed(data, tmp_path):
     paths = []
     for task, head in (("pose", "yolo26n"), ("obb", "yolo11n")):
         trainer = TRAINERS[task](overrides=settings(data, task, tmp_path / task, head))
         trainer.train()
         paths += [trainer.last, trainer.best]
+    paths += interrupted(data, tmp_path, paths[0])
     script = tmp_path / "elsewhere.py"
     script.write_text(textwrap.dedent(ELSEWHERE), encoding="utf-8")
     command = [sys.executable, script, *paths]
@@ -521,10 +543,15 @@ def test_fitness_is_that_of_the_polygons():
     assert results["fitness"] == metrics.polygon.fitness() > 0.4
     assert len(metrics.keys) == len(metrics.mean_results()) == len(metrics.class_result(0)) == 12
     assert len(metrics.curves) == len(metrics.curves_results)
+    (row,) = metrics.summary()
+    assert row["Polygon-mAP50"] == pytest.approx(results["metrics/mAP50(G)"], abs=1e-5)
+    assert row["Polygon-mAP50-95"] == pytest.approx(results["metrics/mAP50-95(G)"], abs=1e-5)
+    assert row["Polygon-R"] == pytest.approx(results["metrics/recall(G)"], abs=1e-5)
+    assert row["Pose-R"] == row["mAP50"] == 0
 
 
 def test_plots_show_the_polygons(monkeypatch, tmp_path):
-    """As masks that cover what the polygons cover: a triangle, and nothing of an image that is not shown."""
+    """As masks of a quarter, which cover what a polygon covers: a triangle; none of an image that is not shown."""
     drawn = {}
     monkeypatch.setattr(adapter, "plot_images", lambda **given: drawn.update(given))
     keypoints = torch.tensor([[[0.25, 0.25, 2], [0.75, 0.25, 2], [0.75, 0.75, 2], [0, 0, 0]]]).repeat(2, 1, 1)
@@ -535,7 +562,7 @@ def test_plots_show_the_polygons(monkeypatch, tmp_path):
         "batch_idx": torch.tensor([0.0, 16.0]),
     }
     owner = SimpleNamespace(data={"names": {0: "a"}}, on_plot=None)
-    adapter._plot_polygons(labels, torch.zeros(17, 3, 80, 80), ["x"] * 17, tmp_path / "a.jpg", owner)
+    adapter._plot_polygons(labels, torch.zeros(17, 3, 320, 320), ["x"] * 17, tmp_path / "a.jpg", owner)
     assert drawn["labels"]["masks"].shape == (1, 80, 80)
     assert drawn["labels"]["masks"][0].sum() == pytest.approx(40 * 40 / 2, rel=0.1)
     assert drawn["labels"]["masks"][0, 25, 55] == 1

@@ -13,7 +13,9 @@ be imported, since a training on several GPUs starts other processes that import
         mode = "mgiou"
 
 A checkpoint holds nothing of this package: it loads, predicts and exports without it, and resumes with
-`YOLO("last.pt").train(resume=True, trainer=...)`, schedule included.
+`YOLO("last.pt").train(resume=True, trainer=...)`, schedule included. What judges polygons has to be named here too:
+
+    YOLO("best.pt").val(validator=PolygonPoseValidator, data="polygons.yaml")
 
 Needs `pip install "triton-mgiou[ultralytics]"`. Ultralytics is licensed under AGPL-3.0, this module under MIT: it calls
 and subclasses, and copies nothing.
@@ -72,10 +74,11 @@ except ImportError as error:
 BOX_OPTIONS: Mapping[str, Any] = {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25}
 SHOWN_IMAGES = 16  # of a batch, in a plot
 SHOWN_CONFIDENCE = 0.25
+SHRINK = 4  # of the masks in a plot, as of Ultralytics' own: thousands of whole ones would not fit into memory
 VISIBLE = 0.5  # a predicted vertex is there from this confidence on
 
 # What is called here, or called by Ultralytics with these arguments.
-PoseAssigner = getattr(tal, "PoseTaskAlignedAssigner", None)  # not in 8.4.120 yet
+PoseAssigner = getattr(tal, "PoseTaskAlignedAssigner", None)  # not in 8.4.170 yet
 CALLS: dict[Callable[..., Any], tuple[str, ...]] = {
     KeypointLoss.forward: ("self", "pred_kpts", "gt_kpts", "kpt_mask", "area"),
     RotatedBboxLoss.forward: (
@@ -85,6 +88,7 @@ CALLS: dict[Callable[..., Any], tuple[str, ...]] = {
     tal.RotatedTaskAlignedAssigner.iou_calculation: ("self", "gt_bboxes", "pd_bboxes"),
 }
 if PoseAssigner is not None:
+    CALLS[tal.TaskAlignedAssigner.pair_overlaps] = ("self", "indices", "gt_bboxes", "pd_bboxes")
     CALLS[PoseAssigner.pair_overlaps] = ("self", "indices", "gt_bboxes", "pd_bboxes", "pd_kpts", "gt_kpts")
 
 
@@ -210,6 +214,25 @@ class _MGIoUTrainer:
         if set_losses not in trainer.callbacks["on_train_epoch_start"]:  # other processes get those of the first
             trainer.add_callback("on_train_epoch_start", set_losses)
 
+    def train(self) -> None:
+        """Train. However it ends, the models are left without a criterion, as what is saved of them has to be plain."""
+        try:
+            super().train()  # type: ignore[misc]
+        finally:
+            for model in _models(self):
+                if isinstance(model, nn.Module):  # before the training it is a name
+                    model.criterion = None  # type: ignore[assignment]
+
+    def save_model(self) -> Any:
+        """Save the average without its criterion, which the first 8.4 versions would put into `last.pt`."""
+        trainer: Any = self
+        average = trainer.ema.ema
+        criterion, average.criterion = average.criterion, None
+        try:
+            return super().save_model()  # type: ignore[misc]
+        finally:
+            average.criterion = criterion
+
     def set_loss(self, criterion: Any) -> None:
         """Put the loss into an Ultralytics criterion; called before each epoch for each criterion.
 
@@ -221,8 +244,7 @@ class _MGIoUTrainer:
 
 def set_losses(trainer: Any) -> None:
     """Put the loss of one of our trainers into the criteria of its model and of the model's average."""
-    models = [unwrap_model(trainer.model)] + ([trainer.ema.ema] if trainer.ema else [])
-    for model in models:
+    for model in _models(trainer):
         if getattr(model, "criterion", None) is None:
             model.criterion = model.init_criterion()
         both = (getattr(model.criterion, "one2many", None), getattr(model.criterion, "one2one", None))
@@ -232,6 +254,10 @@ def set_losses(trainer: Any) -> None:
                     kind = type(criterion).__name__
                     raise RuntimeError(_other_version(f"has a {kind} without {part}", f"has {kind}.{part}"))
             trainer.set_loss(criterion)
+
+
+def _models(trainer: Any) -> list[Any]:
+    return [unwrap_model(trainer.model)] + ([trainer.ema.ema] if trainer.ema else [])
 
 
 class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
@@ -381,6 +407,15 @@ class _PolygonMetrics:
         """Return the results of one class."""
         return [*super().class_result(i), *self.polygon.class_result(i)]  # type: ignore[misc]
 
+    def summary(self, normalize: bool = True, decimals: int = 5) -> list[dict[str, Any]]:
+        """Return a row for each class, as for `to_df` and `to_csv`."""
+        rows: list[dict[str, Any]] = super().summary(normalize, decimals)  # type: ignore[misc]
+        names = ("P", "R", "F1", "mAP50", "mAP50-95")
+        own = (self.polygon.p, self.polygon.r, self.polygon.f1, self.polygon.ap50, self.polygon.ap)
+        for row, *values in zip(rows, *own, strict=True):
+            row |= {f"Polygon-{name}": round(float(value), decimals) for name, value in zip(names, values, strict=True)}
+        return rows
+
     @property
     def fitness(self) -> float:
         """Ultralytics' fitness of the polygons alone, which chooses `best.pt`."""
@@ -420,8 +455,8 @@ class _PolygonValidator:
     def _process_batch(self, preds: dict[str, Tensor], batch: dict[str, Any]) -> dict[str, NDArray[Any]]:
         validator: Any = self
         found: dict[str, NDArray[Any]] = super()._process_batch(preds, batch)  # type: ignore[misc]
-        iou = torch.from_numpy(_ious(self._polygons(batch), self._polygons(preds))).to(preds["cls"].device)
-        found["tp_g"] = validator.match_predictions(preds["cls"], batch["cls"], iou).cpu().numpy()
+        iou = torch.from_numpy(_ious(self._polygons(batch), self._polygons(preds)))  # on the CPU: MPS has no float64
+        found["tp_g"] = validator.match_predictions(preds["cls"].cpu(), batch["cls"].cpu(), iou).numpy()
         return found
 
 
@@ -447,7 +482,7 @@ class PolygonPoseValidator(_PolygonValidator, PoseValidator):
         self.metrics = PolygonPoseMetrics()
 
     def _polygons(self, objects: Mapping[str, Tensor]) -> list[NDArray[np.float64]]:
-        keypoints = objects["keypoints"].double().cpu().numpy()
+        keypoints = objects["keypoints"].cpu().double().numpy()
         if keypoints.shape[-1] == 2:
             return list(keypoints)
         # A target's third number is 0, 1 or 2.
@@ -485,7 +520,7 @@ class PolygonOBBValidator(_PolygonValidator, OBBValidator):
         self.metrics = PolygonOBBMetrics()
 
     def _polygons(self, objects: Mapping[str, Tensor]) -> list[NDArray[np.float64]]:
-        return list(ops.xywhr2xyxyxyxy(objects["bboxes"].double()).cpu().numpy())
+        return list(ops.xywhr2xyxyxyxy(objects["bboxes"].cpu().double()).numpy())
 
 
 def _plot_polygons(labels: Mapping[str, Any], images: Tensor, paths: Sequence[str], name: Path, owner: Any) -> None:
@@ -496,7 +531,8 @@ def _plot_polygons(labels: Mapping[str, Any], images: Tensor, paths: Sequence[st
     height, width = images.shape[2:]
     if len(keypoints) and keypoints[..., :2].max() <= 1.01:  # relative, as targets are
         keypoints[..., :2] *= (width, height)
-    masks = np.zeros((len(keypoints), height, width), dtype=np.uint8)
+    keypoints[..., :2] /= SHRINK
+    masks = np.zeros((len(keypoints), height // SHRINK, width // SHRINK), dtype=np.uint8)
     for mask, polygon in zip(masks, keypoints, strict=True):
         kept = polygon if polygon.shape[1] == 2 else polygon[polygon[:, 2] >= VISIBLE, :2]
         if len(kept):

@@ -23,8 +23,8 @@ QUARTER_REST_64 = tl.constexpr(6.123233995736766e-17)
 
 
 def _quarters_in_a_radian(words):
-    """2 / pi in words of 32 bits, the first in front of the point; by Machin's formula."""
-    unit = 1 << (32 * words + 64)
+    """2 / pi in words of 64 bits, the first in front of the point; by Machin's formula."""
+    unit = 1 << (64 * words + 64)
 
     def arctangent_of_inverse(number):
         total, power, k = 0, unit // number, 0
@@ -35,12 +35,14 @@ def _quarters_in_a_radian(words):
         return total
 
     pi = 4 * (4 * arctangent_of_inverse(5) - arctangent_of_inverse(239))
-    bits = 2 * unit * unit // pi >> 64 + 32
-    return tuple(bits >> 32 * (words - 1 - i) & 0xFFFFFFFF for i in range(words))
+    bits = 2 * unit * unit // pi >> 64 + 64
+    return tuple(bits >> 64 * (words - 1 - i) & 0xFFFFFFFFFFFFFFFF for i in range(words))
 
 
-WORDS = tl.constexpr(9)
-QUARTERS_IN_A_RADIAN = tl.constexpr(_quarters_in_a_radian(9))
+# As many as the largest number of each type needs.
+WORDS_32 = tl.constexpr(5)
+WORDS_64 = tl.constexpr(19)
+QUARTERS_IN_A_RADIAN = tl.constexpr(_quarters_in_a_radian(19))
 
 
 @triton.jit
@@ -65,11 +67,22 @@ def quarters(angle, DEGREES: tl.constexpr):
 
 
 @triton.jit
-def _word(index):
-    word = index * 0
-    for place in tl.static_range(WORDS):
-        word = tl.where(index == place, QUARTERS_IN_A_RADIAN[place], word)
-    return word
+def _words(index, WORDS: tl.constexpr):
+    """Three words of 2 / pi, from one of them on."""
+    none = tl.zeros_like(index).to(tl.uint64)
+    first, second, third = none, none, none
+    for place in tl.static_range(WORDS - 2):
+        is_here = index == place
+        first = tl.where(is_here, QUARTERS_IN_A_RADIAN[place], first)
+        second = tl.where(is_here, QUARTERS_IN_A_RADIAN[place + 1], second)
+        third = tl.where(is_here, QUARTERS_IN_A_RADIAN[place + 2], third)
+    return first, second, third
+
+
+@triton.jit
+def _shifted(first, second, shift):
+    """The first word of two that are moved up by `shift` bits."""
+    return (first << shift) | ((second >> 1) >> (63 - shift))
 
 
 @triton.jit
@@ -90,16 +103,12 @@ def _far_quarters(angle, DEGREES: tl.constexpr):
         rest = 8 * (((integer % 45) << power) % 45)
         found = quarters(rest.to(tl.int32).to(angle.dtype), True)
     else:
-        start = tl.minimum(tl.maximum(exponent + 31, 0), 159)
-        index = (start >> 5).to(tl.uint64)
-        shift = (start & 31).to(tl.uint64)
-        first, second, third = _word(index), _word(index + 1), _word(index + 2)
-        digits = (((first << 32) | second) << shift) | ((third << shift) >> 32)
-        turned = integer * digits  # half turns, in units of 2^-64, without the whole ones
+        start = tl.maximum(exponent + 63, 0)
+        first, second, third = _words(start >> 6, WORDS_64 if IS_64 else WORDS_32)
+        shift = (start & 63).to(tl.uint64)
+        turned = integer * _shifted(first, second, shift)  # half turns, in units of 2^-64, without the whole ones
         if IS_64:
-            fourth, fifth = _word(index + 3), _word(index + 4)
-            digits = (((third << 32) | fourth) << shift) | ((fifth << shift) >> 32)
-            turned += tl.umulhi(integer, digits)
+            turned += tl.umulhi(integer, _shifted(second, third, shift))
         is_odd = ((turned + (1 << 62)) >> 63) != 0
         rest = (turned - tl.where(is_odd, 1 << 63, 0).to(tl.uint64)).to(tl.int64, bitcast=True).to(angle.dtype)
         found = Direction(is_odd, rest * tl.full(angle.shape, math.pi / 2 * 2.0**-63, angle.dtype))

@@ -85,7 +85,10 @@ def times_sign(values, signs, PLAIN: tl.constexpr):
 
 @triton.jit
 def above_zero(values):
-    """0, 1/2 or 1 for values below, at or above 0: one instruction, where comparing and choosing are two each."""
+    """0, 1/2 or 1 for values below, at or above 0: one instruction, where comparing and choosing are two each.
+
+    Up to 2^-127 (2^-1001) from 0, far below the rounding of what they are differences of, it is in between.
+    """
     HUGE: tl.constexpr = 2.0**1000 if values.dtype == tl.float64 else 2.0**126
     huge, half = tl.full(values.shape, HUGE, values.dtype), tl.full(values.shape, 0.5, values.dtype)
     return tl.clamp(tl.fma(values, huge, half), 0.0, 1.0)

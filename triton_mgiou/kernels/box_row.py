@@ -113,6 +113,8 @@ def box_row(pred, target, pred_direction, target_direction, boundary_weight, PLA
         weight = tl.where(weight > 0, weight, 1.0)
         factor = tl.where(weight == AXES, 1.0 / AXES, inverse(weight)) + poison
     loss = total * factor
+    if not PLAIN:  # lengths of 0 on every axis: all distances are 1, but for the reciprocals' last bit
+        loss = tl.minimum(loss, 1.0, propagate_nan=tl.PropagateNan.ALL)
     boundary = BoundarySlopes(none, none)
     if V.BOUNDARY:
         term, boundary = _boundary(sides, crossing, weight, boundary_weight, PLAIN, V)
@@ -242,7 +244,7 @@ def _boundary(sides, crossing, weight, boundary_weight, PLAIN: tl.constexpr, V: 
     squared = a * a
     divisor = v * tl.fma(v, v, squared)
     if not PLAIN:
-        is_point = v <= V.TINY
+        is_point = mixed <= V.TINY
         divisor = tl.where(is_flat | is_point, 1.0, divisor)
     share = reciprocal(divisor)
     per_area = squared * share

@@ -205,9 +205,9 @@ def _boundary(pair: _Pair, unit: str) -> Tensor:
     p_area, g_area, mixed = 2.0 * p[:, 0] * p[:, 1], 2.0 * g[:, 0] * g[:, 1], (p.flip(1) * reach).sum(1)
     tiny = _tiny(p)
     flat = g_area <= (2.0 * MIN_AXIS_LENGTH * g.square().sum(1)).clamp(min=tiny)
+    shrunk = mixed <= tiny
     one = torch.where(flat, 1.0, torch.maximum(mixed, g_area)).detach()
     p_area, g_area, mixed = p_area / one, g_area / one, mixed / one
-    shrunk = mixed <= tiny
     denominator = torch.where(shrunk, 1.0, mixed) * (mixed.square() + g_area.square())
     match = 2.0 * p_area * g_area.square() / torch.where(flat, 1.0, denominator)
     term = 1.0 - torch.where(shrunk, 0.0, match)

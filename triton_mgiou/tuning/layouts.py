@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 SLOTS = 4  # vertices a lane keeps in registers: more are faster per polygon but slow to compile
 MAX_PROGRAMS = 4096  # of one launch; each leaves one partial sum
+MAX_SAMPLES = 2**31 - 4096  # of one launch: the kernels count them in 32 bits, up to the end of the last program's
 LARGE = 2**17  # vertices: from here on polygons alone fill a GPU, and each takes its axes one by one
 MAX_WARPS = 8
 
