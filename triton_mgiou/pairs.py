@@ -237,10 +237,7 @@ def _size(first: Tensor, second: Tensor, dimensions: int) -> tuple[int, int, int
     *batch, rows = first.shape[:-dimensions]
     columns = second.shape[-1 - dimensions]
     if rows > MOST_SHAPES or columns > MOST_SHAPES:  # Triton would take the lower bits of these numbers
-        raise ValueError(
-            f"for the kernels each set must have at most {MOST_SHAPES} shapes, got {rows} and {columns}; "
-            'expected fewer, or backend "eager"'
-        )
+        raise ValueError(f"each set must have at most {MOST_SHAPES} shapes for the kernels, got {rows} and {columns}")
     return batch[0] if batch else 1, rows, columns
 
 
