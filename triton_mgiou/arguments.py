@@ -72,10 +72,10 @@ def check_number(name: str, value: Any) -> None:
     if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool) or is_fraction):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     try:
-        is_finite = math.isfinite(value)
+        size = abs(float(value))
     except OverflowError:
         raise ValueError(f"{name} must be a number that a float can hold, got an integer beyond 2**1023") from None
-    if not is_finite:
+    if not size < math.inf:  # `math.isfinite` of a number that changes has no graph in PyTorch 2.11
         raise ValueError(f"{name} must be finite, got {value}")
 
 
