@@ -144,7 +144,7 @@ def test_more_shapes_than_32_bits_count_are_refused(backend):
         pytest.skip("of the kernels")
     many, one = torch.ones(1, 1, device=backend.device).expand(2**31, 4), torch.ones(1, 4, device=backend.device)
     for sides in ((many, one), (one, many)):
-        with pytest.raises(ValueError, match=r"each set must have at most \d+ shapes for the kernels, got (1 and )?2147483648"):
+        with pytest.raises(ValueError, match=r"each set must have at most .* got (1 and )?2147483648"):
             box_mgiou(*sides, fmt="xyxy", backend="triton")
         with pytest.raises(ValueError, match=r"each set must have at most"):
             polygon_mgiou(*(each.unflatten(1, (2, 2)) for each in sides), backend="triton")
