@@ -220,6 +220,17 @@ def check_mask(name: str, mask: Tensor | None, side: str, shapes: Tensor, dimens
     _check_shape(name, mask, shapes.shape[:-dimensions])
 
 
+def check_set_mask(name: str, mask: Tensor | None, side: str, shapes: Tensor, dimensions: int) -> Tensor | None:
+    """The mask of a set of `shapes`; one without a batch is that of each set of a batch."""
+    shape = shapes.shape[:-dimensions]
+    if mask is not None and len(shape) == 2:
+        check_tensor(name, mask)
+        if mask.shape == shape[1:]:
+            mask = mask.expand(shape)
+    check_mask(name, mask, side, shapes, dimensions)
+    return mask
+
+
 def check_lengths(name: str, lengths: Tensor | None, side: str, polygons: Tensor) -> None:
     """Refuse what does not say how many vertices of each polygon are real."""
     if lengths is None:

@@ -14,13 +14,13 @@ from triton_mgiou.arguments import (
     check_box_options,
     check_boxes,
     check_lengths,
-    check_mask,
     check_matrix_options,
     check_options,
     check_pairs,
     check_polygons,
     check_real,
     check_reduction,
+    check_set_mask,
 )
 from triton_mgiou.backends import takes_kernel
 from triton_mgiou.bounding_boxes import is_bounding_boxes, plain_boxes
@@ -345,10 +345,11 @@ def box_mgiou(
         fmt: What the numbers of a box are, as in `box_mgiou_loss`.
         angle: "radians" or "degrees".
         clockwise: As in `box_mgiou_loss`.
-        mask1: Which boxes of the first set are there, bool, (P,) or (B, P). What is not may hold anything.
+        mask1: Which boxes of the first set are there, bool, (P,) or (B, P); (P,) beside a batch speaks of each of its
+            sets. What is not there may hold anything.
         mask2: The same for the second set, (T,) or (B, T).
         over: What to take over the axes.
-            "mean": MGIoU, in (-1, 1].
+            "mean": MGIoU, in (-1, 1], or -1 for points apart.
             "min": the smallest 1-D GIoU. Below 0 the two are apart. In the plane they overlap where it is above 0; in
             space they may still be apart where it is, as the normals of faces alone cannot tell an edge from an edge.
             Its gradient is 0 where one interval lies inside the other on that axis, however the boxes move there. Its
@@ -393,8 +394,8 @@ def box_mgiou(
         corners = (each.reshape(*each.shape[:-1], 4, 2) for each in (boxes1, boxes2))
         return polygon_mgiou(*corners, mask1=mask1, mask2=mask2, over=over, axis_weight=axis_weight, backend=backend)
     sizes = len(kind.shape)
-    check_mask("mask1", mask1, "boxes1", boxes1, sizes)
-    check_mask("mask2", mask2, "boxes2", boxes2, sizes)
+    mask1 = check_set_mask("mask1", mask1, "boxes1", boxes1, sizes)
+    mask2 = check_set_mask("mask2", mask2, "boxes2", boxes2, sizes)
     checks = debugging.on and _checks("box_mgiou")
     if checks:
         in_radians = kind.has_angle and angle == "radians"
@@ -460,8 +461,8 @@ def polygon_mgiou(
     check_matrix_options(over, axis_weight, AXIS_WEIGHTS, backend)
     check_lengths("lengths1", lengths1, "polygons1", polygons1)
     check_lengths("lengths2", lengths2, "polygons2", polygons2)
-    check_mask("mask1", mask1, "polygons1", polygons1, 2)
-    check_mask("mask2", mask2, "polygons2", polygons2, 2)
+    mask1 = check_set_mask("mask1", mask1, "polygons1", polygons1, 2)
+    mask2 = check_set_mask("mask2", mask2, "polygons2", polygons2, 2)
     checks = debugging.on and _checks("polygon_mgiou")
     if checks:
         polygons1 = checks.input("polygons1", polygons1, lengths1, mask1)

@@ -74,6 +74,22 @@ def test_polygons_match_the_oracle(backend, sizes, axis_weight, over):
     assert_close(actual, expected, atol=1e-13, rtol=1e-13)
 
 
+@pytest.mark.parametrize("of", ["boxes", "polygons"])
+def test_a_mask_without_a_batch_is_that_of_each_set(backend, of):
+    rng = generator(15)
+    first, second = (random_boxes(2 * n, "xyxyxyxy", rng).float() for n in (3, 4))
+    if of == "boxes":
+        first, second = first[:, :5].reshape(2, 3, 5), second[:, :5].reshape(2, 4, 5)
+    else:
+        first, second = first.reshape(2, 3, 4, 2), second.reshape(2, 4, 4, 2)
+    mask1, mask2 = torch.tensor([True, False, True]), torch.tensor([True, True, False, True])
+    actual = matrix(backend, first, second, mask1=mask1, mask2=mask2)
+    sets = [matrix(backend, first[k], second[k], mask1=mask1, mask2=mask2) for k in range(2)]
+    assert_same(actual, torch.stack(sets))
+    assert_same(actual == -1, ~(mask1[:, None] & mask2).expand(2, 3, 4).to(actual.device))
+    assert matrix(backend, first[:0], second[:0], mask1=mask1).shape == (0, 3, 4)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
 def test_lengths_of_8_bits_count_vertices_of_more(backend, dtype):
     if backend.is_slow:
