@@ -129,3 +129,5 @@ def test_a_wrong_format_is_told_when_the_config_is_built(config):
         TASK_UTILS.build(dict(config.match_cost, fmt="rbox"))
     with pytest.raises(TypeError, match="weight must be a number"):
         TASK_UTILS.build(dict(config.match_cost, weight="3"))
+    with pytest.raises(ValueError, match="weight must be 0 or above, got -1"):
+        TASK_UTILS.build(dict(config.match_cost, weight=-1.0))

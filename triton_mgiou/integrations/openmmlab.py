@@ -26,18 +26,20 @@ class MGIoUCost:
     """Cost of matching predictions with ground truth, in mmdetection's protocol: `-weight` times their MGIoU.
 
     Args:
-        weight: Factor on the cost.
+        weight: Factor on the cost, 0 or above.
         fmt: What the numbers of a box are, as in `box_mgiou`: "xyxy" for mmdetection, "cxcywhr" for mmrotate.
         angle: "radians" or "degrees".
         clockwise: As in `box_mgiou`.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: There is no such format.
+        ValueError: There is no such format, or the weight is negative: it would turn the matching around.
     """
 
     def __init__(self, weight: float = 1.0, fmt: str = "xyxy", angle: str = "radians", clockwise: bool = True) -> None:
         check_number("weight", weight)
+        if weight < 0:
+            raise ValueError(f"weight must be 0 or above, got {weight}")
         check_box_format(fmt, angle, clockwise)
         self.weight = weight
         self.options: dict[str, Any] = {"fmt": fmt, "angle": angle, "clockwise": clockwise}
