@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 1200  # seconds; a mutant that loops for ever is killed, too
 NO_TESTS = (4, 5)  # statuses of pytest for a file or a selection that is not there
-SHAPES = {"box": "boxes", "pair": "pairs"}  # folders of tests, by what their sources' names begin with
+SHAPES = {"pair": "pairs", "box": "boxes"}  # folders of tests, by the first that is in their sources' names
 LOSS = ("value", "gradient", "boundary", "defaults", "degenerate", "properties")
 
 Command = tuple[bool, list[str]]  # whether the kernels run in Triton's interpreter, and arguments of pytest
@@ -47,7 +47,7 @@ class Group(NamedTuple):
 
     def commands(self, path: str) -> list[Command]:
         """What to run for a mutant of `path`."""
-        folders = tuple(f"tests/{folder}" for name, folder in SHAPES.items() if Path(path).stem.startswith(name))
+        folders = tuple(f"tests/{folder}" for name, folder in SHAPES.items() if name in Path(path).stem)[:1]
         commands: list[Command] = [(False, _existing(folders or self.tests))]
         if self.interpreted:
             commands.insert(0, (True, [*_existing(folders or self.interpreted), "-k", "triton-cpu"]))

@@ -329,6 +329,24 @@ def test_an_infinite_upstream_gradient_is_seen(backend):
 
 
 @axis_weights
+@pytest.mark.parametrize("largest", [1.0, 3e38])
+def test_a_needle_along_each_half_axis(backend, largest, axis_weight):
+    """Each of the four bounds has to be seen by itself: the other three are 2^100 times smaller."""
+    thin = 2.0**-100
+    sides = box(0, 0, 1, thin, torch.float64), box(0.25, 0, 0.75, thin / 2, torch.float64)
+    turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    for _ in range(4):
+        pred, target = ((side * largest).float() for side in sides)
+        value, *gradients = backend.value_and_gradient(
+            pred, target, axis_weight=axis_weight, boundary_weight=1.0, wrt=BOTH
+        )
+        assert 0 <= value <= 2, pred
+        for gradient in gradients:
+            assert torch.isfinite(gradient).all(), pred
+        sides = tuple(side @ turn for side in sides)
+
+
+@axis_weights
 @pytest.mark.parametrize(
     ("dtype", "largest"),
     [(torch.float32, 3e38), (torch.float64, 1.7e308), (torch.bfloat16, 3e38), (torch.float16, 6e4)],
