@@ -76,10 +76,9 @@ def measured(batch: int, mode: str, device: torch.device, rounds: int = ROUNDS) 
             step()
     times = measure.wall_us(steps, device, rounds)
     first = times[next(iter(LOSSES))]
-    ratios = {name: [us / to for us, to in zip(each, first, strict=True)] for name, each in times.items()}
     return {
         "us": {name: round(statistics.median(each), 1) for name, each in times.items()},
-        "ratio": {name: round(statistics.median(each), 3) for name, each in ratios.items()},
+        "ratio": {name: round(measure.median_ratio(each, first), 3) for name, each in times.items()},
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -39,6 +39,11 @@ def wall_us(steps: dict[str, Step], device: torch.device, rounds: int) -> dict[s
             repetitions = 3 if counts[name] > 1 else 1
             times[name].append(statistics.median(_loop_us(step, counts[name], device) for _ in range(repetitions)))
     return times
+
+
+def median_ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    """How many times as long as the other a step takes, of two lists of `wall_us`: the median over the rounds."""
+    return statistics.median(us / to for us, to in zip(times, base, strict=True))
 
 
 def _loop_us(step: Step, count: int, device: torch.device) -> float:

@@ -152,10 +152,10 @@ def measure_size(
         times = measure.wall_us(
             {name: each[part] for name, each in steps.items() if part in each}, device, group.rounds
         )
-        for name, microseconds in times.items():
-            rows[name].setdefault("wall_us", {})[part] = statistics.median(microseconds)
-            ratios = [other / first for other, first in zip(microseconds, next(iter(times.values())), strict=True)]
-            rows[name].setdefault("wall_ratio", {})[part] = statistics.median(ratios)
+        for name, each in times.items():
+            first = next(iter(times.values()))
+            rows[name].setdefault("wall_us", {})[part] = statistics.median(each)
+            rows[name].setdefault("wall_ratio", {})[part] = measure.median_ratio(each, first)
     if device.type == "cuda":
         for peer in peers:
             if peer.name in rows:

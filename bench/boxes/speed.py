@@ -130,8 +130,7 @@ def steps(run: Run, device: torch.device) -> None:
         for name, each in timed.items():
             row: dict[str, Any] = {"peer": name, "batch": batch, "loop_us": statistics.median(times[name])}
             if "smooth L1" in times:
-                ratios = [own / l1 for own, l1 in zip(times[name], times["smooth L1"], strict=True)]
-                row["loop_to_smooth_l1"] = statistics.median(ratios)
+                row["loop_to_smooth_l1"] = measure.median_ratio(times[name], times["smooth L1"])
             if device.type == "cuda":
                 row["memory_bytes"] = measure.peak_bytes(each)
             run.results["steps"].append(row)
