@@ -17,15 +17,14 @@ def takes_kernel(backend: str, tensor: Tensor, missing: str | None = None) -> bo
     """
     if backend == "eager" or (backend == "auto" and not tensor.is_cuda):
         return False
-    reason = kernels_unavailable(tensor.device)
-    remedy = "a GPU that can, or "
-    if missing is not None:
-        reason, remedy = f"there is no kernel for {missing}", ""
+    anywhere = None if missing is None else f"there is no kernel for {missing}"
     if forward_ad._current_level >= 0:  # whether or not a tensor carries a tangent, which the kernels would drop
-        reason, remedy = "forward-mode differentiation is active, and the kernels know only the reverse mode", ""
+        anywhere = "forward-mode differentiation is active, and the kernels know only the reverse mode"
     if _are_transforms_active():
-        reason, remedy = "a torch.func transform is active, and the kernels know only autograd", ""
+        anywhere = "a torch.func transform is active, and the kernels know only autograd"
+    reason = anywhere or kernels_unavailable(tensor.device)
     if reason is not None and backend == "triton":
+        remedy = "" if anywhere else "a GPU that can, or "
         raise RuntimeError(f'backend="triton" cannot run: {reason}; expected {remedy}backend "auto" or "eager"')
     return reason is None
 
