@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from triton_mgiou.options import ABSENT, MIN_AXIS_LENGTH, TINY
 from triton_mgiou.reference import boxes, polygons
-from triton_mgiou.reference.polygons import compute_dtype
+from triton_mgiou.reference.polygons import compute_dtype, real_count
 
 MEMORY = 2**28
 """Bytes that the eager backend may take for a matrix, beside the matrix itself and its gradient."""
@@ -102,11 +102,9 @@ def _boxes(numbers: Tensor, mask: Tensor | None) -> _Shapes:
 
 
 def _polygons(vertices: Tensor, lengths: Tensor | None, mask: Tensor | None) -> _Shapes:
-    batch, rows, size, _ = vertices.shape
-    count = torch.full((batch, rows), size, device=vertices.device) if lengths is None else lengths.long()
-    count = count.clamp(0, size)  # as int64: a type of 8 bits may not hold the size
+    count = real_count(vertices, lengths)
     is_there = count > 0 if mask is None else mask & (count > 0)
-    is_real = torch.arange(size, device=vertices.device) < count.clamp(min=1).unsqueeze(2)
+    is_real = torch.arange(vertices.shape[2], device=vertices.device) < count.clamp(min=1).unsqueeze(2)
     return _shapes(torch.where(is_real.unsqueeze(3), vertices, 0.0), is_there, is_real)
 
 

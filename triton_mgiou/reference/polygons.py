@@ -79,13 +79,18 @@ def per_sample_loss(
 
 def _real_first(vertices: Tensor, lengths: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Move the real vertices to the front, in order, and count them: (B, N, 2) and (B,) (section 1)."""
-    batch, size, _ = vertices.shape
     if mask is not None:
         order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
         return vertices.gather(1, order.unsqueeze(-1).expand(-1, -1, 2)), mask.sum(1)
-    if lengths is not None:
-        return vertices, lengths.long().clamp(0, size)  # a type of 8 bits may not hold the size
-    return vertices, torch.full((batch,), size, device=vertices.device)
+    return vertices, real_count(vertices, lengths)
+
+
+def real_count(vertices: Tensor, lengths: Tensor | None) -> Tensor:
+    """How many vertices of each polygon are real, of (..., N, 2): (...)."""
+    *polygons, size, _ = vertices.shape
+    if lengths is None:
+        return torch.full(polygons, size, device=vertices.device)
+    return lengths.long().clamp(0, size)  # a type of 8 bits may not hold the size
 
 
 def _clear_padding(vertices: Tensor, count: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
