@@ -5,8 +5,9 @@
 
 A process cannot import both trees under one name. So each tree has a process of its own, which imports its package
 from its own root; they wait for each other, and each round times one after the other, in alternating order. A drift of
-the machine reaches both: the ratio inside a round is what counts. Neither sees the user's tuning cache. The exit status
-is 1 if a ratio (median over the rounds) is above --limit.
+the machine reaches both: the ratio inside a round is what counts. Neither sees the user's tuning cache. With --graphs a
+step is replayed from a CUDA graph of ten, so that the host does not hide what the kernels take. The exit status is 1 if
+a ratio (median over the rounds) is above --limit.
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ from typing import Any
 ROOT = Path(__file__).parent.parent if "__file__" in globals() else Path()  # a worker gets this source by -c
 LOSSES = ("defaults", "paper")
 REPETITION_S = 0.05  # how long one measurement lasts
+GRAPH_STEPS = 10
 
 
 class Tree:
     """A checkout, and the process that runs its loss."""
 
-    def __init__(self, root: Path, cache: str) -> None:
+    def __init__(self, root: Path, cache: str, graphs: bool = False) -> None:
         """Start the process; it waits for orders."""
         self.root = root
         source = Path(__file__).read_text(encoding="utf-8")
         environment = os.environ | {"TRITON_MGIOU_CACHE_DIR": cache}
         environment.pop("PYTHONPATH", None)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", source, "--worker"],
+            [sys.executable, "-c", source, "--worker", *["--graphs"] * graphs],
             cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -68,7 +70,18 @@ def one_step(loss: Callable[..., Any], pred: Any, target: Any, options: dict[str
     torch.autograd.grad(loss(pred, target, **options), pred)
 
 
-def worker() -> None:
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """Ten steps as one CUDA graph."""
+    import torch  # noqa: PLC0415 - only in a worker
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_STEPS):
+            step()
+    return graph.replay
+
+
+def worker(graphs: bool) -> None:
     """Serve orders (loss, B, N, steps) with the microseconds of a step; the first one of a size prepares it."""
     import torch  # noqa: PLC0415 - only in a worker
 
@@ -79,6 +92,9 @@ def worker() -> None:
         raise SystemExit(f"bench.against: expected the package of {Path.cwd()}, got {triton_mgiou.__file__}")
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
+    if graphs:  # a node that autograd made on the default stream cannot be captured
+        torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+    per_call = GRAPH_STEPS if graphs else 1
     steps: dict[tuple[str, int, int], Callable[[], Any]] = {}
     for line in sys.stdin:
         name, batch, vertices, count = json.loads(line)
@@ -92,6 +108,8 @@ def worker() -> None:
             steps[name, batch, vertices] = partial(one_step, mgiou_loss, pred.requires_grad_(), target, options)
             for _ in range(3):
                 steps[name, batch, vertices]()
+            if graphs:
+                steps[name, batch, vertices] = captured(steps[name, batch, vertices])
         step = steps[name, batch, vertices]
         if gpu:
             torch.cuda.synchronize()
@@ -100,7 +118,7 @@ def worker() -> None:
             step()
         if gpu:
             torch.cuda.synchronize()
-        sys.stdout.write(f"{(time.perf_counter() - start) / count * 1e6}\n")
+        sys.stdout.write(f"{(time.perf_counter() - start) / (count * per_call) * 1e6}\n")
         sys.stdout.flush()
 
 
@@ -134,12 +152,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sizes", nargs="+", default=["512x4", "4096x8"], metavar="BxN", help="default: 512x4 4096x8")
     parser.add_argument("--rounds", type=int, default=41, help="default: 41")
     parser.add_argument("--limit", type=float, default=1.02, help="the ratio that is too slow; default: 1.02")
+    parser.add_argument("--graphs", action="store_true", help="replay steps from CUDA graphs")
     arguments = parser.parse_args(argv)
     if not (arguments.other / "triton_mgiou").is_dir():
         parser.error(f"expected the root of a checkout, got {arguments.other}")
     sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes]
     with tempfile.TemporaryDirectory() as cache:
-        this, other = (Tree(root, f"{cache}/{k}") for k, root in enumerate((ROOT, arguments.other)))
+        this, other = (Tree(root, f"{cache}/{k}", arguments.graphs) for k, root in enumerate((ROOT, arguments.other)))
         rows = [
             compare(this, other, loss, batch, vertices, arguments.rounds)
             for loss in LOSSES
@@ -165,6 +184,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if "--worker" in sys.argv:
-        worker()
+        worker("--graphs" in sys.argv)
     else:
         sys.exit(main())

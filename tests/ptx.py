@@ -87,9 +87,8 @@ def box_variants() -> dict[str, Build]:
             found[f"{fmt}-{name}-sm{capability}"] = partial(compiled_boxes, fmt, capability, **options)
 
     for fmt in KERNEL_FORMATS:
-        for size, batch in (("small", False), ("large", True)):
-            add(size, fmt, {"batch": batch}, 80, 90)
-            add(f"{size}-value", fmt, {"batch": batch, "gradient": False}, 80, 90)
+        add("default", fmt, {}, 80, 90)
+        add("value", fmt, {"gradient": False}, 80, 90)
         add("each-weighted-strided", fmt, {"per_sample": True, "weight": torch.float32, "packed": False})
         add("float64", fmt, {"pred_dtype": torch.float64})
         add("half", fmt, {"pred_dtype": torch.float16, "target_dtype": torch.bfloat16})

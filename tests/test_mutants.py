@@ -53,3 +53,5 @@ def test_a_failing_test_kills_and_a_passing_one_does_not(tree):
     assert mutants.killed_by(command, tree).startswith("FAILED test_clip.py::test")
     with pytest.raises(RuntimeError, match="ran no test"):
         mutants.killed_by((False, ["test_that_is_not_there.py"]), tree)
+    (tree / "conftest.py").write_text("from clip import nothing\n")
+    assert mutants.killed_by(command, tree).startswith("status 4")

@@ -88,7 +88,7 @@ def table(results: list[WarmupResult]) -> str:
             slots = "/".join(dict.fromkeys(str(c[side]) for side in ("pred_slots", "target_slots")))
             tile = f"{c['polygons']} x {c['axes']} x {c['lanes']} x {slots}"
         elif "lanes" in c:
-            tile = f"{c['lanes']} lanes x {c['rows']} boxes"
+            tile = f"{c['lanes']} boxes"
         else:
             tile = f"{c['rows']} x {c['columns']} pairs"
         rows.append(

@@ -45,7 +45,7 @@ def test_the_ratio_is_the_median_over_rounds_that_alternate(tmp_path, monkeypatc
     asked = []
 
     class Known:
-        def __init__(self, root, cache):  # noqa: ARG002
+        def __init__(self, root, cache, graphs):  # noqa: ARG002
             self.times = iter([1.0] * 100) if root == tmp_path else iter([1.0, 1.05, 1.03, 9.0, 1.0, 1.03] * 2)
 
         def ask(self, *order):

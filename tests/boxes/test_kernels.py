@@ -28,7 +28,7 @@ def compiled(fmt, capability=90, **options):
     given = {
         "device": -1, "pred_dtype": torch.float32, "target_dtype": torch.float32, "angle": "radians",
         "clockwise": True, "weight": None, "per_sample": False, "axis_weight": "uniform", "axis_grad": True,
-        "boundary": fmt not in SPACE, "gradient": True, "packed": True, "batch": False,
+        "boundary": fmt not in SPACE, "gradient": True, "packed": True, "batch": 0,
     } | options  # fmt: skip
     plan = launch.box_plan(launch.BoxKey(fmt=fmt, **given))
     stored = "*" + NAMES[plan.dtype]
@@ -57,20 +57,24 @@ def vectors(kernel, kind):
 
 
 @pytest.mark.parametrize("fmt", [*CLOSED, "corners3d"])
-@pytest.mark.parametrize("batch", [False, True])
-def test_a_training_step_does_not_spill(fmt, batch, tmp_path):
-    assert local_memory(compiled(fmt, batch=batch), tmp_path / "kernel.cubin") == 0
+def test_a_training_step_does_not_spill(fmt, tmp_path):
+    assert local_memory(compiled(fmt), tmp_path / "kernel.cubin") == 0
 
 
-@pytest.mark.parametrize(
-    ("fmt", "batch", "number"), [("cxcywhr", True, 5), ("cxcyczlwhr", True, 7), ("xyxy", False, 1)]
-)
-def test_packed_boxes_are_loaded_and_stored_as_vectors(fmt, batch, number):
-    """Four numbers an access: the numbers of four boxes, or of one with four."""
-    kernel = compiled(fmt, batch=batch)
+@pytest.mark.parametrize(("fmt", "number"), [("xyxy", 1), ("corners3d", 6)])
+def test_boxes_that_fill_vectors_are_loaded_and_stored_as_such(fmt, number):
+    kernel = compiled(fmt)
     assert vectors(kernel, "ld")[0] == 2 * number
     assert vectors(kernel, "st")[0] == number
-    assert vectors(compiled(fmt, batch=batch, packed=False), "ld")[0] == 0
+    assert vectors(compiled(fmt, packed=False), "ld")[0] == 0
+
+
+@pytest.mark.parametrize("fmt", ["cxcywhr", "cxcyczlwhr"])
+def test_neighbouring_threads_store_neighbouring_numbers(fmt):
+    """A warp writes four whole boxes at a time, not one number of 32 each."""
+    code = compiled(fmt).asm["ttgir"]
+    (layout,) = re.findall(r"tt\.store .*: tensor<8x8x8x!tt\.ptr<f32>, (#\w+)>", code)
+    assert f"{layout} = #ttg.blocked<{{sizePerThread = [1, 1, 1], threadsPerWarp = [1, 4, 8]," in code
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,7 @@ def test_packed_boxes_are_loaded_and_stored_as_vectors(fmt, batch, number):
     [
         ("cxcywhr", {"axis_weight": "soft", "angle": "degrees", "clockwise": False, "weight": torch.float32}),
         ("cxcywhr", {"axis_weight": "length", "axis_grad": False, "per_sample": True}),
-        ("cxcywhr", {"pred_dtype": torch.float64, "batch": True}),
+        ("cxcywhr", {"pred_dtype": torch.float64}),
         ("xyxy", {"pred_dtype": torch.float16, "target_dtype": torch.bfloat16, "gradient": False}),
         ("corners3d", {"axis_grad": False, "packed": False}),
     ],

@@ -50,18 +50,15 @@ def test_wrong_arguments(arguments, error, words):
 
 
 @pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt != "xyxyxyxy"])
-@pytest.mark.parametrize("large", [False, True])
-def test_every_layout_covers_the_batch_and_sums_in_one_order(fmt, large):
-    """All candidates give a lane as many boxes, and enough programs for every box."""
+@pytest.mark.parametrize("is_double", [False, True])
+def test_every_layout_covers_the_batch(fmt, is_double):
+    """A lane for each box, up to as many programs as there is room for sums; from there on each goes on."""
     numbers = 24 if fmt == "corners3d" else FORMATS[fmt].shape[0]
-    candidates = layouts.box_candidates(numbers, large)
-    assert len({each.rows for each in candidates}) == 1
-    assert all(each.rows * numbers % 4 == 0 for each in candidates if large)
-    for each in candidates:
+    for each in layouts.box_candidates(numbers, is_double):
         assert each.lanes == 32 * each.num_warps
-        for batch in (1, 511, 513, 2**17):
+        for batch in (1, 511, 513, 2**20):
             programs = each.grid(batch)[0]
-            assert programs == layouts.MAX_PROGRAMS or programs * each.lanes * each.rows >= batch
+            assert programs == layouts.MAX_PROGRAMS or programs * each.lanes >= batch
 
 
 def test_the_command_line_hands_boxes_on(monkeypatch, capsys):

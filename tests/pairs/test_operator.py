@@ -226,7 +226,8 @@ def test_a_step_does_not_wait_and_a_graph_holds_it():
     with torch.cuda.graph(graph):
         result = step()
     with torch.no_grad():
-        first.copy_(first.flip(0))
+        for each in (first, upstream):
+            each.copy_(each.flip(0))
     graph.replay()
     for actual, want in zip(result[:2], expected[:2], strict=True):
         assert_same(actual.detach().flip(0).cpu(), want.detach().cpu())

@@ -116,41 +116,21 @@ def _far_quarters(angle, DEGREES: tl.constexpr):
 
 
 @triton.jit
-def directions(angles, PLAIN: tl.constexpr, DEGREES: tl.constexpr):
-    """The directions of boxes. None of PLAIN ones is huge; of others, only where one of the program's is."""
-    is_odd = ()
-    rest = ()
-    for each in tl.static_range(len(angles)):
-        direction = quarters(angles[each], DEGREES)
-        is_odd = is_odd + (direction.is_odd,)
-        rest = rest + (direction.rest,)
-    if not PLAIN:
-        is_odd, rest = _far_directions(angles, is_odd, rest, DEGREES)
-    return is_odd, rest
-
-
-@triton.jit
-def _far_directions(angles, is_odd, rest, DEGREES: tl.constexpr):
-    """The directions, right also where angles are huge. Only a program that has one takes the long way."""
-    IS_64: tl.constexpr = angles[0].dtype == tl.float64
+def direction_of_angle(angle, MAY_BE_HUGE: tl.constexpr, DEGREES: tl.constexpr):
+    """The direction of a box. Only a program that has a huge angle takes the long way."""
+    IS_64: tl.constexpr = angle.dtype == tl.float64
     if DEGREES:
         HUGE: tl.constexpr = 2.0**56 if IS_64 else 2.0**26
     else:
         HUGE: tl.constexpr = 2.0**50 if IS_64 else 2.0**22
-    any_huge = tl.abs(angles[0]) >= HUGE  # False for NaN, which a maximum would have to pass over
-    for each in tl.static_range(1, len(angles)):
-        any_huge = any_huge | (tl.abs(angles[each]) >= HUGE)
-    if tl.max(any_huge.to(tl.int32)) > 0:
-        far_odd = ()
-        far_rest = ()
-        for each in tl.static_range(len(angles)):
-            is_huge = tl.abs(angles[each]) >= HUGE
-            direction = _far_quarters(angles[each], DEGREES)
-            far_odd = far_odd + (tl.where(is_huge, direction.is_odd, is_odd[each]),)
-            far_rest = far_rest + (tl.where(is_huge, direction.rest, rest[each]),)
-        is_odd = far_odd
-        rest = far_rest
-    return is_odd, rest
+    is_odd, rest = quarters(angle, DEGREES)
+    if MAY_BE_HUGE:
+        is_huge = tl.abs(angle) >= HUGE  # False for NaN, which a maximum would have to pass over
+        if tl.max(is_huge.to(tl.int32)) > 0:
+            far = _far_quarters(angle, DEGREES)
+            is_odd = tl.where(is_huge, far.is_odd, is_odd)
+            rest = tl.where(is_huge, far.rest, rest)
+    return Direction(is_odd, rest)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
-"""Load and store the numbers of boxes.
+"""Load and store the numbers of boxes, one box a lane: tiles are (LANES,).
 
-A lane has one box, or four. Where its numbers fill vectors of four, and all of them are in the batch, they are loaded
-and stored as such: tiles of (LANES, 4), which a lane takes apart. Of four boxes that do not, a tile has one number of
-each: few accesses, as each makes the compiler walk through the whole kernel. Other tiles are (LANES,).
+Boxes of packed numbers that fill vectors of four are loaded and stored as such: tiles of (LANES, 4), which a lane takes
+apart. Other packed boxes are stored by way of (LANES, 8), where neighbouring threads have neighbouring numbers: the
+compiler exchanges them. Loads need no such way, since all numbers of a box come into the cache with the first.
 """
 
 import triton
@@ -12,83 +12,57 @@ from triton_mgiou.kernels.box_types import CORNERS3D
 
 
 @triton.jit
-def load(source, lanes, batch, V: tl.constexpr, COMPUTE: tl.constexpr):
-    """The numbers of a lane's boxes, one box after the other; 0 behind the batch."""
+def load(source, first, left, V: tl.constexpr, COMPUTE: tl.constexpr):
+    """The numbers of LANES boxes from number `first` on, of which `left` are left; 0 behind them."""
+    ptr = source.ptr + first * source.stride_b
+    lanes = tl.arange(0, V.LANES)
+    inside = lanes < left
     numbers = ()
-    if V.PACKED and V.NUMBERS % 4 == 0:  # a box fills vectors
-        inside = (lanes < batch)[:, None]
-        for vector in tl.static_range(V.VECTORS):
-            four = tl.load(source.ptr + _vector(lanes, vector, V), mask=inside, other=0.0)
+    if V.PACKED and V.NUMBERS % 4 == 0:
+        for vector in tl.static_range(V.NUMBERS // 4):
+            four = tl.load(ptr + _vector(lanes, vector, V), mask=inside[:, None], other=0.0)
             numbers = numbers + _apart(four.to(COMPUTE))
-    elif V.ROWS == 1:
+    else:
         for number in tl.static_range(V.NUMBERS):
             offsets = _offsets(lanes, number, source, V)
-            numbers = numbers + (tl.load(source.ptr + offsets, mask=lanes < batch, other=0.0).to(COMPUTE),)
-    else:
-        index = _four_boxes(lanes)
-        columns = ()
-        for number in tl.static_range(V.NUMBERS):
-            offsets = _offsets(index, number, source, V)
-            columns = columns + _apart(tl.load(source.ptr + offsets, mask=index < batch, other=0.0).to(COMPUTE))
-        for row in tl.static_range(4):
-            for number in tl.static_range(V.NUMBERS):
-                numbers = numbers + (columns[4 * number + row],)
+            numbers = numbers + (tl.load(ptr + offsets, mask=inside, other=0.0).to(COMPUTE),)
     return numbers
 
 
 @triton.jit
-def load_whole(source, lanes, V: tl.constexpr, COMPUTE: tl.constexpr):
-    """The same where all are in the batch and packed, so that four numbers are one access."""
-    numbers = ()
-    for vector in tl.static_range(V.VECTORS):
-        numbers = numbers + _apart(tl.load(source.ptr + _vector(lanes, vector, V)).to(COMPUTE))
-    return numbers
-
-
-@triton.jit
-def store(ptr, lanes, numbers, batch, V: tl.constexpr):
+def store(ptr, first, left, numbers, V: tl.constexpr):
     """The reverse of `load`, packed."""
+    ptr += first * V.NUMBERS
     if V.NUMBERS % 4 == 0:
-        inside = (lanes < batch)[:, None]
-        for vector in tl.static_range(V.VECTORS):
-            tl.store(ptr + _vector(lanes, vector, V), _together(numbers, 4 * vector, 1), mask=inside)
-    elif V.ROWS == 1:
-        for number in tl.static_range(V.NUMBERS):
-            tl.store(ptr + lanes * V.NUMBERS + number, numbers[number], mask=lanes < batch)
+        lanes = tl.arange(0, V.LANES)
+        for vector in tl.static_range(V.NUMBERS // 4):
+            tl.store(ptr + _vector(lanes, vector, V), _four(numbers, 4 * vector, 1), mask=(lanes < left)[:, None])
     else:
-        index = _four_boxes(lanes)
-        for number in tl.static_range(V.NUMBERS):
-            tl.store(ptr + index * V.NUMBERS + number, _together(numbers, number, V.NUMBERS), mask=index < batch)
-
-
-@triton.jit
-def store_whole(ptr, lanes, numbers, V: tl.constexpr):
-    """The reverse of `load_whole`."""
-    for vector in tl.static_range(V.VECTORS):
-        tl.store(ptr + _vector(lanes, vector, V), _together(numbers, 4 * vector, 1))
+        # Eight lanes at a time: the addresses of a thread then differ by constants.
+        EIGHTS: tl.constexpr = V.LANES // 8
+        eight = tl.arange(0, EIGHTS)[:, None, None]
+        lane = tl.arange(0, 8)[None, :, None]
+        column = tl.arange(0, 8)[None, None, :]
+        inside = (lane < left - 8 * eight) & (column < V.NUMBERS)
+        places = ptr + (8 * V.NUMBERS * eight + (V.NUMBERS * lane + column))
+        tl.store(places, tl.reshape(_eight(numbers), (EIGHTS, 8, 8)), mask=inside)
 
 
 @triton.jit
 def _vector(lanes, vector: tl.constexpr, V: tl.constexpr):
     """The places of four numbers of a lane, (LANES, 4)."""
-    return (lanes * (V.ROWS * V.NUMBERS))[:, None] + 4 * vector + tl.arange(0, 4)[None, :]
+    return (lanes * V.NUMBERS)[:, None] + (4 * vector + tl.arange(0, 4)[None, :])
 
 
 @triton.jit
-def _four_boxes(lanes):
-    """The boxes of a lane, (LANES, 4)."""
-    return (lanes * 4)[:, None] + tl.arange(0, 4)[None, :]
-
-
-@triton.jit
-def _offsets(boxes, number: tl.constexpr, source, V: tl.constexpr):
-    """Where a number of each box is in memory."""
+def _offsets(lanes, number: tl.constexpr, source, V: tl.constexpr):
+    """Where a number of each box is in memory, from the first box on."""
     if V.PACKED:
-        return boxes * V.NUMBERS + number
+        return lanes * V.NUMBERS + number
     elif V.FORMAT == CORNERS3D:
-        return boxes * source.stride_b + number // 3 * source.stride_n + number % 3 * source.stride_c
+        return lanes * source.stride_b + number // 3 * source.stride_n + number % 3 * source.stride_c
     else:
-        return boxes * source.stride_b + number * source.stride_n
+        return lanes * source.stride_b + number * source.stride_n
 
 
 @triton.jit
@@ -100,16 +74,17 @@ def _apart(four):
 
 
 @triton.jit
-def _together(numbers, first: tl.constexpr, STEP: tl.constexpr):
+def _four(numbers, first: tl.constexpr, STEP: tl.constexpr):
+    """Every STEP-th number from the first on, as columns of (LANES, 4)."""
     even = tl.join(numbers[first], numbers[first + 2 * STEP])
     odd = tl.join(numbers[first + STEP], numbers[first + 3 * STEP])
     return tl.reshape(tl.join(even, odd), (even.shape[0], 4))
 
 
 @triton.jit
-def one_row(numbers, row: tl.constexpr, V: tl.constexpr):
-    """The numbers of one of a lane's boxes."""
-    new = ()
-    for number in tl.static_range(V.NUMBERS):
-        new = new + (numbers[row * V.NUMBERS + number],)
-    return new
+def _eight(numbers):
+    """Five to eight numbers as columns of (LANES, 8); what is in the last ones is not stored."""
+    filled = numbers
+    for _ in tl.static_range(8 - len(numbers)):
+        filled = filled + (numbers[0],)
+    return tl.reshape(tl.join(_four(filled, 0, 2), _four(filled, 1, 2)), (numbers[0].shape[0], 8))

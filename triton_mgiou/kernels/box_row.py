@@ -13,7 +13,7 @@ import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import inverse, inverse_power_of_two, minus, reciprocal
 from triton_mgiou.kernels.axis import LENGTH, SHORTEST, UNIFORM
-from triton_mgiou.kernels.box_angles import quarters, turn_of
+from triton_mgiou.kernels.box_angles import direction_of_angle, quarters, turn_of
 from triton_mgiou.kernels.box_axes import (
     above_zero,
     add,
@@ -70,15 +70,16 @@ def is_plain(pred, target, V: tl.constexpr):
             pred_size, target_size = pred_size - pred[place], target_size - target[place]
         least = tl.minimum(least, tl.minimum(tl.abs(pred_size), tl.abs(target_size)))
     ratio, size = tl.full(total.shape, PLAIN_RATIO, total.dtype), tl.full(total.shape, PLAIN_SIZE, total.dtype)
-    found = (total < PLAIN_NUMBER) & (least > tl.fma(total, ratio, size))
+    margin = least - tl.fma(total, ratio, size)
     if V.HAS_ANGLE:
-        found = found & (tl.abs(pred[2 * COORDINATES]) < PLAIN_ANGLE) & (tl.abs(target[2 * COORDINATES]) < PLAIN_ANGLE)
-    return found
+        angles = tl.abs(pred[2 * COORDINATES]) + tl.abs(target[2 * COORDINATES])
+        total = tl.fma(angles, tl.full(total.shape, PLAIN_NUMBER / PLAIN_ANGLE, total.dtype), total)
+    return tl.minimum(margin, PLAIN_NUMBER - total, propagate_nan=tl.PropagateNan.ALL) > 0
 
 
 @triton.jit
-def box_row(pred, target, pred_direction, target_direction, boundary_weight, PLAIN: tl.constexpr, V: tl.constexpr):
-    """One pair of boxes by their numbers and, where they have an angle, directions."""
+def box_row(pred, target, boundary_weight, PLAIN: tl.constexpr, V: tl.constexpr):
+    """One pair of boxes by their numbers."""
     AXES: tl.constexpr = 6.0 if V.FORMAT == CXCYCZLWHR else 4.0
     none = tl.zeros_like(pred[0])
     scale = none + 1.0
@@ -90,7 +91,7 @@ def box_row(pred, target, pred_direction, target_direction, boundary_weight, PLA
     if V.FORMAT == CXCYCZLWHR:
         z = side_of(pred, target, scale, 2, PLAIN, V)
     sides = Sides(x, y, z)
-    turns = _turns(sides, pred_direction, target_direction, V)
+    turns = _turns(pred, target, sides, PLAIN, V)
     crossing = _crossing(sides, turns, V)
     if PLAIN:
         one = none + 1.0
@@ -142,13 +143,18 @@ def _scale(pred, target, V: tl.constexpr):
 
 
 @triton.jit
-def _turns(sides, pred_direction, target_direction, V: tl.constexpr):
+def _turns(pred, target, sides, PLAIN: tl.constexpr, V: tl.constexpr):
     """How the boxes are turned; nothing that is used where they have no angle."""
     if V.HAS_ANGLE:
-        between = quarters(pred_direction.rest - target_direction.rest, V.DEGREES)
-        is_odd = between.is_odd ^ pred_direction.is_odd ^ target_direction.is_odd
+        pred_angle, target_angle = pred[V.NUMBERS - 1], target[V.NUMBERS - 1]
+        if not V.CLOCKWISE:
+            pred_angle, target_angle = minus(pred_angle), minus(target_angle)
+        of_pred = direction_of_angle(pred_angle, not PLAIN, V.DEGREES)
+        of_target = direction_of_angle(target_angle, not PLAIN, V.DEGREES)
+        between = quarters(of_pred.rest - of_target.rest, V.DEGREES)
+        is_odd = between.is_odd ^ of_pred.is_odd ^ of_target.is_odd
         turn = turn_of(Direction(is_odd, between.rest), V.DEGREES)
-        return Turns(turn, turn_of(target_direction, V.DEGREES))
+        return Turns(turn, turn_of(of_target, V.DEGREES))
     else:
         turn = Turn(sides.x.offset, sides.y.offset)
         return Turns(turn, turn)

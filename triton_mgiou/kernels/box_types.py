@@ -38,8 +38,7 @@ class BoxVariant(NamedTuple):
     FORMAT: int
     HAS_ANGLE: bool
     NUMBERS: int  # of a box
-    ROWS: int  # boxes of a lane
-    VECTORS: int  # of four, that their numbers fill
+    LANES: int
     PACKED: bool  # whether rows of both sides follow each other
     DEGREES: bool
     CLOCKWISE: bool

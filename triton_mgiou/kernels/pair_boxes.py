@@ -18,7 +18,7 @@ from triton_mgiou.kernels.box_angles import (
     QUARTER_64,
     QUARTER_REST_32,
     QUARTER_REST_64,
-    directions,
+    direction_of_angle,
     quarters,
     turn_of,
 )
@@ -206,8 +206,7 @@ def plain_direction(numbers, V: tl.constexpr):
 def direction_of(numbers, V: tl.constexpr):
     """The same for any angle."""
     if V.TURNS:
-        is_odd, rest = directions((_clockwise(numbers, V),), False, V.DEGREES)
-        return Direction(is_odd[0], rest[0])
+        return direction_of_angle(_clockwise(numbers, V), True, V.DEGREES)
     else:
         return Direction(numbers[0] > 0, numbers[0])
 

@@ -11,11 +11,10 @@ MANY = tl.constexpr(1024)
 def _total(ptr, count, AT_ONCE: tl.constexpr, COMPUTE: tl.constexpr):
     """Sum of `count` numbers, always in the same order."""
     index = tl.arange(0, AT_ONCE)
-    addresses = ptr + index
     sums = tl.zeros((AT_ONCE,), COMPUTE)
     for first in range(0, count, AT_ONCE):
-        sums += tl.load(addresses, mask=first + index < count, other=0.0, cache_modifier=".cg")
-        addresses += AT_ONCE
+        sums += tl.load(ptr + index, mask=index < count - first, other=0.0, cache_modifier=".cg")
+        ptr += AT_ONCE
     return tl.sum(sums)
 
 

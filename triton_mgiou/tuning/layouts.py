@@ -141,56 +141,44 @@ def _slots(pred_bucket: int, target_bucket: int, lanes: int) -> tuple[int, int]:
 
 # Boxes
 
-LARGE_BOXES = 2**17  # from here on a lane of the kernel of boxes takes several
-
 
 class BoxLayout(NamedTuple):
-    """How the kernel of boxes works on a batch: a program's lanes, a lane's boxes, warps, registers of a thread."""
+    """How the kernel of boxes works on a batch: a program's lanes, of a box each, its warps, registers of a thread."""
 
     lanes: int
-    rows: int
     num_warps: int
     registers: int
 
     def grid(self, batch: int) -> tuple[int, int, int]:
         """The grid of a launch."""
-        return min(-(-batch // (self.lanes * self.rows)), MAX_PROGRAMS), 1, 1
+        return min(-(-batch // self.lanes), MAX_PROGRAMS), 1, 1
 
     def sizes(self) -> dict[str, int]:
         """The kernel's last compile-time arguments."""
-        return {"LANES": self.lanes, "ROWS": self.rows}
+        return {"LANES": self.lanes}
 
     def options(self) -> dict[str, Any]:
         """Compiler options, as those of `Layout`."""
         return {"num_warps": self.num_warps, "maxnreg": self.registers, "enable_fp_fusion": False}
 
 
-def box_batches(large_batch: bool) -> str:
-    """The batch sizes that a layout is for, in words."""
-    return f"{'>=' if large_batch else '<'} {LARGE_BOXES}"
-
-
-def box_candidates(numbers: int, large_batch: bool) -> list[AnyLayout]:
+def box_candidates(numbers: int, is_double: bool) -> list[AnyLayout]:
     """The layouts to measure for boxes of so many numbers, the one to use without measurement first.
 
-    The numbers of a lane's boxes fill vectors of four where the batch is large. How many boxes that takes does not
-    depend on the layout, so that the sum over a batch has the same bits whatever strides its boxes have.
+    One for all batch sizes: a program goes on with other boxes. More registers than a training step needs not to spill
+    would let fewer warps run at once.
     """
-    rows = 4 if large_batch and numbers % 4 else 1
-    # With these nothing spills in float32; with fewer more warps run at once.
-    registers = 128 if rows > 1 and numbers == 5 else 168
-    default = BoxLayout(128, rows, 4, registers)
-    others = [BoxLayout(32 * warps, rows, warps, registers) for warps in (4, 2, 1)]
-    if large_batch:
-        others += [BoxLayout(128, rows, 4, most) for most in (128, 168, 208)]
+    if numbers == 24:
+        default = BoxLayout(32, 1, 255 if is_double else 168)
+    else:
+        default = BoxLayout(64, 2, 168 if is_double else 64)
+    others = [BoxLayout(32 * warps, warps, most) for warps in (1, 2, 4) for most in (default.registers, 128)]
     return list(dict.fromkeys([default, *others]))
 
 
-def box_interpreter_layout(numbers: int, batch: int) -> BoxLayout:
+def box_interpreter_layout(batch: int) -> BoxLayout:
     """A layout for Triton's interpreter: one program, unless there are many boxes."""
-    rows = 4 if batch >= 128 and numbers % 4 else 1
-    lanes = min(128, 1 << (-(-batch // rows) - 1).bit_length())
-    return BoxLayout(lanes, rows, 1, 255)
+    return BoxLayout(min(128, max(8, 1 << (batch - 1).bit_length())), 1, 255)
 
 
 # Pairs
