@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent if "__file__" in globals() else Path()  # a worker gets this source by -c
 LOSSES = ("defaults", "paper")
-REPETITION_S = 0.05  # how long one measurement lasts
+REPETITION_S = 0.01  # how long one measurement lasts: short, so that little changes between the two of a round
 GRAPH_STEPS = 10
 
 
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("other", type=Path, help="the root of another checkout")
     parser.add_argument("--out", type=Path, help="a JSON to write")
     parser.add_argument("--sizes", nargs="+", default=["512x4", "4096x8"], metavar="BxN", help="default: 512x4 4096x8")
-    parser.add_argument("--rounds", type=int, default=41, help="default: 41")
+    parser.add_argument("--rounds", type=int, default=201, help="default: 201")
     parser.add_argument("--limit", type=float, default=1.02, help="the ratio that is too slow; default: 1.02")
     parser.add_argument("--graphs", action="store_true", help="replay steps from CUDA graphs")
     arguments = parser.parse_args(argv)

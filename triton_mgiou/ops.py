@@ -21,6 +21,7 @@ from triton_mgiou.options import Options, Reduction
 _PLAIN = (Tensor, torch.nn.Parameter)  # anything else, such as a fake tensor, needs PyTorch's dispatcher
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_in_transform = torch._C._are_functorch_transforms_active
+_without_ended_transform = torch._C._functorch.unwrap_if_dead  # of a tensor that a transform of torch.func left behind
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
@@ -96,8 +97,9 @@ def needs_dispatcher(pred: Tensor, target: Tensor) -> bool:
 
 
 def _direct(pred: Tensor, target: Tensor, call: PolygonCall | BoxCall) -> Tensor:
+    pred, target = _without_ended_transform(pred), _without_ended_transform(target)
     if (pred.requires_grad or target.requires_grad) and torch.is_grad_enabled():
-        loss: Tensor = _Loss.apply(pred, target, call)  # type: ignore[no-untyped-call]
+        loss: Tensor = _apply(pred, target, call)
         return loss
     return call.launch(pred, target, False)[0]
 
@@ -123,6 +125,10 @@ class _Loss(torch.autograd.Function):
             None if target_grad is None else _scaled(target_grad, target_dtype, upstream, in_place),
             None,
         )
+
+
+# `Function.apply` but for what it does for transforms of torch.func: none is active where the kernels run.
+_apply: Callable[..., Any] = super(torch.autograd.Function, _Loss).apply
 
 
 def check_backward(upstream: Tensor) -> None:

@@ -245,3 +245,15 @@ def test_full_rows_of_different_sizes(kernels, size, target_size):
     value, actual = kernels.value_and_gradient(pred, target, torch.ones(3), reduction="none")
     assert_close(value, expected.detach(), atol=1e-12)
     assert_gradient_close(actual, gradient, rtol=1e-9)
+
+
+def test_a_tensor_that_a_transform_left_behind_is_the_tensor(kernels):
+    """Its value, which the code after `torch.func.grad` gets to see wrapped."""
+    pred, target = polygons(kernels)
+    left = []
+    torch.func.grad(lambda wrapped: (left.append(wrapped), wrapped.sum())[1])(pred)
+    expected = kernels.value_and_gradient(target, pred)
+    leaf = target.clone().requires_grad_()
+    loss = kernels.loss(leaf, left[0])
+    assert_same(loss.detach(), expected[0])
+    assert_same(torch.autograd.grad(loss, leaf)[0], expected[1])
