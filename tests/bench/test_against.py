@@ -60,7 +60,8 @@ def test_the_ratio_is_the_median_over_rounds_that_alternate(tmp_path, monkeypatc
     monkeypatch.setattr(against, "LOSSES", ("defaults",))
     arguments = [str(tmp_path), "--sizes", "512x4", "--rounds", "5"]
     assert [against.main([*arguments, "--limit", limit]) for limit in ("1.02", "1.04")] == [1, 0]
-    turns = [tree is asked[0][0] for tree, order in asked[2:12] if order == ("defaults", 512, 4, 50_000)]
+    steps = round(against.REPETITION_S * 1e6)  # of a microsecond each
+    turns = [tree is asked[0][0] for tree, order in asked[2:12] if order == ("defaults", 512, 4, steps)]
     assert turns == [False, True, True, False, False, True, True, False, False, True]
 
 
