@@ -95,13 +95,11 @@ def layout(pred_bucket: int, target_bucket: int, large_batch: bool) -> Layout:
     axes = 1 if large_batch or lanes == 1 or lanes > 64 else 4
     elements = max(1, min(4, lanes // 32))
     if large_batch and 1 < lanes <= 32:
-        elements = 2
+        elements = 4 if lanes == 4 else 2
     warps = max(1, min(MAX_WARPS, axes * lanes // (32 * elements)))
     registers = 255 if lanes > 64 or (large_batch and lanes > 2) else 168
     if large_batch and lanes == 1:
         warps, registers = 4, 128
-    if not large_batch and lanes == 4:
-        registers = 128
     return _layout(pred_bucket, target_bucket, SLOTS, axes, elements, warps, registers)
 
 
