@@ -145,10 +145,34 @@ def startup_training() -> str:
     return f"Of {found['steps']:,} steps of random B and N after a warm-up, {' and '.join(counts)} anything."
 
 
+def heads() -> str:
+    """Whole steps of a small head, eager and compiled."""
+    found = results("h200_heads")
+    names = list(found["rows"][0]["us"])
+    lines = [
+        [f"{row['batch']}, {row['mode']}", *(f"{row['us'][name]:.0f} ({row['ratio'][name]:.2f})" for name in names)]
+        for row in found["rows"]
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    head = f"{found['device']}, {versions}, commit {found['commit']}; microseconds, and their ratio to smooth L1's."
+    return f"{head}\n\n{report.table(' | '.join(['B', *names]), lines)}"
+
+
+def boxes_row() -> str:
+    """The README's one row of boxes."""
+    found = results("h200_boxes")
+    launches = {row["fmt"]: row["launch_us"] for row in found["launches"] if row["batch"] == 2**20}
+    loops = {row["peer"]: row["loop_us"] for row in found["steps"] if row["batch"] == 4096}
+    formats = ("cxcywhr", "xyxy", "cxcyczlwhr", "corners3d")
+    peers = {"kernel": "4096 cxcywhr in a loop", "smooth L1": "smooth L1", "ProbIoU": "ProbIoU"}
+    peers["ProbIoU, compiled"] = "compiled"
+    head = " | ".join([f"1048576 {formats[0]}", *formats[1:], *peers.values()])
+    cells = [launches[fmt] for fmt in formats] + [loops[peer] for peer in peers]
+    return report.table(head, [[report.number(cell) for cell in cells]])
+
+
 def boxes_speed() -> str:
     """Boxes: steps, launches and the first call."""
-    if not (RESULTS / "h200_boxes.json").exists():
-        return "Not measured yet."
     return boxes_report.markdown(results("h200_boxes"))
 
 
@@ -268,6 +292,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "startup host": startup_host,
     "startup training": startup_training,
     "tuning gains": tuning_gains,
+    "heads": heads,
+    "boxes row": boxes_row,
     "boxes speed": boxes_speed,
     "boxes descent": boxes_descent,
     "pairs speed": pairs_speed,

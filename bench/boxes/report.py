@@ -39,7 +39,7 @@ def markdown(results: dict[str, Any]) -> str:
         for row in results["launches"]
     )
     parts = [
-        f"{results['device']}, {versions}; microseconds.",
+        f"{results['device']}, {versions}, commit {results['commit']}; microseconds.",
         report.table(head, step_rows(results)),
         report.table("one launch | value and gradient | value", launches),
     ]
