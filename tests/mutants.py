@@ -80,10 +80,7 @@ GROUPS = {
     ),
     "modules": Group(("triton_mgiou/modules.py",), polygons("module", "polygon_loss", "defaults")),
     "guard": Group(("triton_mgiou/training/guard.py",), ("tests/training/test_guard.py",)),
-    "diagnose": Group(
-        ("triton_mgiou/training/diagnose.py",),
-        ("tests/training/test_diagnose.py", "tests/training/test_verdict*.py", "tests/training/test_symptoms.py"),
-    ),
+    "diagnose": Group(("triton_mgiou/training/[!_g]*.py",), ("tests/training/test_[!g]*.py",)),  # without the guard
 }
 EVERYTHING: list[Command] = [(False, ["-n", "2"]), (True, ["-n", "2", "-k", "triton-cpu"])]
 
