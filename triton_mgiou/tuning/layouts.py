@@ -60,7 +60,7 @@ class SearchSpace(NamedTuple):
 # Where a batch is small, 128 registers make room for more programs at a time than 168.
 SEARCH = {
     (4, False): (SearchSpace((4,), (1, 4), (1,), (1, 2), (168,)),),
-    (4, True): (SearchSpace((4,), (1,), (1, 2), (1, 4), (128, 168)),),
+    (4, True): (SearchSpace((4,), (1,), (1,), (1, 4), (80, 96, 128)),),
     (8, False): (SearchSpace((4, 8), (2, 4, 8), (1,), (1,), (168,)), SearchSpace((4,), (2, 4), (1,), (1,), (128,))),
     (8, True): (SearchSpace((4, 8), (1,), (1, 2), (1,), (128, 168)),),
     (16, False): (SearchSpace((4, 8), (2, 4, 8), (1,), (1,), (168,)), SearchSpace((4,), (2, 4, 8), (1,), (1,), (128,))),

@@ -92,7 +92,7 @@ def warmup(
             one: `{"axis_weight": "length", "target_lengths": True}`. The gradient is that to `pred`.
         tune: Measure and keep the fastest configuration of each variant; if False, compile only.
         boxes: Formats of `box_mgiou_loss` to do the same for, such as "cxcywhr"; not "xyxyxyxy", which is polygons
-            of four vertices. Batch sizes on the same side of 131072 share a variant. `vertices=()` leaves polygons out.
+            of four vertices. All batch sizes share a variant. `vertices=()` leaves polygons out.
         box_options: The options of `box_mgiou_loss` as training will use them, as `options`.
         pairs: Formats of `box_mgiou` to do the same for, "polygons" for `polygon_mgiou` of any vertex counts, and
             "xyxyxyxy" for both functions with four vertices and no lengths. With the gradient to both sets, but for
