@@ -73,8 +73,8 @@ def test_boxes_that_fill_vectors_are_loaded_and_stored_as_such(fmt, number):
 def test_neighbouring_threads_store_neighbouring_numbers(fmt):
     """A warp writes four whole boxes at a time, not one number of 32 each."""
     code = compiled(fmt).asm["ttgir"]
-    (layout,) = re.findall(r"tt\.store .*: tensor<8x8x8x!tt\.ptr<f32>, (#\w+)>", code)
-    assert f"{layout} = #ttg.blocked<{{sizePerThread = [1, 1, 1], threadsPerWarp = [1, 4, 8]," in code
+    (layout,) = re.findall(r"tt\.store .*: tensor<8x64x!tt\.ptr<f32>, (#\w+)>", code)
+    assert f"{layout} = #ttg.blocked<{{sizePerThread = [1, 1], threadsPerWarp = [1, 32]," in code
 
 
 @pytest.mark.parametrize(

@@ -38,14 +38,14 @@ def store(ptr, first, left, numbers, V: tl.constexpr):
         for vector in tl.static_range(V.NUMBERS // 4):
             tl.store(ptr + _vector(lanes, vector, V), _four(numbers, 4 * vector, 1), mask=(lanes < left)[:, None])
     else:
-        # Eight lanes at a time: the addresses of a thread then differ by constants.
-        EIGHTS: tl.constexpr = V.LANES // 8
-        eight = tl.arange(0, EIGHTS)[:, None, None]
-        lane = tl.arange(0, 8)[None, :, None]
-        column = tl.arange(0, 8)[None, None, :]
-        inside = (lane < left - 8 * eight) & (column < V.NUMBERS)
-        places = ptr + (8 * V.NUMBERS * eight + (V.NUMBERS * lane + column))
-        tl.store(places, tl.reshape(_eight(numbers), (EIGHTS, 8, 8)), mask=inside)
+        # Eight boxes a row, so that a thread's addresses differ by constants. The hint makes its neighbours in a row
+        # those in its warp: addresses that follow each other are what Triton looks for.
+        ROWS: tl.constexpr = V.LANES // 8
+        first_lane = 8 * tl.arange(0, ROWS)[:, None]
+        lane, number = tl.arange(0, 64)[None, :] // 8, tl.arange(0, 64)[None, :] % 8
+        places = tl.max_contiguous(V.NUMBERS * first_lane + (V.NUMBERS * lane + number), (1, 8))
+        inside = (lane < left - first_lane) & (number < V.NUMBERS)
+        tl.store(ptr + places, tl.reshape(_eight(numbers), (ROWS, 64)), mask=inside)
 
 
 @triton.jit
