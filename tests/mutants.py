@@ -67,7 +67,7 @@ def polygons(*names: str) -> tuple[str, ...]:
 
 
 GROUPS = {
-    "kernels": Group(("triton_mgiou/kernels/*.py",), polygons("kernels"), polygons(*LOSS)),
+    "kernels": Group(("triton_mgiou/kernels/*.py",), ("tests/test_compiled.py", *polygons("kernels")), polygons(*LOSS)),
     "reference": Group(("triton_mgiou/reference/*.py",), polygons(*LOSS, "integration")),
     "arguments": Group(
         tuple(f"triton_mgiou/{name}.py" for name in ("functional", "arguments", "reduction", "backends")),
