@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT = 1200  # seconds; a mutant that loops for ever is killed, too
+TIMEOUT = 3600  # seconds, more than the whole suite takes; a mutant that loops for ever is killed, too
 NO_TESTS = (4, 5)  # statuses of pytest for a file or a selection that is not there
 NO_IMPORT = "ImportError while loading conftest"  # also a status of 4, but of a mutant that cannot even be imported
 SHAPES = {"pair": "pairs", "box": "boxes"}  # folders of tests, by the first that is in their sources' names
