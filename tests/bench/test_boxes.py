@@ -255,13 +255,14 @@ def test_a_process_that_fails_says_why():
     assert speed._lines_of(["-c", "import time; print(2, flush=True); time.sleep(60)"], 3.0) == (["2"], "no time left")
 
 
-def test_the_documents_take_the_results_once_they_are_there(tmp_path, monkeypatch):
+def test_the_documents_take_the_results(tmp_path, monkeypatch):
     def row(peer, loop, graph):
         return {"peer": peer, "batch": 512, "loop_us": loop, "graph_us": graph, "memory_bytes": 11264}
 
     found = {
         "device": "A GPU",
         "versions": {"torch": "9.9"},
+        "commit": "abcdef0",
         "launches": [{"fmt": "cxcywhr", "batch": 2**20, "launch_us": 18.25, "value_us": 9.5, "gb_per_s": 3450.0}],
         "steps": [
             {**row("kernel", 150.0, 5.0), "loop_to_smooth_l1": 1.1},
@@ -273,11 +274,10 @@ def test_the_documents_take_the_results_once_they_are_there(tmp_path, monkeypatc
     }
     monkeypatch.setattr(documents, "RESULTS", tmp_path)
     documents.results.cache_clear()
-    assert documents.boxes_speed() == "Not measured yet."
     (tmp_path / "h200_boxes.json").write_text(json.dumps(found))
     text = documents.boxes_speed()
     documents.results.cache_clear()
-    assert "A GPU, torch 9.9" in text
+    assert "A GPU, torch 9.9, commit abcdef0" in text
     assert "| 512 | 150 | 1.10 | 5.00 | 0.50 | 20.0 | - | 11264 |" in text
     assert "| 1048576 cxcywhr | 18.2 | 9.50 |" in text
     assert "1.75 s" in text
