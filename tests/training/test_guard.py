@@ -979,3 +979,16 @@ def test_one_wait_a_step(scaled, folder):
         waits = synchronisations(lambda loss=loss: guard.step(loss))
     assert waits == (4 if scaled else 1), "a scaler waits in its step, and for both numbers of its state"
     assert synchronisations(monitor.record) == 1
+
+
+@pytest.mark.parametrize("norm", [5.0, 15.0])
+def test_the_usual_limit_of_the_norm_is_10(folder, norm):
+    """As in Ultralytics."""
+    model = nn.Linear(1, 1, bias=False)
+    before = model.weight.item()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    guard = TrainingGuard(model, optimizer, checkpoint_dir=folder)
+    loss = norm * model.weight.sum()
+    loss.backward()
+    guard.step(loss)
+    assert before - model.weight.item() == pytest.approx(min(norm, 10.0), rel=1e-5)

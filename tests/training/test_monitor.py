@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from tests.helpers import generator
 from triton_mgiou.training import GradientMonitor
+from triton_mgiou.training import monitor as monitor_module
 
 NAN, INF = math.nan, math.inf
 
@@ -358,3 +360,22 @@ def test_wrong_arguments():
     ]:
         with pytest.raises(error, match=message):
             GradientMonitor(**{"model": model, **options})
+
+
+def test_the_table_has_its_columns_one_below_the_other():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "a_name_longer_than_the_title": nn.Linear(2, 2)})
+    monitor = GradientMonitor(model)
+    model["a_name_longer_than_the_title"](model["a"](torch.ones(1, 2))).sum().backward()
+    monitor.record()
+    lines = monitor.summary().splitlines()
+    ends = [[match.end() for match in re.finditer(r"\S+", line)][1:6] for line in lines]
+    assert len(ends) == 3
+    assert ends[0] == ends[1] == ends[2]
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(64, 300), nn.Conv2d(48, 96, 3), nn.Conv1d(8, 700, 5)], ids=type)
+def test_a_usual_norm_is_that_of_pytorchs_weights_at_the_start(layer):
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    usual = monitor_module._usual_norm([layer.weight])
+    assert usual == pytest.approx(layer.weight.norm().item(), rel=0.03)
