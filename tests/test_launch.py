@@ -109,6 +109,17 @@ def test_a_plan_is_made_once_for_each_variant():
     assert value is not first
 
 
+@pytest.mark.parametrize("odd", [None, 0, 1])
+def test_two_vertices_are_one_load_only_where_rows_of_both_sides_are_even(odd):
+    """Rows of a larger tensor of an odd number of vertices begin in the middle of a load of two."""
+    sides = [torch.zeros(2, 4, 2), torch.zeros(2, 4, 2)]
+    if odd is not None:
+        sides[odd] = torch.zeros(2, 5, 2)[:, :4]
+    call = launch.PolygonCall(None, None, Reduction(None, "mean", None), Options())
+    plan, *_ = launch.prepare_polygons(*sides, call, True, 0)
+    assert f"EVEN={odd is None}" in plan.case
+
+
 def test_a_plan_keeps_no_memory_of_a_device():
     plan = launch.Plan(Kernel(NEW), ("FLAG",), "case", [LAYOUT], torch.float32, -1)
     assert plan.scalar.untyped_storage().nbytes() == 0
