@@ -99,7 +99,8 @@ def test_lengths_of_8_bits_count_vertices_of_more(backend, dtype):
     shorter = [polygons[k : k + 1, :n] for k, n in enumerate(lengths.tolist())]
     actual = matrix(backend, polygons, polygons[:1, :4], lengths1=lengths)
     values = [matrix(backend, each, polygons[:1, :4]) for each in shorter]
-    assert_close(actual, torch.cat(values), atol=1e-6)  # PyTorch's sums on a GPU depend on how long a row is
+    sums_depend_on_the_row = backend.name == "eager" and backend.device == "cuda"  # in PyTorch on a GPU
+    assert_close(actual, torch.cat(values), atol=1e-6 if sums_depend_on_the_row else 0.0)
     losses = [mgiou_loss(polygons[:1, :4], each, reduction="none") for each in shorter]
     actual = mgiou_loss(polygons[[0, 0], :4], polygons, target_lengths=lengths, reduction="none")
     assert_close(actual, torch.cat(losses), atol=1e-6)
