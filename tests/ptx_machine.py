@@ -163,8 +163,6 @@ class _Program:
         special = getattr(self, f"_{name}", None)
         if special is not None:
             special(instruction)
-        elif kind == "pred":
-            self.put(to, INTEGERS[name](*(self.get(each, kind) for each in inputs)))
         elif kind[0] == "f":
             values = [self.get(each, kind) for each in inputs]
             if name in ("min", "max"):
