@@ -425,7 +425,6 @@ class BoxKey(NamedTuple):
     boundary: bool
     gradient: bool
     packed: bool  # boxes follow each other, and the first is aligned
-    batch: int  # in the interpreter; 0 for compiled kernels, which are the same for all
 
 
 def prepare_boxes(
@@ -449,7 +448,6 @@ def prepare_boxes(
         options.boundary_weight > 0,
         gradient,
         pred.is_contiguous() and target.is_contiguous() and (pred.data_ptr() | target.data_ptr()) % 16 == 0,
-        batch if INTERPRETED else 0,
     )
     plan = _plans.get(fields)  # finds a key, and is faster to make
     if plan is None:
@@ -487,7 +485,7 @@ def box_plan(key: BoxKey) -> Plan:
     numbers = math.prod(FORMATS[key.fmt].shape)
     candidates = layouts.box_candidates(numbers, dtype == torch.float64)
     if INTERPRETED:
-        candidates = [layouts.box_interpreter_layout(key.batch)]
+        candidates = [layouts.BOX_INTERPRETER_LAYOUT]
     flags = (f"{key.pred_dtype} {key.target_dtype}", *(f"{name}={value}" for name, value in constants.items()))
     case = f"boxes {key.fmt}, {' '.join(flags)}"
     return Plan(box_kernels.box_kernel, tuple(constants.values()), case, candidates, dtype, key.device)

@@ -28,7 +28,7 @@ def compiled(fmt, capability=90, **options):
     given = {
         "device": -1, "pred_dtype": torch.float32, "target_dtype": torch.float32, "angle": "radians",
         "clockwise": True, "weight": None, "per_sample": False, "axis_weight": "uniform", "axis_grad": True,
-        "boundary": fmt not in SPACE, "gradient": True, "packed": True, "batch": 0,
+        "boundary": fmt not in SPACE, "gradient": True, "packed": True,
     } | options  # fmt: skip
     plan = launch.box_plan(launch.BoxKey(fmt=fmt, **given))
     stored = "*" + NAMES[plan.dtype]

@@ -42,9 +42,9 @@ from triton_mgiou.kernels.box_types import (
     Weights,
 )
 
-# A pair is plain if its sizes are above the first times the sum of its numbers, and above the second, if that sum is
-# below the third, and angles are below the fourth; a batch, if its divisor is above the last and the weight of its term
-# below the third.
+# A pair is plain if its sizes are above the first times the sum of its numbers, and above the second, and if that sum
+# over the third and the sum of its angles over the fourth are below 1 together; a batch, if its divisor is above the
+# last and the weight of its term below the third.
 PLAIN_RATIO = tl.constexpr(1e-5)
 PLAIN_SIZE = tl.constexpr(2.0**-40)
 PLAIN_NUMBER = tl.constexpr(2.0**40)

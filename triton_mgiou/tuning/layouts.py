@@ -176,9 +176,7 @@ def box_candidates(numbers: int, is_double: bool) -> list[AnyLayout]:
     return list(dict.fromkeys([default, *others]))
 
 
-def box_interpreter_layout(batch: int) -> BoxLayout:
-    """A layout for Triton's interpreter: one program, unless there are many boxes."""
-    return BoxLayout(min(128, max(8, 1 << (batch - 1).bit_length())), 1, 255)
+BOX_INTERPRETER_LAYOUT = BoxLayout(128, 1, 255)  # for Triton's interpreter, whose time goes with the programs
 
 
 # Pairs
