@@ -224,7 +224,7 @@ def test_a_quadrangle_in_any_order(backend, order):
 @pytest.mark.parametrize("turns", [2, 3, 5])
 def test_a_target_that_goes_around_more_than_once(backend, turns):
     """Its area in its own order counts every turn: that of a star polygon exceeds its hull's."""
-    pred = regular(11, torch.float32)
+    pred = regular(11, torch.float32).to(backend.device)
     for target in (pred[:, [turns * k % 11 for k in range(11)]], pred.repeat(1, turns, 1)):
         for size in (1.0, 1.25):
             term_of = [
