@@ -333,7 +333,8 @@ box = st.tuples(coordinate, coordinate, size, size, angle)
 def test_any_boxes(boxes, pairs, axis_weight):
     """Value in range, and as the oracle's unless it jumps there.
 
-    It does where an edge is about as short as the shortest axis, and where two segments or points lie on one line.
+    It does where an edge is about as short as the shortest axis, and where two segments or points come to lie on one
+    line: pairs without any area are not compared.
     """
     pred, target = (torch.tensor([pair[i] for pair in pairs]) for i in (0, 1))
     value, gradient = boxes.value_and_gradient(
