@@ -15,6 +15,7 @@ from triton_mgiou.arguments import (
     check_box_format,
     check_choice,
     check_keypoints,
+    check_number,
     check_real_numbers,
     check_weight,
 )
@@ -43,8 +44,9 @@ class MGIoULoss(nn.Module):
             its defaults, which are not the paper's: see `paper`.
 
     Raises:
-        TypeError: An option that `mgiou_loss` does not have.
-        ValueError: An unknown `reduction`. Other options are checked by the first call.
+        TypeError: An option that `mgiou_loss` does not have, or a `loss_weight` that is no number.
+        ValueError: An unknown `reduction`, or a `loss_weight` that is not finite. Other options are checked by the
+            first call.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (*Options._fields, "backend")
@@ -55,6 +57,8 @@ class MGIoULoss(nn.Module):
         if unknown := sorted(set(options) - set(self.OPTIONS)):
             raise TypeError(f"options must be among {', '.join(self.OPTIONS)}, got {', '.join(unknown)}")
         check_choice("reduction", reduction, REDUCTIONS)
+        if not isinstance(loss_weight, Tensor):
+            check_number("loss_weight", loss_weight)
         self.reduction = reduction
         self.loss_weight = loss_weight
         self.options = options
@@ -126,9 +130,9 @@ class BoxMGIoULoss(MGIoULoss):
             of `box_mgiou_loss`, with its defaults, which are not the paper's: see `paper`.
 
     Raises:
-        TypeError: An option that `box_mgiou_loss` does not have.
-        ValueError: An unknown `reduction`, `fmt` or `angle`, or `angle` or `clockwise` for a format that does not have
-            it. Other options are checked by the first call.
+        TypeError: An option that `box_mgiou_loss` does not have, or a `loss_weight` that is no number.
+        ValueError: An unknown `reduction`, `fmt` or `angle`, a `loss_weight` that is not finite, or `angle` or
+            `clockwise` for a format that does not have it. Other options are checked by the first call.
     """
 
     OPTIONS = ("fmt", "angle", "clockwise", *MGIoULoss.OPTIONS)

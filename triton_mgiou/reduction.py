@@ -50,8 +50,9 @@ def _divide(total: Tensor, avg_factor: float | Tensor) -> Tensor:
         if avg_factor >= LEAST_DIVISOR:
             return total / avg_factor
         avg_factor = torch.full((), avg_factor, dtype=total.dtype, device="cpu")
-    divisor = avg_factor.reshape(()).to(total.dtype)
-    divisor = torch.where((divisor >= 0) & divisor.isfinite(), divisor, torch.nan)
+    kept = torch.promote_types(avg_factor.dtype, total.dtype)  # 1e300 is finite, if only in float64
+    given = avg_factor.reshape(()).to(kept)
+    divisor = torch.where((given >= 0) & given.isfinite(), given, torch.nan).to(total.dtype)
     # A sum of 0 is divided by Inf instead. Added, because a GPU takes a divisor on the CPU only as an operand.
     more = torch.where(torch.logical_or(total, divisor >= LEAST_DIVISOR), 0.0, torch.inf)
     return total / (divisor + more.to(total.dtype))
