@@ -21,7 +21,7 @@ from triton_mgiou.arguments import (
 )
 from triton_mgiou.functional import box_mgiou_loss, mgiou_loss
 from triton_mgiou.options import PAPER, REDUCTIONS, Options
-from triton_mgiou.reduction import reduce
+from triton_mgiou.reduction import factor_for, reduce
 from triton_mgiou.reference.polygons import compute_dtype
 
 MODES = ("mgiou", "l2", "hybrid")
@@ -104,7 +104,7 @@ class MGIoULoss(nn.Module):
         if weight is not None and reduction != "none":
             check_real_numbers("weight", weight)
             weight = _none_if_none_is_positive(weight)
-        return self.loss_weight * self.FUNCTION(
+        loss = self.FUNCTION(
             pred,
             target,
             weight=weight,
@@ -112,6 +112,7 @@ class MGIoULoss(nn.Module):
             reduction=reduction,
             **{**self.options, **kwargs},
         )
+        return factor_for(loss, self.loss_weight) * loss
 
     def extra_repr(self) -> str:
         """Show the options that were given."""
@@ -260,8 +261,8 @@ class PolygonLoss(nn.Module):
             parts["mgiou"] = self.mgiou(pred, target, weight, avg_factor, pred_mask=visible, target_mask=visible)
         if self.mode == "hybrid":
             alpha: Any = self.alpha() if isinstance(self.alpha, nn.Module) else self.alpha
-            if isinstance(alpha, Tensor):
-                alpha = alpha.to(dtype)  # or a float64 scalar would make the loss float64
+            # a float64 scalar would make the loss float64
+            alpha = alpha.to(dtype) if isinstance(alpha, Tensor) else factor_for(parts["l2"], alpha)
             total = alpha * parts["l2"] + (1 - alpha) * parts["mgiou"]
         else:
             total = parts[self.mode]
