@@ -67,14 +67,15 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """Refuse what is no finite number; a bool is none."""
+    """Refuse what is no finite number; a bool is none. PyTorch takes no integer beyond 64 bits."""
     is_fraction = isinstance(value, Rational) and not isinstance(value, Integral)  # PyTorch can't compute with it
     if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool) or is_fraction):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    try:
-        size = abs(float(value))
-    except OverflowError:
-        raise ValueError(f"{name} must be a number that a float can hold, got an integer beyond 2**1023") from None
+    if isinstance(value, Integral) and abs(int(value)) >= 2**63:
+        raise ValueError(
+            f"{name} must be an integer of 64 bits or a float, got an integer of {int(value).bit_length() + 1}"
+        )
+    size = abs(float(value))
     if not size < math.inf:  # `math.isfinite` of a number that changes has no graph in PyTorch 2.11
         raise ValueError(f"{name} must be finite, got {value}")
 

@@ -15,12 +15,13 @@ from triton_mgiou.arguments import (
     check_box_format,
     check_choice,
     check_keypoints,
+    check_number,
     check_real_numbers,
     check_weight,
 )
 from triton_mgiou.functional import box_mgiou_loss, mgiou_loss
 from triton_mgiou.options import PAPER, REDUCTIONS, Options
-from triton_mgiou.reduction import reduce
+from triton_mgiou.reduction import factor_for, reduce
 from triton_mgiou.reference.polygons import compute_dtype
 
 MODES = ("mgiou", "l2", "hybrid")
@@ -43,8 +44,9 @@ class MGIoULoss(nn.Module):
             its defaults, which are not the paper's: see `paper`.
 
     Raises:
-        TypeError: An option that `mgiou_loss` does not have.
-        ValueError: An unknown `reduction`. Other options are checked by the first call.
+        TypeError: An option that `mgiou_loss` does not have, or a `loss_weight` that is no number.
+        ValueError: An unknown `reduction`, or a `loss_weight` that is not finite. Other options are checked by the
+            first call.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (*Options._fields, "backend")
@@ -55,6 +57,8 @@ class MGIoULoss(nn.Module):
         if unknown := sorted(set(options) - set(self.OPTIONS)):
             raise TypeError(f"options must be among {', '.join(self.OPTIONS)}, got {', '.join(unknown)}")
         check_choice("reduction", reduction, REDUCTIONS)
+        if not isinstance(loss_weight, Tensor):
+            check_number("loss_weight", loss_weight)
         self.reduction = reduction
         self.loss_weight = loss_weight
         self.options = options
@@ -100,7 +104,7 @@ class MGIoULoss(nn.Module):
         if weight is not None and reduction != "none":
             check_real_numbers("weight", weight)
             weight = _none_if_none_is_positive(weight)
-        return self.loss_weight * self.FUNCTION(
+        loss = self.FUNCTION(
             pred,
             target,
             weight=weight,
@@ -108,6 +112,7 @@ class MGIoULoss(nn.Module):
             reduction=reduction,
             **{**self.options, **kwargs},
         )
+        return factor_for(loss, self.loss_weight) * loss
 
     def extra_repr(self) -> str:
         """Show the options that were given."""
@@ -126,9 +131,9 @@ class BoxMGIoULoss(MGIoULoss):
             of `box_mgiou_loss`, with its defaults, which are not the paper's: see `paper`.
 
     Raises:
-        TypeError: An option that `box_mgiou_loss` does not have.
-        ValueError: An unknown `reduction`, `fmt` or `angle`, or `angle` or `clockwise` for a format that does not have
-            it. Other options are checked by the first call.
+        TypeError: An option that `box_mgiou_loss` does not have, or a `loss_weight` that is no number.
+        ValueError: An unknown `reduction`, `fmt` or `angle`, a `loss_weight` that is not finite, or `angle` or
+            `clockwise` for a format that does not have it. Other options are checked by the first call.
     """
 
     OPTIONS = ("fmt", "angle", "clockwise", *MGIoULoss.OPTIONS)
@@ -256,8 +261,8 @@ class PolygonLoss(nn.Module):
             parts["mgiou"] = self.mgiou(pred, target, weight, avg_factor, pred_mask=visible, target_mask=visible)
         if self.mode == "hybrid":
             alpha: Any = self.alpha() if isinstance(self.alpha, nn.Module) else self.alpha
-            if isinstance(alpha, Tensor):
-                alpha = alpha.to(dtype)  # or a float64 scalar would make the loss float64
+            # a float64 scalar would make the loss float64
+            alpha = alpha.to(dtype) if isinstance(alpha, Tensor) else factor_for(parts["l2"], alpha)
             total = alpha * parts["l2"] + (1 - alpha) * parts["mgiou"]
         else:
             total = parts[self.mode]

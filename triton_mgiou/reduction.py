@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from triton_mgiou.options import Reduction
 from triton_mgiou.reference.polygons import compute_dtype
@@ -48,13 +49,21 @@ def _divide(total: Tensor, avg_factor: float | Tensor) -> Tensor:
     """
     if not isinstance(avg_factor, Tensor):
         if avg_factor >= LEAST_DIVISOR:
-            return total / avg_factor
+            return total / factor_for(total, avg_factor)
         avg_factor = torch.full((), avg_factor, dtype=total.dtype, device="cpu")
-    divisor = avg_factor.reshape(()).to(total.dtype)
-    divisor = torch.where((divisor >= 0) & divisor.isfinite(), divisor, torch.nan)
+    kept = torch.promote_types(avg_factor.dtype, total.dtype)  # 1e300 is finite, if only in float64
+    given = avg_factor.reshape(()).to(kept)
+    divisor = torch.where((given >= 0) & given.isfinite(), given, torch.nan).to(total.dtype)
     # A sum of 0 is divided by Inf instead. Added, because a GPU takes a divisor on the CPU only as an operand.
     more = torch.where(torch.logical_or(total, divisor >= LEAST_DIVISOR), 0.0, torch.inf)
     return total / (divisor + more.to(total.dtype))
+
+
+def factor_for(loss: Tensor, number: float | Tensor) -> float | Tensor:
+    """A number to multiply or divide a scalar by: in forward mode PyTorch would make the tangent float64."""
+    if isinstance(number, Tensor) or forward_ad._current_level < 0:
+        return number
+    return torch.full((), number, dtype=loss.dtype, device="cpu")
 
 
 def _per_sample(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -76,6 +76,8 @@ WRONG = {
     "avg_factor a bool": ({"avg_factor": True}, TypeError, "avg_factor", ["number", "bool"]),
     "avg_factor a fraction": ({"avg_factor": Fraction(1, 3)}, TypeError, "avg_factor", ["number", "Fraction"]),
     "a term's a fraction": ({"boundary_weight": Fraction(1)}, TypeError, "boundary_weight", ["number", "Fraction"]),
+    "avg_factor of 101 bits": ({"avg_factor": 2**99}, ValueError, "avg_factor", ["64 bits", "101"]),
+    "a term's of 65 bits": ({"boundary_weight": 2**63}, ValueError, "boundary_weight", ["64 bits", "65"]),
     "avg_factor negative": ({"avg_factor": -1.5}, ValueError, "avg_factor", ["0 or above", "-1.5"]),
     "avg_factor complex": ({"avg_factor": torch.tensor(1j)}, TypeError, "avg_factor", ["real", "complex64"]),
     "avg_factor NaN": ({"avg_factor": float("nan")}, ValueError, "avg_factor", ["finite", "nan"]),

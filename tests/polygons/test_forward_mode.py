@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 from torch.func import hessian, jacfwd, jacrev, jvp, vmap
 
 from tests import helpers
-from triton_mgiou import mgiou_loss
+from triton_mgiou import BoxMGIoULoss, MGIoULoss, PolygonLoss, box_mgiou_loss, mgiou_loss
 
 OPTIONS = [
     {},
@@ -52,3 +52,42 @@ def test_jacobians_and_hessians_agree(sample, options):
         return loss(pred).sum()
 
     helpers.assert_close(hessian(total)(pred), jacrev(jacrev(total))(pred), atol=1e-9)
+
+
+def keypoint_loss(mode, reduction="mean", avg_factor=None):
+    loss = PolygonLoss(mode, alpha=0.25, reduction=reduction, return_parts=False)
+    return lambda p, t: loss(p, t, torch.ones(3, 5), torch.ones(3), avg_factor)
+
+
+def boxes(polygons):
+    return polygons[:, :2].flatten(1)
+
+
+LOSSES = {
+    "avg_factor": lambda p, t: mgiou_loss(p, t, avg_factor=2.0),
+    "boxes, avg_factor": lambda p, t: box_mgiou_loss(boxes(p), boxes(t), fmt="xyxy", avg_factor=2.0),
+    "MGIoULoss": MGIoULoss(loss_weight=3.0),
+    "MGIoULoss, sum": MGIoULoss("sum", 3.0),
+    "MGIoULoss, none": MGIoULoss("none", 3.0),
+    "BoxMGIoULoss": lambda p, t: BoxMGIoULoss(fmt="xyxy", loss_weight=3.0)(boxes(p), boxes(t)),
+    "PolygonLoss, l2, avg_factor": keypoint_loss("l2", avg_factor=2.0),
+    **{f"PolygonLoss, {mode}": keypoint_loss(mode) for mode in ("mgiou", "l2", "hybrid")},
+    "PolygonLoss, hybrid, sum": keypoint_loss("hybrid", "sum"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_factor_leaves_the_tangents_type_alone(sample, name, dtype):
+    """PyTorch makes the tangent of a float32 scalar times a number float64, with which jacfwd cannot work."""
+    pred, target, tangent = (each.to(dtype) for each in sample)
+
+    def loss(pred):
+        return LOSSES[name](pred, target)
+
+    value, derivative = jvp(loss, (pred,), (tangent,))
+    assert derivative.dtype == value.dtype == torch.promote_types(dtype, torch.float32)
+    jacobian = jacrev(loss)(pred)
+    slope = (jacobian.double() * tangent).sum((-3, -2, -1))
+    helpers.assert_close(derivative.double(), slope, atol=4e-3 if dtype == torch.float16 else 1e-5)
+    helpers.assert_close(jacfwd(loss)(pred).to(dtype), jacobian, atol=1e-2 if dtype == torch.float16 else 1e-5)

@@ -140,6 +140,26 @@ def test_an_image_without_objects(backend, pair, name, zero):
     assert LOSSES[name](pred, target, some, factor, backend.name).isinf()
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_tensor_that_is_finite_in_float64_only_divides(backend, pair, name):
+    """As the number does: the loss is 0 in float32."""
+    factor = torch.tensor(1e300, dtype=torch.float64)
+    pred = pair[0].requires_grad_()
+    loss = LOSSES[name](pred, pair[1], torch.ones(5, device=backend.device), factor, backend.name)
+    assert_zero(loss, "loss")
+    assert_zero(torch.autograd.grad(loss, pred)[0])
+
+
+@pytest.mark.parametrize("make", [MGIoULoss, BoxMGIoULoss])
+@pytest.mark.parametrize(
+    ("loss_weight", "error", "came"),
+    [("2", TypeError, "str"), (None, TypeError, "NoneType"), (math.nan, ValueError, "nan"), (2**99, ValueError, "101")],
+)
+def test_a_wrong_loss_weight(make, loss_weight, error, came):
+    with pytest.raises(error, match=f"^loss_weight must be .*, got .*{came}"):
+        make(loss_weight=loss_weight)
+
+
 def test_an_image_without_objects_leaves_the_weights_gradient_finite(backend, pair):
     weight = torch.zeros(5, device=backend.device, requires_grad=True)
     loss = mgiou_loss(*pair, weight=weight, avg_factor=weight.detach().sum(), backend=backend.name)

@@ -379,3 +379,20 @@ def test_a_usual_norm_is_that_of_pytorchs_weights_at_the_start(layer):
     layer.reset_parameters()
     usual = monitor_module._usual_norm([layer.weight])
     assert usual == pytest.approx(layer.weight.norm().item(), rel=0.03)
+
+
+def test_complex_weights_have_the_norms_of_their_parts():
+    class Phases(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([3 + 4j, 0j]))
+
+    model = Phases()
+    monitor = GradientMonitor(model)
+    for weight in ([3 + 4j, 0j], [3 + 4j, 1j]):
+        model.weight.data = torch.tensor(weight)
+        model.weight.grad = torch.tensor([6 + 8j, 0j])
+        monitor.record()
+    name, size, norm, _, zeros, ratio = monitor.summary().splitlines()[1].split()[:6]
+    assert (name, size) == ("weight", "2")
+    assert [float(each) for each in (norm, zeros, ratio)] == [10, 0.5, 0.2]

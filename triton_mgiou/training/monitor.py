@@ -248,8 +248,9 @@ def _usual_norm(parameters: list[nn.Parameter]) -> float:
 
 
 def _flat(tensors: list[Any]) -> Tensor:
-    """One vector of all elements, in float32 or above: a new one, even of a single tensor."""
+    """One real vector of all elements, in float32 or above: a new one, even of a single tensor."""
     device = tensors[0].device
     parts: Iterator[Tensor] = (t.detach().to_dense() if t.layout != torch.strided else t.detach() for t in tensors)
+    parts = (torch.view_as_real(part.resolve_conj()) if part.is_complex() else part for part in parts)
     flat = [part.reshape(-1).to(device, torch.promote_types(part.dtype, torch.float32)) for part in parts]
     return torch.cat(flat)
