@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from triton_mgiou.arguments import (
     check_avg_factor,
     check_box_format,
+    check_box_options,
     check_choice,
     check_keypoints,
     check_number,
+    check_options,
     check_real_numbers,
     check_weight,
 )
+from triton_mgiou.box_formats import FORMATS
 from triton_mgiou.functional import box_mgiou_loss, mgiou_loss
-from triton_mgiou.options import PAPER, REDUCTIONS, Options
+from triton_mgiou.options import BACKENDS, PAPER, REDUCTIONS, Options
 from triton_mgiou.reduction import factor_for, reduce
 from triton_mgiou.reference.polygons import compute_dtype
 
@@ -45,8 +48,7 @@ class MGIoULoss(nn.Module):
 
     Raises:
         TypeError: An option that `mgiou_loss` does not have, or a `loss_weight` that is no number.
-        ValueError: An unknown `reduction`, or a `loss_weight` that is not finite. Other options are checked by the
-            first call.
+        ValueError: An unknown `reduction`, a `loss_weight` that is not finite, or an option with a wrong value.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (*Options._fields, "backend")
@@ -62,6 +64,12 @@ class MGIoULoss(nn.Module):
         self.reduction = reduction
         self.loss_weight = loss_weight
         self.options = options
+        check_choice("backend", options.get("backend", "auto"), BACKENDS)
+        check_options(self._all_options())
+
+    def _all_options(self) -> Options:
+        """The options of a call, defaults included."""
+        return Options(**{name: value for name, value in self.options.items() if name in Options._fields})
 
     @classmethod
     def paper(cls, **arguments: Any) -> MGIoULoss:
@@ -132,16 +140,21 @@ class BoxMGIoULoss(MGIoULoss):
 
     Raises:
         TypeError: An option that `box_mgiou_loss` does not have, or a `loss_weight` that is no number.
-        ValueError: An unknown `reduction`, `fmt` or `angle`, a `loss_weight` that is not finite, or `angle` or
-            `clockwise` for a format that does not have it. Other options are checked by the first call.
+        ValueError: An unknown `reduction`, `fmt` or `angle`, a `loss_weight` that is not finite, an option with a wrong
+            value, or one that the format does not have.
     """
 
     OPTIONS = ("fmt", "angle", "clockwise", *MGIoULoss.OPTIONS)
     FUNCTION = staticmethod(box_mgiou_loss)
 
     def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, fmt: str = "cxcywhr", **options: Any) -> None:
-        super().__init__(reduction, loss_weight, fmt=fmt, **options)
         check_box_format(fmt, options.get("angle", "radians"), options.get("clockwise", True))
+        super().__init__(reduction, loss_weight, fmt=fmt, **options)
+        check_box_options(fmt, self._all_options())
+
+    def _all_options(self) -> Options:
+        given = {name: self.options.get(name) for name in Options._fields}
+        return FORMATS[self.options["fmt"]].defaults._replace(**{k: v for k, v in given.items() if v is not None})
 
 
 class PolygonLoss(nn.Module):
@@ -173,9 +186,9 @@ class PolygonLoss(nn.Module):
         **options: The options of `MGIoULoss`, with its defaults; `**PAPER` for the paper's.
 
     Raises:
-        TypeError: `alpha` is neither, or an option that `MGIoULoss` does not have.
-        ValueError: An unknown `mode` or `reduction`, an `alpha` outside 0..1, or `sigmas` that are not above 0. Other
-            options are checked by the first call.
+        TypeError: `alpha` or `sigmas` are none of these, or an option that `MGIoULoss` does not have.
+        ValueError: An unknown `mode` or `reduction`, an `alpha` outside 0..1, `sigmas` that are not above 0, or an
+            option with a wrong value.
     """
 
     sigmas: Tensor | None
@@ -194,7 +207,10 @@ class PolygonLoss(nn.Module):
         check_choice("mode", mode, MODES)
         if sigmas is not None:
             device = sigmas.device if isinstance(sigmas, Tensor) else torch.get_default_device()
-            sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu").detach().reshape(-1)
+            try:
+                sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu").detach().reshape(-1)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(f"sigmas must be numbers or a tensor, got {sigmas!r}") from error
             if not (sigmas.numel() and bool(((sigmas > 0) & sigmas.isfinite()).all())):
                 raise ValueError(f"sigmas must be finite numbers above 0, got {sigmas.tolist()}")
             sigmas = sigmas.to("cpu" if device.type == "meta" else device)  # nothing would bring its values back

@@ -166,6 +166,15 @@ def test_options_that_no_module_has_are_refused():
         BoxMGIoULoss(format="cxcywhr")
     with pytest.raises(ValueError, match="clockwise"):
         BoxMGIoULoss(fmt="corners3d", clockwise=False)
+    for fmt, name, value in (
+        ("cxcywhr", "convexity_weight", 0.5),
+        ("corners3d", "boundary_weight", 0.25),
+        ("cxcyczlwhr", "axis_weight", "length"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} must be .* for fmt='{fmt}'|^{name} must be 0: fmt='{fmt}'"):
+            BoxMGIoULoss(fmt=fmt, **{name: value})
+    for fmt in FORMATS:
+        BoxMGIoULoss(fmt=fmt, axis_weight=None, axis_grad=None, boundary_weight=None, convexity_weight=None)
     text = repr(BoxMGIoULoss("sum", 2.0, "cxcyczlwhr", angle="degrees"))
     assert all(part in text for part in ("'sum'", "2.0", "'cxcyczlwhr'", "'degrees'"))
 

@@ -288,11 +288,22 @@ def test_options_that_do_not_exist():
         MGIoULoss("avg")
 
 
-def test_an_option_of_a_wrong_value(backend, pair):
-    with pytest.raises(ValueError, match=r"^axis_weight .*'area'"):
-        MGIoULoss(axis_weight="area", backend=backend.name)(*pair)
-    with pytest.raises(ValueError, match=r"^convexity_weight .*-1"):
-        MGIoULoss(convexity_weight=-1, backend=backend.name)(*pair)
+@pytest.mark.parametrize("make", [MGIoULoss, BoxMGIoULoss, PolygonLoss])
+@pytest.mark.parametrize(
+    ("name", "value", "error", "came"),
+    [
+        ("axis_weight", "area", ValueError, "'area'"),
+        ("axis_grad", 1, TypeError, "int"),
+        ("convexity_weight", -1, ValueError, "-1"),
+        ("boundary_weight", "1", TypeError, "str"),
+        ("boundary_weight", math.nan, ValueError, "nan"),
+        ("backend", "cuda", ValueError, "'cuda'"),
+    ],
+)
+def test_an_option_of_a_wrong_value_is_told_when_the_module_is_made(make, name, value, error, came):
+    """Not by the first batch with objects."""
+    with pytest.raises(error, match=f"^{name} must be .*got {came}"):
+        make(**{name: value})
 
 
 @pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])

@@ -539,6 +539,9 @@ def test_wrong_options():
         for sigmas in (0.0, -0.1, NAN, INF, [0.1, 0.0], []):
             with pytest.raises(ValueError, match=r"^sigmas must be finite numbers above 0, got \["):
                 PolygonLoss(mode, alpha=0.5, sigmas=sigmas)
+        for sigmas in ("x", ["0.1", None], [[0.1], [0.1, 0.2]], {0: 0.1}, 1j):
+            with pytest.raises(TypeError, match=r"^sigmas must be numbers or a tensor, got "):
+                PolygonLoss(mode, alpha=0.5, sigmas=sigmas)
 
 
 @pytest.mark.parametrize("mode", ["l2", "hybrid"])
