@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,6 +113,20 @@ def test_a_child_registry_builds_them_too(config):
 
 
 @pytest.mark.usefixtures("config")
+def test_a_reloaded_module_registers_its_new_classes(sets):
+    """As a notebook does, or an import after the module was dropped: both make the classes anew."""
+    adapter = importlib.import_module("triton_mgiou.integrations.openmmlab")
+    before = adapter.MGIoUCost
+    assert importlib.reload(adapter).MGIoUCost is not before
+    assert TASK_UTILS.get("MGIoUCost") is adapter.MGIoUCost
+    del sys.modules[adapter.__name__]
+    adapter = importlib.import_module(adapter.__name__)
+    assert TASK_UTILS.get("MGIoUOverlaps2D") is adapter.MGIoUOverlaps2D
+    cost = TASK_UTILS.build({"type": "MGIoUCost", "fmt": "cxcywhr"})
+    assert_close(cost(InstanceData(bboxes=sets[0]), InstanceData(bboxes=sets[1])), -box_mgiou(*sets), atol=0)
+
+
+@pytest.mark.usefixtures("config")
 def test_registering_again_changes_nothing():
     adapter = importlib.import_module("triton_mgiou.integrations.openmmlab")
     adapter.register()
@@ -131,3 +146,38 @@ def test_a_wrong_format_is_told_when_the_config_is_built(config):
         TASK_UTILS.build(dict(config.match_cost, weight="3"))
     with pytest.raises(ValueError, match="weight must be 0 or above, got -1"):
         TASK_UTILS.build(dict(config.match_cost, weight=-1.0))
+    for loss in (config.loss_bbox, config.loss_polygon):
+        with pytest.raises(ValueError, match="boundary_weight must be 0 or above, got -1"):
+            MODELS.build(dict(loss, boundary_weight=-1))
+        with pytest.raises(TypeError, match=r"options must be among .*, got eps"):
+            MODELS.build(dict(loss, eps=1e-6))
+
+
+def test_boxes_that_are_no_tensor_are_named(config, sets):
+    truth = SimpleNamespace(bboxes=sets[1].numpy())
+    with pytest.raises(TypeError, match=r"boxes2 must be a torch\.Tensor, got ndarray"):
+        TASK_UTILS.build(config.match_cost)(InstanceData(bboxes=sets[0]), truth)
+
+
+@pytest.mark.parametrize("columns", [None, 1, 4, 5])
+def test_weights_as_heads_hand_them_over(config, sets, columns):
+    """A weight of each box, or of each of its numbers, as bbox_weights are; a negative sample has 0."""
+    loss = MODELS.build(config.loss_bbox)
+    pred, target = sets[0][:4].requires_grad_(), sets[1]
+    each = torch.tensor([1.0, 0, 0.5, 0])
+    weight = each if columns is None else each[:, None].expand(4, columns)
+    single = torch.stack([box_mgiou_loss(pred[k : k + 1], target[k : k + 1]) for k in range(4)])
+    assert_close(loss(pred, target, weight, avg_factor=3), 2 * (single * each).sum() / 3, atol=1e-6)
+    assert_close(loss(pred, target, weight, reduction_override="none"), 2 * single * each, atol=1e-6)
+    assert_close(loss(pred, target, weight, reduction_override="sum"), 2 * (single * each).sum(), atol=1e-6)
+    nothing = loss(pred, target, 0 * weight, avg_factor=0.0)
+    assert nothing == 0
+    assert not torch.autograd.grad(nothing, pred)[0].any()
+
+
+@pytest.mark.parametrize("avg_factor", [1.0, torch.tensor(0.0), None])
+def test_an_image_without_boxes(config, avg_factor):
+    pred = torch.zeros(0, 5, requires_grad=True)
+    value = MODELS.build(config.loss_bbox)(pred, torch.zeros(0, 5), torch.zeros(0, 5), avg_factor=avg_factor)
+    assert value == 0
+    assert torch.autograd.grad(value, pred)[0].shape == (0, 5)

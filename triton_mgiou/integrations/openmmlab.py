@@ -109,7 +109,7 @@ class MGIoUOverlaps2D:
 
 def _tensor(boxes: Any) -> Tensor:
     """The tensor of mmdetection's `BaseBoxes`."""
-    tensor: Tensor = boxes if isinstance(boxes, Tensor) else boxes.tensor
+    tensor: Tensor = getattr(boxes, "tensor", boxes)
     return tensor
 
 
@@ -121,8 +121,9 @@ def register() -> None:
     """
     for registry, classes in ((MODELS, (MGIoULoss, BoxMGIoULoss)), (TASK_UTILS, (MGIoUCost, MGIoUOverlaps2D))):
         for each in classes:
-            if registry.module_dict.get(each.__name__) is not each:
-                registry.register_module(module=each)
+            found = registry.module_dict.get(each.__name__)
+            is_ours = found is not None and found.__module__ == each.__module__  # of before the module was reloaded
+            registry.register_module(module=each, force=is_ours)
 
 
 register()
