@@ -17,6 +17,8 @@ A checkpoint holds nothing of this package: it loads, predicts and exports witho
 
     YOLO("best.pt").val(validator=PolygonPoseValidator, data="polygons.yaml")
 
+`YOLO.tune` without Ray takes no `trainer`: the processes that it starts train with Ultralytics' own loss.
+
 Needs `pip install "triton-mgiou[ultralytics]"`. Ultralytics is licensed under AGPL-3.0, this module under MIT: it calls
 and subclasses, and copies nothing.
 """
@@ -24,7 +26,8 @@ and subclasses, and copies nothing.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -36,9 +39,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import triton_mgiou
+from triton_mgiou.arguments import check_number
 from triton_mgiou.functional import box_mgiou_loss, mgiou_loss
 from triton_mgiou.metrics import polygon_iou_matrix
-from triton_mgiou.modules import PolygonLoss
+from triton_mgiou.modules import BoxMGIoULoss, MGIoULoss, PolygonLoss
 from triton_mgiou.options import PAPER
 from triton_mgiou.training.schedules import AlphaSchedule
 
@@ -63,6 +67,7 @@ def _other_version(found: str, known: str) -> str:
 try:
     from ultralytics.models.yolo.obb import OBBTrainer, OBBValidator
     from ultralytics.models.yolo.pose import PoseTrainer, PoseValidator
+    from ultralytics.nn import tasks
     from ultralytics.utils import DEFAULT_CFG, LOGGER, ops, tal
     from ultralytics.utils.loss import KeypointLoss, RotatedBboxLoss
     from ultralytics.utils.metrics import Metric, OBBMetrics, PoseMetrics, ap_per_class
@@ -200,19 +205,71 @@ class _Places(nn.Module):
 # ---- trainers
 
 
+@contextmanager
+def _naming(owner: str) -> Iterator[None]:
+    """Errors about an argument say whose it is."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{owner}: {error}") from error
+
+
+def _check_names(name: str, options: Any, known: Collection[str]) -> None:
+    """Refuse options that are none of these: what a trainer sets itself is no option of it."""
+    if not isinstance(options, Mapping):
+        raise TypeError(f"{name} must be a mapping, got {type(options).__name__}")
+    if unknown := [str(option) for option in options if option not in known]:
+        raise TypeError(f"{name} must be among {', '.join(known)}, got {', '.join(unknown)}")
+
+
 class _MGIoUTrainer:
     """The base of both trainers: the criteria of the model and of its average get another loss before each epoch.
 
     Before each epoch, and not once, since a resumed training, one that recovers from NaN or from a lack of memory makes
     new ones. They belong to no model's class and are not saved, which keeps checkpoints plain.
+
+    Raises:
+        TypeError: An attribute has the wrong type.
+        ValueError: An attribute has the wrong value.
+        RuntimeError: This Ultralytics calls its losses in another way.
     """
+
+    HEAD: ClassVar[type[nn.Module]]
+    PARTS: ClassVar[tuple[str, ...]]
 
     def __init__(self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: Any = None) -> None:
         check_version()
+        with _naming(type(self).__name__):
+            self.check_attributes()
         super().__init__(cfg, overrides, _callbacks)  # type: ignore[call-arg]
-        trainer: Any = self
-        if set_losses not in trainer.callbacks["on_train_epoch_start"]:  # other processes get those of the first
-            trainer.add_callback("on_train_epoch_start", set_losses)
+
+    def check_attributes(self) -> None:
+        """Refuse attributes that no loss can be made of, before any data are read."""
+        raise NotImplementedError
+
+    def get_model(self, cfg: Any = None, weights: nn.Module | None = None, verbose: bool = True) -> nn.Module:
+        """Make the model.
+
+        Raises:
+            ValueError: It has the head of another task.
+        """
+        config = cfg if isinstance(cfg, dict) else tasks.yaml_model_load(cfg)
+        name = config["head"][-1][2]
+        head = getattr(tasks, name, None)  # where Ultralytics looks for it
+        if isinstance(head, type) and not issubclass(head, self.HEAD):
+            owner, known = type(self).__name__, self.HEAD.__name__
+            raise ValueError(f"{owner} must have a model with the head {known}, got one with {name}")
+        model: nn.Module = super().get_model(config, weights, verbose)  # type: ignore[misc]
+        return model
+
+    def run_callbacks(self, event: str) -> None:
+        """Run the callbacks of an event; at the start of an epoch set the losses first.
+
+        A callback would not do: `set_callback` and `clear_callback` replace it, and the loss is Ultralytics' own.
+        """
+        if event == "on_train_epoch_start":
+            set_losses(self)
+        super().run_callbacks(event)  # type: ignore[misc]
 
     def train(self) -> None:
         """Train. However it ends, the models are left without a criterion, as what is saved of them has to be plain."""
@@ -276,6 +333,7 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
         options: Options of the MGIoU part, those of `MGIoULoss`.
     """
 
+    HEAD = tasks.Pose
     PARTS = ("keypoint_loss", "assigner")
     mode: ClassVar[str] = "hybrid"
     alpha: ClassVar[float | None] = None
@@ -283,6 +341,31 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
     sigmas: ClassVar[float | Sequence[float] | None] = None
     options: ClassVar[Mapping[str, Any]] = {}
     polygon_loss: nn.Module | None = None
+
+    def check_attributes(self) -> None:
+        """Refuse attributes that no loss can be made of."""
+        _check_names("schedule", self.schedule, ("kind", "start", "end"))
+        with _naming("schedule"):
+            AlphaSchedule(1, **self.schedule)
+        _check_names("options", self.options, MGIoULoss.OPTIONS)
+        with _naming("options"):
+            MGIoULoss(**self.options)
+        PolygonLoss(self.mode, alpha=0.0 if self.alpha is None else self.alpha, sigmas=self.sigmas)
+
+    def get_dataset(self) -> dict[str, Any]:
+        """Return what the data set's file says.
+
+        Raises:
+            ValueError: Its objects have fewer than three keypoints, or not as many as `sigmas` has numbers.
+        """
+        data: dict[str, Any] = super().get_dataset()
+        count = data["kpt_shape"][0]
+        if count < 3:
+            raise ValueError(f"kpt_shape must have 3 or more keypoints, the vertices of a polygon, got {count}")
+        if self.sigmas is not None and (given := torch.as_tensor(self.sigmas).numel()) not in (1, count):
+            name = type(self).__name__
+            raise ValueError(f"{name}: sigmas must be one or {count} numbers, as the data have keypoints, got {given}")
+        return data
 
     def make_loss(self, sigmas: Tensor) -> nn.Module:
         """Make the loss; called once.
@@ -310,7 +393,8 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
                 LOGGER.warning('mode "mgiou" and the RLE loss, which compares vertex i with vertex i: rle=0 is better')
         for schedule in self.polygon_loss.modules():
             if isinstance(schedule, AlphaSchedule):
-                schedule.total_steps = trainer.epochs  # which a training by time estimates after each epoch
+                if trainer.args.time:  # epochs is an estimate, made anew after each of them
+                    schedule.total_steps = trainer.epochs
                 schedule.set(trainer.epoch)
         criterion.keypoint_loss = self.polygon_loss
         if self.mode == "mgiou" and PoseAssigner is not None and isinstance(criterion.assigner, PoseAssigner):
@@ -318,13 +402,14 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
 
     def get_validator(self) -> PolygonPoseValidator:
         """Return a `PolygonPoseValidator`."""
+        super().get_validator()  # where the first 8.4 versions set the names of the losses
         validator: PolygonPoseValidator = _validator(PolygonPoseValidator, self)
         return validator
 
     def plot_training_samples(self, batch: dict[str, Any], ni: int) -> None:
         """Draw the polygons of a batch into `train_batch{ni}.jpg`."""
         trainer: Any = self
-        _plot_polygons(batch, batch["img"], batch["im_file"], trainer.save_dir / f"train_batch{ni}.jpg", trainer)
+        _plot_targets(batch, trainer.save_dir / f"train_batch{ni}.jpg", trainer)
 
 
 class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
@@ -340,9 +425,19 @@ class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
             exact than with ProbIoU (bench/detectors).
     """
 
+    HEAD = tasks.OBB
     PARTS = ("bbox_loss", "assigner", "reg_max")
     options: ClassVar[Mapping[str, Any]] = BOX_OPTIONS
     gain: ClassVar[float] = 2.5
+
+    def check_attributes(self) -> None:
+        """Refuse attributes that no loss can be made of."""
+        _check_names("options", self.options, MGIoULoss.OPTIONS)
+        with _naming("options"):
+            BoxMGIoULoss(**self.options)
+        check_number("gain", self.gain)
+        if self.gain < 0:
+            raise ValueError(f"gain must be 0 or above, got {self.gain}")
 
     def make_loss(self, reg_max: int) -> MGIoUBoxLoss:
         """Make the loss of a criterion whose distributions have `reg_max` bins."""
@@ -356,6 +451,7 @@ class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
 
     def get_validator(self) -> PolygonOBBValidator:
         """Return a `PolygonOBBValidator`."""
+        super().get_validator()  # where the first 8.4 versions set the names of the losses
         validator: PolygonOBBValidator = _validator(PolygonOBBValidator, self)
         return validator
 
@@ -442,7 +538,21 @@ class PolygonOBBMetrics(_PolygonMetrics, OBBMetrics):
 
 
 class _PolygonValidator:
-    """Matches predictions with targets by the IoU of their polygons too."""
+    """Matches predictions with targets by the IoU of their polygons too.
+
+    Raises:
+        ValueError: `YOLO.val` of a model of another task.
+    """
+
+    TASK: ClassVar[str]
+    METRICS: ClassVar[type]
+
+    def __init__(self, dataloader: Any = None, save_dir: Any = None, args: Any = None, _callbacks: Any = None) -> None:
+        task = args.get("task") if isinstance(args, Mapping) else None  # an object has a default that says nothing
+        if task not in (None, self.TASK):
+            raise ValueError(f"{type(self).__name__} must have a model of the task {self.TASK!r}, got one of {task!r}")
+        super().__init__(dataloader, save_dir, args, _callbacks)  # type: ignore[call-arg]
+        self.metrics = self.METRICS()
 
     def _polygons(self, objects: Mapping[str, Tensor]) -> list[NDArray[np.float64]]:
         raise NotImplementedError
@@ -477,9 +587,8 @@ class PolygonPoseValidator(_PolygonValidator, PoseValidator):
     with vertex i and says nothing about polygons whose first vertex is arbitrary. Plots show the polygons.
     """
 
-    def __init__(self, dataloader: Any = None, save_dir: Any = None, args: Any = None, _callbacks: Any = None) -> None:
-        super().__init__(dataloader, save_dir, args, _callbacks)
-        self.metrics = PolygonPoseMetrics()
+    TASK = "pose"
+    METRICS = PolygonPoseMetrics
 
     def _polygons(self, objects: Mapping[str, Tensor]) -> list[NDArray[np.float64]]:
         keypoints = objects["keypoints"].cpu().double().numpy()
@@ -490,7 +599,7 @@ class PolygonPoseValidator(_PolygonValidator, PoseValidator):
 
     def plot_val_samples(self, batch: dict[str, Any], ni: int) -> None:
         """Draw the targets of a batch into `val_batch{ni}_labels.jpg`."""
-        _plot_polygons(batch, batch["img"], batch["im_file"], self.save_dir / f"val_batch{ni}_labels.jpg", self)
+        _plot_targets(batch, self.save_dir / f"val_batch{ni}_labels.jpg", self)
 
     def plot_predictions(
         self, batch: dict[str, Any], preds: list[dict[str, Tensor]], ni: int, max_det: int | None = None
@@ -515,22 +624,27 @@ class PolygonOBBValidator(_PolygonValidator, OBBValidator):
     Its own metric is ProbIoU, which takes a square for a circle: a detector that has learnt no angle at all passes.
     """
 
-    def __init__(self, dataloader: Any = None, save_dir: Any = None, args: Any = None, _callbacks: Any = None) -> None:
-        super().__init__(dataloader, save_dir, args, _callbacks)
-        self.metrics = PolygonOBBMetrics()
+    TASK = "obb"
+    METRICS = PolygonOBBMetrics
 
     def _polygons(self, objects: Mapping[str, Tensor]) -> list[NDArray[np.float64]]:
         return list(ops.xywhr2xyxyxyxy(objects["bboxes"].cpu().double()).numpy())
 
 
+def _plot_targets(batch: Mapping[str, Any], name: Path, owner: Any) -> None:
+    """Draw the targets of a batch, whose places are relative to the image's size."""
+    height, width = batch["img"].shape[2:]
+    keypoints = batch["keypoints"].clone()
+    keypoints[..., :2] *= keypoints.new_tensor((width, height))
+    _plot_polygons({**batch, "keypoints": keypoints}, batch["img"], batch["im_file"], name, owner)
+
+
 def _plot_polygons(labels: Mapping[str, Any], images: Tensor, paths: Sequence[str], name: Path, owner: Any) -> None:
-    """Let Ultralytics draw boxes and, as masks, the polygons that the keypoints are."""
+    """Let Ultralytics draw boxes and, as masks, the polygons that the keypoints are, in pixels."""
     first = labels["batch_idx"] < SHOWN_IMAGES
     shown = {key: labels[key][first] for key in ("cls", "bboxes", "batch_idx", "keypoints", "conf") if key in labels}
     keypoints = shown.pop("keypoints").float().cpu().numpy()
     height, width = images.shape[2:]
-    if len(keypoints) and keypoints[..., :2].max() <= 1.01:  # relative, as targets are
-        keypoints[..., :2] *= (width, height)
     keypoints[..., :2] /= SHRINK
     masks = np.zeros((len(keypoints), height // SHRINK, width // SHRINK), dtype=np.uint8)
     for mask, polygon in zip(masks, keypoints, strict=True):
