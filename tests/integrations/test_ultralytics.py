@@ -472,7 +472,7 @@ def test_objects_without_a_polygon_are_refused(data, tmp_path, count):
 def test_sigmas_of_any_form_are_taken(data, tmp_path, sigmas):
     trainer_class = type("Tolerant", (MGIoUPoseTrainer,), {"sigmas": sigmas})
     trainer = trainer_class(overrides=settings(data, "pose", tmp_path))
-    expected = np.array(sigmas, dtype=np.float32).reshape(-1).tolist()
+    expected = torch.as_tensor(sigmas, dtype=torch.float32).reshape(-1).tolist()
     assert trainer.make_loss(torch.ones(4)).loss.sigmas.tolist() == expected
 
 
@@ -723,16 +723,23 @@ def test_plots_show_the_polygons(monkeypatch, tmp_path, relative):
     assert "keypoints" not in drawn["labels"]
 
 
-def test_a_tiny_prediction_stays_tiny_in_a_plot(monkeypatch, tmp_path):
-    """Pixels are not taken for parts of the image, however few they are."""
-    drawn = {}
+@pytest.mark.parametrize(("side", "covered"), [(1, 1), (1e10, 80 * 80), (math.nan, 0), (math.inf, 0)])
+def test_predictions_of_any_size_are_drawn(monkeypatch, tmp_path, side, covered):
+    """Pixels are not taken for parts of the image, however few they are; what is not finite has no mask."""
+    drawn, filled = {}, []
+    fill = adapter.cv2.fillPoly
     monkeypatch.setattr(adapter, "plot_images", lambda **given: drawn.update(given))
+    monkeypatch.setattr(
+        adapter.cv2, "fillPoly", lambda mask, given, value: filled.append(given) or fill(mask, given, value)
+    )
     validator = PolygonPoseValidator(args={"task": "pose"}, save_dir=tmp_path)
     validator.data = {"names": {0: "a"}}
-    square = torch.tensor([[[0.0, 0, 1], [1, 0, 1], [1, 1, 1], [0, 1, 1]]])
+    square = torch.tensor([[[0.0, 0, 1], [side, 0, 1], [side, side, 1], [0, side, 1]]])
     found = predictions(keypoints=square, bboxes=torch.tensor([[0.0, 0, 1, 1]]), conf=torch.ones(1))
     validator.plot_predictions({"img": torch.zeros(1, 3, 320, 320), "im_file": ["x"]}, [found], 0)
-    assert drawn["labels"]["masks"].sum() <= 1
+    assert drawn["labels"]["masks"].shape == (1, 80, 80)
+    assert drawn["labels"]["masks"].sum() == covered
+    assert all(np.abs(polygon).max() <= 1e6 for (polygon,) in filled)  # beyond, OpenCV takes half a minute
 
 
 def test_validate_by_yolo(data, tmp_path):

@@ -80,6 +80,7 @@ BOX_OPTIONS: Mapping[str, Any] = {"axis_weight": "uniform", "axis_grad": True, "
 SHOWN_IMAGES = 16  # of a batch, in a plot
 SHOWN_CONFIDENCE = 0.25
 SHRINK = 4  # of the masks in a plot, as of Ultralytics' own: thousands of whole ones would not fit into memory
+FARTHEST = 1e6  # pixels, in a plot: OpenCV fills a polygon of 1e10, or of NaN, for half a minute
 VISIBLE = 0.5  # a predicted vertex is there from this confidence on
 
 # What is called here, or called by Ultralytics with these arguments.
@@ -649,8 +650,8 @@ def _plot_polygons(labels: Mapping[str, Any], images: Tensor, paths: Sequence[st
     masks = np.zeros((len(keypoints), height // SHRINK, width // SHRINK), dtype=np.uint8)
     for mask, polygon in zip(masks, keypoints, strict=True):
         kept = polygon if polygon.shape[1] == 2 else polygon[polygon[:, 2] >= VISIBLE, :2]
-        if len(kept):
-            cv2.fillPoly(mask, [kept.round().astype(np.int32)], 1)
+        if len(kept) and np.isfinite(kept).all():
+            cv2.fillPoly(mask, [kept.clip(-FARTHEST, FARTHEST).round().astype(np.int32)], 1)
     plot_images(
         labels={**shown, "masks": masks},
         images=images[:SHOWN_IMAGES],
