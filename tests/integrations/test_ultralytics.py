@@ -266,6 +266,8 @@ def test_the_assigner_of_yolo26_takes_mgiou_where_the_first_vertex_is_arbitrary(
         (KeypointLoss, "forward"),
         (adapter.tal.RotatedTaskAlignedAssigner, "iou_calculation"),
         (adapter.tal.TaskAlignedAssigner, "pair_overlaps"),
+        (adapter.OBBTrainer, "get_model"),
+        (adapter.OBBTrainer, "run_callbacks"),
     ],
 )
 def test_a_changed_signature_names_both_versions(monkeypatch, owner, name):

@@ -92,6 +92,9 @@ CALLS: dict[Callable[..., Any], tuple[str, ...]] = {
         *("target_scores_sum", "fg_mask", "imgsz", "stride"),
     ),
     tal.RotatedTaskAlignedAssigner.iou_calculation: ("self", "gt_bboxes", "pd_bboxes"),
+    PoseTrainer.get_model: ("self", "cfg", "weights", "verbose"),
+    OBBTrainer.get_model: ("self", "cfg", "weights", "verbose"),
+    OBBTrainer.run_callbacks: ("self", "event"),
 }
 if PoseAssigner is not None:
     CALLS[tal.TaskAlignedAssigner.pair_overlaps] = ("self", "indices", "gt_bboxes", "pd_bboxes")
