@@ -26,11 +26,12 @@ from ultralytics.utils import LOGGER, ops
 from ultralytics.utils.loss import KeypointLoss
 
 from bench.detectors.loader import Loader
-from bench.detectors.losses import FewVisible, Reported, Watched
+from bench.detectors.losses import BoxVariant, FewVisible, Reported, Watched
 from bench.detectors.nms import provide_nms
 from bench.detectors.plan import BOX_LOSSES, KEYPOINT_LOSSES, PRECISIONS, REPORTED, SPEED, Job, Size
 from bench.detectors.scenes import BOXES, KEYPOINTS, Scenes
 from bench.detectors.workers import Tell
+from triton_mgiou import PAPER, box_mgiou_loss
 from triton_mgiou.integrations import ultralytics as adapter
 from triton_mgiou.metrics import COCO_THRESHOLDS, average_precision, polygon_iou_matrix
 
@@ -204,6 +205,12 @@ def _keypoints(job: Job) -> Any:
     return Trainer
 
 
+def squared(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
+    """The square of MGIoU, and 0 below 0: it falls as fast as IoU where a box is shifted or too large."""
+    losses = box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER)
+    return (1 - 2 * losses).clamp(min=0).square()
+
+
 def _boxes(job: Job) -> Any:
     given = BOX_LOSSES[job.loss]
     if given is None:
@@ -211,7 +218,22 @@ def _boxes(job: Job) -> Any:
     options: Mapping[str, Any] = given
 
     class Trainer(adapter.MGIoUOBBTrainer):
-        pass
+        saturating = False
+        centre = 0.0
+        assigner = "mgiou"
+
+        def make_loss(self, reg_max: int) -> adapter.MGIoUBoxLoss:
+            if not self.saturating and not self.centre:
+                return super().make_loss(reg_max)
+            rest = (reg_max, self.options, self.gain)
+            return BoxVariant(*rest, saturating=self.saturating, centre=self.centre)
+
+        def set_loss(self, criterion: Any) -> None:
+            super().set_loss(criterion)
+            if self.assigner == "squared":
+                criterion.assigner.iou_calculation = squared
+            if self.assigner == "ProbIoU":
+                vars(criterion.assigner).pop("iou_calculation", None)  # the class has Ultralytics' own
 
     for attribute, value in options.items():
         setattr(Trainer, attribute, value)
