@@ -1,4 +1,4 @@
-"""The losses that are compared, as Ultralytics calls them: for keypoints (pred, target, mask, area) to a scalar."""
+"""The keypoint losses that are compared, as Ultralytics calls them: (pred, target, mask, area) to a scalar."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from ultralytics.utils.loss import RotatedBboxLoss
 
 from bench.convergence.losses import reported
-from triton_mgiou import box_mgiou_loss
-from triton_mgiou.integrations.ultralytics import MGIoUBoxLoss
 
 
 class Reported(nn.Module):
@@ -75,34 +72,3 @@ class Watched(nn.Module):
 
     def _count(self, gradient: Tensor) -> None:
         self.bad.append((~gradient.flatten(1).isfinite()).any(1).float().mean())
-
-
-class BoxVariant(MGIoUBoxLoss):
-    """Our loss of boxes with something changed.
-
-    Args:
-        saturating: What is far off costs no more than by ProbIoU, (1 - exp(-gain loss)) / gain; the slope near the
-            target is the same.
-        centre: The weight of the centre's distance along the target's sides, each relative to that side.
-        *arguments: Those of `MGIoUBoxLoss`.
-    """
-
-    def __init__(self, *arguments: Any, saturating: bool, centre: float) -> None:
-        super().__init__(*arguments)
-        self.saturating = saturating
-        self.centre = centre
-
-    def forward(self, pred_dist: Tensor, pred_bboxes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        """Return the loss of the boxes and that of the distribution."""
-        _, distribution = RotatedBboxLoss.forward(self, pred_dist, pred_bboxes, *rest)
-        _, target_bboxes, target_scores, target_scores_sum, positive, *_ = rest
-        pred, target = pred_bboxes[positive].float(), target_bboxes[positive].float()
-        losses = box_mgiou_loss(pred, target, reduction="none", **self.options)
-        if self.saturating:
-            losses = (1 - torch.exp(-self.gain * losses)) / self.gain
-        away, turn = pred[:, :2] - target[:, :2], target[:, 4]
-        along = away[:, 0] * turn.cos() + away[:, 1] * turn.sin()
-        across = away[:, 1] * turn.cos() - away[:, 0] * turn.sin()
-        losses = losses + self.centre * (along.abs() / target[:, 2] + across.abs() / target[:, 3])
-        loss = (losses * target_scores[positive].sum(-1)).sum() / target_scores_sum
-        return self.gain * loss, distribution

@@ -23,10 +23,10 @@ from ultralytics.engine import trainer as ultralytics_trainer
 from ultralytics.models.yolo.obb import OBBTrainer, OBBValidator
 from ultralytics.models.yolo.pose import PoseTrainer, PoseValidator
 from ultralytics.utils import LOGGER, ops
-from ultralytics.utils.loss import KeypointLoss
+from ultralytics.utils.loss import KeypointLoss, RotatedBboxLoss
 
 from bench.detectors.loader import Loader
-from bench.detectors.losses import BoxVariant, FewVisible, Reported, Watched
+from bench.detectors.losses import FewVisible, Reported, Watched
 from bench.detectors.nms import provide_nms
 from bench.detectors.plan import BOX_LOSSES, KEYPOINT_LOSSES, PRECISIONS, REPORTED, SPEED, Job, Size
 from bench.detectors.scenes import BOXES, KEYPOINTS, Scenes
@@ -203,6 +203,37 @@ def _keypoints(job: Job) -> Any:
     for attribute, value in options.items():
         setattr(Trainer, attribute, value)
     return Trainer
+
+
+class BoxVariant(adapter.MGIoUBoxLoss):
+    """Our loss of boxes with something changed.
+
+    Args:
+        saturating: What is far off costs no more than by ProbIoU, (1 - exp(-gain loss)) / gain; the slope near the
+            target is the same.
+        centre: The weight of the centre's distance along the target's sides, each relative to that side.
+        *arguments: Those of `MGIoUBoxLoss`.
+    """
+
+    def __init__(self, *arguments: Any, saturating: bool, centre: float) -> None:
+        super().__init__(*arguments)
+        self.saturating = saturating
+        self.centre = centre
+
+    def forward(self, pred_dist: Tensor, pred_bboxes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss of the boxes and that of the distribution."""
+        _, distribution = RotatedBboxLoss.forward(self, pred_dist, pred_bboxes, *rest)
+        _, target_bboxes, target_scores, target_scores_sum, positive, *_ = rest
+        pred, target = pred_bboxes[positive].float(), target_bboxes[positive].float()
+        losses = box_mgiou_loss(pred, target, reduction="none", **self.options)
+        if self.saturating:
+            losses = (1 - torch.exp(-self.gain * losses)) / self.gain
+        away, turn = pred[:, :2] - target[:, :2], target[:, 4]
+        along = away[:, 0] * turn.cos() + away[:, 1] * turn.sin()
+        across = away[:, 1] * turn.cos() - away[:, 0] * turn.sin()
+        losses = losses + self.centre * (along.abs() / target[:, 2] + across.abs() / target[:, 3])
+        loss = (losses * target_scores[positive].sum(-1)).sum() / target_scores_sum
+        return self.gain * loss, distribution
 
 
 def squared(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
