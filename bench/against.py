@@ -6,8 +6,8 @@
 A process cannot import both trees under one name. So each tree has a process of its own, which imports its package
 from its own root; they wait for each other, and each round times one after the other, in alternating order. A drift of
 the machine reaches both: the ratio inside a round is what counts. Neither sees the user's tuning cache. With --graphs a
-step is replayed from a CUDA graph of ten, so that the host does not hide what the kernels take. The exit status is 1 if
-a ratio (median over the rounds) is above --limit.
+step is replayed from a CUDA graph of ten, so that the host does not hide what the kernels take. Each row is printed and
+written as soon as it is measured. The exit status is 1 if a ratio (median over the rounds) is above --limit.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent if "__file__" in globals() else Path()  # a 
 LOSSES = ("defaults", "paper")
 REPETITION_S = 0.01  # how long one measurement lasts: short, so that little changes between the two of a round
 GRAPH_STEPS = 10
+PREPARING = 3  # steps of an order that prepares, or finds out how long a step takes
 
 
 class Tree:
@@ -45,16 +46,24 @@ class Tree:
             cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def ask(self, *order: object) -> Any:
-        """Send one order and wait for its answer."""
+    def send(self, *order: object) -> None:
+        """Send one order."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
+
+    def answer(self) -> float:
+        """Wait for the answer to the first order that has none yet: microseconds of a step."""
+        assert self.process.stdout is not None
         answer = self.process.stdout.readline()
         if not answer:
             raise SystemExit(f"bench.against: the process of {self.root} has ended; its error is above")
-        return json.loads(answer)
+        return float(answer)
+
+    def ask(self, *order: object) -> float:
+        """Send one order and wait for its answer."""
+        self.send(*order)
+        return self.answer()
 
     def close(self) -> None:
         """End the process."""
@@ -125,7 +134,7 @@ def worker(graphs: bool) -> None:
 def compare(this: Tree, other: Tree, loss: str, batch: int, vertices: int, rounds: int) -> dict[str, Any]:
     """One row: median microseconds of both, and the median and quartiles of this tree's over the other's."""
     order = (loss, batch, vertices)
-    slowest = max(tree.ask(*order, 3) for tree in (this, other))
+    slowest = max(tree.ask(*order, PREPARING) for tree in (this, other))
     count = max(1, round(REPETITION_S * 1e6 / slowest))
     times: dict[Tree, list[float]] = {this: [], other: []}
     for turn in range(rounds):
@@ -144,41 +153,59 @@ def compare(this: Tree, other: Tree, loss: str, batch: int, vertices: int, round
     }
 
 
+def prepare(trees: tuple[Tree, Tree], order: tuple[object, ...]) -> None:
+    """Let both compile, at the same time."""
+    for tree in trees:
+        tree.send(*order, PREPARING)
+    for tree in trees:
+        tree.answer()
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row in a line."""
+    return (
+        f"{row['batch']:>8} x {row['vertices']:<3} {row['loss']:<9} {row['this_us']:8.1f} us to "
+        f"{row['other_us']:8.1f}: {row['ratio']:.3f} ({row['quartiles'][0]:.3f} to {row['quartiles'][1]:.3f})"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Compare, print, write the JSON; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="the root of another checkout")
     parser.add_argument("--out", type=Path, help="a JSON to write")
     parser.add_argument("--sizes", nargs="+", default=["512x4", "4096x8"], metavar="BxN", help="default: 512x4 4096x8")
-    parser.add_argument("--rounds", type=int, default=201, help="default: 201")
+    parser.add_argument("--rounds", type=int, default=201, help="at least 2; default: 201")
     parser.add_argument("--limit", type=float, default=1.02, help="the ratio that is too slow; default: 1.02")
     parser.add_argument("--graphs", action="store_true", help="replay steps from CUDA graphs")
     arguments = parser.parse_args(argv)
     if not (arguments.other / "triton_mgiou").is_dir():
         parser.error(f"expected the root of a checkout, got {arguments.other}")
+    if arguments.rounds < 2:
+        parser.error(f"--rounds: expected at least 2, got {arguments.rounds}")
     sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes]
+    import torch  # noqa: PLC0415 - not in a worker, which must import the package of its own tree
+
+    from bench.machine import machine  # noqa: PLC0415 - as above
+
+    gpu = torch.cuda.is_available()
+    if arguments.graphs and not gpu:
+        parser.error("--graphs needs a GPU, and PyTorch finds none")
+    command = ["python -m bench.against", *(sys.argv[1:] if argv is None else argv)]
+    about = machine(command, torch.device("cuda" if gpu else "cpu"))
+    rows = []
     with tempfile.TemporaryDirectory() as cache:
         this, other = (Tree(root, f"{cache}/{k}", arguments.graphs) for k, root in enumerate((ROOT, arguments.other)))
-        rows = [
-            compare(this, other, loss, batch, vertices, arguments.rounds)
-            for loss in LOSSES
-            for batch, vertices in sizes
-        ]
+        for batch, vertices in sizes:
+            for loss in LOSSES:
+                prepare((this, other), (loss, batch, vertices))
+                rows.append(compare(this, other, loss, batch, vertices, arguments.rounds))
+                sys.stdout.write(line(rows[-1]) + "\n")
+                sys.stdout.flush()
+                if arguments.out is not None:
+                    arguments.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
         for tree in (this, other):
             tree.close()
-    for row in rows:
-        sys.stdout.write(
-            f"{row['batch']:>8} x {row['vertices']:<3} {row['loss']:<9} {row['this_us']:8.1f} us to "
-            f"{row['other_us']:8.1f}: {row['ratio']:.3f} ({row['quartiles'][0]:.3f} to {row['quartiles'][1]:.3f})\n"
-        )
-    if arguments.out is not None:
-        import torch  # noqa: PLC0415 - not before the workers are done
-
-        from bench.machine import machine  # noqa: PLC0415 - as above
-
-        command = ["python -m bench.against", *(sys.argv[1:] if argv is None else argv)]
-        about = machine(command, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        arguments.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return int(any(row["ratio"] > arguments.limit for row in rows))
 
 

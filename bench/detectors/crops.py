@@ -36,7 +36,7 @@ from ultralytics.utils.tal import dist2rbox, rbox2dist
 from bench.detectors import scenes
 from bench.detectors.losses import FewVisible
 from bench.machine import machine
-from triton_mgiou import PolygonLoss, box_mgiou_loss
+from triton_mgiou import PAPER, PolygonLoss, box_mgiou_loss
 from triton_mgiou.metrics import polygon_iou
 
 SIDE, STRIDE, BINS = 48, 4, 16
@@ -45,7 +45,10 @@ NEAR = 0.35  # the share of polygons whose middle is near the crop's, so that as
 IMAGES, BATCH, STEPS = 6000, 64, 800  # a quarter as many images again to judge by
 RATE, DECAY, CLIP, WARM = 2e-3, 5e-4, 10.0, 8
 BOX_GAIN, DISTRIBUTION_GAIN, POSE_GAIN = 7.5, 1.5, 12.0
-BOX_OPTIONS: dict[str, Any] = {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25}
+BOX_OPTIONS: dict[str, dict[str, Any]] = {
+    "mgiou": {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25},
+    "paper": dict(PAPER),
+}
 OUT = Path("bench/results/detectors/crops.json")
 
 # Losses of boxes: which, its gain, below which value it is quadratic, whether the angle loss is added
@@ -59,10 +62,12 @@ BOXES: dict[str, tuple[str, float, float, bool]] = {
     "mgiou x 2.5, smooth .1": ("mgiou", 2.5, 0.1, False),
     "mgiou + angle": ("mgiou", 1.0, 0.0, True),
     "mgiou x 2.5 + angle": ("mgiou", 2.5, 0.0, True),
+    "paper x 2.5": ("paper", 2.5, 0.0, False),
+    "paper x 2.5 + angle": ("paper", 2.5, 0.0, True),
 }
 HULL = "the target's hull"  # no training, but the most that a loss of hulls can reach
 POLYGONS = ("mgiou", "mgiou, none below 3", "mgiou, L2 below 3", "hybrid", "OKS")
-WITH_ANGLE = ("ProbIoU + angle", "mgiou + angle", "mgiou x 2.5 + angle")
+WITH_ANGLE = ("ProbIoU + angle", "mgiou + angle", "mgiou x 2.5 + angle", "paper x 2.5 + angle")
 BY_TASK = {
     "squares": BOXES,
     "corners": POLYGONS,
@@ -150,7 +155,7 @@ def box_loss(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         if which == "ProbIoU":
             losses = 1 - probiou(pred, target, floor=0.01).squeeze(1)
         else:
-            losses = box_mgiou_loss(pred, target, reduction="none", **BOX_OPTIONS)
+            losses = box_mgiou_loss(pred, target, reduction="none", **BOX_OPTIONS[which])
         if smooth:
             losses = torch.where(losses < smooth, losses.square() / (2 * smooth), losses - smooth / 2)
         sides = rbox2dist(target[:, :4], anchor(len(target)), target[:, 4:5], reg_max=BINS - 1)

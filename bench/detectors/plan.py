@@ -38,7 +38,7 @@ KINDS = {  # what the toy size trains, beside the table
 class Job(NamedTuple):
     """A training."""
 
-    part: str  # "reports", "table", "rest", or "speed": the step times
+    part: str  # "reports", "table", "rest", "tried", or "speed": the step times
     task: str
     loss: str
     seed: int
@@ -91,17 +91,49 @@ KEYPOINT_LOSSES: dict[str, Mapping[str, Any] | None] = {
     "mgiou, boundary .5": {"mode": "mgiou", "options": {"boundary_weight": 0.5}},
 }
 
-# ---- losses of boxes: attributes of `MGIoUOBBTrainer`; None for ProbIoU
+# ---- losses of boxes: attributes of `MGIoUOBBTrainer`, and the bench's own "assigner", "saturating" and "centre"; None
+# for ProbIoU
 
+BOUNDARY = {"options": {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25}}
 BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
     "ProbIoU + angle": None,
     "ProbIoU": None,
     "mgiou + angle": {},
     "mgiou": {},
     "mgiou, gain 1": {"gain": 1.0},
-    "mgiou, gain 1 + angle": {"gain": 1.0},
-    "mgiou, gain 4": {"gain": 4.0},
-    "paper": {"options": PAPER},
+    "mgiou, squared assigns + angle": {"assigner": "squared"},
+    "mgiou, squared assigns": {"assigner": "squared"},
+    "mgiou, squared assigns, gain 1 + angle": {"assigner": "squared", "gain": 1.0},
+    "mgiou, squared assigns, centre .5 + angle": {"assigner": "squared", "centre": 0.5},
+    "mgiou, squared assigns, saturating + angle": {"assigner": "squared", "saturating": True},
+    "mgiou, ProbIoU assigns + angle": {"assigner": "ProbIoU"},
+    "boundary + angle": BOUNDARY,
+    "boundary": BOUNDARY,
+    "boundary, gain 1 + angle": {**BOUNDARY, "gain": 1.0},
+    "boundary, gain 1": {**BOUNDARY, "gain": 1.0},
+    "boundary, gain 4 + angle": {**BOUNDARY, "gain": 4.0},
+    "boundary, gain 4": {**BOUNDARY, "gain": 4.0},
+    "boundary, ProbIoU assigns + angle": {**BOUNDARY, "assigner": "ProbIoU"},
+    "boundary, centre .5 + angle": {**BOUNDARY, "centre": 0.5},
+    "boundary, saturating + angle": {**BOUNDARY, "saturating": True},
+}
+
+TRIED = {  # losses of boxes, looking for a better one; tasks, and with how many seeds
+    "boundary + angle": {"boxes": 3, "squares": 1, "long": 1},
+    "boundary": {"boxes": 1, "squares": 3, "long": 1},
+    "boundary, gain 1 + angle": {"boxes": 1},
+    "boundary, gain 1": {"squares": 1},
+    "boundary, gain 4 + angle": {"boxes": 3, "long": 1},
+    "boundary, gain 4": {"squares": 3},
+    "boundary, ProbIoU assigns + angle": {"boxes": 3},
+    "boundary, centre .5 + angle": {"boxes": 3, "long": 1},
+    "boundary, saturating + angle": {"boxes": 3},
+    "mgiou, squared assigns + angle": {"boxes": 3, "long": 3},
+    "mgiou, squared assigns": {"squares": 3},
+    "mgiou, squared assigns, gain 1 + angle": {"boxes": 3, "long": 1},
+    "mgiou, squared assigns, centre .5 + angle": {"boxes": 3, "long": 1},
+    "mgiou, squared assigns, saturating + angle": {"boxes": 3, "long": 1},
+    "mgiou, ProbIoU assigns + angle": {"boxes": 3, "long": 1},
 }
 
 
@@ -114,12 +146,13 @@ def jobs(size: Size) -> list[Job]:
         *(("corners", name) for name in ("OKS", "mgiou", "hybrid")),
         *(("squares", name) for name in ("ProbIoU + angle", "mgiou")),
         *(("boxes", name) for name in ("ProbIoU + angle", "mgiou + angle")),
+        *(("long", name) for name in ("ProbIoU + angle", "mgiou + angle")),
+        *(("tops", name) for name in ("OKS", "mgiou")),
     ]
     for seed in size.seeds:
         found += [_job("table", task, name, seed, size, watch=(seed, task) == (0, "corners")) for task, name in table]
         if seed == 0:
             found.append(_job("table", "corners", "reported", 0, size, watch=True))
-    found += [_job("table", "squares", "mgiou, gain 4", seed, size) for seed in size.seeds]
     rest = [
         ("corners", "paper"),
         ("hulls", "paper"),
@@ -127,13 +160,10 @@ def jobs(size: Size) -> list[Job]:
         ("outlines", "mgiou"),
         ("outlines", "hybrid"),
         ("squares", "ProbIoU"),
-        ("squares", "mgiou + angle"),
         ("squares", "mgiou, gain 1"),
-        ("long", "ProbIoU + angle"),
-        ("long", "mgiou + angle"),
+        ("squares", "mgiou + angle"),
         ("long", "mgiou"),
         ("boxes", "mgiou"),
-        ("boxes", "mgiou, gain 1 + angle"),
         ("boxes", "ProbIoU"),
         ("hulls", "hybrid"),
         ("corners", "hybrid, sigma .35"),
@@ -142,10 +172,14 @@ def jobs(size: Size) -> list[Job]:
         ("corners", "mgiou, L2 below 3 visible"),
         ("hulls", "mgiou, L2 below 3 visible"),
         ("hulls", "mgiou, boundary .5"),
-        ("squares", "paper"),
-        ("boxes", "paper"),
     ]
     found += [_job("rest", task, name, 0, size) for task, name in rest]
+    found += [
+        _job("tried", task, name, seed, size)
+        for name, places in TRIED.items()
+        for task, count in places.items()
+        for seed in size.seeds[:count]
+    ]
     return [job for job in found if size.all_losses or job.part in {"speed", "table"} or (job.part, job.loss) in KINDS]
 
 

@@ -5,7 +5,8 @@ overlap. What is to be found, always as one class:
 
     corners   the digit's upright rectangle, turned by up to 60 degrees; keypoints: its four corners, from the digit's
               own upper left
-    hulls     the convex hull of the strokes in eight vertices, any angle, the first one arbitrary
+    hulls     the convex hull of the strokes in eight vertices, any angle, the first one drawn at random
+    tops      the same, the first one by a rule: the uppermost in the image
     outlines  the outer outline of the strokes in 16 points, turned by up to 60 degrees, from the digit's own top; most
               are not convex
     boxes     as corners, any angle, as an oriented box
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from triton_mgiou import demo
 
-KEYPOINTS = {"corners": 4, "hulls": 8, "outlines": 16}
+KEYPOINTS = {"corners": 4, "hulls": 8, "tops": 8, "outlines": 16}
 BOXES = ("boxes", "squares", "long")
 OBJECTS = 8  # at most, in an image
 SIDES = (0.125, 0.34)  # of an object, as a share of the image's side
@@ -76,7 +77,10 @@ def make(task: str, chosen: range, side: int, seed: int) -> Scenes:
             digit = digits[rng.integers(len(digits))]
             most = math.radians(60) if task in {"corners", "outlines"} else math.pi
             polygon = paste(canvas, digit, task, (x, y), size, rng.uniform(-most, most), rng)
-            scenes.polygons[k, j] = np.roll(polygon, rng.integers(vertices), 0) if task == "hulls" else polygon
+            if task in {"hulls", "tops"}:
+                first = rng.integers(vertices) if task == "hulls" else polygon[:, 1].argmin()
+                polygon = np.roll(polygon, -first, 0)
+            scenes.polygons[k, j] = polygon
             if task in BOXES:
                 scenes.boxes[k, j] = oriented_box(polygon)
         scenes.images[k] = canvas.clip(0, 255).astype(np.uint8).transpose(2, 0, 1)
@@ -143,7 +147,7 @@ def paste(
         The vertices of what is to be found, (K, 2), in pixels.
     """
     cv2 = importlib.import_module("cv2")
-    shape = {"hulls": hull, "outlines": outline}.get(task, rectangle)(digit)
+    shape = {"hulls": hull, "tops": hull, "outlines": outline}.get(task, rectangle)(digit)
     inner = shape - (shape.max(0) + shape.min(0)) / 2
     length = 1.1 * np.ptp(inner, axis=0).max()
     if task in {"squares", "long"}:

@@ -23,7 +23,7 @@ from ultralytics.engine import trainer as ultralytics_trainer
 from ultralytics.models.yolo.obb import OBBTrainer, OBBValidator
 from ultralytics.models.yolo.pose import PoseTrainer, PoseValidator
 from ultralytics.utils import LOGGER, ops
-from ultralytics.utils.loss import KeypointLoss
+from ultralytics.utils.loss import KeypointLoss, RotatedBboxLoss
 
 from bench.detectors.loader import Loader
 from bench.detectors.losses import FewVisible, Reported, Watched
@@ -31,6 +31,7 @@ from bench.detectors.nms import provide_nms
 from bench.detectors.plan import BOX_LOSSES, KEYPOINT_LOSSES, PRECISIONS, REPORTED, SPEED, Job, Size
 from bench.detectors.scenes import BOXES, KEYPOINTS, Scenes
 from bench.detectors.workers import Tell
+from triton_mgiou import PAPER, box_mgiou_loss
 from triton_mgiou.integrations import ultralytics as adapter
 from triton_mgiou.metrics import COCO_THRESHOLDS, average_precision, polygon_iou_matrix
 
@@ -204,6 +205,43 @@ def _keypoints(job: Job) -> Any:
     return Trainer
 
 
+class BoxVariant(adapter.MGIoUBoxLoss):
+    """Our loss of boxes with something changed.
+
+    Args:
+        saturating: What is far off costs no more than by ProbIoU, (1 - exp(-gain loss)) / gain; the slope near the
+            target is the same.
+        centre: The weight of the centre's distance along the target's sides, each relative to that side.
+        *arguments: Those of `MGIoUBoxLoss`.
+    """
+
+    def __init__(self, *arguments: Any, saturating: bool, centre: float) -> None:
+        super().__init__(*arguments)
+        self.saturating = saturating
+        self.centre = centre
+
+    def forward(self, pred_dist: Tensor, pred_bboxes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss of the boxes and that of the distribution."""
+        _, distribution = RotatedBboxLoss.forward(self, pred_dist, pred_bboxes, *rest)
+        _, target_bboxes, target_scores, target_scores_sum, positive, *_ = rest
+        pred, target = pred_bboxes[positive].float(), target_bboxes[positive].float()
+        losses = box_mgiou_loss(pred, target, reduction="none", **self.options)
+        if self.saturating:
+            losses = (1 - torch.exp(-self.gain * losses)) / self.gain
+        away, turn = pred[:, :2] - target[:, :2], target[:, 4]
+        along = away[:, 0] * turn.cos() + away[:, 1] * turn.sin()
+        across = away[:, 1] * turn.cos() - away[:, 0] * turn.sin()
+        losses = losses + self.centre * (along.abs() / target[:, 2] + across.abs() / target[:, 3])
+        loss = (losses * target_scores[positive].sum(-1)).sum() / target_scores_sum
+        return self.gain * loss, distribution
+
+
+def squared(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
+    """The square of MGIoU, and 0 below 0: it falls as fast as IoU where a box is shifted or too large."""
+    losses = box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER)
+    return (1 - 2 * losses).clamp(min=0).square()
+
+
 def _boxes(job: Job) -> Any:
     given = BOX_LOSSES[job.loss]
     if given is None:
@@ -211,7 +249,22 @@ def _boxes(job: Job) -> Any:
     options: Mapping[str, Any] = given
 
     class Trainer(adapter.MGIoUOBBTrainer):
-        pass
+        saturating = False
+        centre = 0.0
+        assigner = "mgiou"
+
+        def make_loss(self, reg_max: int) -> adapter.MGIoUBoxLoss:
+            if not self.saturating and not self.centre:
+                return super().make_loss(reg_max)
+            rest = (reg_max, self.options, self.gain)
+            return BoxVariant(*rest, saturating=self.saturating, centre=self.centre)
+
+        def set_loss(self, criterion: Any) -> None:
+            super().set_loss(criterion)
+            if self.assigner == "squared":
+                criterion.assigner.iou_calculation = squared
+            if self.assigner == "ProbIoU":
+                vars(criterion.assigner).pop("iou_calculation", None)  # the class has Ultralytics' own
 
     for attribute, value in options.items():
         setattr(Trainer, attribute, value)

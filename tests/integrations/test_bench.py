@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from bench.detectors import crops, plan, training
+from tests.boxes import oracle
+from triton_mgiou import PAPER
 
 ROOT = Path(__file__).parents[2]
 SQUARE = np.array([[0.0, 0.0], [10.0, 0.0], [10.0, 10.0], [0.0, 10.0]])
@@ -38,6 +40,23 @@ def test_what_is_judged():
     assert result["crossing"] == pytest.approx(0.5)
     assert result["IoU"] == pytest.approx(0.75)
     assert result["angle error"] == pytest.approx(0)
+
+
+def test_variants_of_the_loss_of_boxes_differ_by_what_they_say():
+    """A shift by (3, 1) of a box of 12 x 5 turned by 90 degrees costs 1 / 12 + 3 / 5 beside MGIoU; or it saturates."""
+    target = torch.tensor([[50.0, 40, 12, 5, math.pi / 2]])
+    pred = target + torch.tensor([3.0, 1, 0, 0, 0])
+    scores, positive = torch.full((1, 1, 1), 0.5), torch.ones(1, 1, dtype=torch.bool)
+    rest = (torch.zeros(1, 2), target[None], scores, 0.25, positive, torch.tensor([64.0, 64]), torch.full((1, 1), 8.0))
+
+    def loss(**options):
+        made = training.BoxVariant(16, dict(PAPER), 2.0, **{"saturating": False, "centre": 0.0, **options})
+        return made(torch.zeros(1, 1, 64), pred[None], *rest)[0].item() / 2  # a score of .5 over a sum of .25
+
+    (plain,) = oracle.per_sample_loss(pred, target, "cxcywhr", **PAPER)
+    assert loss() == pytest.approx(2 * plain, rel=1e-5)
+    assert loss(centre=0.5) == pytest.approx(2 * (plain + 0.5 * (1 / 12 + 3 / 5)), rel=1e-5)
+    assert loss(saturating=True) == pytest.approx(1 - math.exp(-2 * plain), rel=1e-5)
 
 
 @pytest.mark.parametrize(("turn", "error"), [(10, 10), (50, 40), (90, 0), (-15, 15)])

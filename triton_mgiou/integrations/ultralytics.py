@@ -76,7 +76,7 @@ try:
 except ImportError as error:
     raise ImportError(_other_version(f"lacks something ({error})", "has it")) from error
 
-BOX_OPTIONS: Mapping[str, Any] = {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25}
+BOX_OPTIONS: Mapping[str, Any] = {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.0}
 SHOWN_IMAGES = 16  # of a batch, in a plot
 SHOWN_CONFIDENCE = 0.25
 SHRINK = 4  # of the masks in a plot, as of Ultralytics' own: thousands of whole ones would not fit into memory
@@ -423,7 +423,8 @@ class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
     loss of the distribution stay as they are; `angle=0` turns the first off. Set these in a subclass:
 
     Attributes:
-        options: Options of the loss: `axis_weight`, `axis_grad`, `boundary_weight`.
+        options: Options of the loss: `axis_weight`, `axis_grad`, `boundary_weight`. The boundary term is off: detectors
+            came out less exact with it (bench/detectors).
         gain: Factor on the loss of the boxes. Near the target a shift by d of a box of width w costs d / 2w by MGIoU
             and sqrt(6) times that by ProbIoU, for which Ultralytics chose its gains; with 1 the centres come out less
             exact than with ProbIoU (bench/detectors).
