@@ -42,6 +42,7 @@ class MGIoUMode(MGIoUPoseTrainer):
 
 class Gain(MGIoUOBBTrainer):
     gain = 3.0
+    options = {"axis_weight": "length", "boundary_weight": 0.25}  # noqa: RUF012
 
 
 class AllIn(MGIoUPoseTrainer):
@@ -176,7 +177,7 @@ def test_obb_criterion(head, monkeypatch):
     (_, pred, _, target, scores, total, positive, *_), (_, distribution) = seen[-1]
     values = oracle_loss(
         *(corners_of(boxes[positive].detach()) for boxes in (pred, target)),
-        axis_weight="uniform",
+        axis_weight="length",
         boundary_weight=0.25,
         reduction="none",
     )
