@@ -213,6 +213,26 @@ def test_a_convex_target_in_any_order(backend, dtype, size):
     assert_gradient_close(gradient, slopes, rtol=1e-4 if dtype == torch.float32 else 1e-6)
 
 
+@pytest.mark.parametrize("thickness", [0.1, 0.01, 0.001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_thin_target_in_any_order(backend, dtype, thickness):
+    """Its area is a small difference of large products. Next to the outline the gradient is that of 1 / thickness."""
+    rng = generator(224)
+    boxes = random_boxes(32, rng)
+    boxes[:, 3] = thickness * boxes[:, 2]
+    ordered = either_way(rectangle_corners(boxes), rng)[:, [0, 0, 1, 2, 3]].to(dtype)
+    thicker = rectangle_corners(boxes * torch.tensor([1, 1, 1, 1.02, 1])).to(dtype)
+    for target in (ordered.roll(2, 1), ordered.flip(1), shuffled(ordered, rng)):
+        value, gradient = backend.value_and_gradient(ordered, target, reduction="none", boundary_weight=0.5)
+        assert_zero(value, "loss")
+        assert_zero(gradient, "gradient")
+        value, gradient = backend.value_and_gradient(thicker, target, reduction="none", boundary_weight=0.5)
+        arrays = numpy64(thicker), numpy64(target)
+        atol = (2e-6 if dtype == torch.float32 else 1e-14) / thickness
+        assert_close(value, oracle.loss(*arrays, reduction="none", boundary_weight=0.5), atol=atol)
+        assert float(gradient.abs().amax((1, 2)).min()) > 0.01 / thickness
+
+
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
 def test_a_quadrangle_in_any_order(backend, order):
     pred = torch.tensor([[[0.0, 0.0], [12.0, 1.0], [9.0, 7.0], [3.0, 5.0]]])

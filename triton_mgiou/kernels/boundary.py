@@ -134,6 +134,7 @@ def boundary_term(mixed, pred, target, TINY: tl.constexpr, RESOLUTION: tl.conste
     per_area = tl.where(is_point, 0.0, 2.0 * a * a * share)
     match = per_area * (pred.doubled * per_unit)
     term = 1.0 - match
-    is_none = is_flat | (term <= RESOLUTION)
+    rounding = RESOLUTION * tl.maximum(1.0, target.squares * per_unit * 0.5)  # areas of thin polygons round more
+    is_none = is_flat | (term <= rounding)
     mixed_slope = tl.where(is_none | is_point, 0.0, match * (3.0 * v * v + a * a) * share * per_unit)
     return BoundaryTerm(tl.where(is_none, 0.0, term), mixed_slope, tl.where(is_none, 0.0, minus(per_area) * per_unit))

@@ -322,17 +322,18 @@ def _boundary(p: _Polygons, g: _Polygons, extent: Tensor) -> Tensor:
     the order of its vertices does not count.
     """
     normals, p_area = _outward(p)
-    g_area = _area_in_order(g, extent)
+    g_area, g_squares = _area_in_order(g, extent), g.edges.detach().square().sum((1, 2))
     mixed = _interval(g, _project(g.shape.detach(), normals), normals)[1].sum(1)
     tiny = _TINY[mixed.dtype]
-    flat = g_area <= (MIN_AXIS_LENGTH * g.edges.detach().square().sum((1, 2))).clamp(min=tiny)
+    flat = g_area <= (MIN_AXIS_LENGTH * g_squares).clamp(min=tiny)
     unit = torch.where(flat, 1.0, torch.maximum(mixed, g_area)).detach()
+    rounding = _RESOLUTION[mixed.dtype] * (g_squares / (2.0 * unit)).clamp(min=1.0)  # areas of thin polygons round more
     p_area, g_area, mixed = p_area / unit, g_area / unit, mixed / unit
     shrunk = mixed <= tiny
     denominator = torch.where(shrunk, 1.0, mixed) * (mixed.square() + g_area.square())
     match = 2.0 * p_area * g_area.square() / torch.where(flat, 1.0, denominator)
     term = 1.0 - torch.where(shrunk, 0.0, match)
-    return torch.where(flat | (term <= _RESOLUTION[term.dtype]), 0.0, term)
+    return torch.where(flat | (term <= rounding), 0.0, term)
 
 
 def _area_in_order(polygons: _Polygons, extent: Tensor) -> Tensor:
