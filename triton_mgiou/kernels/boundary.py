@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import inverse, minus, sign
-from triton_mgiou.kernels.axis import SHORTEST, project
+from triton_mgiou.kernels.axis import SHORTEST, near_ends, project
 from triton_mgiou.kernels.slots import dot, highest, lowest, over_axes, total
-from triton_mgiou.kernels.types import Area, BoundaryTerm, Point, Reach
+from triton_mgiou.kernels.types import Area, BoundaryTerm, Interval, Point, Reach
 from triton_mgiou.kernels.vertices import addresses_of, flags_of, is_real, load_last, load_scaled
 
 
@@ -107,13 +107,14 @@ def _turn(vector):
 
 
 @triton.jit
-def reach(axis, direction, shape):
+def reach(axis, direction, shape, slack):
     """How far a polygon reaches along an edge's outward normal, times the edge's length."""
     projections = project(direction * axis.x, direction * axis.y, shape)
     furthest = highest(projections)
+    near = near_ends(Interval(furthest, furthest), axis, slack)
     at = ()
     for slot in tl.static_range(len(projections)):
-        at = at + ((projections[slot] >= furthest).to(furthest.dtype),)
+        at = at + ((projections[slot] >= near.high).to(furthest.dtype),)
     share = inverse(total(at))
     return Reach(furthest, Point(dot(at, shape.xs) * share, dot(at, shape.ys) * share))
 
