@@ -14,6 +14,7 @@ from triton_mgiou.arguments import (
     check_avg_factor,
     check_box_format,
     check_choice,
+    check_factor,
     check_keypoints,
     check_number,
     check_real_numbers,
@@ -39,14 +40,13 @@ class MGIoULoss(nn.Module):
 
     Args:
         reduction: "mean", "sum" or "none".
-        loss_weight: Factor on the result.
+        loss_weight: Factor on the result, of size 1e30 at most.
         **options: `axis_weight`, `axis_grad`, `convexity_weight`, `boundary_weight` and `backend` of `mgiou_loss`, with
             its defaults, which are not the paper's: see `paper`.
 
     Raises:
         TypeError: An option that `mgiou_loss` does not have, or a `loss_weight` that is no number.
-        ValueError: An unknown `reduction`, or a `loss_weight` that is not finite. Other options are checked by the
-            first call.
+        ValueError: An unknown `reduction`, or a `loss_weight` above 1e30. Other options are checked by the first call.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (*Options._fields, "backend")
@@ -58,7 +58,7 @@ class MGIoULoss(nn.Module):
             raise TypeError(f"options must be among {', '.join(self.OPTIONS)}, got {', '.join(unknown)}")
         check_choice("reduction", reduction, REDUCTIONS)
         if not isinstance(loss_weight, Tensor):
-            check_number("loss_weight", loss_weight)
+            check_factor("loss_weight", loss_weight)
         self.reduction = reduction
         self.loss_weight = loss_weight
         self.options = options
@@ -125,7 +125,7 @@ class BoxMGIoULoss(MGIoULoss):
 
     Args:
         reduction: "mean", "sum" or "none".
-        loss_weight: Factor on the result.
+        loss_weight: Factor on the result, of size 1e30 at most.
         fmt: What the numbers of a box are, see `box_mgiou_loss`, whose docstring has a table of libraries.
         **options: `angle`, `clockwise`, `axis_weight`, `axis_grad`, `convexity_weight`, `boundary_weight` and `backend`
             of `box_mgiou_loss`, with its defaults, which are not the paper's: see `paper`.
@@ -173,7 +173,8 @@ class PolygonLoss(nn.Module):
         **options: The options of `MGIoULoss`, with its defaults; `**PAPER` for the paper's.
 
     Raises:
-        TypeError: `alpha` is neither, or an option that `MGIoULoss` does not have.
+        TypeError: `alpha` is neither, `sigmas` are no numbers, `return_parts` is no bool, or an option that `MGIoULoss`
+            does not have.
         ValueError: An unknown `mode` or `reduction`, an `alpha` outside 0..1, or `sigmas` that are not above 0. Other
             options are checked by the first call.
     """
@@ -194,15 +195,21 @@ class PolygonLoss(nn.Module):
         check_choice("mode", mode, MODES)
         if sigmas is not None:
             device = sigmas.device if isinstance(sigmas, Tensor) else torch.get_default_device()
-            sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu").detach().reshape(-1)
+            try:
+                sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu").detach().reshape(-1)
+            except (OverflowError, RuntimeError, TypeError, ValueError):
+                raise TypeError(f"sigmas must be numbers above 0, got {sigmas!r}") from None
             if not (sigmas.numel() and bool(((sigmas > 0) & sigmas.isfinite()).all())):
                 raise ValueError(f"sigmas must be finite numbers above 0, got {sigmas.tolist()}")
             sigmas = sigmas.to("cpu" if device.type == "meta" else device)  # nothing would bring its values back
         if isinstance(alpha, Real) and not isinstance(alpha, bool):
             if not 0 <= alpha <= 1:
                 raise ValueError(f"alpha must be in 0..1, got {alpha}")
+            check_number("alpha", alpha)
         elif not isinstance(alpha, nn.Module) and (mode == "hybrid" or alpha is not None):
             raise TypeError(f"alpha must be a number or a module such as AlphaSchedule, got {type(alpha).__name__}")
+        if not isinstance(return_parts, bool):
+            raise TypeError(f"return_parts must be a bool, got {type(return_parts).__name__}")
         self.mode = mode
         self.alpha = alpha
         self.register_buffer("sigmas", sigmas, persistent=False)

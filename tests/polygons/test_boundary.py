@@ -350,6 +350,21 @@ def test_any_finite_float32_has_a_finite_value_and_gradient(backend, pair):
         assert_finite(gradient, "gradient")
 
 
+def test_the_largest_weights_of_the_terms(backend):
+    """In units of such a weight the loss is that of the terms alone, at any scale, and no gradient is NaN."""
+    rng = generator(225)
+    pred, target = crossing(6, 5, rng).float(), convex(6, 5, rng).float()
+    pred[0], pred[1], target[2], pred[3] = target[0], pred[1, 0], target[2, 0], pred[3] * 1e-30
+    scales = torch.tensor([1.0, 1.0, 1.0, 1.0, 1e30, 1e-30])[:, None, None]
+    pred, target = pred * scales, target * scales
+    for name in ("boundary_weight", "convexity_weight"):
+        parts = [
+            backend.value_and_gradient(pred, target, reduction="none", **{name: weight}) for weight in (1e30, 1.0, 0.0)
+        ]
+        assert_finite(parts[0][1])
+        assert_close(parts[0][0] / 1e30, numpy64(parts[1][0] - parts[2][0]), atol=1e-6)
+
+
 def test_predictions_and_targets_without_an_area(backend):
     square = box(0, 0, 2, 2)
     lines = {
