@@ -116,12 +116,10 @@ def interval_of(axis, start, end):
 
 
 @triton.jit
-def tie(ends, edge_ends, axis, slack):
-    """`near_ends` by which both ends of the edge are at an extreme if one is."""
+def tie(ends, edge_ends):
+    """Thresholds for `shares` by which both ends of the edge are at an extreme if one is."""
     low = tl.where(edge_ends.low == ends.low, edge_ends.high, ends.low)
-    high = tl.where(edge_ends.high == ends.high, edge_ends.low, ends.high)
-    near = near_ends(ends, axis, slack)
-    return Interval(tl.maximum(low, near.low), tl.minimum(high, near.high))
+    return Interval(low, tl.where(edge_ends.high == ends.high, edge_ends.low, ends.high))
 
 
 @triton.jit
@@ -132,7 +130,7 @@ def rounded(ends, rounding):
 
 @triton.jit
 def near_ends(ends, axis, slack):
-    """The same of projections on an axis, of coordinates that are right to `slack`."""
+    """The same of projections on an axis whose coordinates are right to `slack`."""
     size = tl.abs(axis.x) + tl.abs(axis.y)
     return Interval(tl.fma(size, slack, ends.low), tl.fma(size, minus(slack), ends.high))
 

@@ -44,9 +44,9 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
         )
         convexity += term.value
         if VARIANT.GRAD:
-            bent = convexity_gradient(term, axis, sample.pred_slack)
+            bent = convexity_gradient(term)
     if VARIANT.BOUNDARY:
-        reached = reach(axis, sample.direction, sample.target_shape, sample.target_slack)
+        reached = reach(axis, sample.direction, sample.target_shape, sample.target_slack, VARIANT.AXIS_GRAD)
         mixed += reached.length
         if VARIANT.GRAD:
             by_mixed = hand_opposite(by_mixed, edge, ends, Point(minus(reached.at.y), reached.at.x), VARIANT.AXES)
@@ -57,12 +57,14 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
             edge_ends = Interval(tl.minimum(start, end), tl.maximum(start, end))
         else:
             _, edge_ends = own_interval(axis, edge, sample.pred.origin)
-        pred_ends = tie(compared.pred, edge_ends, axis, sample.pred_slack)
+        pred_ends = tie(compared.pred, edge_ends)
+        if not VARIANT.AXIS_GRAD:
+            near = near_ends(compared.pred, axis, sample.pred_slack)
+            pred_ends = Interval(tl.maximum(pred_ends.low, near.low), tl.minimum(pred_ends.high, near.high))
         derivatives = shares(compared.on_pred, pred_ends, to_pred)
         along = Point(tl.zeros_like(axis.length), tl.zeros_like(axis.length))  # derivative to the edge
         if VARIANT.AXIS_GRAD:
-            target_ends = near_ends(compared.target, axis, sample.target_slack)
-            on_target = shares(compared.on_target, target_ends, to_target)
+            on_target = shares(compared.on_target, compared.target, to_target)
             x = minus(dot(on_target + derivatives, sample.target.ys + sample.pred.ys))
             along = Point(x, dot(on_target + derivatives, sample.target.xs + sample.pred.xs))
         if VARIANT.CONVEXITY:
@@ -93,7 +95,9 @@ def target_axis(sums, edge, sample, VARIANT: tl.constexpr):
     gradient = sums.gradient
     if VARIANT.GRAD:
         to_pred, _ = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)
-        pred_ends = near_ends(compared.pred, axis, sample.pred_slack)
+        pred_ends = compared.pred
+        if not VARIANT.AXIS_GRAD:
+            pred_ends = near_ends(pred_ends, axis, sample.pred_slack)
         gradient = add_gradient(gradient, axis, shares(compared.on_pred, pred_ends, to_pred))
     reach = sums.reach
     if VARIANT.BOUNDARY:

@@ -107,14 +107,16 @@ def _turn(vector):
 
 
 @triton.jit
-def reach(axis, direction, shape, slack):
+def reach(axis, direction, shape, slack, AXIS_GRAD: tl.constexpr):
     """How far a polygon reaches along an edge's outward normal, times the edge's length."""
     projections = project(direction * axis.x, direction * axis.y, shape)
     furthest = highest(projections)
-    near = near_ends(Interval(furthest, furthest), axis, slack)
+    least = furthest
+    if not AXIS_GRAD:
+        least = near_ends(Interval(furthest, furthest), axis, slack).high
     at = ()
     for slot in tl.static_range(len(projections)):
-        at = at + ((projections[slot] >= near.high).to(furthest.dtype),)
+        at = at + ((projections[slot] >= least).to(furthest.dtype),)
     share = inverse(total(at))
     return Reach(furthest, Point(dot(at, shape.xs) * share, dot(at, shape.ys) * share))
 

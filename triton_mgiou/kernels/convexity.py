@@ -44,9 +44,9 @@ def convexity_of(axis, edge, shape, count, factor, TINY: tl.constexpr, GRAD: tl.
 
 
 @triton.jit
-def convexity_gradient(convexity, axis, slack):
+def convexity_gradient(convexity):
     """Its derivatives, those to P's interval included."""
-    ends = tie(convexity.ends, convexity.edge_ends, axis, slack)
+    ends = tie(convexity.ends, convexity.edge_ends)
     to_start = total(convexity.sides)
     width_slopes = Interval(convexity.width_slope, minus(convexity.width_slope))
     return ConvexityGradient(add(convexity.sides, shares(convexity.projections, ends, width_slopes)), to_start)

@@ -73,7 +73,7 @@ def per_sample_loss(
     if convexity_weight:
         loss = loss + convexity_weight * _convexity(p_polygons, p_is_axis)
     if boundary_weight:
-        loss = loss + boundary_weight * _boundary(p_polygons, g_polygons, extent)
+        loss = loss + boundary_weight * _boundary(p_polygons, g_polygons, extent, up_to_rounding=not axis_grad)
     return loss
 
 
@@ -221,12 +221,14 @@ def _projections_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 _projections_operator.register_autograd(_projections_backward, setup_context=_save_projected)
 
 
-def _interval(polygons: _Polygons, projections: Tensor, axes: Tensor, *, is_own: bool = False) -> tuple[Tensor, Tensor]:
+def _interval(
+    polygons: _Polygons, projections: Tensor, axes: Tensor, *, is_own: bool = False, up_to_rounding: bool = False
+) -> tuple[Tensor, Tensor]:
     """The interval of the projections on each axis, low and high, both (B, K); the gradient is shared evenly at a tie.
 
     The two ends of an edge have one projection on its normal, so on a polygon's own axes (`is_own`) both are at an
-    extreme if one is. Those of a parallel edge are tied too, but the rounding of coordinates tells them apart: what is
-    closer than that to an extreme is tied with it.
+    extreme if one is. Those of a parallel edge are tied too, but the rounding of coordinates tells them apart:
+    `up_to_rounding` ties what is closer than that to an extreme.
     """
     values, real = projections.detach(), polygons.real.unsqueeze(1)
     low = values.masked_fill(~real, torch.inf).amin(-1, keepdim=True)
@@ -237,9 +239,10 @@ def _interval(polygons: _Polygons, projections: Tensor, axes: Tensor, *, is_own:
         edge_low, edge_high = torch.minimum(*ends), torch.maximum(*ends)
         highest_low = torch.where(edge_low == low, edge_high, low)
         lowest_high = torch.where(edge_high == high, edge_low, high)
-    slack = (WIDEST_TIE * _extent(polygons)).clamp(max=_TIE[axes.dtype]).unsqueeze(-1)
-    slack = slack * axes.detach().abs().sum(-1, keepdim=True)
-    highest_low, lowest_high = torch.maximum(highest_low, low + slack), torch.minimum(lowest_high, high - slack)
+    if up_to_rounding:
+        slack = (WIDEST_TIE * _extent(polygons)).clamp(max=_TIE[axes.dtype]).unsqueeze(-1)
+        slack = slack * axes.detach().abs().sum(-1, keepdim=True)
+        highest_low, lowest_high = torch.maximum(highest_low, low + slack), torch.minimum(lowest_high, high - slack)
     at_low, at_high = real & (values <= highest_low), real & (values >= lowest_high)
     return _extreme(low, at_low, projections), _extreme(high, at_high, projections)
 
@@ -281,8 +284,8 @@ def _sum_over_axes(
     edges = own.edges if axis_grad else own.edges.detach()
     weights, is_axis = _axis_weights(edges, extent, axis_weight)
     axes = _axes(edges)
-    own_low, own_high = _interval(own, _project(own.vertices, axes), axes, is_own=True)
-    other_low, other_high = _interval(other, _project(other.vertices, axes), axes)
+    own_low, own_high = _interval(own, _project(own.vertices, axes), axes, is_own=True, up_to_rounding=not axis_grad)
+    other_low, other_high = _interval(other, _project(other.vertices, axes), axes, up_to_rounding=not axis_grad)
     difference = (own_high - other_high).abs() + (own_low - other_low).abs()
     hull = torch.maximum(own_high, other_high) - torch.minimum(own_low, other_low)
     return (weights * _quotient(difference, hull)).sum(1), weights.sum(1), is_axis
@@ -306,7 +309,7 @@ def _convexity(polygons: _Polygons, is_axis: Tensor) -> Tensor:
     return terms.sum(1) / (polygons.real.sum(1) * is_axis.sum(1).clamp(min=1))
 
 
-def _boundary(p: _Polygons, g: _Polygons, extent: Tensor) -> Tensor:
+def _boundary(p: _Polygons, g: _Polygons, extent: Tensor, *, up_to_rounding: bool) -> Tensor:
     """How far the outline of P, read in its order, is from being G up to a shift, (B,), in [0, 1].
 
     With the areas |P| and |G| and their mixed area V, which is half the sum over the edges of P of how far G reaches
@@ -320,7 +323,8 @@ def _boundary(p: _Polygons, g: _Polygons, extent: Tensor) -> Tensor:
     """
     normals, p_area = _outward(p)
     g_area, g_squares = _area_in_order(g, extent), g.edges.detach().square().sum((1, 2))
-    mixed = _interval(g, _project(g.shape.detach(), normals), normals)[1].sum(1)
+    projections = _project(g.shape.detach(), normals)
+    mixed = _interval(g, projections, normals, up_to_rounding=up_to_rounding)[1].sum(1)
     tiny = _TINY[mixed.dtype]
     flat = g_area <= (MIN_AXIS_LENGTH * g_squares).clamp(min=tiny)
     unit = torch.where(flat, 1.0, torch.maximum(mixed, g_area)).detach()
