@@ -132,7 +132,7 @@ class BoxMGIoULoss(MGIoULoss):
 
     Raises:
         TypeError: An option that `box_mgiou_loss` does not have, or a `loss_weight` that is no number.
-        ValueError: An unknown `reduction`, `fmt` or `angle`, a `loss_weight` that is not finite, or `angle` or
+        ValueError: An unknown `reduction`, `fmt` or `angle`, a `loss_weight` above 1e30, or `angle` or
             `clockwise` for a format that does not have it. Other options are checked by the first call.
     """
 
