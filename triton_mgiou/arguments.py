@@ -14,6 +14,7 @@ from triton_mgiou.options import AXIS_WEIGHTS, BACKENDS, OVERS, REDUCTIONS, Opti
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LARGEST_FACTOR = 1e30
 _PLAIN = (Tensor, torch.nn.Parameter)
 _STRIDED = torch.strided
 
@@ -80,6 +81,13 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
+def check_factor(name: str, value: Any) -> None:
+    """Refuse what is no factor on a loss, or one over which float32 overflows, and NaN comes of Inf times 0."""
+    check_number(name, value)
+    if abs(value) > LARGEST_FACTOR:
+        raise ValueError(f"{name} must be at most {LARGEST_FACTOR:g}, got {value}")
+
+
 def check_options(options: Options) -> None:
     """Refuse options that no loss has."""
     check_choice("axis_weight", options.axis_weight, AXIS_WEIGHTS)
@@ -90,9 +98,9 @@ def check_options(options: Options) -> None:
 
 
 def _check_term_weight(name: str, value: Any) -> None:
-    if type(value) is float and 0.0 <= value < math.inf:  # the usual case, which should take no time
+    if type(value) is float and 0.0 <= value <= LARGEST_FACTOR:  # the usual case, which should take no time
         return
-    check_number(name, value)
+    check_factor(name, value)
     if value < 0:
         raise ValueError(f"{name} must be 0 or above, got {value}")
 

@@ -100,9 +100,9 @@ def mgiou_loss(
             1 - exp(-length / (0.01 extent)). The extent is the longer side of the joint bounding box.
         axis_grad: Whether the gradient of MGIoU includes the path through the axes (directions and weights), as the
             paper's does. The value is the same without it.
-        convexity_weight: Factor, 0 or above, on a scale-free term that is 0 for a convex `pred` whose vertices
+        convexity_weight: Factor, 0 to 1e30, on a scale-free term that is 0 for a convex `pred` whose vertices
             are in order and grows with dents and crossings.
-        boundary_weight: Factor, 0 or above, on a scale-free term in [0, 1] that is 0 only where `pred`, read in its
+        boundary_weight: Factor, 0 to 1e30, on a scale-free term in [0, 1] that is 0 only where `pred`, read in its
             order, is the target (a convex one) moved: 1 - (A_p A_t / V^2) (2 V A_t / (V^2 + A_t^2)), of the areas A
             and the mixed area V. Every vertex of `pred` gets a gradient; `target` is a constant of it.
         backend: "eager" (PyTorch), "triton" (fused kernels; an error where they cannot run) or "auto".

@@ -15,6 +15,7 @@ from triton_mgiou.arguments import (
     check_box_format,
     check_box_options,
     check_choice,
+    check_factor,
     check_keypoints,
     check_number,
     check_options,
@@ -42,13 +43,13 @@ class MGIoULoss(nn.Module):
 
     Args:
         reduction: "mean", "sum" or "none".
-        loss_weight: Factor on the result.
+        loss_weight: Factor on the result, of size 1e30 at most.
         **options: `axis_weight`, `axis_grad`, `convexity_weight`, `boundary_weight` and `backend` of `mgiou_loss`, with
             its defaults, which are not the paper's: see `paper`.
 
     Raises:
         TypeError: An option that `mgiou_loss` does not have, or a `loss_weight` that is no number.
-        ValueError: An unknown `reduction`, a `loss_weight` that is not finite, or an option with a wrong value.
+        ValueError: An unknown `reduction`, a `loss_weight` above 1e30, or an option with a wrong value.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (*Options._fields, "backend")
@@ -60,7 +61,7 @@ class MGIoULoss(nn.Module):
             raise TypeError(f"options must be among {', '.join(self.OPTIONS)}, got {', '.join(unknown)}")
         check_choice("reduction", reduction, REDUCTIONS)
         if not isinstance(loss_weight, Tensor):
-            check_number("loss_weight", loss_weight)
+            check_factor("loss_weight", loss_weight)
         self.reduction = reduction
         self.loss_weight = loss_weight
         self.options = options
@@ -133,14 +134,14 @@ class BoxMGIoULoss(MGIoULoss):
 
     Args:
         reduction: "mean", "sum" or "none".
-        loss_weight: Factor on the result.
+        loss_weight: Factor on the result, of size 1e30 at most.
         fmt: What the numbers of a box are, see `box_mgiou_loss`, whose docstring has a table of libraries.
         **options: `angle`, `clockwise`, `axis_weight`, `axis_grad`, `convexity_weight`, `boundary_weight` and `backend`
             of `box_mgiou_loss`, with its defaults, which are not the paper's: see `paper`.
 
     Raises:
         TypeError: An option that `box_mgiou_loss` does not have, or a `loss_weight` that is no number.
-        ValueError: An unknown `reduction`, `fmt` or `angle`, a `loss_weight` that is not finite, an option with a wrong
+        ValueError: An unknown `reduction`, `fmt` or `angle`, a `loss_weight` above 1e30, an option with a wrong
             value, or one that the format does not have.
     """
 
@@ -186,7 +187,8 @@ class PolygonLoss(nn.Module):
         **options: The options of `MGIoULoss`, with its defaults; `**PAPER` for the paper's.
 
     Raises:
-        TypeError: `alpha` or `sigmas` are none of these, or an option that `MGIoULoss` does not have.
+        TypeError: `alpha` is neither, `sigmas` are no numbers, `return_parts` is no bool, or an option that `MGIoULoss`
+            does not have.
         ValueError: An unknown `mode` or `reduction`, an `alpha` outside 0..1, `sigmas` that are not above 0, or an
             option with a wrong value.
     """
@@ -209,16 +211,19 @@ class PolygonLoss(nn.Module):
             device = sigmas.device if isinstance(sigmas, Tensor) else torch.get_default_device()
             try:
                 sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu").detach().reshape(-1)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise TypeError(f"sigmas must be numbers or a tensor, got {sigmas!r}") from error
+            except (OverflowError, RuntimeError, TypeError, ValueError):
+                raise TypeError(f"sigmas must be numbers above 0, got {sigmas!r}") from None
             if not (sigmas.numel() and bool(((sigmas > 0) & sigmas.isfinite()).all())):
                 raise ValueError(f"sigmas must be finite numbers above 0, got {sigmas.tolist()}")
             sigmas = sigmas.to("cpu" if device.type == "meta" else device)  # nothing would bring its values back
         if isinstance(alpha, Real) and not isinstance(alpha, bool):
             if not 0 <= alpha <= 1:
                 raise ValueError(f"alpha must be in 0..1, got {alpha}")
+            check_number("alpha", alpha)
         elif not isinstance(alpha, nn.Module) and (mode == "hybrid" or alpha is not None):
             raise TypeError(f"alpha must be a number or a module such as AlphaSchedule, got {type(alpha).__name__}")
+        if not isinstance(return_parts, bool):
+            raise TypeError(f"return_parts must be a bool, got {type(return_parts).__name__}")
         self.mode = mode
         self.alpha = alpha
         self.register_buffer("sigmas", sigmas, persistent=False)

@@ -20,8 +20,9 @@ MIN_AXIS_LENGTH = 1e-6  # of the extent: a shorter edge is no axis under "unifor
 SOFT_AXIS_LENGTH = 0.01  # of the extent: the edge whose "soft" weight is 1 - 1/e (section 3)
 
 # By the bits of the type that is computed in. Coordinates are scaled to about 1, so squared lengths below TINY are far
-# under their resolution and count as 0: no quotient can then overflow. A boundary term below RESOLUTION is rounding
-# and counts as 0: at the target itself value and gradient are exactly 0 (sections 6 and 7).
+# under their resolution and count as 0: no quotient can then overflow. A boundary term below RESOLUTION (more
+# where the target is thin) is rounding and counts as 0: at the target itself value and gradient are exactly 0
+# (sections 6 and 7).
 TINY = {32: 2.0**-96, 64: 2.0**-800}
 RESOLUTION = {32: 2.0**-20, 64: 2.0**-48}
 

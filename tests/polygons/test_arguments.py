@@ -98,6 +98,7 @@ WRONG = {
     "convexity_weight Inf": ({"convexity_weight": float("inf")}, ValueError, "convexity_weight", ["finite", "inf"]),
     "convexity_weight a string": ({"convexity_weight": "1"}, TypeError, "convexity_weight", ["number", "str"]),
     "convexity_weight None": ({"convexity_weight": None}, TypeError, "convexity_weight", ["number", "NoneType"]),
+    "convexity_weight beyond float32": ({"convexity_weight": 1e39}, ValueError, "convexity_weight", ["1e+30", "1e+39"]),
     "boundary_weight negative": ({"boundary_weight": -0.5}, ValueError, "boundary_weight", ["0 or above", "-0.5"]),
     "boundary_weight NaN": ({"boundary_weight": float("nan")}, ValueError, "boundary_weight", ["finite", "nan"]),
     "boundary_weight a string": ({"boundary_weight": "1"}, TypeError, "boundary_weight", ["number", "str"]),

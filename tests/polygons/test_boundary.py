@@ -213,6 +213,26 @@ def test_a_convex_target_in_any_order(backend, dtype, size):
     assert_gradient_close(gradient, slopes, rtol=1e-4 if dtype == torch.float32 else 1e-6)
 
 
+@pytest.mark.parametrize("thickness", [0.1, 0.01, 0.001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_thin_target_in_any_order(backend, dtype, thickness):
+    """Its area is a small difference of large products. Next to the outline the gradient is that of 1 / thickness."""
+    rng = generator(224)
+    boxes = random_boxes(32, rng)
+    boxes[:, 3] = thickness * boxes[:, 2]
+    ordered = either_way(rectangle_corners(boxes), rng)[:, [0, 0, 1, 2, 3]].to(dtype)
+    thicker = rectangle_corners(boxes * torch.tensor([1, 1, 1, 1.02, 1])).to(dtype)
+    for target in (ordered.roll(2, 1), ordered.flip(1), shuffled(ordered, rng)):
+        value, gradient = backend.value_and_gradient(ordered, target, reduction="none", boundary_weight=0.5)
+        assert_zero(value, "loss")
+        assert_zero(gradient, "gradient")
+        value, gradient = backend.value_and_gradient(thicker, target, reduction="none", boundary_weight=0.5)
+        arrays = numpy64(thicker), numpy64(target)
+        atol = (2e-6 if dtype == torch.float32 else 1e-14) / thickness
+        assert_close(value, oracle.loss(*arrays, reduction="none", boundary_weight=0.5), atol=atol)
+        assert float(gradient.abs().amax((1, 2)).min()) > 0.01 / thickness
+
+
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
 def test_a_quadrangle_in_any_order(backend, order):
     pred = torch.tensor([[[0.0, 0.0], [12.0, 1.0], [9.0, 7.0], [3.0, 5.0]]])
@@ -328,6 +348,21 @@ def test_any_finite_float32_has_a_finite_value_and_gradient(backend, pair):
     assert (value <= 2).all()
     for gradient in gradients:
         assert_finite(gradient, "gradient")
+
+
+def test_the_largest_weights_of_the_terms(backend):
+    """In units of such a weight the loss is that of the terms alone, at any scale, and no gradient is NaN."""
+    rng = generator(225)
+    pred, target = crossing(6, 5, rng).float(), convex(6, 5, rng).float()
+    pred[0], pred[1], target[2], pred[3] = target[0], pred[1, 0], target[2, 0], pred[3] * 1e-30
+    scales = torch.tensor([1.0, 1.0, 1.0, 1.0, 1e30, 1e-30])[:, None, None]
+    pred, target = pred * scales, target * scales
+    for name in ("boundary_weight", "convexity_weight"):
+        parts = [
+            backend.value_and_gradient(pred, target, reduction="none", **{name: weight}) for weight in (1e30, 1.0, 0.0)
+        ]
+        assert_finite(parts[0][1])
+        assert_close(parts[0][0] / 1e30, numpy64(parts[1][0] - parts[2][0]), atol=1e-6)
 
 
 def test_predictions_and_targets_without_an_area(backend):

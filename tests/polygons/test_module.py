@@ -153,7 +153,13 @@ def test_a_tensor_that_is_finite_in_float64_only_divides(backend, pair, name):
 @pytest.mark.parametrize("make", [MGIoULoss, BoxMGIoULoss])
 @pytest.mark.parametrize(
     ("loss_weight", "error", "came"),
-    [("2", TypeError, "str"), (None, TypeError, "NoneType"), (math.nan, ValueError, "nan"), (2**99, ValueError, "101")],
+    [
+        ("2", TypeError, "str"),
+        (None, TypeError, "NoneType"),
+        (math.nan, ValueError, "nan"),
+        (-1e39, ValueError, r"-1e\+39"),
+        (2**99, ValueError, "101"),
+    ],
 )
 def test_a_wrong_loss_weight(make, loss_weight, error, came):
     with pytest.raises(error, match=f"^loss_weight must be .*, got .*{came}"):

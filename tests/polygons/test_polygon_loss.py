@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from fractions import Fraction
 
 import pytest
 import torch
@@ -539,9 +540,13 @@ def test_wrong_options():
         for sigmas in (0.0, -0.1, NAN, INF, [0.1, 0.0], []):
             with pytest.raises(ValueError, match=r"^sigmas must be finite numbers above 0, got \["):
                 PolygonLoss(mode, alpha=0.5, sigmas=sigmas)
-        for sigmas in ("x", ["0.1", None], [[0.1], [0.1, 0.2]], {0: 0.1}, 1j):
-            with pytest.raises(TypeError, match=r"^sigmas must be numbers or a tensor, got "):
+        for sigmas in ("x", 1j, 10**400, ["0.1", None], [[0.1], [0.1, 0.2]], {0: 0.1}):
+            with pytest.raises(TypeError, match=r"^sigmas must be numbers above 0, got "):
                 PolygonLoss(mode, alpha=0.5, sigmas=sigmas)
+        with pytest.raises(TypeError, match=r"^alpha must be a number, got Fraction"):
+            PolygonLoss(mode, alpha=Fraction(1, 2))
+        with pytest.raises(TypeError, match=r"^return_parts must be a bool, got str"):
+            PolygonLoss(mode, alpha=0.5, return_parts="no")
 
 
 @pytest.mark.parametrize("mode", ["l2", "hybrid"])

@@ -1,6 +1,7 @@
 """Repeated vertices, and ties that rounding hides (section 4)."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -88,6 +89,19 @@ def test_the_gradient_of_a_box_does_not_change_when_the_pair_moves(backend, axis
     options = {"axis_grad": axis_grad, "axis_weight": axis_weight, "boundary_weight": boundary}
     gradient = decoded(*moved, backend, **options)
     assert float(gradient[0, 4].abs()) > 1e-3
+    helpers.assert_close(gradient, gradient[:1].expand_as(gradient), atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("axis_weight", helpers.AXIS_WEIGHTS)
+@pytest.mark.parametrize("angle", [0.37, math.pi / 4, 1.0])
+def test_a_box_at_the_angle_of_its_target_has_no_gradient_to_it(backend, angle, axis_weight):
+    """On the normals of its edges two corners of the target tie, in the boundary term too, wherever the pair is."""
+    rng = helpers.generator(6)
+    boxes = torch.tensor([[20.3, 31.1, 40.7, 21.9, angle], [26.2, 27.4, 44.1, 18.3, angle]], dtype=torch.float64)
+    boxes = boxes.repeat(12, 1, 1)
+    boxes[:, :, :2] += torch.randint(0, 600, (12, 1, 2), generator=rng)
+    gradient = decoded(*boxes.unbind(1), backend, axis_grad=False, axis_weight=axis_weight, boundary_weight=0.25)
+    helpers.assert_close(gradient[:, 4], np.zeros(12), atol=2e-5)
     helpers.assert_close(gradient, gradient[:1].expand_as(gradient), atol=2e-5, rtol=1e-3)
 
 

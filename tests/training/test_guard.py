@@ -346,6 +346,30 @@ def dense(tensor):
     return tensor.to_dense().float()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("kind", ["nested", "meta"])
+def test_buffers_without_a_norm(kind, folder):
+    """PyTorch has no norm of these; a nested one is looked into all the same."""
+
+    def remember(module, images):
+        rows = images.detach()
+        module.cache = rows.to("meta") if kind == "meta" else torch.nested.nested_tensor([rows[0], rows[1, :2]])
+
+    model = Cache(None, remember)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = TrainingGuard(model, optimizer, checkpoint_dir=folder)
+    for index in range(3):
+        assert guard.step(backward(model, optimizer, batch(index)))
+    loss = backward(model, optimizer, batch(3))
+    if kind == "nested":
+        model.cache = torch.nested.nested_tensor([torch.full((2,), NAN), torch.ones(1)])
+        with pytest.warns(RuntimeWarning, match="step 4 skipped: cache: 2 NaN and 0 Inf"):
+            assert not guard.step(loss)
+        torch.testing.assert_close(model.cache.unbind()[1], batch(2)[1, :2])
+    else:
+        assert guard.step(loss)
+
+
 def test_a_mask_that_comes_later(folder):
     """It is -Inf on purpose: the step in which it comes is good, and so are those after it, whatever its size."""
 
@@ -616,6 +640,26 @@ def test_with_a_scaler_good_steps_are_those_of_plain_pytorch(folder):
         assert guard_scaler.state_dict() == plain_scaler.state_dict()
 
 
+def test_gradients_that_are_unscaled_already(folder):
+    """To look at them first, as for a monitor; once for each step."""
+    plain, looked_at = make(), make()
+    scalers = scaler_of(1024.0), scaler_of(1024.0)
+    guards = [
+        TrainingGuard(*each, scaler, checkpoint_dir=folder)
+        for each, scaler in zip((plain, looked_at), scalers, strict=True)
+    ]
+    for index in range(6):
+        images = batch(index) * (1.0 if index != 3 else INF)
+        losses = [backward(*each, images, scaler) for each, scaler in zip((plain, looked_at), scalers, strict=True)]
+        scalers[1].unscale_(looked_at[1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            taken = [guard.step(loss) for guard, loss in zip(guards, losses, strict=True)]
+        assert taken == [index != 3] * 2
+        assert_same_state(state_of(*looked_at), state_of(*plain))
+        assert scalers[1].state_dict() == scalers[0].state_dict()
+
+
 def test_a_scaler_may_look_for_its_scale(folder):
     """Ten overflows in a row are the scaler's business; with the scale at 1 they no longer are."""
     model, optimizer = make()
@@ -800,6 +844,7 @@ def test_wrong_arguments(folder):
         ((model, optimizer, None, 1, 3, folder, [3]), TypeError, r"extra_modules\[0\] must be a torch.nn.Module or"),
         ((nn.LazyLinear(2), optimizer), ValueError, "model must have been run once: weight, of a lazy module,"),
         ((model, optimizer, None, 1, 0), ValueError, "patience must be an integer of 1 or above, got 0"),
+        ((model, optimizer, None, 1, True), ValueError, "patience must be an integer of 1 or above, got True"),
         ((model[0], optimizer), ValueError, "optimizer must have parameters of model only, .* got 4 of another"),
     ]:
         with pytest.raises(error, match=message):

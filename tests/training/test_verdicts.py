@@ -301,6 +301,12 @@ CASES = {
         0,
         None,
     ),
+    "a loss near the end of float64, and falling": (
+        "results.csv",
+        table(csv_text(detect(N, **{"train/box_loss": [value * 1e299 for value in fall(N)]}))),
+        0,
+        None,
+    ),
     "one class": (
         "results.csv",
         table(csv_text(detect(N, **{"train/cls_loss": [0] * N, "val/cls_loss": [0] * N}))),
@@ -445,6 +451,12 @@ CASES = {
         "left out",
     ),
     # Broken tables
+    "a loss at the end of float64": (
+        "results.csv",
+        table(csv_text(detect(N, **{"train/box_loss": [1e308] * N}))),
+        1,
+        "train/box_loss",
+    ),
     "NaN": ("results.csv", table(csv_text(detect(30, **{"train/box_loss": [*fall(20), *[NAN] * 10]}))), 1, "10 NaN"),
     "NaN, old heads": (
         "results.csv",
@@ -654,6 +666,8 @@ CASES = {
         "scaler.scale: the scale of this GradScaler is 0,",
     ),
     "Lightning's, NaN": ("a.ckpt", saved(lightning(broken=True)), 1, "state_dict.1.running_var"),
+    "Lightning, scale Inf": ("a.ckpt", saved(lightning(scale=INF)), 1, "the scale of this GradScaler is inf"),
+    "Lightning, scale of numpy": ("a.ckpt", saved(lightning(scale=np.float32(1e-10))), 1, "MixedPrecision.scale"),
     "Lightning, scale 1e-10": ("a.ckpt", saved(lightning(scale=1e-10)), 1, "MixedPrecision.scale"),
     "MMEngine, scale 1e-10": ("a.pth", saved(mmengine_checkpoint(scale=1e-10)), 1, "optimizer.loss_scaler.scale"),
     "a whole GradScaler": (

@@ -46,7 +46,7 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
         if VARIANT.GRAD:
             bent = convexity_gradient(term)
     if VARIANT.BOUNDARY:
-        reached = reach(axis, sample.direction, sample.target_shape)
+        reached = reach(axis, sample.direction, sample.target_shape, sample.target_slack, VARIANT.AXIS_GRAD)
         mixed += reached.length
         if VARIANT.GRAD:
             by_mixed = hand_opposite(by_mixed, edge, ends, Point(minus(reached.at.y), reached.at.x), VARIANT.AXES)

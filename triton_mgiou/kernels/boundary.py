@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import inverse, minus, sign
-from triton_mgiou.kernels.axis import SHORTEST, project
+from triton_mgiou.kernels.axis import SHORTEST, near_ends, project
 from triton_mgiou.kernels.slots import dot, highest, lowest, over_axes, total
-from triton_mgiou.kernels.types import Area, BoundaryTerm, Point, Reach
+from triton_mgiou.kernels.types import Area, BoundaryTerm, Interval, Point, Reach
 from triton_mgiou.kernels.vertices import addresses_of, flags_of, is_real, load_last, load_scaled
 
 
@@ -107,13 +107,16 @@ def _turn(vector):
 
 
 @triton.jit
-def reach(axis, direction, shape):
+def reach(axis, direction, shape, slack, AXIS_GRAD: tl.constexpr):
     """How far a polygon reaches along an edge's outward normal, times the edge's length."""
     projections = project(direction * axis.x, direction * axis.y, shape)
     furthest = highest(projections)
+    least = furthest
+    if not AXIS_GRAD:
+        least = near_ends(Interval(furthest, furthest), axis, slack).high
     at = ()
     for slot in tl.static_range(len(projections)):
-        at = at + ((projections[slot] >= furthest).to(furthest.dtype),)
+        at = at + ((projections[slot] >= least).to(furthest.dtype),)
     share = inverse(total(at))
     return Reach(furthest, Point(dot(at, shape.xs) * share, dot(at, shape.ys) * share))
 
@@ -134,6 +137,7 @@ def boundary_term(mixed, pred, target, TINY: tl.constexpr, RESOLUTION: tl.conste
     per_area = tl.where(is_point, 0.0, 2.0 * a * a * share)
     match = per_area * (pred.doubled * per_unit)
     term = 1.0 - match
-    is_none = is_flat | (term <= RESOLUTION)
+    rounding = RESOLUTION * tl.maximum(1.0, target.squares * per_unit * 0.5)  # areas of thin polygons round more
+    is_none = is_flat | (term <= rounding)
     mixed_slope = tl.where(is_none | is_point, 0.0, match * (3.0 * v * v + a * a) * share * per_unit)
     return BoundaryTerm(tl.where(is_none, 0.0, term), mixed_slope, tl.where(is_none, 0.0, minus(per_area) * per_unit))

@@ -203,10 +203,12 @@ def mgiou_kernel(
             direction = pred_area.direction
             target_direction = target_area.direction
 
-        pred_slack = tl.minimum(joint.pred_extent * WIDEST, tl.full((1, 1, 1), TIE, COMPUTE))
+        widest = tl.full((1, 1, 1), TIE, COMPUTE)
+        pred_slack = tl.minimum(joint.pred_extent * WIDEST, widest)
+        target_slack = tl.minimum(joint.target_extent * WIDEST, widest)
         sample = Sample(
             pred_placed, target_placed, pred_shape, target_shape, pred_rule, target_rule, pred.count, lane, pred_slack,
-            convexity_factor, direction, target_direction,
+            target_slack, convexity_factor, direction, target_direction,
         )  # fmt: skip
         no_slots = zeros(pred_placed.xs)
         no_mean = Mean(none, none)

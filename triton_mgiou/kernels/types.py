@@ -71,6 +71,7 @@ class Frame(NamedTuple):
     low: Point  # the lower corner of the joint bounding box, scaled
     extent: tl.tensor  # its longer side, scaled
     pred_extent: tl.tensor  # the same of P's own bounding box
+    target_extent: tl.tensor
     target_around: tl.tensor  # the perimeter of the target's bounding box, scaled
     poison: tl.tensor  # 0, or NaN where a vertex is NaN or Inf
 
@@ -235,6 +236,7 @@ class Sample(NamedTuple):
     pred_count: tl.tensor
     lane: tl.tensor
     pred_slack: tl.tensor  # times |a_x| + |a_y| of an axis: by how much rounding tells equal projections of P apart
+    target_slack: tl.tensor
     convexity_factor: tl.tensor
     direction: tl.tensor  # the sign of P's area
     target_direction: tl.tensor

@@ -156,8 +156,9 @@ def frame(pred, target, REAL: tl.constexpr):
     low = Point(low_x * scale, low_y * scale)
     extent = tl.maximum(_scaled_length(Interval(low_x, high_x), scale), _scaled_length(Interval(low_y, high_y), scale))
     pred_extent = tl.maximum(_scaled_length(pred_x, scale), _scaled_length(pred_y, scale))
-    target_around = 2.0 * (_scaled_length(target_x, scale) + _scaled_length(target_y, scale))
-    return Frame(scale, low, extent, pred_extent, target_around, poison)
+    target_width, target_height = _scaled_length(target_x, scale), _scaled_length(target_y, scale)
+    target_extent = tl.maximum(target_width, target_height)
+    return Frame(scale, low, extent, pred_extent, target_extent, 2.0 * (target_width + target_height), poison)
 
 
 @triton.jit

@@ -73,7 +73,7 @@ def per_sample_loss(
     if convexity_weight:
         loss = loss + convexity_weight * _convexity(p_polygons, p_is_axis)
     if boundary_weight:
-        loss = loss + boundary_weight * _boundary(p_polygons, g_polygons, extent)
+        loss = loss + boundary_weight * _boundary(p_polygons, g_polygons, extent, up_to_rounding=not axis_grad)
     return loss
 
 
@@ -309,7 +309,7 @@ def _convexity(polygons: _Polygons, is_axis: Tensor) -> Tensor:
     return terms.sum(1) / (polygons.real.sum(1) * is_axis.sum(1).clamp(min=1))
 
 
-def _boundary(p: _Polygons, g: _Polygons, extent: Tensor) -> Tensor:
+def _boundary(p: _Polygons, g: _Polygons, extent: Tensor, *, up_to_rounding: bool) -> Tensor:
     """How far the outline of P, read in its order, is from being G up to a shift, (B,), in [0, 1].
 
     With the areas |P| and |G| and their mixed area V, which is half the sum over the edges of P of how far G reaches
@@ -322,17 +322,19 @@ def _boundary(p: _Polygons, g: _Polygons, extent: Tensor) -> Tensor:
     the order of its vertices does not count.
     """
     normals, p_area = _outward(p)
-    g_area = _area_in_order(g, extent)
-    mixed = _interval(g, _project(g.shape.detach(), normals), normals)[1].sum(1)
+    g_area, g_squares = _area_in_order(g, extent), g.edges.detach().square().sum((1, 2))
+    projections = _project(g.shape.detach(), normals)
+    mixed = _interval(g, projections, normals, up_to_rounding=up_to_rounding)[1].sum(1)
     tiny = _TINY[mixed.dtype]
-    flat = g_area <= (MIN_AXIS_LENGTH * g.edges.detach().square().sum((1, 2))).clamp(min=tiny)
+    flat = g_area <= (MIN_AXIS_LENGTH * g_squares).clamp(min=tiny)
     unit = torch.where(flat, 1.0, torch.maximum(mixed, g_area)).detach()
+    rounding = _RESOLUTION[mixed.dtype] * (g_squares / (2.0 * unit)).clamp(min=1.0)  # areas of thin polygons round more
     p_area, g_area, mixed = p_area / unit, g_area / unit, mixed / unit
     shrunk = mixed <= tiny
     denominator = torch.where(shrunk, 1.0, mixed) * (mixed.square() + g_area.square())
     match = 2.0 * p_area * g_area.square() / torch.where(flat, 1.0, denominator)
     term = 1.0 - torch.where(shrunk, 0.0, match)
-    return torch.where(flat | (term <= _RESOLUTION[term.dtype]), 0.0, term)
+    return torch.where(flat | (term <= rounding), 0.0, term)
 
 
 def _area_in_order(polygons: _Polygons, extent: Tensor) -> Tensor:

@@ -93,10 +93,10 @@ def read(path: Path) -> Checkpoint:
 def check(found: Checkpoint) -> list[str]:
     """Say what is wrong with a checkpoint.
 
-    Faults are NaN and Inf in a tensor, and the scale of a GradScaler below 1: its search ends far above, below it
-    has skipped nearly every step. No faults are -Inf in a mask, by its name; a single number called best, kth, min,
-    max or score that is Inf, as the best value so far is to begin with; and what was logged, such as the norm of a
-    gradient, which is Inf where a GradScaler searches.
+    Faults are NaN and Inf in a tensor, and the scale of a GradScaler below 1 or Inf: its search ends far above 1, below
+    it has skipped nearly every step, and at Inf it does. No faults are -Inf in a mask, by its name; a single number
+    called best, kth, min, max or score that is Inf, as the best value so far is to begin with; and what was logged,
+    such as the norm of a gradient, which is Inf where a GradScaler searches.
     """
     problems = []
     for name, tensor in _progress(found.tensors):
@@ -112,7 +112,7 @@ def check(found: Checkpoint) -> list[str]:
         f"{name}: the scale of this GradScaler is {scale:.3g}, so nearly every step was skipped: the gradient has NaN "
         'or Inf though the loss may be finite; see triton_mgiou/training/README.md, "When training goes wrong"'
         for name, scale in found.scales.items()
-        if not scale >= LOWEST_SCALE
+        if not LOWEST_SCALE <= scale < math.inf
     ]
     return problems
 
@@ -254,6 +254,8 @@ def _scale(state: Mapping[Any, Any]) -> float | None:
     """The scale in the `state_dict` of a GradScaler, in a pickled one, or in the scaler of Apex."""
     for name, beside in (("scale", "growth_factor"), ("_init_scale", "_growth_factor"), ("loss_scale", "unskipped")):
         value = state.get(name)
+        value = value.value if isinstance(value, Array) else value
+        value = value.item() if isinstance(value, (np.ndarray, np.generic)) and value.size == 1 else value
         if beside in state and isinstance(value, (int, float, Tensor)):
             return float(value)
     return None

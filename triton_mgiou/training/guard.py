@@ -120,7 +120,8 @@ class TrainingGuard:
     Args:
         model: The module that is trained.
         optimizer: Its optimizer; all its parameters must belong to `model` or `extra_modules`.
-        scaler: The `torch.amp.GradScaler` that scaled the loss, if there is one. The guard calls `unscale_`.
+        scaler: The `torch.amp.GradScaler` that scaled the loss, if there is one. The guard calls `unscale_`,
+            unless you have done so, to look at the gradients first.
         max_norm: Gradients are scaled down to this global L2 norm, above 0; None or `math.inf` leave them as they are.
         patience: How many bad steps in a row end the training, 1 or above.
         checkpoint_dir: Folder for the checkpoints, made if it does not exist.
@@ -163,7 +164,7 @@ class TrainingGuard:
             raise TypeError(f"max_norm must be a number or None, got {type(max_norm).__name__}")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be above 0, or None for gradients as they are, got {max_norm}")
-        if not isinstance(patience, int) or patience < 1:
+        if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
             raise ValueError(f"patience must be an integer of 1 or above, got {patience!r}")
         self._group = None
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -258,7 +259,7 @@ class TrainingGuard:
         self._check_owners(now, extras)
         self.steps += 1
         if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+            _unscale(self.scaler, self.optimizer)
         gradients = _values(trained)
         norm = get_total_norm(gradients)
         state = _largest([*self._learned(now).values(), *self._model_snapshot.buffers(now).values()])
@@ -500,6 +501,14 @@ class TrainingGuard:
 
     def _writes(self) -> bool:
         return not _is_distributed() or distributed.get_rank(self._group) == 0
+
+
+def _unscale(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+    try:
+        scaler.unscale_(optimizer)
+    except RuntimeError as error:
+        if "already been called" not in str(error):
+            raise
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

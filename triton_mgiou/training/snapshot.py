@@ -178,7 +178,11 @@ def copies_of(tensors: Mapping[Any, Tensor | None], before: Mapping[Any, Tensor 
 
 def checkable(tensor: Tensor | None) -> Tensor | None:
     """The numbers of a tensor in a form that has norms; None if there are none, or if they are integers."""
-    if tensor is None or not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
+    if tensor is None or tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+        return None
+    if tensor.is_nested:
+        tensor = torch.cat([part.reshape(-1) for part in tensor.unbind()])
+    if not tensor.numel():
         return None
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
@@ -222,5 +226,5 @@ def _put(place: Place, copied: Tensor | None) -> None:
 
 
 def _fits(one: Tensor, other: Tensor) -> bool:
-    kinds_fit = one.dtype is other.dtype and one.layout is other.layout
+    kinds_fit = one.dtype is other.dtype and one.layout is other.layout and not (one.is_nested or other.is_nested)
     return kinds_fit and one.shape == other.shape and one.device == other.device

@@ -21,6 +21,7 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 C_NAN = re.compile(r"[-+]?(nan\(\w*\)|1\.#(QNAN|SNAN|IND)\d*)", re.IGNORECASE)
 C_INF = re.compile(r"[-+]?1\.#INF\d*", re.IGNORECASE)
 YOLO = re.compile(r"\d+/\d+|[\d.,]+[GM]")  # the epoch as `0/299`, then the memory as `7.37G`
+LARGEST = 1e300  # a finite number beyond it counts as this
 BROKEN_SHARE = 0.02  # of the rows may be broken, as a kill leaves them
 
 Row = dict[str, float | None]
@@ -88,7 +89,7 @@ def _columns(rows: list[Row]) -> Iterator[Column]:
             continue
         found = True
         epochs = [_first(rows[index], clocks, index + 1) for index in filled]
-        yield Column(name, filled, epochs, [float(rows[index][name] or 0) for index in filled])
+        yield Column(name, filled, epochs, [_summable(float(rows[index][name] or 0)) for index in filled])
     if not found:
         raise TableError("has no column of numbers")
 
@@ -138,7 +139,7 @@ def _refuse_or_note(broken: list[str], count: int, notes: list[str]) -> None:
 def _json(text: str) -> Any:
     """What the text stands for, or None."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=float)
     except (ValueError, RecursionError):
         return None
 
@@ -233,6 +234,11 @@ def _is_head(cells: list[str]) -> bool:
     """Whether most cells are names."""
     named = [cell for cell in cells if cell.lower() not in MISSING]
     return 2 * sum(_number(cell) is None for cell in named) > len(named)
+
+
+def _summable(value: float) -> float:
+    """A number of which many add up to a finite one if it is finite."""
+    return math.copysign(min(abs(value), LARGEST), value) if math.isfinite(value) else value
 
 
 def _number(cell: str) -> float | None:
