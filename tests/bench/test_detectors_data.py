@@ -63,12 +63,14 @@ def test_shapes(drawn, task):
     assert len(polygons) >= 3 * 6
     assert polygons.min() >= 0
     assert polygons.max() <= 160
-    assert polygons.shape[1] == {"hulls": 8, "outlines": 16}.get(task, 4)
+    assert polygons.shape[1] == {"hulls": 8, "tops": 8, "outlines": 16}.get(task, 4)
     if task == "outlines":
         assert (turns(polygons) < -1).any(1).mean() > 0.5  # not convex
         return
     assert (turns(polygons) > -1e-2).all()  # clockwise on a screen, convex
-    if task != "hulls":
+    if task == "tops":
+        np.testing.assert_array_equal(polygons[:, 0, 1], polygons[..., 1].min(1))
+    elif task != "hulls":
         sides = np.linalg.norm(np.roll(polygons, -1, 1) - polygons, axis=2)
         np.testing.assert_allclose(sides[:, :2], sides[:, 2:], rtol=1e-3)
         ratio = sides[:, 0] / sides[:, 1]
