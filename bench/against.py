@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent if "__file__" in globals() else Path()  # a 
 LOSSES = ("defaults", "paper")
 REPETITION_S = 0.01  # how long one measurement lasts: short, so that little changes between the two of a round
 GRAPH_STEPS = 10
-PREPARING = 3  # steps of an order that prepares, or finds out how long a step takes
+PREPARING = 3  # steps of the first order, which finds out how long one takes
 
 
 class Tree:
@@ -134,7 +134,9 @@ def worker(graphs: bool) -> None:
 def compare(this: Tree, other: Tree, loss: str, batch: int, vertices: int, rounds: int) -> dict[str, Any]:
     """One row: median microseconds of both, and the median and quartiles of this tree's over the other's."""
     order = (loss, batch, vertices)
-    slowest = max(tree.ask(*order, PREPARING) for tree in (this, other))
+    for tree in (this, other):  # both compile at the same time
+        tree.send(*order, PREPARING)
+    slowest = max(tree.answer() for tree in (this, other))
     count = max(1, round(REPETITION_S * 1e6 / slowest))
     times: dict[Tree, list[float]] = {this: [], other: []}
     for turn in range(rounds):
@@ -151,14 +153,6 @@ def compare(this: Tree, other: Tree, loss: str, batch: int, vertices: int, round
         "ratio": middle,
         "quartiles": [low, high],
     }
-
-
-def prepare(trees: tuple[Tree, Tree], order: tuple[object, ...]) -> None:
-    """Let both compile, at the same time."""
-    for tree in trees:
-        tree.send(*order, PREPARING)
-    for tree in trees:
-        tree.answer()
 
 
 def line(row: dict[str, Any]) -> str:
@@ -198,7 +192,6 @@ def main(argv: list[str] | None = None) -> int:
         this, other = (Tree(root, f"{cache}/{k}", arguments.graphs) for k, root in enumerate((ROOT, arguments.other)))
         for batch, vertices in sizes:
             for loss in LOSSES:
-                prepare((this, other), (loss, batch, vertices))
                 rows.append(compare(this, other, loss, batch, vertices, arguments.rounds))
                 sys.stdout.write(line(rows[-1]) + "\n")
                 sys.stdout.flush()

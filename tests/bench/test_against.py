@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from bench import against
 
@@ -48,9 +49,15 @@ def test_the_ratio_is_the_median_over_rounds_that_alternate(tmp_path, monkeypatc
         def __init__(self, root, cache, graphs):  # noqa: ARG002
             self.times = iter([1.0] * 100) if root == tmp_path else iter([1.0, 1.05, 1.03, 9.0, 1.0, 1.03] * 2)
 
-        def ask(self, *order):
+        def send(self, *order):
             asked.append((self, order))
+
+        def answer(self):
             return next(self.times)
+
+        def ask(self, *order):
+            self.send(*order)
+            return self.answer()
 
         def close(self):
             pass
@@ -63,6 +70,32 @@ def test_the_ratio_is_the_median_over_rounds_that_alternate(tmp_path, monkeypatc
     steps = round(against.REPETITION_S * 1e6)  # of a microsecond each
     turns = [tree is asked[0][0] for tree, order in asked[2:12] if order == ("defaults", 512, 4, steps)]
     assert turns == [False, True, True, False, False, True, True, False, False, True]
+
+
+def test_each_row_is_written_as_soon_as_it_is_measured(slow_tree, tmp_path, monkeypatch):
+    out = tmp_path / "against.json"
+    monkeypatch.setattr(against, "compare", lambda *arguments: {"ratio": 1.0} if arguments[2] == "defaults" else 1 / 0)
+    monkeypatch.setattr(against, "line", str)
+    with pytest.raises(ZeroDivisionError):
+        against.main([str(slow_tree), "--sizes", "2x3", "--out", str(out)])
+    assert json.loads(out.read_text())["rows"] == [{"ratio": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--rounds", "1"], "--rounds: expected at least 2, got 1"),
+        pytest.param(
+            ["--graphs"],
+            "--graphs needs a GPU, and PyTorch finds none",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(slow_tree, capsys, arguments, error):
+    with pytest.raises(SystemExit):
+        against.main([str(slow_tree), *arguments])
+    assert error in capsys.readouterr().err
 
 
 def test_a_folder_without_the_package(tmp_path, capsys):
