@@ -33,7 +33,7 @@ from ultralytics.utils.loss import DFLoss, KeypointLoss
 from ultralytics.utils.metrics import probiou
 from ultralytics.utils.tal import dist2rbox, rbox2dist
 
-from bench.detectors import scenes
+from bench.detectors import plan, scenes
 from bench.detectors.losses import FewVisible
 from bench.machine import machine
 from triton_mgiou import PAPER, PolygonLoss, box_mgiou_loss
@@ -45,10 +45,7 @@ NEAR = 0.35  # the share of polygons whose middle is near the crop's, so that as
 IMAGES, BATCH, STEPS = 6000, 64, 800  # a quarter as many images again to judge by
 RATE, DECAY, CLIP, WARM = 2e-3, 5e-4, 10.0, 8
 BOX_GAIN, DISTRIBUTION_GAIN, POSE_GAIN = 7.5, 1.5, 12.0
-BOX_OPTIONS: dict[str, dict[str, Any]] = {
-    "mgiou": {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25},
-    "paper": dict(PAPER),
-}
+BOX_OPTIONS: dict[str, Any] = {"mgiou": plan.BOUNDARY["options"], "paper": PAPER}
 OUT = Path("bench/results/detectors/crops.json")
 
 # Losses of boxes: which, its gain, below which value it is quadratic, whether the angle loss is added

@@ -94,7 +94,7 @@ KEYPOINT_LOSSES: dict[str, Mapping[str, Any] | None] = {
 # ---- losses of boxes: attributes of `MGIoUOBBTrainer`, and the bench's own "assigner", "saturating" and "centre"; None
 # for ProbIoU
 
-BOUNDARY = {"options": {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25}}
+BOUNDARY: dict[str, Any] = {"options": {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25}}
 BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
     "ProbIoU + angle": None,
     "ProbIoU": None,

@@ -77,9 +77,10 @@ def make(task: str, chosen: range, side: int, seed: int) -> Scenes:
             digit = digits[rng.integers(len(digits))]
             most = math.radians(60) if task in {"corners", "outlines"} else math.pi
             polygon = paste(canvas, digit, task, (x, y), size, rng.uniform(-most, most), rng)
-            if task in {"hulls", "tops"}:
-                first = rng.integers(vertices) if task == "hulls" else polygon[:, 1].argmin()
-                polygon = np.roll(polygon, -first, 0)
+            if task == "hulls":
+                polygon = np.roll(polygon, rng.integers(vertices), 0)
+            elif task == "tops":
+                polygon = np.roll(polygon, -polygon[:, 1].argmin(), 0)
             scenes.polygons[k, j] = polygon
             if task in BOXES:
                 scenes.boxes[k, j] = oriented_box(polygon)

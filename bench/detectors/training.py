@@ -31,7 +31,7 @@ from bench.detectors.nms import provide_nms
 from bench.detectors.plan import BOX_LOSSES, KEYPOINT_LOSSES, PRECISIONS, REPORTED, SPEED, Job, Size
 from bench.detectors.scenes import BOXES, KEYPOINTS, Scenes
 from bench.detectors.workers import Tell
-from triton_mgiou import PAPER, box_mgiou_loss
+from triton_mgiou import box_mgiou_loss
 from triton_mgiou.integrations import ultralytics as adapter
 from triton_mgiou.metrics import COCO_THRESHOLDS, average_precision, polygon_iou_matrix
 
@@ -238,8 +238,7 @@ class BoxVariant(adapter.MGIoUBoxLoss):
 
 def squared(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
     """The square of MGIoU, and 0 below 0: it falls as fast as IoU where a box is shifted or too large."""
-    losses = box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER)
-    return (1 - 2 * losses).clamp(min=0).square()
+    return adapter._box_overlap(gt_bboxes, pd_bboxes).square()
 
 
 def _boxes(job: Job) -> Any:

@@ -76,7 +76,6 @@ try:
 except ImportError as error:
     raise ImportError(_other_version(f"lacks something ({error})", "has it")) from error
 
-BOX_OPTIONS: Mapping[str, Any] = {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.0}
 SHOWN_IMAGES = 16  # of a batch, in a plot
 SHOWN_CONFIDENCE = 0.25
 SHRINK = 4  # of the masks in a plot, as of Ultralytics' own: thousands of whole ones would not fit into memory
@@ -432,7 +431,7 @@ class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
 
     HEAD = tasks.OBB
     PARTS = ("bbox_loss", "assigner", "reg_max")
-    options: ClassVar[Mapping[str, Any]] = BOX_OPTIONS
+    options: ClassVar[Mapping[str, Any]] = PAPER
     gain: ClassVar[float] = 2.5
 
     def check_attributes(self) -> None:
