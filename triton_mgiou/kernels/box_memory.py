@@ -13,39 +13,46 @@ from triton_mgiou.kernels.box_types import CORNERS3D
 
 @triton.jit
 def load(source, first, left, V: tl.constexpr, COMPUTE: tl.constexpr):
-    """The numbers of LANES boxes from number `first` on, of which `left` are left; 0 behind them."""
-    ptr = source.ptr + first * source.stride_b
-    lanes = tl.arange(0, V.LANES)
-    inside = lanes < left
+    """The numbers of LANES boxes from number `first` on, of which `left` are left; behind them those of the last."""
+    stride = V.NUMBERS if V.PACKED else source.stride_b
+    lanes = tl.minimum(tl.arange(0, V.LANES), left - 1)
+    boxes = source.ptr + first * stride + lanes * stride
     numbers = ()
     if V.PACKED and V.NUMBERS % 4 == 0:
         for vector in tl.static_range(V.NUMBERS // 4):
-            four = tl.load(ptr + _vector(lanes, vector, V), mask=inside[:, None], other=0.0)
+            four = tl.load(boxes[:, None] + (4 * vector + tl.arange(0, 4)[None, :]))
             numbers = numbers + _apart(four.to(COMPUTE))
     else:
         for number in tl.static_range(V.NUMBERS):
-            offsets = _offsets(lanes, number, source, V)
-            numbers = numbers + (tl.load(ptr + offsets, mask=inside, other=0.0).to(COMPUTE),)
+            numbers = numbers + (tl.load(boxes + _offset(number, source, V)).to(COMPUTE),)
     return numbers
 
 
 @triton.jit
-def store(ptr, first, left, numbers, V: tl.constexpr):
-    """The reverse of `load`, packed."""
+def store(ptr, first, left, numbers, FULL: tl.constexpr, V: tl.constexpr):
+    """The reverse of `load`, packed. FULL: at least LANES are left."""
     ptr += first * V.NUMBERS
     if V.NUMBERS % 4 == 0:
         lanes = tl.arange(0, V.LANES)
         for vector in tl.static_range(V.NUMBERS // 4):
-            tl.store(ptr + _vector(lanes, vector, V), _four(numbers, 4 * vector, 1), mask=(lanes < left)[:, None])
+            four = _four(numbers, 4 * vector, 1)
+            if FULL:
+                tl.store(ptr + _vector(lanes, vector, V), four)
+            else:
+                tl.store(ptr + _vector(lanes, vector, V), four, mask=(lanes < left)[:, None])
     else:
         # Eight boxes a row, so that a thread's addresses differ by constants. The hint makes its neighbours in a row
-        # those in its warp: addresses that follow each other are what Triton looks for.
+        # those in its warp: addresses that follow each other are what Triton looks for. Threads of columns that a box
+        # does not fill store its last number once more, which takes less than a mask.
         ROWS: tl.constexpr = V.LANES // 8
         first_lane = 8 * tl.arange(0, ROWS)[:, None]
-        lane, number = tl.arange(0, 64)[None, :] // 8, tl.arange(0, 64)[None, :] % 8
-        places = tl.max_contiguous(V.NUMBERS * first_lane + (V.NUMBERS * lane + number), (1, 8))
-        inside = (lane < left - first_lane) & (number < V.NUMBERS)
-        tl.store(ptr + places, tl.reshape(_eight(numbers), (ROWS, 64)), mask=inside)
+        lane, number = tl.arange(0, 64)[None, :] // 8, tl.minimum(tl.arange(0, 64)[None, :] % 8, V.NUMBERS - 1)
+        places = tl.max_contiguous(V.NUMBERS * first_lane + (V.NUMBERS * lane + number), (1, 4))
+        rows = tl.reshape(_eight(numbers), (ROWS, 64))
+        if FULL:
+            tl.store(ptr + places, rows)
+        else:
+            tl.store(ptr + places, rows, mask=lane < left - first_lane)
 
 
 @triton.jit
@@ -55,14 +62,14 @@ def _vector(lanes, vector: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def _offsets(lanes, number: tl.constexpr, source, V: tl.constexpr):
-    """Where a number of each box is in memory, from the first box on."""
+def _offset(number: tl.constexpr, source, V: tl.constexpr):
+    """Where a number of a box is in memory, from its first on."""
     if V.PACKED:
-        return lanes * V.NUMBERS + number
+        return number
     elif V.FORMAT == CORNERS3D:
-        return lanes * source.stride_b + number // 3 * source.stride_n + number % 3 * source.stride_c
+        return number // 3 * source.stride_n + number % 3 * source.stride_c
     else:
-        return lanes * source.stride_b + number * source.stride_n
+        return number * source.stride_n
 
 
 @triton.jit
@@ -83,8 +90,8 @@ def _four(numbers, first: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def _eight(numbers):
-    """Five to eight numbers as columns of (LANES, 8); what is in the last ones is not stored."""
+    """Five to eight numbers as columns of (LANES, 8); the last one fills what is left."""
     filled = numbers
     for _ in tl.static_range(8 - len(numbers)):
-        filled = filled + (numbers[0],)
+        filled = filled + (numbers[len(numbers) - 1],)
     return tl.reshape(tl.join(_four(filled, 0, 2), _four(filled, 1, 2)), (numbers[0].shape[0], 8))

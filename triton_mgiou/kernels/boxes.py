@@ -1,7 +1,7 @@
 """The fused kernel of boxes: value, reduction and gradient to `pred` in one launch (section 10).
 
-A lane works on one box at a time, all in registers. Where all boxes of a block are plain ones, as `is_plain` says,
-what guards the others is not run: half the instructions, and the same bits.
+A lane works on one box at a time, all in registers. Where a block is full of plain boxes, as `is_plain` says, what
+guards the others is not run: half the instructions, and the same bits.
 """
 
 import triton
@@ -29,8 +29,10 @@ from triton_mgiou.kernels.reduction import reduce_programs
 
 
 @triton.jit
-def _block(pred, target, weight, inside, boundary_weight, per_divisor, PLAIN: tl.constexpr, V: tl.constexpr):
-    """A block's losses, 0 behind the batch where not PLAIN, and the gradient to the numbers of `pred`."""
+def _block(
+    grad_ptr, pred, target, weight, first, left, boundary_weight, per_divisor, PLAIN: tl.constexpr, V: tl.constexpr
+):
+    """A block's losses, 0 behind the batch; stores the gradient to the numbers of `pred`. PLAIN: the block is full."""
     pair = corners_row(pred, target, V) if V.FORMAT == CORNERS3D else box_row(pred, target, boundary_weight, PLAIN, V)
     loss = pair.loss
     factor = pair.factor * per_divisor
@@ -38,9 +40,9 @@ def _block(pred, target, weight, inside, boundary_weight, per_divisor, PLAIN: tl
         loss *= weight
         factor *= weight
     if not PLAIN:
-        loss = tl.where(inside, loss, 0.0)
-    gradient = ()
+        loss = tl.where(tl.arange(0, V.LANES) < left, loss, 0.0)
     if V.GRAD:
+        gradient = ()
         for number in tl.static_range(V.NUMBERS):
             derivative = pair.gradient[number] * factor
             if not PLAIN and not (V.HAS_ANGLE and number == V.NUMBERS - 1):
@@ -48,7 +50,8 @@ def _block(pred, target, weight, inside, boundary_weight, per_divisor, PLAIN: tl
             if not PLAIN or weight is not None:
                 derivative = saturate(derivative)
             gradient = gradient + (derivative,)
-    return loss, gradient
+        store(grad_ptr, first, left, gradient, PLAIN, V)
+    return loss
 
 
 @triton.jit(
@@ -127,19 +130,17 @@ def box_kernel(
         weight = None
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + lanes.to(tl.int64) * weight_stride, mask=inside, other=0.0).to(COMPUTE)
-        plain = may_be_plain
+        plain = may_be_plain & (left >= LANES)
         if FORMAT != CORNERS3D and AXIS_WEIGHT == UNIFORM:
-            plain = may_be_plain & (tl.min(is_plain(pred, target, V).to(tl.int32)) > 0)
+            plain = plain & (tl.min(is_plain(pred, target, V).to(tl.int32)) > 0)
         if FORMAT != CORNERS3D and AXIS_WEIGHT == UNIFORM and plain:
-            loss, gradient = _block(pred, target, weight, inside, boundary_weight, per_divisor, True, V)
+            loss = _block(grad_ptr, pred, target, weight, first, left, boundary_weight, per_divisor, True, V)
         else:
-            loss, gradient = _block(pred, target, weight, inside, boundary_weight, per_divisor, False, V)
+            loss = _block(grad_ptr, pred, target, weight, first, left, boundary_weight, per_divisor, False, V)
         if REDUCE:
             reduced += loss
         else:
             tl.store(loss_ptr + lanes, loss, mask=inside)
-        if GRAD:
-            store(grad_ptr, first, left, gradient, V)
 
     if REDUCE:
         reduce_programs(loss_ptr, partial_ptr, counter_ptr, reduced, divisor, COMPUTE)
