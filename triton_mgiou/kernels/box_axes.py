@@ -120,6 +120,12 @@ def distance(offset, pred, target, weight, PLAIN: tl.constexpr, V: tl.constexpr)
 
 
 @triton.jit
+def weighted(on_axis, weight):
+    """The sums of one axis."""
+    return Sums(weight * on_axis.value, weight)
+
+
+@triton.jit
 def add(sums, on_axis, weight):
     """`sums` with one more axis."""
     return Sums(tl.fma(weight, on_axis.value, sums.distance), sums.weight + weight)

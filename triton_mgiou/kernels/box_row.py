@@ -23,6 +23,7 @@ from triton_mgiou.kernels.box_axes import (
     reach,
     side_of,
     times_sign,
+    weighted,
 )
 from triton_mgiou.kernels.box_types import (
     CXCYCZLWHR,
@@ -36,7 +37,6 @@ from triton_mgiou.kernels.box_types import (
     Distances,
     Row,
     Sides,
-    Sums,
     Turn,
     Turns,
     Weights,
@@ -51,6 +51,9 @@ PLAIN_NUMBER = tl.constexpr(2.0**40)
 PLAIN_ANGLE = tl.constexpr(2.0**22)
 PLAIN_DIVISOR = tl.constexpr(2.0**-40)
 
+# Of the areas of the term: its square is finite, and one more is nothing to it. What is plain stays below.
+LARGEST_RATIO = tl.constexpr(2.0**60)
+
 
 @triton.jit
 def is_plain(pred, target, V: tl.constexpr):
@@ -60,7 +63,6 @@ def is_plain(pred, target, V: tl.constexpr):
     """
     COORDINATES: tl.constexpr = 3 if V.FORMAT == CXCYCZLWHR else 2
     total = tl.abs(pred[0]) + tl.abs(target[0])
-    least = total + PLAIN_NUMBER
     for place in tl.static_range(COORDINATES):
         if place > 0:
             total += tl.abs(pred[place]) + tl.abs(target[place])
@@ -68,13 +70,14 @@ def is_plain(pred, target, V: tl.constexpr):
         total += tl.abs(pred_size) + tl.abs(target_size)
         if V.FORMAT == XYXY:
             pred_size, target_size = pred_size - pred[place], target_size - target[place]
-        least = tl.minimum(least, tl.minimum(tl.abs(pred_size), tl.abs(target_size)))
+        smaller = tl.minimum(tl.abs(pred_size), tl.abs(target_size))
+        least = smaller if place == 0 else tl.minimum(least, smaller)
     ratio, size = tl.full(total.shape, PLAIN_RATIO, total.dtype), tl.full(total.shape, PLAIN_SIZE, total.dtype)
-    margin = least - tl.fma(total, ratio, size)
+    has_axes = least > tl.fma(total, ratio, size)
     if V.HAS_ANGLE:
         angles = tl.abs(pred[2 * COORDINATES]) + tl.abs(target[2 * COORDINATES])
         total = tl.fma(angles, tl.full(total.shape, PLAIN_NUMBER / PLAIN_ANGLE, total.dtype), total)
-    return tl.minimum(margin, PLAIN_NUMBER - total, propagate_nan=tl.PropagateNan.ALL) > 0
+    return has_axes & (total < PLAIN_NUMBER)  # both False where a number is NaN
 
 
 @triton.jit
@@ -101,8 +104,8 @@ def box_row(pred, target, boundary_weight, PLAIN: tl.constexpr, V: tl.constexpr)
         weights = _weights(sides, _extent(sides, turns, crossing, V), V)
 
     distances = _distances(sides, crossing, weights, PLAIN, V)
-    on_p = add(add(Sums(none, none), distances.p1, weights.pred.x), distances.p2, weights.pred.y)
-    on_g = add(add(Sums(none, none), distances.g1, weights.target.x), distances.g2, weights.target.y)
+    on_p = add(weighted(distances.p1, weights.pred.x), distances.p2, weights.pred.y)
+    on_g = add(weighted(distances.g1, weights.target.x), distances.g2, weights.target.y)
     on_z = distances.p1
     if V.FORMAT == CXCYCZLWHR:
         on_z = distance(z.offset, z.pred, z.target, weights.pred.z + weights.target.z, PLAIN, V)
@@ -118,8 +121,8 @@ def box_row(pred, target, boundary_weight, PLAIN: tl.constexpr, V: tl.constexpr)
         loss = tl.minimum(loss, 1.0, propagate_nan=tl.PropagateNan.ALL)
     boundary = BoundarySlopes(none, none)
     if V.BOUNDARY:
-        term, boundary = _boundary(sides, crossing, weight, boundary_weight, PLAIN, V)
-        loss += term
+        term, factor_of_term, boundary = _boundary(sides, crossing, weight, boundary_weight, PLAIN, V)
+        loss = tl.fma(term, factor_of_term, loss)
     gradient = ()
     if V.GRAD:
         # Of the axes that the weights are shares of: with LENGTH those of P, whose weights add up to one.
@@ -233,39 +236,34 @@ def _distances(sides, crossing, weights, PLAIN: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def _boundary(sides, crossing, weight, boundary_weight, PLAIN: tl.constexpr, V: tl.constexpr):
-    """`boundary_weight` times the term of two rectangles, and its slopes; areas are halves, but that of P.
+    """The term of two rectangles, its weight, and slopes of their product; areas are halves, but that of P.
 
-    Where G has no area, or the term is rounding only, it and its derivatives are 0.
+    With r = A_t / V the term is 1 - 2 (A_p / V) r^2 / (1 + r^2), and V times its derivative to V is
+    2 (A_p / V) r^2 / (1 + r^2) (1 + 2 / (1 + r^2)). Where G has no area, or the term is rounding only, all is 0.
     """
     x, y, _ = sides
     pred_area, area = tl.abs(x.pred_size) * tl.abs(y.pred_size), tl.abs(x.target_size) * y.target
     mixed = tl.fma(x.pred, crossing.g_on_p2, y.pred * crossing.g_on_p1)
-    unit = tl.maximum(mixed, area)
+    per_mixed = reciprocal(mixed)
     if not PLAIN:
         squares = 2.0 * tl.fma(x.target, x.target, y.target * y.target)
         is_flat = area <= tl.maximum(V.TINY, squares * tl.full(mixed.shape, SHORTEST, mixed.dtype))
-        unit = tl.where(is_flat, 1.0, unit)
-    per_unit = reciprocal(unit)
-    v, a = mixed * per_unit, area * per_unit
-    squared = a * a
-    divisor = v * tl.fma(v, v, squared)
+        per_mixed = tl.where(mixed <= V.TINY, 0.0, per_mixed)
+    ratio = area * per_mixed
     if not PLAIN:
-        is_point = mixed <= V.TINY
-        divisor = tl.where(is_flat | is_point, 1.0, divisor)
-    share = reciprocal(divisor)
+        ratio = tl.minimum(ratio, LARGEST_RATIO)
+    squared = ratio * ratio
+    share = reciprocal(squared + 1.0)
     per_area = squared * share
-    if not PLAIN:
-        per_area = tl.where(is_point, 0.0, per_area)
-    match = per_area * (pred_area * per_unit)
+    match = per_area * (pred_area * per_mixed)
     term = 1.0 - match
     is_none = term <= V.RESOLUTION
     if not PLAIN:
         is_none = is_none | is_flat
-        share = tl.where(is_point, 0.0, share)
     factor = tl.where(is_none, 0.0, tl.full(term.shape, boundary_weight, term.dtype))
-    scaled = (0.5 * weight) * factor * per_unit
-    mixed_slope = match * share * tl.fma(v * v, 3.0, squared) * scaled
-    return term * factor, BoundarySlopes(mixed_slope, per_area * (-4.0 * scaled))
+    scaled = factor * per_mixed
+    mixed_slope = match * tl.fma(share, weight, 0.5 * weight) * scaled
+    return term, factor, BoundarySlopes(mixed_slope, per_area * (-2.0 * weight * scaled))
 
 
 @triton.jit
@@ -276,7 +274,7 @@ def _gradient(sides, turns, crossing, distances, on_z, p_weights, mean, boundary
     on_g1, on_g2 = distances.g1.slopes, distances.g2.slopes
     # To the half-sizes of P, and to the offset, by its components along the coordinates or the directions of G.
     to_x, to_y, along_1, along_2 = on_p1.pred, on_p2.pred, on_p1.offset, on_p2.offset
-    by_turn, turn_1, turn_2 = to_x, to_x, to_x
+    by_turn = to_x
     if V.HAS_ANGLE:
         turn = turns.between
         along_1 = tl.fma(turn.cos, on_p1.offset, tl.fma(minus(turn.sin), on_p2.offset, on_g1.offset))
@@ -285,20 +283,23 @@ def _gradient(sides, turns, crossing, distances, on_z, p_weights, mean, boundary
         to_x = tl.fma(cos, on_g1.pred, tl.fma(sin, on_g2.pred, to_x))
         to_y = tl.fma(sin, on_g1.pred, tl.fma(cos, on_g2.pred, to_y))
         # Derivatives of half-lengths by the turn, but for its sign: |cos| becomes -|sin| and |sin| becomes |cos|.
-        by_turn = on_g1.pred * tl.fma(y.pred, cos, minus(x.pred) * sin)
-        by_turn = tl.fma(on_g2.pred, tl.fma(x.pred, cos, minus(y.pred) * sin), by_turn)
-        turn_1 = tl.fma(y.target, cos, minus(x.target) * sin)
-        turn_2 = tl.fma(x.target, cos, minus(y.target) * sin)
+        # The products are those of the half-lengths.
+        by_turn = on_g1.pred * tl.fma(y.pred, cos, minus(x.pred * sin))
+        by_turn = tl.fma(on_g2.pred, tl.fma(x.pred, cos, minus(y.pred * sin)), by_turn)
+        to_1, to_2 = tl.zeros_like(cos), tl.zeros_like(cos)  # to the half-lengths of G on the directions of P
         if V.AXIS_GRAD:
-            by_turn = tl.fma(on_p1.target, turn_1, tl.fma(on_p2.target, turn_2, by_turn))
+            to_1, to_2 = on_p1.target, on_p2.target
+        if V.BOUNDARY:
+            to_1, to_2 = tl.fma(boundary.mixed, y.pred, to_1), tl.fma(boundary.mixed, x.pred, to_2)
+        if V.AXIS_GRAD or V.BOUNDARY:
+            by_turn = tl.fma(to_1, tl.fma(y.target, cos, minus(x.target * sin)), by_turn)
+            by_turn = tl.fma(to_2, tl.fma(x.target, cos, minus(y.target * sin)), by_turn)
     if V.AXIS_GRAD and V.AXIS_WEIGHT != UNIFORM:
         to_y = tl.fma(p_weights.slope_x, distances.p1.value - mean, to_y)
         to_x = tl.fma(p_weights.slope_y, distances.p2.value - mean, to_x)
     if V.BOUNDARY:
         to_x = tl.fma(boundary.mixed, crossing.g_on_p2, tl.fma(boundary.area, y.pred, to_x))
         to_y = tl.fma(boundary.mixed, crossing.g_on_p1, tl.fma(boundary.area, x.pred, to_y))
-        if V.HAS_ANGLE:
-            by_turn = tl.fma(boundary.mixed, tl.fma(x.pred, turn_2, y.pred * turn_1), by_turn)
     grad_x, grad_y, grad_angle = along_1, along_2, by_turn
     if V.HAS_ANGLE:
         target = turns.target
@@ -314,15 +315,13 @@ def _gradient(sides, turns, crossing, distances, on_z, p_weights, mean, boundary
             grad_angle *= tl.full(grad_angle.shape, math.pi / 180, grad_angle.dtype)
         if not V.CLOCKWISE:
             grad_angle = minus(grad_angle)
-    to_x = 0.5 * times_sign(to_x, x.pred_size, PLAIN)
-    to_y = 0.5 * times_sign(to_y, y.pred_size, PLAIN)
+    to_x, to_y = times_sign(to_x, x.pred_size, PLAIN), times_sign(to_y, y.pred_size, PLAIN)
     if V.FORMAT == XYXY:
-        grad_x, grad_y = 0.5 * grad_x, 0.5 * grad_y
         return grad_x - to_x, grad_y - to_y, grad_x + to_x, grad_y + to_y
     elif V.FORMAT == CXCYWH:
         return grad_x, grad_y, to_x, to_y
     elif V.FORMAT == CXCYWHR:
         return grad_x, grad_y, to_x, to_y, grad_angle
     else:
-        to_z = 0.5 * times_sign(on_z.pred, z.pred_size, PLAIN)
+        to_z = times_sign(on_z.pred, z.pred_size, PLAIN)
         return grad_x, grad_y, on_z.offset, to_x, to_y, to_z, grad_angle

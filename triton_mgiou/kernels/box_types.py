@@ -169,4 +169,4 @@ class Row(NamedTuple):
     loss: tl.tensor
     factor: tl.tensor  # NaN where a number is NaN or Inf
     scale: tl.tensor  # one more factor for all but angles; 1 for what is plain
-    gradient: tuple[tl.tensor, ...]
+    gradient: tuple[tl.tensor, ...]  # twice that to sizes, and to all numbers of XYXY

@@ -14,6 +14,7 @@ from triton_mgiou.kernels.box_memory import load, store
 from triton_mgiou.kernels.box_row import PLAIN_DIVISOR, PLAIN_NUMBER, box_row, is_plain
 from triton_mgiou.kernels.box_types import (
     CORNERS3D,
+    CXCYCZLWHR,
     NO_LENGTH_32,
     NO_LENGTH_64,
     RESOLUTION_32,
@@ -22,6 +23,7 @@ from triton_mgiou.kernels.box_types import (
     TIE_64,
     TINY_32,
     TINY_64,
+    XYXY,
     BoxSource,
     BoxVariant,
 )
@@ -42,9 +44,14 @@ def _block(
     if not PLAIN:
         loss = tl.where(tl.arange(0, V.LANES) < left, loss, 0.0)
     if V.GRAD:
+        COORDINATES: tl.constexpr = 3 if V.FORMAT == CXCYCZLWHR else 2
+        half = 0.5 * factor
         gradient = ()
         for number in tl.static_range(V.NUMBERS):
-            derivative = pair.gradient[number] * factor
+            if V.FORMAT == XYXY or (V.FORMAT != CORNERS3D and number // COORDINATES == 1):
+                derivative = pair.gradient[number] * half
+            else:
+                derivative = pair.gradient[number] * factor
             if not PLAIN and not (V.HAS_ANGLE and number == V.NUMBERS - 1):
                 derivative *= pair.scale
             if not PLAIN or weight is not None:
