@@ -12,8 +12,12 @@ import triton.language as tl
 from triton_mgiou.kernels.arithmetic import minus
 from triton_mgiou.kernels.box_types import Direction, Turn
 
-SINE = tl.constexpr(tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(1, 10)))  # its series, after x
-COSINE = tl.constexpr(tuple((-1) ** k / math.factorial(2 * k) for k in range(1, 10)))  # after 1
+# Sine after x and cosine after 1, up to an eighth of a turn: the polynomials of the least largest error, 1.8e-9 and
+# 3.3e-8, which is that of series with one more term; and the series.
+SINE_32 = tl.constexpr((-0.166666505734, 0.008331973264, -0.0001949495))
+COSINE_32 = tl.constexpr((-0.499998941513, 0.041656253277, -0.001359724598))
+SINE_64 = tl.constexpr(tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(1, 9)))
+COSINE_64 = tl.constexpr(tuple((-1) ** k / math.factorial(2 * k) for k in range(1, 9)))
 
 # A quarter turn in radians as a sum of two numbers of each type.
 QUARTER_32 = tl.constexpr(1.57079637050628662109375)
@@ -135,8 +139,11 @@ def direction_of_angle(angle, MAY_BE_HUGE: tl.constexpr, DEGREES: tl.constexpr):
 
 @triton.jit
 def turn_of(direction, DEGREES: tl.constexpr):
-    """Cosine and sine by their series; exactly 0 and 1 at quarter turns."""
-    TERMS: tl.constexpr = 8 if direction.rest.dtype == tl.float64 else 4
+    """Cosine and sine by polynomials; exactly 0 and 1 at quarter turns."""
+    IS_64: tl.constexpr = direction.rest.dtype == tl.float64
+    SINE: tl.constexpr = SINE_64 if IS_64 else SINE_32
+    COSINE: tl.constexpr = COSINE_64 if IS_64 else COSINE_32
+    TERMS: tl.constexpr = 8 if IS_64 else 3
     angle = direction.rest
     if DEGREES:
         angle = angle * tl.full(angle.shape, math.pi / 180, angle.dtype)
