@@ -41,9 +41,10 @@ def store(ptr, first, left, numbers, FULL: tl.constexpr, V: tl.constexpr):
             else:
                 tl.store(ptr + _vector(lanes, vector, V), four, mask=(lanes < left)[:, None])
     else:
-        # Eight boxes a row, so that a thread's addresses differ by constants. The hint makes its neighbours in a row
-        # those in its warp: addresses that follow each other are what Triton looks for. Threads of columns that a box
-        # does not fill store its last number once more, which takes less than a mask.
+        # Eight boxes a row, so that a thread's addresses differ by constants. Columns that a box does not fill store
+        # its last number once more, which takes less than a mask. The hint makes neighbours in a row those in a warp:
+        # addresses that follow each other are what Triton looks for. It does not hold for those columns, but no thread
+        # stores more than a number at a time, since no more are aligned.
         ROWS: tl.constexpr = V.LANES // 8
         first_lane = 8 * tl.arange(0, ROWS)[:, None]
         lane, number = tl.arange(0, 64)[None, :] // 8, tl.minimum(tl.arange(0, 64)[None, :] % 8, V.NUMBERS - 1)
