@@ -91,8 +91,8 @@ KEYPOINT_LOSSES: dict[str, Mapping[str, Any] | None] = {
     "mgiou, boundary .5": {"mode": "mgiou", "options": {"boundary_weight": 0.5}},
 }
 
-# ---- losses of boxes: attributes of `MGIoUOBBTrainer`, and the bench's own "assigner", "saturating" and "centre"; None
-# for ProbIoU
+# ---- losses of boxes: attributes of `MGIoUOBBTrainer`, and the bench's own "assigner", "quadratic", "saturating" and
+# "centre"; None for ProbIoU
 
 BOUNDARY: dict[str, Any] = {"options": {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25}}
 BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
@@ -107,6 +107,20 @@ BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
     "mgiou, squared assigns, centre .5 + angle": {"assigner": "squared", "centre": 0.5},
     "mgiou, squared assigns, saturating + angle": {"assigner": "squared", "saturating": True},
     "mgiou, ProbIoU assigns + angle": {"assigner": "ProbIoU"},
+    "mgiou, quadratic + angle": {"quadratic": True},
+    "mgiou, quadratic": {"quadratic": True},
+    "mgiou, squared assigns, quadratic + angle": {"assigner": "squared", "quadratic": True},
+    "mgiou, squared assigns, quadratic, gain 1.75 + angle": {"assigner": "squared", "quadratic": True, "gain": 1.75},
+    "mgiou, squared assigns, quadratic, saturating + angle": {
+        "assigner": "squared",
+        "quadratic": True,
+        "saturating": True,
+    },
+    "mgiou, ProbIoU assigns, quadratic, saturating + angle": {
+        "assigner": "ProbIoU",
+        "quadratic": True,
+        "saturating": True,
+    },
     "boundary + angle": BOUNDARY,
     "boundary": BOUNDARY,
     "boundary, gain 1 + angle": {**BOUNDARY, "gain": 1.0},
@@ -134,6 +148,12 @@ TRIED = {  # losses of boxes, looking for a better one; tasks, and with how many
     "mgiou, squared assigns, centre .5 + angle": {"boxes": 3, "long": 1},
     "mgiou, squared assigns, saturating + angle": {"boxes": 3, "long": 1},
     "mgiou, ProbIoU assigns + angle": {"boxes": 3, "long": 1},
+    "mgiou, squared assigns, quadratic, saturating + angle": {"boxes": 3, "long": 3},
+    "mgiou, squared assigns, quadratic + angle": {"boxes": 3, "long": 1},
+    "mgiou, quadratic + angle": {"boxes": 3, "long": 1},
+    "mgiou, quadratic": {"squares": 3},
+    "mgiou, squared assigns, quadratic, gain 1.75 + angle": {"boxes": 3},
+    "mgiou, ProbIoU assigns, quadratic, saturating + angle": {"boxes": 3, "long": 1},
 }
 
 

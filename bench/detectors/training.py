@@ -26,7 +26,7 @@ from ultralytics.utils import LOGGER, ops
 from ultralytics.utils.loss import KeypointLoss, RotatedBboxLoss
 
 from bench.detectors.loader import Loader
-from bench.detectors.losses import FewVisible, Reported, Watched
+from bench.detectors.losses import FewVisible, Reported, Watched, quadratic
 from bench.detectors.nms import provide_nms
 from bench.detectors.plan import BOX_LOSSES, KEYPOINT_LOSSES, PRECISIONS, REPORTED, SPEED, Job, Size
 from bench.detectors.scenes import BOXES, KEYPOINTS, Scenes
@@ -209,14 +209,16 @@ class BoxVariant(adapter.MGIoUBoxLoss):
     """Our loss of boxes with something changed.
 
     Args:
+        quadratic: The root of the mean of the axes' squared distances, in place of their mean.
         saturating: What is far off costs no more than by ProbIoU, (1 - exp(-gain loss)) / gain; the slope near the
             target is the same.
         centre: The weight of the centre's distance along the target's sides, each relative to that side.
         *arguments: Those of `MGIoUBoxLoss`.
     """
 
-    def __init__(self, *arguments: Any, saturating: bool, centre: float) -> None:
+    def __init__(self, *arguments: Any, quadratic: bool, saturating: bool, centre: float) -> None:
         super().__init__(*arguments)
+        self.quadratic = quadratic
         self.saturating = saturating
         self.centre = centre
 
@@ -225,7 +227,10 @@ class BoxVariant(adapter.MGIoUBoxLoss):
         _, distribution = RotatedBboxLoss.forward(self, pred_dist, pred_bboxes, *rest)
         _, target_bboxes, target_scores, target_scores_sum, positive, *_ = rest
         pred, target = pred_bboxes[positive].float(), target_bboxes[positive].float()
-        losses = box_mgiou_loss(pred, target, reduction="none", **self.options)
+        if self.quadratic:
+            losses = quadratic(pred, target)
+        else:
+            losses = box_mgiou_loss(pred, target, reduction="none", **self.options)
         if self.saturating:
             losses = (1 - torch.exp(-self.gain * losses)) / self.gain
         away, turn = pred[:, :2] - target[:, :2], target[:, 4]
@@ -248,15 +253,20 @@ def _boxes(job: Job) -> Any:
     options: Mapping[str, Any] = given
 
     class Trainer(adapter.MGIoUOBBTrainer):
+        quadratic = False
         saturating = False
         centre = 0.0
         assigner = "mgiou"
 
         def make_loss(self, reg_max: int) -> adapter.MGIoUBoxLoss:
-            if not self.saturating and not self.centre:
+            changes: dict[str, Any] = {
+                "quadratic": self.quadratic,
+                "saturating": self.saturating,
+                "centre": self.centre,
+            }
+            if not any(changes.values()):
                 return super().make_loss(reg_max)
-            rest = (reg_max, self.options, self.gain)
-            return BoxVariant(*rest, saturating=self.saturating, centre=self.centre)
+            return BoxVariant(reg_max, self.options, self.gain, **changes)
 
         def set_loss(self, criterion: Any) -> None:
             super().set_loss(criterion)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.detectors import crops, plan, training
+from bench.detectors import crops, losses, plan, training
 from tests.boxes import oracle
 from triton_mgiou import PAPER
 
@@ -43,20 +43,38 @@ def test_what_is_judged():
 
 
 def test_variants_of_the_loss_of_boxes_differ_by_what_they_say():
-    """A shift by (3, 1) of a box of 12 x 5 turned by 90 degrees costs 1 / 12 + 3 / 5 beside MGIoU; or it saturates."""
+    """A shift by (3, 1) of a box of 12 x 5 turned by 90 degrees: 1 along its 12, 3 along its 5."""
     target = torch.tensor([[50.0, 40, 12, 5, math.pi / 2]])
     pred = target + torch.tensor([3.0, 1, 0, 0, 0])
     scores, positive = torch.full((1, 1, 1), 0.5), torch.ones(1, 1, dtype=torch.bool)
     rest = (torch.zeros(1, 2), target[None], scores, 0.25, positive, torch.tensor([64.0, 64]), torch.full((1, 1), 8.0))
 
     def loss(**options):
-        made = training.BoxVariant(16, dict(PAPER), 2.0, **{"saturating": False, "centre": 0.0, **options})
+        changes = {"quadratic": False, "saturating": False, "centre": 0.0} | options
+        made = training.BoxVariant(16, dict(PAPER), 2.0, **changes)
         return made(torch.zeros(1, 1, 64), pred[None], *rest)[0].item() / 2  # a score of .5 over a sum of .25
 
     (plain,) = oracle.per_sample_loss(pred, target, "cxcywhr", **PAPER)
     assert loss() == pytest.approx(2 * plain, rel=1e-5)
     assert loss(centre=0.5) == pytest.approx(2 * (plain + 0.5 * (1 / 12 + 3 / 5)), rel=1e-5)
     assert loss(saturating=True) == pytest.approx(1 - math.exp(-2 * plain), rel=1e-5)
+    assert loss(quadratic=True) == pytest.approx(rooted(2 / 13, 6 / 8), rel=1e-5)
+
+
+def rooted(*distances):
+    """The root of the mean of squared GIoU1D losses, twice what is a loss, with the millionth in it."""
+    return math.sqrt(np.square(distances).mean() + 1e-6) - 1e-3
+
+
+def test_the_quadratic_loss_of_boxes_is_over_the_directions_of_both():
+    target = torch.tensor([[50.0, 40, 12, 5, 0.3]])
+    wider, turned = target.clone(), target.clone()
+    wider[0, 2] = 18
+    turned[0, 4] += math.pi / 4
+    assert 2 * losses.quadratic(wider, target).item() == pytest.approx(rooted(1 - 12 / 18, 0), rel=1e-4)
+    width = 17 / math.sqrt(2)  # of each on the directions of the other
+    assert 2 * losses.quadratic(turned, target).item() == pytest.approx(rooted(1 - 12 / width, 1 - 5 / width), rel=1e-4)
+    assert losses.quadratic(target, target).item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(("turn", "error"), [(10, 10), (50, 40), (90, 0), (-15, 15)])
