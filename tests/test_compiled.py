@@ -100,7 +100,7 @@ def test_boxes(fmt, dtype, batch, packed):
         "weight_stride": 0, "batch": batch, "divisor": float(batch), "boundary_weight": options["boundary_weight"],
     }  # fmt: skip
     numbers = int(np.prod(pred.shape[1:]))
-    run(kernel, arguments, layouts.box_candidates(numbers, dtype == torch.float64)[0].grid(batch)[0])
+    run(kernel, arguments, layouts.box_candidates(numbers, dtype == torch.float64, 132)[0].grid(batch)[0])
     expected = reference(box_mgiou_loss, pred, target, fmt=fmt, **options)
     atol, rtol = TOLERANCES[dtype]
     assert_close(value[0], expected[0], atol=atol)

@@ -463,6 +463,10 @@ def prepare_boxes(
     return plan, arguments, loss, grad
 
 
+def _multiprocessors(device: int) -> int:
+    return 1 if device < 0 else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _three_strides(boxes: Tensor) -> tuple[int, ...]:
     return boxes.stride() if boxes.dim() == 3 else (*boxes.stride(), 0)
 
@@ -483,7 +487,7 @@ def box_plan(key: BoxKey) -> Plan:
         "PACKED": key.packed,
     }
     numbers = math.prod(FORMATS[key.fmt].shape)
-    candidates = layouts.box_candidates(numbers, dtype == torch.float64)
+    candidates = layouts.box_candidates(numbers, dtype == torch.float64, _multiprocessors(key.device))
     if INTERPRETED:
         candidates = [layouts.BOX_INTERPRETER_LAYOUT]
     flags = (f"{key.pred_dtype} {key.target_dtype}", *(f"{name}={value}" for name, value in constants.items()))

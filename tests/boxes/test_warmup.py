@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -52,13 +54,20 @@ def test_wrong_arguments(arguments, error, words):
 @pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt != "xyxyxyxy"])
 @pytest.mark.parametrize("is_double", [False, True])
 def test_every_layout_covers_the_batch(fmt, is_double):
-    """A lane for each box, up to as many programs as there is room for sums; from there on each goes on."""
+    """A lane for each box, up to as many programs as run at once; from there on each goes on."""
     numbers = 24 if fmt == "corners3d" else FORMATS[fmt].shape[0]
-    for each in layouts.box_candidates(numbers, is_double):
+    for each in layouts.box_candidates(numbers, is_double, 132):
         assert each.lanes == 32 * each.num_warps
-        for batch in (1, 511, 513, 2**20):
-            programs = each.grid(batch)[0]
-            assert programs == layouts.MAX_PROGRAMS or programs * each.lanes >= batch
+        assert each.programs <= layouts.MAX_PROGRAMS  # there is room for their sums
+        assert each.grid(2**20)[0] == each.programs
+        for batch in (1, 511, 513):
+            assert each.grid(batch)[0] == math.ceil(batch / each.lanes)
+
+
+@pytest.mark.parametrize(("numbers", "multiprocessors", "programs"), [(5, 132, 2112), (5, 108, 1728), (24, 132, 1584)])
+def test_no_program_waits_for_others_to_end(numbers, multiprocessors, programs):
+    """Warps on a multiprocessor, by NVIDIA's occupancy calculator: 32 at 64 registers a thread, 12 at 168."""
+    assert layouts.box_candidates(numbers, False, multiprocessors)[0].programs == programs
 
 
 def test_the_command_line_hands_boxes_on(monkeypatch, capsys):

@@ -143,15 +143,20 @@ def _slots(pred_bucket: int, target_bucket: int, lanes: int) -> tuple[int, int]:
 
 
 class BoxLayout(NamedTuple):
-    """How the kernel of boxes works on a batch: a program's lanes, of a box each, its warps, registers of a thread."""
+    """How the kernel of boxes works on a batch: a program's lanes, of a box each, its warps, registers of a thread.
+
+    And the most programs of a launch: as many as the GPU runs at once, since more would start when the first ones end.
+    Each goes on with other boxes.
+    """
 
     lanes: int
     num_warps: int
     registers: int
+    programs: int
 
     def grid(self, batch: int) -> tuple[int, int, int]:
         """The grid of a launch."""
-        return min(-(-batch // self.lanes), MAX_PROGRAMS), 1, 1
+        return min(-(-batch // self.lanes), self.programs), 1, 1
 
     def sizes(self) -> dict[str, int]:
         """The kernel's last compile-time arguments."""
@@ -162,21 +167,29 @@ class BoxLayout(NamedTuple):
         return {"num_warps": self.num_warps, "maxnreg": self.registers, "enable_fp_fusion": False}
 
 
-def box_candidates(numbers: int, is_double: bool) -> list[AnyLayout]:
+def box_candidates(numbers: int, is_double: bool, multiprocessors: int) -> list[AnyLayout]:
     """The layouts to measure for boxes of so many numbers, the one to use without measurement first.
 
     One for all batch sizes: a program goes on with other boxes. More registers than a training step needs not to spill
     would let fewer warps run at once.
     """
     if numbers == 24:
-        default = BoxLayout(32, 1, 255 if is_double else 168)
+        default = _box_layout(1, 255 if is_double else 168, multiprocessors)
     else:
-        default = BoxLayout(64, 2, 168 if is_double else 64)
-    others = [BoxLayout(32 * warps, warps, most) for warps in (1, 2, 4) for most in (default.registers, 128)]
+        default = _box_layout(2, 168 if is_double else 64, multiprocessors)
+    most = default.registers, 128
+    others = [_box_layout(warps, registers, multiprocessors) for warps in (1, 2, 4) for registers in most]
     return list(dict.fromkeys([default, *others]))
 
 
-BOX_INTERPRETER_LAYOUT = BoxLayout(128, 1, 255)  # for Triton's interpreter, whose time goes with the programs
+def _box_layout(warps: int, registers: int, multiprocessors: int) -> BoxLayout:
+    """A multiprocessor has four parts, each with 16384 registers for warps of 32 threads, given out by eights."""
+    at_once = 4 * (16384 // (32 * -(-registers // 8) * 8)) // warps
+    return BoxLayout(32 * warps, warps, registers, min(multiprocessors * at_once, MAX_PROGRAMS))
+
+
+# For Triton's interpreter, whose time goes with the programs.
+BOX_INTERPRETER_LAYOUT = BoxLayout(128, 1, 255, MAX_PROGRAMS)
 
 
 # Pairs
