@@ -93,9 +93,10 @@ def speed_summary() -> str:
     large = _span([row["wall_ratio"]["step"] for size, row in compiled.items() if size not in kernel], 0)
     quicker, slower_graphs = ([ratio for ratio in graphs.values() if (ratio > 1) == slow] for slow in (False, True))
     found = speed()
+    training, others = (run["commit"] for run in found["runs"])
+    at_commits = f"commit {training}" + ("" if others == training else f", other sizes and what is compiled {others}")
     lines = [
-        f"- {found['device']}, torch {found['versions']['torch']}, Triton {found['versions']['triton']}, commit "
-        f"{found['commit']}.",
+        f"- {found['device']}, torch {found['versions']['torch']}, Triton {found['versions']['triton']}, {at_commits}.",
         f"- In a loop the host is the bottleneck: a step takes {loops[0]} times as long as one with `smooth_l1_loss`",
         f"  on the same tensors, and {loops[1]} times one with `l1_loss`.",
         f"- Replayed as a CUDA graph it takes {_span(quicker)} times as long as `smooth_l1_loss`",

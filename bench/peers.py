@@ -24,6 +24,7 @@ from tests import oracle
 from tests.helpers import convex, generator
 from triton_mgiou import PAPER, mgiou_loss
 from triton_mgiou.backends import kernels_unavailable
+from triton_mgiou.options import TIE
 
 Points = NDArray[np.float64]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -36,6 +37,7 @@ MAX_PROJECTIONS = 2**28  # B N^2, of losses that keep all projections in memory:
 # Now and then rounding decides a near tie between two vertices: SURE of the samples must be this close.
 TOLERANCE = {torch.float32: (1e-6, 1e-4), torch.bfloat16: (5e-3, 3e-2)}
 SURE = 0.95
+NEAR_TIE = 4 * TIE[32]  # of the largest coordinate, at least twice what the definition ties
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,26 @@ def polygons(batch: int, vertices: int, dtype: torch.dtype, device: torch.device
 def _block(vertices: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     rng = generator(vertices)
     pred, target = (convex(BLOCK, vertices, rng).to(dtype) for _ in range(2))
+    while (tied := _have_ties(pred.double(), target.double())).any():
+        for side in (pred, target):
+            side[tied] = convex(BLOCK, vertices, rng).to(dtype)[tied]
     return pred, target
+
+
+def _have_ties(pred: Tensor, target: Tensor) -> Tensor:
+    """Whether vertices other than an edge's two ends are one extreme of a pair up to rounding, (B,).
+
+    There the gradient jumps, and the exact one is not that of rounded coordinates.
+    """
+    found = torch.zeros(len(pred), dtype=torch.bool)
+    for polygon, edges_of, ends in ((pred, pred, 3), (pred, target, 2), (target, pred, 2)):
+        x, y = (edges_of.roll(-1, 1) - edges_of).unsqueeze(2).unbind(-1)
+        on_axes = y * polygon[:, None, :, 0] - x * polygon[:, None, :, 1]  # (B, K, N)
+        slack = NEAR_TIE * polygon.abs().amax((1, 2)).view(-1, 1, 1) * (x.abs() + y.abs())
+        at_low = on_axes <= on_axes.amin(2, keepdim=True) + slack
+        at_high = on_axes >= on_axes.amax(2, keepdim=True) - slack
+        found |= ((at_low.sum(2) + at_high.sum(2)) != ends).any(1)
+    return found
 
 
 def errors(peer: Peer, batch: int, vertices: int, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:

@@ -123,11 +123,11 @@ def machine_text(result: dict[str, Any]) -> str:
 
 def training_table(rows: Iterable[Row]) -> str:
     """Steps at the sizes of training, in a loop and in a CUDA graph."""
-    loop = ("kernel", "smooth L1", "L1", "compiled dynamic", "reference")
+    loop = ("kernel", "smooth L1", "L1", "reference")
     graph = ("kernel", "smooth L1", "L1")
     found, sizes = _group(rows, "training")
     return table(
-        "B x N | loop: kernel | smooth L1 | L1 | compiled | reference | graph: kernel | smooth L1 | L1",
+        "B x N | loop: kernel | smooth L1 | L1 | reference | graph: kernel | smooth L1 | L1",
         (
             [
                 f"{batch} x {vertices}",

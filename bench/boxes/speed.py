@@ -167,8 +167,8 @@ def graphs(run: Run) -> None:
                 reason = found["error"]
             else:
                 rows[peer, found["batch"]]["graph_us"] = found["graph_us"]
-        if reason is not None:
-            missing = [str(batch) for batch in batches if "graph_us" not in rows[peer, batch]]
+        missing = [str(batch) for batch in batches if "graph_us" not in rows[peer, batch]]
+        if reason is not None and missing:
             run.leave_out(f"graphs of {peer} at {', '.join(missing)}", reason)
         run.write()
 

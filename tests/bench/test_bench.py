@@ -152,6 +152,19 @@ def test_the_starting_point_sorts_and_masks():
     torch.testing.assert_close(peers.angle_sorted_loss(repeated, target), mgiou_loss(square, target, **PAPER))
 
 
+def test_input_has_no_vertices_that_are_one_extreme_up_to_rounding():
+    """A corner that is pulled out of a triangle's side, next to which it would tie, and a side parallel to another."""
+    triangle = torch.tensor([[[0.0, 0.0], [4.0, 1.0], [1.0, 3.0]]], dtype=torch.float64)
+    other = torch.tensor([[[0.2, 0.1], [3.0, 2.5], [0.5, 4.0]]], dtype=torch.float64)
+    blunt = torch.tensor([[[0.0, 0.0], [2.0, 0.5 - 1e-7], [4.0, 1.0], [1.0, 3.0]]], dtype=torch.float64)
+    parallel = torch.tensor([[[0.0, 0.0], [2.0, 0.5 + 1e-7], [0.5, 4.0]]], dtype=torch.float64)
+    assert not peers._have_ties(triangle, other)
+    assert peers._have_ties(blunt, other)
+    assert peers._have_ties(triangle, parallel)
+    assert peers._have_ties(parallel, triangle)
+    assert not peers._have_ties(*(side.double() for side in peers._block(128, torch.float32))).any()
+
+
 def test_input_is_the_same_block_again_and_again():
     pred, target = peers.polygons(3 * peers.BLOCK, 5, torch.float32, CPU)
     assert pred.shape == target.shape == (3 * peers.BLOCK, 5, 2)
