@@ -489,3 +489,13 @@ def test_the_command_as_a_process(tmp_path):
     (report,) = find_nonfinite({"w": torch.tensor([1.0, NAN])})
     assert (done.returncode, done.stderr) == (1, "")
     assert done.stdout == f"{path}: tensors: 1, numbers: 2, problems: 1\n  {report}\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name")
+def test_a_pipe_is_refused_before_it_is_waited_for(tmp_path, capsys):
+    pipe = tmp_path / "results.csv"
+    os.mkfifo(pipe)
+    assert main(["diagnose", str(pipe)]) == 2
+    assert "a pipe or a device" in capsys.readouterr().err
+    assert main(["diagnose", os.devnull]) == 2
+    assert "a pipe or a device" in capsys.readouterr().err

@@ -30,6 +30,8 @@ def diagnose(path: Path) -> bool:
         DiagnoseError: The file is none of these, is damaged, or says nothing about a training.
     """
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise OSError("it is a pipe or a device, and a file is read several times")
         if checkpoints.is_checkpoint(path):
             found = checkpoints.read(path)
             problems = checkpoints.check(found)
