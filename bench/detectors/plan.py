@@ -143,7 +143,7 @@ TRIED = {  # losses of boxes, looking for a better one; tasks, and with how many
     "boundary, centre .5 + angle": {"boxes": 3, "long": 1},
     "boundary, saturating + angle": {"boxes": 3},
     "mgiou, squared assigns + angle": {"boxes": 3, "long": 3},
-    "mgiou": {"boxes": 3, "long": 3},
+    "mgiou + angle": {"boxes": 3, "long": 3},
     "mgiou, squared assigns": {"squares": 3, "boxes": 3, "long": 2},
     "mgiou, squared assigns, gain 1 + angle": {"boxes": 3, "long": 1},
     "mgiou, squared assigns, centre .5 + angle": {"boxes": 3, "long": 1},
@@ -166,8 +166,8 @@ def jobs(size: Size) -> list[Job]:
         *(("hulls", name) for name in ("OKS", "mgiou")),
         *(("corners", name) for name in ("OKS", "mgiou", "hybrid")),
         *(("squares", name) for name in ("ProbIoU + angle", "mgiou")),
-        *(("boxes", name) for name in ("ProbIoU + angle", "mgiou + angle")),
-        *(("long", name) for name in ("ProbIoU + angle", "mgiou + angle")),
+        *(("boxes", name) for name in ("ProbIoU + angle", "mgiou")),
+        *(("long", name) for name in ("ProbIoU + angle", "mgiou")),
         *(("tops", name) for name in ("OKS", "mgiou")),
     ]
     for seed in size.seeds:

@@ -16,7 +16,7 @@ import torch
 from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import OBBModel, PoseModel
-from ultralytics.utils import YAML
+from ultralytics.utils import DEFAULT_CFG, YAML
 from ultralytics.utils.loss import KeypointLoss, RotatedBboxLoss
 from ultralytics.utils.metrics import probiou
 
@@ -227,6 +227,13 @@ def test_a_shift_costs_what_it_costs_with_probiou():
     ours = adapter.box_loss(pred, target, **MGIoUOBBTrainer.options)
     torch.testing.assert_close(6**0.5 * ours, 1 - probiou(pred, target, eps=1e-12).squeeze(), rtol=1e-3, atol=0)
     assert MGIoUOBBTrainer.gain == pytest.approx(6**0.5, abs=0.1)
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 0.0), ({"angle": 0.5}, 0.5)])
+def test_the_angle_loss_is_off_unless_it_is_asked_for(data, tmp_path, given, expected):
+    assert MGIoUOBBTrainer(overrides=settings(data, "obb", tmp_path, **given)).args.angle == expected
+    config = vars(DEFAULT_CFG) | settings(data, "obb", tmp_path) | {"angle": 2.0} | given
+    assert MGIoUOBBTrainer(config).args.angle == given.get("angle", 2.0)
 
 
 def test_the_assigner_of_obb_takes_mgiou():

@@ -418,8 +418,9 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
 class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
     """Train an OBB head with MGIoU in the place of ProbIoU, in the loss and in the assigner.
 
-    `PolygonOBBValidator` judges it by the IoU of the corners and chooses `best.pt`. Ultralytics' angle loss and its
-    loss of the distribution stay as they are; `angle=0` turns the first off. Set these in a subclass:
+    `PolygonOBBValidator` judges it by the IoU of the corners and chooses `best.pt`. Ultralytics' loss of the
+    distribution stays as it is. Its angle loss, which ProbIoU needs for squares, is off where the setting `angle` is
+    not given: MGIoU sees their angle, and boxes came out less exact with both (bench/detectors). Set in a subclass:
 
     Attributes:
         options: Options of the loss: `axis_weight`, `axis_grad`, `boundary_weight`. The boundary term is off: detectors
@@ -433,6 +434,11 @@ class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
     PARTS = ("bbox_loss", "assigner", "reg_max")
     options: ClassVar[Mapping[str, Any]] = PAPER
     gain: ClassVar[float] = 2.5
+
+    def __init__(self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: Any = None) -> None:
+        if cfg is DEFAULT_CFG:  # another one may have the setting
+            overrides = {"angle": 0.0} | (overrides or {})
+        super().__init__(cfg, overrides, _callbacks)
 
     def check_attributes(self) -> None:
         """Refuse attributes that no loss can be made of."""
