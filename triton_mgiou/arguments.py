@@ -121,9 +121,14 @@ def check_not_traced(function: str, size: int) -> None:
         raise RuntimeError(f"torch.jit.trace cannot record {function}; expected torch.compile or torch.export")
 
 
+def _is_usual(value: Tensor) -> bool:
+    """Whether there is nothing to refuse but a wrong shape; most are, and this takes least time."""
+    return type(value) in _PLAIN and value.dtype in FLOATING and value.layout is _STRIDED and not value.is_nested
+
+
 def _check_vertices(name: str, value: Tensor, size: str) -> int:
     """The batch size."""
-    is_usual = type(value) in _PLAIN and value.dtype in FLOATING and value.layout is _STRIDED and not value.is_nested
+    is_usual = _is_usual(value)
     if not is_usual:
         check_tensor(name, value)
     shape = value.shape
@@ -165,16 +170,25 @@ def check_box_options(fmt: str, options: Options) -> None:
 
 def check_boxes(pred: Tensor, target: Tensor, fmt: str) -> None:
     """Refuse what are no two batches of boxes of this format and of the same size, on the same device."""
-    kind = FORMATS[fmt]
-    for name, value in (("pred", pred), ("target", target)):
-        check_tensor(name, value)
-        if value.dim() != 1 + len(kind.shape) or value.shape[1:] != kind.shape:
-            raise ValueError(_wrong_box_shape(name, tuple(value.shape), fmt))
-        check_floating(name, value)
-    check_not_traced("box_mgiou_loss", pred.shape[0])
-    if target.shape[0] != pred.shape[0]:
-        raise ValueError(f"target must have pred's batch size {pred.shape[0]}, got {target.shape[0]}")
+    batch = _check_box_numbers("pred", pred, fmt)
+    target_batch = _check_box_numbers("target", target, fmt)
+    check_not_traced("box_mgiou_loss", batch)
+    if target_batch != batch:
+        raise ValueError(f"target must have pred's batch size {batch}, got {target_batch}")
     check_device("target", target, "pred", pred)
+
+
+def _check_box_numbers(name: str, value: Tensor, fmt: str) -> int:
+    """The batch size."""
+    is_usual = _is_usual(value)
+    if not is_usual:
+        check_tensor(name, value)
+    shape = value.shape
+    if shape[1:] != FORMATS[fmt].shape:
+        raise ValueError(_wrong_box_shape(name, tuple(shape), fmt))
+    if not is_usual:
+        check_floating(name, value)
+    return shape[0]
 
 
 def _wrong_box_shape(name: str, shape: tuple[int, ...], fmt: str) -> str:
