@@ -27,13 +27,10 @@ from triton import knobs
 from triton.runtime import driver
 
 from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS
-from triton_mgiou.kernels import boxes as box_kernels
-from triton_mgiou.kernels import polygons as polygon_kernels
-from triton_mgiou.kernels import vertices
 from triton_mgiou.options import AXIS_WEIGHTS, Options, Reduction
 from triton_mgiou.tuning import layouts, store
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # decided when the kernels were imported
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides it for each kernel when that is imported
 COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _COUNTERS = 1024  # zeroed at a time: one for each stream and one for each captured launch
 
@@ -320,6 +317,8 @@ def prepare_polygons(
 
 def polygon_plan(key: PolygonKey) -> Plan:
     """The variant of the kernel, not yet compiled."""
+    from triton_mgiou.kernels.polygons import mgiou_kernel  # noqa: PLC0415 - who needs boxes only does not wait for it
+
     buckets = layouts.bucket(key.pred_size), layouts.bucket(key.target_size)
     # With sizes that differ, one side would have more lanes than vertices.
     full = (
@@ -350,12 +349,14 @@ def polygon_plan(key: PolygonKey) -> Plan:
     if INTERPRETED:
         candidates = [layouts.interpreter_layout(*buckets, key.batch)]
     case = f"vertices {buckets[0]} {buckets[1]}, batch {layouts.batches(*buckets, large)}, {flags}"
-    return Plan(polygon_kernels.mgiou_kernel, tuple(constants.values()), case, candidates, dtype, key.device)
+    return Plan(mgiou_kernel, tuple(constants.values()), case, candidates, dtype, key.device)
 
 
 @cache
 def _real_code(dtype: torch.dtype | None, full: bool) -> int:
     """The kernel's code for what says which vertices are real."""
+    from triton_mgiou.kernels import vertices  # noqa: PLC0415 - as the kernel itself
+
     name = "FULL" if full else "ALL" if dtype is None else "MASK" if dtype == torch.bool else "LENGTHS"
     code: int = getattr(vertices, name).value
     return code
@@ -473,6 +474,8 @@ def _three_strides(boxes: Tensor) -> tuple[int, ...]:
 
 def box_plan(key: BoxKey) -> Plan:
     """The variant of the kernel, not yet compiled."""
+    from triton_mgiou.kernels.boxes import box_kernel  # noqa: PLC0415 - who needs polygons only does not wait for it
+
     dtype = torch.promote_types(torch.promote_types(key.pred_dtype, key.target_dtype), torch.float32)
     constants = {
         "COMPUTE": COMPUTE[dtype],
@@ -492,4 +495,4 @@ def box_plan(key: BoxKey) -> Plan:
         candidates = [layouts.BOX_INTERPRETER_LAYOUT]
     flags = (f"{key.pred_dtype} {key.target_dtype}", *(f"{name}={value}" for name, value in constants.items()))
     case = f"boxes {key.fmt}, {' '.join(flags)}"
-    return Plan(box_kernels.box_kernel, tuple(constants.values()), case, candidates, dtype, key.device)
+    return Plan(box_kernel, tuple(constants.values()), case, candidates, dtype, key.device)
