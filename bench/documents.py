@@ -45,7 +45,7 @@ def speed() -> Any:
 
 def speed_row() -> str:
     """The README's one row."""
-    at = {(row["peer"]): row for row in _rows_of("training") if (row["batch"], row["vertices"]) == (4096, 8)}
+    at = {row["peer"]: row for row in _training_rows() if (row["batch"], row["vertices"]) == (4096, 8)}
     loop = ("kernel, defaults", "kernel", "smooth L1", "L1", "mgiou MGIoU2DPlus")
     graph = ("kernel, defaults", "kernel", "smooth L1")
     cells = [report.number(at[peer]["wall_us"]["step"]) for peer in loop]
@@ -80,7 +80,7 @@ def speed_summary() -> str:
     def by_size(peer: str, rows: Iterable[Row]) -> dict[tuple[int, int], Row]:
         return {(row["batch"], row["vertices"]): row for row in rows if row["peer"] == peer}
 
-    at_training = _rows_of("training")
+    at_training = _training_rows()
     kernel, smooth, plain, reference = (
         by_size(peer, at_training) for peer in ("kernel", "smooth L1", "L1", "reference")
     )
@@ -274,8 +274,8 @@ def _float32(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row["dtype"] == "float32"]
 
 
-def _rows_of(group: str) -> list[Row]:
-    return [row for row in _float32(speed()["rows"]) if row["group"] == group]
+def _training_rows() -> list[Row]:
+    return [row for row in _float32(speed()["rows"]) if row["group"] == "training"]
 
 
 def _span(values: Sequence[float], digits: int = 2) -> str:

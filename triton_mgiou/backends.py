@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_are_transforms_active = torch._C._are_functorch_transforms_active
+are_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def takes_kernel(backend: str, tensor: Tensor, missing: str | None = None) -> bool:
@@ -20,7 +20,7 @@ def takes_kernel(backend: str, tensor: Tensor, missing: str | None = None) -> bo
     anywhere = None if missing is None else f"there is no kernel for {missing}"
     if forward_ad._current_level >= 0:  # whether or not a tensor carries a tangent, which the kernels would drop
         anywhere = "forward-mode differentiation is active, and the kernels know only the reverse mode"
-    if _are_transforms_active():
+    if are_transforms_active():
         anywhere = "a torch.func transform is active, and the kernels know only autograd"
     reason = anywhere or kernels_unavailable(tensor.device)
     if reason is not None and backend == "triton":

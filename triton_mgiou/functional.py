@@ -22,7 +22,7 @@ from triton_mgiou.arguments import (
     check_reduction,
     check_set_mask,
 )
-from triton_mgiou.backends import takes_kernel
+from triton_mgiou.backends import are_transforms_active, takes_kernel
 from triton_mgiou.bounding_boxes import is_bounding_boxes, plain_boxes
 from triton_mgiou.box_formats import FORMATS, PAIR_FORMATS
 from triton_mgiou.options import AXIS_WEIGHTS, Options, Reduction
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     import triton_mgiou.ops
     import triton_mgiou.pairs
     from triton_mgiou.training.loss_checks import Checks
-
-_are_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def mgiou_loss(
@@ -484,7 +482,7 @@ def polygon_mgiou(
 
 def _checks(function: str) -> Checks | None:
     """What debug mode checks; nothing under a transform of `torch.func`, where no value can be read."""
-    if _are_transforms_active():
+    if are_transforms_active():
         return None
     from triton_mgiou.training.loss_checks import Checks  # noqa: PLC0415 - slow, and above this module
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from bench.detectors.scenes import BOXES
+from triton_mgiou import PAPER
 
 SEEDS = (0, 1, 2)
 ABLATION = ("corners", 2)  # task and epochs
@@ -78,7 +79,6 @@ PRECISIONS: dict[str, str] = {
 
 # ---- losses of keypoints: attributes of `MGIoUPoseTrainer`, and the bench's own "few"; None for Ultralytics' own
 
-PAPER = {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.0}
 KEYPOINT_LOSSES: dict[str, Mapping[str, Any] | None] = {
     "OKS": None,
     "mgiou": {"mode": "mgiou"},
@@ -94,7 +94,7 @@ KEYPOINT_LOSSES: dict[str, Mapping[str, Any] | None] = {
 # ---- losses of boxes: attributes of `MGIoUOBBTrainer`, and the bench's own "assigner", "quadratic", "saturating" and
 # "centre"; None for ProbIoU
 
-BOUNDARY: dict[str, Any] = {"options": {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25}}
+BOUNDARY: dict[str, Any] = {"options": PAPER | {"boundary_weight": 0.25}}
 BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
     "ProbIoU + angle": None,
     "ProbIoU": None,

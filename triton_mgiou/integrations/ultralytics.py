@@ -158,18 +158,13 @@ class MGIoUBoxLoss(RotatedBboxLoss):
         positive = fg_mask.nonzero(as_tuple=True)
         weight = target_scores[positive].sum(-1)
         pred, target = pred_bboxes[positive], target_bboxes[positive]
-        loss = box_loss(pred, target, weight=weight, avg_factor=target_scores_sum, **self.options)
+        loss = box_mgiou_loss(pred, target, weight=weight, avg_factor=target_scores_sum, **self.options)
         return self.gain * loss, distribution
-
-
-def box_loss(pred: Tensor, target: Tensor, **options: Any) -> Tensor:
-    """The loss of paired boxes (P, 5): centre, size, angle in radians; options of `box_mgiou_loss`."""
-    return box_mgiou_loss(pred, target, **options)
 
 
 def _box_overlap(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
     """MGIoU of paired boxes (P, 5), without terms and at least 0, for the assigner."""
-    return _overlap(box_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER))
+    return _overlap(box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER))
 
 
 def _polygon_overlap(

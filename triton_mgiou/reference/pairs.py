@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from triton_mgiou.options import ABSENT, MIN_AXIS_LENGTH, TINY
+from triton_mgiou.options import ABSENT, MIN_AXIS_LENGTH
 from triton_mgiou.reference import boxes, polygons
 from triton_mgiou.reference.polygons import compute_dtype, real_count
 
@@ -263,10 +263,6 @@ def _limit(extent: Tensor) -> Tensor:
     return (MIN_AXIS_LENGTH * extent).clamp(min=boxes._no_length(extent))
 
 
-def _tiny(values: Tensor) -> float:
-    return TINY[torch.finfo(values.dtype).bits]
-
-
 def _axes_of_boxes(pair: boxes._Pair, unit: str, axis_weight: str) -> tuple[_Axes, _Axes]:
     """The directions of both boxes, (n, D) each."""
     extent = boxes._extent(pair, unit)
@@ -298,7 +294,7 @@ def _axes_of_polygons(first: _Shapes, second: _Shapes, axis_weight: str) -> tupl
         weight, counts = polygons._axis_weights(own.edges, extent, axis_weight)
         normals = polygons._axes(own.edges)
         ends = _ends(own, other, normals, is_own=True)
-        own_limit = (limit * own.edges.detach().norm(dim=2)).clamp(min=_tiny(limit))
+        own_limit = (limit * own.edges.detach().norm(dim=2)).clamp(min=boxes._tiny(limit))
         side = _axes_by_ends(*ends, own_limit, weight)
         sides.append(side)
         is_flat.append(counts & (side.hull <= own_limit))
@@ -327,7 +323,7 @@ def _axes_of_corners(first: Tensor, second: Tensor) -> tuple[_Axes, ...]:
     sides, limits = [], []
     for edges in (p_edges, g_edges, between):
         p_ends, g_ends = (boxes._interval(each - low, edges) for each in (p, g))
-        limits.append((limit * edges.detach().norm(dim=2)).clamp(min=_tiny(limit)))
+        limits.append((limit * edges.detach().norm(dim=2)).clamp(min=boxes._tiny(limit)))
         sides.append(_axes_by_ends(*p_ends, *g_ends, limits[-1], boxes._is_axis(edges, extent)))
     joins = (sides[2].halves <= limits[2]) & (sides[2].hull > limits[2])
     return sides[0], sides[1], sides[2]._replace(weight=joins.to(limit.dtype))
