@@ -243,11 +243,11 @@ def test_what_was_not_run_is_said(tmp_path):
 # ---- how long it takes
 
 
-def progress(tmp_path, end=1000.0):
+def progress(tmp_path):
     setup = run.Setup(plan.FULL, tmp_path, tmp_path, False, "cuda", {"device": "H200"})
     jobs = plan.jobs(plan.FULL)
     chosen = {kind: next(job for job in jobs if job.task == kind) for kind in ("hulls", "boxes")}
-    return run.Progress(setup, jobs, jobs, 12, 0.0, end), chosen
+    return run.Progress(setup, jobs, jobs, 12, 0.0, 1000.0), chosen
 
 
 def test_a_training_is_expected_to_take_what_epochs_took(tmp_path):

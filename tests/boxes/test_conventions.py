@@ -36,9 +36,9 @@ def in_degrees(boxes):
     return torch.cat((boxes[:, :4], torch.rad2deg(boxes[:, 4:])), dim=1)
 
 
-def pixels(rng, batch=40):
+def pixels(rng):
     """Two batches of rotated boxes of some 10 pixels, in degrees."""
-    return [in_degrees(random_boxes("cxcywhr", batch, rng) * torch.tensor([10.0, 10, 10, 10, 0.4])) for _ in range(2)]
+    return [in_degrees(random_boxes("cxcywhr", 40, rng) * torch.tensor([10.0, 10, 10, 10, 0.4])) for _ in range(2)]
 
 
 def test_opencv_box_points():

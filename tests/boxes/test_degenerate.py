@@ -19,8 +19,8 @@ axis_weights = pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
 axis_grads = pytest.mark.parametrize("axis_grad", [True, False])
 
 
-def rotated(*boxes, dtype=torch.float32):
-    return torch.tensor(boxes, dtype=dtype)
+def rotated(*boxes):
+    return torch.tensor(boxes, dtype=torch.float32)
 
 
 @axis_weights

@@ -23,11 +23,11 @@ def push(boxes, mask=None):
     return (torch.relu(MARGIN + depth) * pairs).sum()
 
 
-def moved_apart(boxes, mask=None, steps=600):
+def moved_apart(boxes, mask=None):
     """Move the centres alone, by Adam with steps of a twentieth of the mean side."""
     centres = boxes[..., :2].clone().requires_grad_()
     optimizer = torch.optim.Adam([centres], lr=0.05 * boxes[..., 2:4].mean().item())
-    for _ in range(steps):
+    for _ in range(600):
         optimizer.zero_grad()
         loss = push(torch.cat((centres, boxes[..., 2:]), dim=-1), mask)
         if loss == 0:

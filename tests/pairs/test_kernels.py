@@ -46,7 +46,7 @@ def box_kernel(capability, *, fmt="cxcywhr", over="mean", axis_weight="uniform",
     return compiled(plan.kernel, capability, constants, plan.layout, POINTERS[dtype], masks)
 
 
-def polygon_kernel(capability, *, over="mean", corners=0, masks=True):
+def polygon_kernel(capability, *, over, corners):
     (layout, *_) = layouts.polygon_pair_candidates(corners, False)
     constants = {
         "COMPUTE": triton.language.float32,
@@ -54,7 +54,7 @@ def polygon_kernel(capability, *, over="mean", corners=0, masks=True):
         "AXIS_WEIGHT": 0,
         "CORNERS": corners,
     }
-    return compiled(polygon_pairs_kernel, capability, constants, layout, "*fp32", masks)
+    return compiled(polygon_pairs_kernel, capability, constants, layout, "*fp32", True)
 
 
 @pytest.mark.skipif(triton.__version__ < "3.6", reason="the assembler of Triton 3.4 takes 8 bytes of stack")

@@ -12,9 +12,9 @@ from tests.pairs.test_value import matrix
 from triton_mgiou import box_mgiou, box_mgiou_loss, polygon_mgiou
 
 
-def sets(backend, rows=4, columns=6, fmt="cxcywhr"):
+def sets(backend, rows=4, columns=6):
     rng = generator(0)
-    return [random_boxes(n, fmt, rng).float().to(backend.device) for n in (rows, columns)]
+    return [random_boxes(n, "cxcywhr", rng).float().to(backend.device) for n in (rows, columns)]
 
 
 def test_compiles_whole(backend):

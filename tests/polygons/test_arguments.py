@@ -25,9 +25,9 @@ BOTH = ("pred", "target")
 FLOATING = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-def sample_pair(batch=4, n=5, m=6, seed=71):
-    rng = generator(seed)
-    return star(batch, n, rng).float(), convex(batch, m, rng).float()
+def sample_pair():
+    rng = generator(71)
+    return star(4, 5, rng).float(), convex(4, 6, rng).float()
 
 
 PRED, TARGET = torch.zeros(4, 5, 2), torch.zeros(4, 6, 2)

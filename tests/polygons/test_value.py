@@ -214,11 +214,11 @@ def test_a_result_without_a_graph_is_the_same(backend):
         assert_same(backend.loss(pred.clone().requires_grad_(), target), with_graph)
 
 
-def one_pixel_boxes(batch, rng, corner=8192.0):
+def one_pixel_boxes(batch, rng):
     """Turned boxes of about one pixel, up to two pixels apart, far from the origin, rounded to float32."""
     ranges = [(0, 2), (0, 2), (1, 2), (1, 2), (0, 3)]
     boxes = torch.stack([uniform((batch,), low, high, rng) for low, high in ranges], dim=1)
-    return (rectangle_corners(boxes) + corner).float()
+    return (rectangle_corners(boxes) + 8192).float()
 
 
 @axis_weights

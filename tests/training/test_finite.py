@@ -20,8 +20,8 @@ from triton_mgiou.training import NonFinite, NonFiniteError, check_finite, debug
 NAN, INF = math.nan, math.inf
 
 
-def pair(pred_size=4, target_size=5, batch=3):
-    pred, target = convex(batch, pred_size, generator(1)).float(), convex(batch, target_size, generator(2)).float()
+def pair():
+    pred, target = convex(3, 4, generator(1)).float(), convex(3, 5, generator(2)).float()
     return pred.requires_grad_(), target
 
 

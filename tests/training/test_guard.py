@@ -716,8 +716,8 @@ def test_real_overflow_in_float16(folder):
     assert scaler.get_scale() == 2.0 ** (24 - taken.count(False))
 
 
-def overflow(model, optimizer, scaler, index=1):
-    loss = backward(model, optimizer, batch(index), scaler)
+def overflow(model, optimizer, scaler):
+    loss = backward(model, optimizer, batch(1), scaler)
     model[0].weight.grad[0, 0] = INF
     return loss
 

@@ -107,11 +107,12 @@ def yolov5_text(rows, losses=4, metrics=None, loss=None):
     return "\n".join(lines) + "\n"
 
 
-def lightning_text(epochs, steps=4, train=None, val=None, test_rows=True, names=("train_loss", "val_loss", "val_map")):
-    """Each `log` call has a row of its own; `trainer.test()` adds one at the end."""
-    train = train or fall(epochs * steps, 1.5, 0.3, 0.03, 0.1)
+def lightning_text(val=None, test_rows=True):
+    """30 epochs of 4 steps. Each `log` call has a row of its own; `trainer.test()` adds one at the end."""
+    epochs, steps = 30, 4
+    train = fall(epochs * steps, 1.5, 0.3, 0.03, 0.1)
     val, score = val or fall(epochs, 1.4, 0.4), rise(epochs, 0.7)
-    lines = [f"epoch,{names[2]},lr-AdamW,step,test_loss,test_map,{names[0]}_epoch,{names[0]}_step,{names[1]}"]
+    lines = ["epoch,val_map,lr-AdamW,step,test_loss,test_map,train_loss_epoch,train_loss_step,val_loss"]
     for epoch in range(epochs):
         of_epoch = range(epoch * steps, (epoch + 1) * steps)
         lines += [f"{epoch},,0.001,{step},,,,{train[step]}," for step in of_epoch]
@@ -210,21 +211,21 @@ def ultralytics(broken=False, scale=512.0):
     }  # fmt: skip
 
 
-def lightning(broken=False, scale=65536.0, kth=INF):
+def lightning(broken=False, scale=65536.0):
     return {
         "epoch": 9, "global_step": 1000, "pytorch-lightning_version": "2.4.0",
         "state_dict": network(broken).state_dict(),
         "callbacks": {"ModelCheckpoint{'monitor': 'val_loss'}": {
-            "best_model_score": torch.tensor(0.31), "kth_value": torch.tensor(kth), "best_k_models": {}},
+            "best_model_score": torch.tensor(0.31), "kth_value": torch.tensor(INF), "best_k_models": {}},
             "EarlyStopping": {"wait_count": 0, "best_score": torch.tensor(INF)}},
         "MixedPrecision": scaler_state(scale), "hyper_parameters": argparse.Namespace(lr=0.1),
     }  # fmt: skip
 
 
-def mmengine_checkpoint(broken=False, scale=512.0):
+def mmengine_checkpoint(scale=512.0):
     message_hub = {"log_scalars": {}, "runtime_info": {"epoch": 12}, "resumed_keys": {}}
     return {
-        "meta": {"epoch": 12, "iter": 6000, "seed": np.int64(3)}, "state_dict": network(broken).state_dict(),
+        "meta": {"epoch": 12, "iter": 6000, "seed": np.int64(3)}, "state_dict": network().state_dict(),
         "message_hub": message_hub, "optimizer": {"state": {}, "param_groups": [], "loss_scaler": scaler_state(scale)},
     }  # fmt: skip
 
@@ -271,8 +272,6 @@ def bad_weights(value=NAN):
 
 N = 150
 EIGHT = N - 8
-LATE = [[*values[:EIGHT], *[10 * value for value in values[EIGHT:]]] for values in (fall(N), fall(N, seed=1))]
-COLLAPSED = [*rise(N)[:EIGHT], *[0.0] * 8]
 
 CASES = {
     # Healthy tables
@@ -366,8 +365,8 @@ CASES = {
         None,
     ),
     "YOLOv7 with keypoints": ("results.txt", table(yolov5_text(300, losses=6)), 0, None),
-    "Lightning, tested at the end": ("metrics.csv", table(lightning_text(30)), 0, None),
-    "Lightning, no test": ("metrics.csv", table(lightning_text(30, test_rows=False)), 0, None),
+    "Lightning, tested at the end": ("metrics.csv", table(lightning_text()), 0, None),
+    "Lightning, no test": ("metrics.csv", table(lightning_text(test_rows=False)), 0, None),
     "TensorBoard loss": ("run-exp1-tag-Loss_train.csv", table(tensorboard_text(fall(1000, noise=0.15))), 0, None),
     "TensorBoard mAP": (
         "run-exp1-tag-metrics_mAP_0.5.csv",
@@ -568,7 +567,7 @@ CASES = {
         "loss: collapsed",
     ),
     "all losses are 0": ("log.csv", table(csv_text({"epoch": range(20), "loss": [0.0] * 20})), 1, "0 in all 20 rows"),
-    "Lightning, NaN": ("metrics.csv", table(lightning_text(30, val=[*fall(20), *[NAN] * 10])), 1, "val_loss: 10 NaN"),
+    "Lightning, NaN": ("metrics.csv", table(lightning_text(val=[*fall(20), *[NAN] * 10])), 1, "val_loss: 10 NaN"),
     "Lightning, flat": (
         "metrics.csv",
         table(
