@@ -93,21 +93,21 @@ class MGIoULoss(nn.Module):
         """Return the weighted loss.
 
         Args:
-            pred: Predicted vertices, shape (B, N, 2), floating.
-            target: Target vertices, shape (B, M, 2), floating.
+            pred: Predicted vertices, shape (B, N, 2), or a `BoxMGIoULoss`'s boxes in its format; floating.
+            target: Target vertices, shape (B, M, 2), or boxes, likewise.
             weight: Shape (B,), or (B, k) to be averaged over k. If no entry is positive, a reduced loss is 0 and
                 connected to the graph.
             avg_factor: Divides the sum instead of B when the reduction is "mean", as in `mgiou_loss`: with a sum of 0,
                 it may be 0, and the loss is 0.
             reduction_override: Replaces the module's `reduction` for this call.
-            **kwargs: Further arguments of `mgiou_loss` for this call: lengths, masks, or an option to override.
+            **kwargs: Further arguments for this call: an option to override; lengths and masks of vertices.
 
         Returns:
             A scalar, or shape (B,) for "none".
 
         Raises:
-            TypeError: As `mgiou_loss`.
-            ValueError: As `mgiou_loss`.
+            TypeError: As `mgiou_loss` or `box_mgiou_loss`.
+            ValueError: Likewise.
         """
         reduction = self.reduction if reduction_override is None else reduction_override
         if weight is not None and reduction != "none":
