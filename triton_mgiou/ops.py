@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_mgiou.backends import are_transforms_active
 from triton_mgiou.launch import BoxCall, PolygonCall
 from triton_mgiou.options import Options, Reduction
 from triton_mgiou.reference.polygons import compute_dtype
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # anything else, such as a fake tensor, needs PyTorch's dispatcher
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
+_is_in_transform = torch._C._are_functorch_transforms_active
 _without_ended_transform = torch._C._functorch.unwrap_if_dead  # of a tensor that a transform of torch.func left behind
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
@@ -139,7 +139,7 @@ def check_backward(upstream: Tensor) -> None:
             'the "triton" backend has no second derivative: expected create_graph=False, '
             'got create_graph=True; use backend="eager" for double backward'
         )
-    if _is_batched(upstream) or are_transforms_active():
+    if _is_batched(upstream) or _is_in_transform():
         raise RuntimeError(
             'backend="triton" cannot run: a batch of gradients is asked for at once, and the kernels know only '
             'autograd; expected vectorize=False and is_grads_batched=False, or backend "eager"'

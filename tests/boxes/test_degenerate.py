@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from tests.boxes import oracle
 from tests.boxes.helpers import ANGLED, SPACE, closed_formats, formats, options_of, oracle_options, random_boxes
-from tests.helpers import AXIS_WEIGHTS, assert_close, assert_same, assert_zero, generator, numpy64
+from tests.helpers import (
+    AXIS_WEIGHTS,
+    BOTH,
+    INF,
+    NAN,
+    assert_close,
+    assert_same,
+    assert_zero,
+    axis_grads,
+    axis_weights,
+    generator,
+    numpy64,
+)
 from triton_mgiou import PAPER
 from triton_mgiou.box_formats import FORMATS as ALL_FORMATS
-
-BOTH = ("pred", "target")
-NAN, INF = math.nan, math.inf
-axis_weights = pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
-axis_grads = pytest.mark.parametrize("axis_grad", [True, False])
 
 
 def rotated(*boxes):

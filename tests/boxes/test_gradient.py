@@ -19,20 +19,18 @@ from tests.boxes.helpers import (
     random_boxes,
 )
 from tests.helpers import (
-    AXIS_WEIGHTS,
     assert_close,
     assert_gradient_close,
     assert_same,
     assert_zero,
+    axis_grads,
+    axis_weights,
     generator,
     numpy64,
     uniform,
 )
 from triton_mgiou import PAPER, box_mgiou_loss
 from triton_mgiou.box_formats import FORMATS as ALL_FORMATS
-
-axis_weights = pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
-axis_grads = pytest.mark.parametrize("axis_grad", [True, False])
 
 
 @formats

@@ -27,6 +27,7 @@ from tests.helpers import (
     assert_gradient_close,
     assert_same,
     assert_zero,
+    axis_weights,
     generator,
     numpy64,
     rectangle_corners,
@@ -34,7 +35,6 @@ from tests.helpers import (
 )
 from triton_mgiou import PAPER, mgiou_loss
 
-axis_weights = pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
 FLOAT_ERRORS = {torch.float32: 1e-6, torch.float64: 1e-14}
 
 

@@ -1,18 +1,15 @@
 """Debug mode of the matrices: NaN and Inf in sets, matrix and gradients are named; off, nothing is looked at."""
 
-import math
 import warnings
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers import assert_same, convex, generator
+from tests.helpers import INF, NAN, assert_same, convex, generator
 from tests.pairs.helpers import FORMATS, random_boxes
 from triton_mgiou import box_mgiou, polygon_mgiou
 from triton_mgiou.training import NonFiniteError, debug
-
-NAN, INF = math.nan, math.inf
 
 
 def boxes(fmt="cxcywhr", device="cpu"):

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import AXIS_WEIGHTS, assert_close, assert_finite, assert_zero, generator, uniform
+from tests.helpers import AXIS_WEIGHTS, INF, NAN, assert_close, assert_finite, assert_zero, generator, uniform
 from tests.pairs import oracle
 from tests.pairs.helpers import FORMATS, OVER, corners_in_space, needs_kernel, random_boxes
 from tests.pairs.test_value import matrix
 from triton_mgiou import box_mgiou, polygon_mgiou
 
-NAN, INF = math.nan, math.inf
 A = 0.3  # an angle
 C, S = math.cos(A), math.sin(A)
 

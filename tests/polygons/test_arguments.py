@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import INTERPRETED
-from tests.helpers import assert_close, assert_same, convex, generator, star, uniform
+from tests.helpers import BOTH, assert_close, assert_same, convex, generator, star, uniform
 from triton_mgiou import (
     BoxMGIoULoss,
     MGIoULoss,
@@ -21,7 +21,6 @@ from triton_mgiou import (
     polygon_mgiou,
 )
 
-BOTH = ("pred", "target")
 FLOATING = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 

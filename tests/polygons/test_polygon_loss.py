@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests import oracle
 from tests.conftest import INTERPRETED
 from tests.helpers import (
+    INF,
+    NAN,
     assert_close,
     assert_does_not_wait,
     assert_finite,
@@ -32,7 +34,6 @@ from triton_mgiou.training import AlphaSchedule
 
 MODES = ("mgiou", "l2", "hybrid")
 ALPHA = 0.7
-NAN, INF = math.nan, math.inf
 
 
 def make(mode, backend=None, **options):

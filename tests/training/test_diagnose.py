@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import pickle
 import random
@@ -19,11 +18,10 @@ import torch
 import torch.distributed.checkpoint
 from torch import nn
 
+from tests.helpers import INF, NAN
 from triton_mgiou.cli import main
 from triton_mgiou.training import checkpoints, find_nonfinite
 from triton_mgiou.training import diagnose as module
-
-NAN, INF = math.nan, math.inf
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pickle
 import subprocess
 import sys
@@ -13,11 +12,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers import convex, generator
+from tests.helpers import INF, NAN, convex, generator
 from triton_mgiou import MGIoULoss, debugging, mgiou_loss
 from triton_mgiou.training import NonFinite, NonFiniteError, check_finite, debug, debug_enabled, find_nonfinite
-
-NAN, INF = math.nan, math.inf
 
 
 def pair():

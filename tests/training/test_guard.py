@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import generator
+from tests.helpers import INF, NAN, generator
 from triton_mgiou.cli import main
 from triton_mgiou.training import (
     GradientMonitor,
@@ -22,8 +21,6 @@ from triton_mgiou.training import (
     TrainingStoppedError,
     find_nonfinite,
 )
-
-NAN, INF = math.nan, math.inf
 
 
 def make(optimizer=torch.optim.AdamW, **options):

@@ -11,11 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import generator
+from tests.helpers import INF, NAN, generator
 from triton_mgiou.training import GradientMonitor
 from triton_mgiou.training import monitor as monitor_module
-
-NAN, INF = math.nan, math.inf
 
 
 def make():

@@ -19,9 +19,8 @@ import torch
 import torch.distributed.checkpoint
 from torch import nn
 
+from tests.helpers import INF, NAN
 from triton_mgiou.cli import main
-
-NAN, INF = math.nan, math.inf
 
 
 def noisy(values, noise, seed=0):
