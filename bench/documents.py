@@ -20,6 +20,7 @@ from typing import Any
 
 from bench import report
 from bench.boxes import report as boxes_report
+from bench.convergence.losses import OURS
 from bench.pairs import report as pairs_report
 
 ROOT = Path(__file__).parent.parent
@@ -27,8 +28,6 @@ RESULTS = ROOT / "bench" / "results"
 MARKED = re.compile(r"(<!-- begin ([\w ]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 
 Row = dict[str, Any]
-
-OURS = "length, no axis_grad, boundary 0.25"  # the defaults, in bold
 
 
 @cache
@@ -267,6 +266,7 @@ def with_worst(runs: Sequence[Row], key: str, digits: int) -> str:
 
 
 def _name(name: str) -> str:
+    """The package's defaults are in bold."""
     return f"**{name}**" if name == OURS else name
 
 

@@ -47,8 +47,7 @@ def _covariance(boxes: Tensor) -> tuple[Tensor, ...]:
 
 def by_corners(pred: Tensor, target: Tensor) -> Tensor:
     """Corners by PyTorch, and the loss of polygons with the options of boxes."""
-    options: dict[str, Any] = {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25}
-    return mgiou_loss(_corners(pred), _corners(target), **options)
+    return mgiou_loss(_corners(pred), _corners(target), **FORMATS["cxcywhr"].defaults._asdict())
 
 
 def _corners(boxes: Tensor) -> Tensor:
@@ -95,8 +94,9 @@ def expected(name: str, fmt: str) -> tuple[float, Tensor]:
             value = gaussian.probiou(leaf, target).mean()
         return value.item(), torch.autograd.grad(value, leaf)[0]
     default = FORMATS[fmt].defaults
-    options: dict[str, Any] = {"axis_weight": default.axis_weight, "boundary_weight": default.boundary_weight}
-    options = {} if fmt in SPACE else options
+    options: dict[str, Any] = {}
+    if fmt not in SPACE:
+        options = {"axis_weight": default.axis_weight, "boundary_weight": default.boundary_weight}
     sides = pred.numpy(), target.numpy()
     gradient = oracle.gradient(*sides, fmt, axis_grad=default.axis_grad, **options)
     return float(oracle.per_sample_loss(*sides, fmt, **options).mean()), torch.from_numpy(gradient) / BLOCK

@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.convergence.losses import LOSSES, Loss, reported
+from bench.convergence.losses import LOSSES, OURS, Loss, reported
 from bench.convergence.run import BATCH_SIZE, make_network
 from bench.machine import machine
 from triton_mgiou import demo
 
 STEPS = 50
 SEED = 0
-OURS = "length, no axis_grad, boundary 0.25"
 
 
 def in_float32(pred: Tensor, target: Tensor, lengths: Tensor, progress: float) -> Tensor:

@@ -108,6 +108,7 @@ def from_l1(pred: Tensor, target: Tensor, lengths: Tensor, progress: float, **op
 
 HULL: dict[str, Any] = {"axis_weight": "length", "axis_grad": False}
 
+OURS = "length, no axis_grad, boundary 0.25"  # the package's defaults
 LOSSES: dict[str, Loss] = {
     "reported": reported,
     "reported, conditional mask": partial(reported, mask="conditional"),
@@ -124,7 +125,7 @@ LOSSES: dict[str, Loss] = {
     "length, no axis_grad": partial(package, **HULL),
     "length, no axis_grad, convexity 0.25": partial(package, **HULL, convexity_weight=0.25),
     "length, no axis_grad, boundary 0.1": partial(package, **HULL, boundary_weight=0.1),
-    "length, no axis_grad, boundary 0.25": partial(package, **HULL, boundary_weight=0.25),
+    OURS: partial(package, **HULL, boundary_weight=0.25),
     "length, no axis_grad, boundary 0.5": partial(package, **HULL, boundary_weight=0.5),
     "length, no axis_grad, boundary 1": partial(package, **HULL, boundary_weight=1.0),
     "length, no axis_grad, convexity 0.25, boundary 0.25": partial(

@@ -18,8 +18,6 @@ import importlib
 import json
 import math
 import multiprocessing
-import os
-import platform
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -33,7 +31,8 @@ from tqdm import tqdm
 
 from bench.convergence import report
 from bench.convergence.losses import LOSSES, Loss
-from triton_mgiou import PAPER, __version__, demo, mgiou_loss
+from bench.machine import machine
+from triton_mgiou import PAPER, demo, mgiou_loss
 from triton_mgiou.metrics import polygon_iou
 
 EPOCHS, BATCH_SIZE = 30, 64
@@ -227,21 +226,15 @@ def main() -> None:
         for name in LOSSES
         if (seeds := [seed for seed in range(args.seeds) if (task, start, name, seed) not in done])
     ]
+    about = machine(["python -m bench.convergence.run", *sys.argv[1:]], torch.device("cpu"))
+    about["versions"] |= {name: metadata.version(name) for name in ("numpy", "scikit-learn", "shapely")}
     head = {
         "what": "Trainings of bench.convergence.run; its docstring says what the tasks are, losses.py the losses. "
         "loss, gradient_norm (of one polygon's loss) and zero_gradients (share of the vertices): start, a third, end.",
-        "command": "python -m bench.convergence.run --out bench/results/convergence.json",
-        "machine": f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}, no GPU",
+        **about,
         "unrelated_objects": [
             {"sides": sides, "loss": round(unrelated(*sides), 4)} for sides in ([0.02, 0.1], [0.05, 0.2], [0.1, 0.4])
         ],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            **{name: metadata.version(name) for name in ("scikit-learn", "shapely")},
-            "triton-mgiou": __version__,
-        },
     }
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         for new in tqdm(pool.imap_unordered(run, jobs), total=len(jobs), desc="trainings"):
