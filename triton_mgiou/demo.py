@@ -39,7 +39,7 @@ from triton_mgiou.metrics import polygon_iou
 from triton_mgiou.modules import MGIoULoss
 from triton_mgiou.options import PAPER
 
-EXTRAS = ("matplotlib.figure", "shapely", "sklearn.datasets", "tqdm")  # imported only by a demo that runs
+EXTRAS = ("matplotlib.figure", "shapely", "sklearn.datasets")  # imported only by a demo that runs
 
 SIDE = 8  # pixels
 FULL_INK = 16  # the darkest value of a pixel
@@ -199,6 +199,8 @@ def train(
     data: Digits, loss: MGIoULoss, *, epochs: int, seed: int, batch_size: int, device: torch.device
 ) -> tuple[nn.Module, list[float]]:
     """Train a network and return it with the loss of every step; `batch_size` is that of all processes together."""
+    from tqdm import tqdm  # noqa: PLC0415 - not with the package
+
     rank, processes = _rank_and_processes()
     torch.manual_seed(seed)
     network = make_network().to(device)
@@ -209,7 +211,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
 
     losses: list[Tensor] = []  # one tensor an epoch: reading a loss waits for the device, so not in every step
-    with _extra("tqdm").tqdm(total=steps, desc="training", unit="step", disable=rank > 0) as progress:
+    with tqdm(total=steps, desc="training", unit="step", disable=rank > 0) as progress:
         for _ in range(epochs):
             epoch_losses = []
             for batch in torch.split(torch.randperm(len(images), device=device), batch_size):

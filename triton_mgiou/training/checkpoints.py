@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import math
@@ -76,8 +75,8 @@ def read(path: Path) -> Checkpoint:
         CheckpointError: It is none, or damaged.
     """
     if path.is_dir() or path.suffix == ".distcp" or path.name == ".metadata":
-        return _read_folder(path)
-    if path.suffix.lower() == ".safetensors":
+        found = _read_folder(path)
+    elif path.suffix.lower() == ".safetensors":
         found = Checkpoint(_read_safetensors(path), {}, [])
     else:
         found = _flatten(*_load(path))
@@ -123,16 +122,14 @@ def count(tensor: Tensor) -> int:
 
 
 def _progress(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors, with a progress bar if there is much to read and tqdm is installed."""
+    """The same tensors, with a progress bar if there is much to read."""
     sizes = {name: _bytes(tensor) for name, tensor in tensors.items()}
     total = sum(sizes.values())
-    try:
-        tqdm: Any = importlib.import_module("tqdm").tqdm if total >= LARGE else None
-    except ModuleNotFoundError:
-        tqdm = None
-    if tqdm is None:
+    if total < LARGE:
         yield from tensors.items()
         return
+    from tqdm import tqdm  # noqa: PLC0415 - rarely needed
+
     with tqdm(total=total, desc="reading", unit="B", unit_scale=True) as bar:
         for name, tensor in tensors.items():
             yield name, tensor
@@ -328,16 +325,12 @@ def _read_folder(path: Path) -> Checkpoint:
             for inner, tensor in part.tensors.items():
                 found.tensors[_free(name if inner == "tensor" else f"{name}.{inner}", found.tensors)] = tensor
             found.scales.update({f"{name}.{inner}": scale for inner, scale in part.scales.items()})
-    except CheckpointError:
-        raise
-    except OSError:
+    except (CheckpointError, OSError):
         raise
     except Exception as error:  # what damage leads to
         raise CheckpointError(
             f"is no checkpoint of torch.distributed.checkpoint, or a damaged one: {type(error).__name__} {error}"
         ) from None
-    if not found.tensors:
-        raise CheckpointError("holds no tensor")
     found.scales.update(
         {f"{name}.scale": scale for name, state in numbers.items() if (scale := _scale(state)) is not None}
     )

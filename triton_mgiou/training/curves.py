@@ -19,9 +19,7 @@ NO_CURVE = re.compile(r"(?<![a-z])(lr|weight|scaler?|coef|gain|time)\d*$|(^|/)be
 # that of a head on its proposals, and high at once.
 METRICS = (
     re.compile(r"(?<![a-z])(m?ap[sml]?(?![a-z])|f1|fitness|dice|auc|pck|oks)|iou(?![a-z])"),
-    re.compile(
-        r"(?<![a-z])acc(?![a-z])|accuracy|(?<![a-z])top.?[15](?!\d)"
-    ),  # beside mAP it is that of a head on its proposals, high at once
+    re.compile(r"(?<![a-z])acc(?![a-z])|accuracy|(?<![a-z])top.?[15](?!\d)"),
     re.compile(r"precision|recall|(?<![a-z])m?ar(?![a-z])"),
 )
 PERCENT = re.compile(r"^(bbox|segm|keypoints)/AP")  # detectron2
