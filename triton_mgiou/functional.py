@@ -134,7 +134,7 @@ def mgiou_loss(
         pred_real = pred_lengths if pred_mask is None else pred_mask
         target_real = target_lengths if target_mask is None else target_mask
         inside = kernel_reduction(pred, target, weight, reduction, avg_factor)
-        call = triton_mgiou.launch.PolygonCall(pred_real, target_real, inside or Reduction(None, "none", None), options)
+        call = triton_mgiou.launch.PolygonCall(pred_real, target_real, inside or Reduction(), options)
         loss = triton_mgiou.ops.polygon_loss(pred, target, call)
     else:
         loss = reference.per_sample_loss(
@@ -281,7 +281,7 @@ def box_mgiou_loss(
     inside = None
     if pred.shape[0] > 0 and takes_kernel(backend, pred):
         inside = kernel_reduction(pred, target, weight, reduction, avg_factor)
-        call = triton_mgiou.launch.BoxCall(fmt, angle, clockwise, inside or Reduction(None, "none", None), options)
+        call = triton_mgiou.launch.BoxCall(fmt, angle, clockwise, inside or Reduction(), options)
         loss = triton_mgiou.ops.box_loss(pred, target, call)
     else:
         loss = box_reference.per_sample_loss(

@@ -43,11 +43,11 @@ class Options(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """How a kernel reduces the samples' losses."""
+    """How a kernel reduces the samples' losses; by default not at all."""
 
-    weight: Tensor | None  # (B,)
-    rule: str  # as in `mgiou_loss`; the mean is the sum over B
-    divisor: float | None  # of the sum
+    weight: Tensor | None = None  # (B,)
+    rule: str = "none"  # as in `mgiou_loss`; the mean is the sum over B
+    divisor: float | None = None  # of the sum
 
 
 PAPER: dict[str, Any] = Options("uniform", True, 0.0, 0.0)._asdict()

@@ -310,9 +310,9 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--seconds", type=float, default=120.0, help="after these no further row is begun")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of the loops (default: {ROUNDS})")
+    parser.add_argument("--seconds", type=float, default=120.0, help="after these nothing new begins (default: 120)")
     parser.add_argument("--out", type=Path, help="written after each row")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)

@@ -224,7 +224,7 @@ class _Variant(NamedTuple):
         real = [given.pop(f"{side}_lengths", given.pop(f"{side}_mask", None)) for side in ("pred", "target")]
         weight, reduction, avg_factor = (given.pop(name, None) for name in ("weight", "reduction", "avg_factor"))
         inside = kernel_reduction(pred, target, weight, reduction or "mean", avg_factor)
-        call = launch.PolygonCall(real[0], real[1], inside or Reduction(None, "none", None), Options(**given))
+        call = launch.PolygonCall(real[0], real[1], inside or Reduction(), Options(**given))
         plan, arguments, loss, grad = launch.prepare_polygons(pred, target, call, self.gradient, stream=0)
         return _Prepared(plan, batch, arguments, [loss] if grad is None else [loss, grad])
 
@@ -283,7 +283,7 @@ class _BoxVariant(NamedTuple):
         weight, reduction, avg_factor = (given.pop(name, None) for name in ("weight", "reduction", "avg_factor"))
         inside = kernel_reduction(pred, target, weight, reduction or "mean", avg_factor)
         options = FORMATS[self.fmt].defaults._replace(**{k: v for k, v in given.items() if v is not None})
-        call = launch.BoxCall(self.fmt, *convention, inside or Reduction(None, "none", None), options)
+        call = launch.BoxCall(self.fmt, *convention, inside or Reduction(), options)
         plan, arguments, loss, grad = launch.prepare_boxes(pred, target, call, self.gradient, stream=0)
         return _Prepared(plan, batch, arguments, [loss] if grad is None else [loss, grad])
 
