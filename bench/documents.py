@@ -39,7 +39,7 @@ def results(name: str) -> Any:
 @cache
 def speed() -> Any:
     """The speed on an H200, of all its files."""
-    return report.merged([results("h200"), results("h200_others")])
+    return report.merged([results(name) for name in ("h200", "h200_large", "h200_others")])
 
 
 def speed_row() -> str:
@@ -92,8 +92,8 @@ def speed_summary() -> str:
     large = _span([row["wall_ratio"]["step"] for size, row in compiled.items() if size not in kernel], 0)
     quicker, slower_graphs = ([ratio for ratio in graphs.values() if (ratio > 1) == slow] for slow in (False, True))
     found = speed()
-    training, others = (run["commit"] for run in found["runs"])
-    at_commits = f"commit {training}" + ("" if others == training else f", other sizes and what is compiled {others}")
+    newest, *older = dict.fromkeys(run["commit"] for run in found["runs"])
+    at_commits = f"commit {newest}" + "".join(f"; what was not measured there is of {commit}" for commit in older)
     lines = [
         f"- {found['device']}, torch {found['versions']['torch']}, Triton {found['versions']['triton']}, {at_commits}.",
         f"- In a loop the host is the bottleneck: a step takes {loops[0]} times as long as one with `smooth_l1_loss`",

@@ -1,6 +1,6 @@
 """Write one table in Markdown and the figures from the JSON of `bench.speed`.
 
-    python -m bench.report bench/results/h200.json bench/results/h200_others.json
+    python -m bench.report bench/results/h200.json bench/results/h200_large.json bench/results/h200_others.json
 
 The files are written beside the first one, under its name: h200.md, h200_batch.png and so on. Several files have to
 come from the same machine and versions.
@@ -65,10 +65,10 @@ def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     rows: dict[tuple[Any, ...], Row] = {}
     for result in results:
         for row in result["rows"]:
-            rows.setdefault((row["batch"], row["vertices"], row["dtype"], row["peer"]), row)
+            rows.setdefault(_size_of(row), row)
     left_out: list[Row] = []
     for result in results:
-        left_out += [row for row in result["left_out"] if row not in left_out]
+        left_out += [row for row in result["left_out"] if row not in left_out and _size_of(row) not in rows]
     return {
         **first,
         "runs": [{name: result[name] for name in ("command", "commit", "date")} for result in results],
@@ -78,6 +78,10 @@ def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "left_out": left_out,
         "rows": list(rows.values()),
     }
+
+
+def _size_of(row: Row) -> tuple[Any, ...]:
+    return row["batch"], row["vertices"], row.get("dtype"), row["peer"]
 
 
 def markdown(result: dict[str, Any]) -> str:

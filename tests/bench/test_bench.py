@@ -99,8 +99,11 @@ def test_parts_of_one_measurement():
         result_of([row_of("kernel", 128, 8, 1.0)], launches={"kernel": 3, "batch": 1, "vertices": 2}),
         result_of([row_of("kernel", 128, 8, 2.0), row_of("compiled", 128, 8, 3.0)], launches={"compiled": 9}),
     ]
-    refused, slow = ({"peer": peer, "batch": 128, "vertices": 8, "reason": "R"} for peer in ("L1", "reference"))
-    parts[0]["left_out"], parts[1]["left_out"] = [refused], [refused, slow]
+    refused, slow, late = (
+        {"peer": peer, "batch": 128, "vertices": 8, "dtype": "float32", "reason": "R"}
+        for peer in ("L1", "reference", "compiled")  # the last one is in the other part
+    )
+    parts[0]["left_out"], parts[1]["left_out"] = [refused, late], [refused, slow]
     whole = report.merged(parts)
     assert [(row["peer"], row["wall_us"]["step"]) for row in whole["rows"]] == [("kernel", 1.0), ("compiled", 3.0)]
     assert whole["left_out"] == [refused, slow]
