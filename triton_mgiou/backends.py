@@ -30,7 +30,7 @@ def takes_kernel(backend: str, tensor: Tensor, missing: str | None = None) -> bo
 
 
 def is_empty(size: int) -> bool:
-    """Whether a size is 0. One that depends on data, as that of `boxes[mask]` in compiled code, is taken for another."""
+    """Whether a size is 0. One that no compiler knows, as that of `boxes[mask]`, is taken for another number."""
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import guard_or_false  # noqa: PLC0415 - slow
 
