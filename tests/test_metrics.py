@@ -59,6 +59,31 @@ def test_matrix_of_polygons_of_several_sizes_and_without_an_area():
     np.testing.assert_allclose(matrix, [[1, 0], [0.5, 0], [0, 0], [0, 0], [0, 0]], atol=1e-12)
 
 
+@pytest.mark.parametrize("far", [1e15, 1e20, 3e38, 1e200])
+def test_a_prediction_that_diverged_overlaps_nothing(far):
+    """Whichever vertices went away, it is a point or far larger than the target, and its IoU next to 0."""
+    rng = np.random.default_rng(0)
+    target = SQUARE * 100
+    preds = []
+    for size in range(3, 9):
+        for _ in range(20):
+            pred = rng.random((size, 2)) * 100
+            pred[rng.permutation(size)[: rng.integers(1, size + 1)]] = rng.standard_normal(2) * far
+            preds.append(pred)
+    assert max(polygon_iou(pred, target) for pred in preds) < 1e-9
+    assert polygon_iou_matrix(preds, [target, BOW_TIE]).max() < 1e-9
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30, 1e90])
+def test_no_unit_is_too_large_or_small(scale):
+    half = SQUARE * [1, 0.5]
+    expected = [[0.5, 1], [1 / 3, 0.5]]
+    np.testing.assert_allclose(
+        polygon_iou_matrix([SQUARE * scale, BOW_TIE * scale], [half * scale, SQUARE * scale]), expected, rtol=1e-12
+    )
+    assert polygon_iou(BOW_TIE * scale, SQUARE * scale) == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("polygon", [np.zeros((2, 2)), np.zeros((4, 3)), np.zeros(4)])
 def test_a_wrong_shape_is_named(polygon):
     with pytest.raises(ValueError, match=r"target must have shape \(N, 2\) with N >= 3, got"):

@@ -29,6 +29,15 @@ def takes_kernel(backend: str, tensor: Tensor, missing: str | None = None) -> bo
     return reason is None
 
 
+def is_empty(size: int) -> bool:
+    """Whether a size is 0. One that no compiler knows, as that of `boxes[mask]`, is taken for another number."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # noqa: PLC0415 - slow
+
+        return guard_or_false(size == 0)
+    return size == 0
+
+
 _reasons: dict[torch.device, str | None] = {}
 
 

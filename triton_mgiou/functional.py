@@ -22,7 +22,7 @@ from triton_mgiou.arguments import (
     check_reduction,
     check_set_mask,
 )
-from triton_mgiou.backends import are_transforms_active, takes_kernel
+from triton_mgiou.backends import are_transforms_active, is_empty, takes_kernel
 from triton_mgiou.bounding_boxes import is_bounding_boxes, plain_boxes
 from triton_mgiou.box_formats import FORMATS, PAIR_FORMATS
 from triton_mgiou.options import AXIS_WEIGHTS, Options, Reduction
@@ -130,7 +130,7 @@ def mgiou_loss(
         target = checks.input("target", target, target_lengths, target_mask)
         checks.factors(weight=weight, avg_factor=avg_factor)
     inside = None
-    if pred.shape[0] > 0 and takes_kernel(backend, pred):
+    if not is_empty(pred.shape[0]) and takes_kernel(backend, pred):
         pred_real = pred_lengths if pred_mask is None else pred_mask
         target_real = target_lengths if target_mask is None else target_mask
         inside = kernel_reduction(pred, target, weight, reduction, avg_factor)
@@ -279,7 +279,7 @@ def box_mgiou_loss(
         target = checks.input("target", target, in_radians=in_radians)
         checks.factors(weight=weight, avg_factor=avg_factor)
     inside = None
-    if pred.shape[0] > 0 and takes_kernel(backend, pred):
+    if not is_empty(pred.shape[0]) and takes_kernel(backend, pred):
         inside = kernel_reduction(pred, target, weight, reduction, avg_factor)
         call = triton_mgiou.launch.BoxCall(fmt, angle, clockwise, inside or Reduction(), options)
         loss = triton_mgiou.ops.box_loss(pred, target, call)
@@ -401,7 +401,7 @@ def box_mgiou(
         boxes1 = checks.input("boxes1", boxes1, mask=mask1, in_radians=in_radians)
         boxes2 = checks.input("boxes2", boxes2, mask=mask2, in_radians=in_radians)
     missing = None if fmt in PAIR_FORMATS else f"pairs of {fmt!r}"
-    if boxes1.numel() > 0 and boxes2.numel() > 0 and takes_kernel(backend, boxes1, missing):
+    if not (is_empty(boxes1.numel()) or is_empty(boxes2.numel())) and takes_kernel(backend, boxes1, missing):
         call = triton_mgiou.pairs.BoxPairs(fmt, angle, clockwise, over, axis_weight)
         matrix = triton_mgiou.pairs.box_matrix(boxes1, boxes2, mask1, mask2, call)
     else:
@@ -468,7 +468,7 @@ def polygon_mgiou(
         polygons2 = checks.input("polygons2", polygons2, lengths2, mask2)
     wants_gradient = torch.is_grad_enabled() and (polygons1.requires_grad or polygons2.requires_grad)
     missing = "the gradient of pairs of polygons" if wants_gradient else None
-    if polygons1.numel() > 0 and polygons2.numel() > 0 and takes_kernel(backend, polygons1, missing):
+    if not (is_empty(polygons1.numel()) or is_empty(polygons2.numel())) and takes_kernel(backend, polygons1, missing):
         call = triton_mgiou.pairs.PolygonPairs(lengths1, lengths2, mask1, mask2, over, axis_weight)
         matrix = triton_mgiou.pairs.polygon_matrix(polygons1, polygons2, call)
     else:

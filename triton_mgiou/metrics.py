@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 COCO_THRESHOLDS = tuple(threshold / 100 for threshold in range(50, 100, 5))
+LARGEST = 1e100  # a coordinate above it counts as not finite, since products of coordinates would overflow
+MOST_TIMES_LARGER = 2.0**40  # of two polygons that float64 can cut with each other
 
 Floats = NDArray[np.float64]
 
@@ -22,7 +24,9 @@ def polygon_iou(pred: ArrayLike, target: ArrayLike) -> float:
 
     Both outlines together cut the plane into faces; each face lies wholly inside or outside of either polygon. So
     there is nothing to repair in a polygon that crosses itself: a bow-tie covers its two lobes, the inside of a loop
-    that runs around twice is outside. Where neither polygon covers any area, or a coordinate is not finite, it is 0.
+    that runs around twice is outside. Where neither polygon covers any area, or a coordinate is not finite or above
+    1e100, it is 0. So it is where the longer side of one polygon's bounding box is more than 2^40 times that of the
+    other's, as of a prediction that has diverged: float64 cannot cut such outlines with each other.
 
     Args:
         pred: Vertices, shape (N, 2), N >= 3.
@@ -36,7 +40,7 @@ def polygon_iou(pred: ArrayLike, target: ArrayLike) -> float:
         ValueError: A polygon has another shape.
     """
     p, g = _vertices("pred", pred), _vertices("target", target)
-    if not (np.isfinite(p).all() and np.isfinite(g).all()):
+    if not _may_overlap([p], [g]).all():
         return 0.0
     faces, (in_p, in_g) = _faces(p, g)
     areas = _shapely().area(faces)
@@ -66,8 +70,7 @@ def polygon_iou_matrix(pred: Sequence[ArrayLike] | NDArray[Any], target: Sequenc
     ious = np.zeros((len(preds), len(targets)))
     if not ious.size:
         return ious
-    (p_low, p_high), (g_low, g_high) = _bounds(preds), _bounds(targets)
-    row, column = np.nonzero(((p_low[:, None] < g_high) & (g_low < p_high[:, None])).all(2))
+    row, column = np.nonzero(_may_overlap(preds, targets))
     p, g = _regions(preds, row), _regions(targets, column)
     inter = shapely.area(shapely.intersection(p[row], g[column]))
     union = shapely.area(p[row]) + shapely.area(g[column]) - inter
@@ -165,10 +168,20 @@ def _regions(polygons: list[Floats], needed: NDArray[np.intp]) -> NDArray[Any]:
     return regions
 
 
+def _may_overlap(preds: list[Floats], targets: list[Floats]) -> NDArray[np.bool_]:
+    """Which pairs have an IoU that may be above 0 and can be computed, (P, T)."""
+    (p_low, p_high), (g_low, g_high) = _bounds(preds), _bounds(targets)
+    overlap = ((p_low[:, None] < g_high) & (g_low < p_high[:, None])).all(2)
+    p_size, g_size = (p_high - p_low).max(1)[:, None], (g_high - g_low).max(1)
+    comparable = (p_size <= MOST_TIMES_LARGER * g_size) & (g_size <= MOST_TIMES_LARGER * p_size)
+    may: NDArray[np.bool_] = overlap & comparable
+    return may
+
+
 def _bounds(polygons: list[Floats]) -> tuple[Floats, Floats]:
-    """The lower and the upper bounds of x and y, (P, 2) each; NaN where a coordinate is not finite."""
+    """The lower and the upper bounds of x and y, (P, 2) each; NaN where a coordinate is not finite or above LARGEST."""
     bounds = np.array([(polygon.min(0), polygon.max(0)) for polygon in polygons])
-    bounds[~np.isfinite(bounds).all((1, 2))] = np.nan  # which is near nothing
+    bounds[~(np.abs(bounds) <= LARGEST).all((1, 2))] = np.nan  # which is near nothing
     return bounds[:, 0], bounds[:, 1]
 
 

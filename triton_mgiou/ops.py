@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from triton_mgiou.launch import BoxCall, PolygonCall
 from triton_mgiou.options import Options, Reduction
@@ -172,11 +173,18 @@ def define(
 
     What the compiler makes code of is a second operator, `_NAME`, without a derivative: from it to the launch PyTorch's
     dispatcher calls nothing else in Python.
+
+    A size that compiled code did not know may turn out to be 0: then nothing is launched, and the outputs are zeros.
     """
+
+    def launch_unless_empty(*inputs: Any) -> Any:
+        first, second, *_ = inputs
+        return launch(*inputs) if first.numel() and second.numel() else tree_map(Tensor.zero_, fake(*inputs))
+
     for each in (name, f"_{name}"):
         schema = torch.library.infer_schema(launch, mutates_args=(), op_name=each)
         _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-        _library.impl(each, launch, "CompositeExplicitAutograd")
+        _library.impl(each, launch_unless_empty, "CompositeExplicitAutograd")
         torch.library.register_fake(f"triton_mgiou::{each}", fake, lib=_library)
     plain = getattr(torch.ops.triton_mgiou, f"_{name}").default
 

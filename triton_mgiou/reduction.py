@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from triton_mgiou.backends import is_empty
 from triton_mgiou.options import Reduction
 from triton_mgiou.reference.polygons import compute_dtype
 
@@ -37,9 +38,9 @@ def reduce(loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: floa
     if reduction == "none":
         return loss
     total = loss.sum()
-    if reduction == "sum" or loss.shape[0] == 0:
+    if reduction == "sum" or is_empty(loss.shape[0]):
         return total
-    return total / loss.shape[0] if avg_factor is None else _divide(total, avg_factor)
+    return total / max(loss.shape[0], 1) if avg_factor is None else _divide(total, avg_factor)
 
 
 def _divide(total: Tensor, avg_factor: float | Tensor) -> Tensor:

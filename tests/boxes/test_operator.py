@@ -77,6 +77,26 @@ def test_compiled(boxes, fmt):
         assert_gradient_close(torch.autograd.grad(got, pred)[0], wanted, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@formats
+def test_compiled_with_a_batch_that_a_mask_selects(boxes, fmt):
+    """Of how many there are the compiler knows nothing, and there may be none."""
+    rng = generator(12)
+    pred, target = (random_boxes(fmt, 6, rng).float().to(boxes.device) for _ in range(2))
+    pred.requires_grad_()
+
+    def loss(pred, target, is_positive):
+        return box_mgiou_loss(pred[is_positive], target[is_positive], fmt=fmt, backend=boxes.name)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for count in (3, 0, 6):
+            is_positive = torch.arange(6, device=boxes.device) < count
+            got, want = compiled(pred, target, is_positive), loss(pred, target, is_positive)
+            assert_close(got, want, atol=1e-7)
+            assert_gradient_close(*(torch.autograd.grad(each, pred)[0] for each in (got, want)), rtol=1e-5)
+
+
 @formats
 @pytest.mark.parametrize("axis_weight", ["uniform", "length", "soft"])
 def test_nothing_waits_for_the_device(fmt, axis_weight):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.helpers import assert_close, assert_does_not_wait, assert_gradient_close, assert_same, generator
 from tests.pairs.helpers import random_boxes
@@ -29,6 +30,47 @@ def test_compiles_whole(backend):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for actual, want in zip(torch.autograd.grad(compiled(first, second, mask), (first, second)), expected, strict=True):
         assert_close(actual, want, atol=1e-6)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiles_once_for_all_sizes(backend):
+    """Each image has another number of objects; a compiler that counts each anew gives up after eight."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(first, second):
+        return box_mgiou(first, second, backend=backend.name).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for rows, columns in [(4, 3), (5, 6), (6, 17), (8, 9)]:
+        first, second = (each.requires_grad_() for each in sets(backend, rows, columns))
+        expected = torch.autograd.grad(loss(first, second), (first, second))
+        for actual, want in zip(torch.autograd.grad(compiled(first, second), (first, second)), expected, strict=True):
+            assert_gradient_close(actual, want, rtol=1e-5)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("function", [box_mgiou, polygon_mgiou])
+def test_compiles_a_set_that_a_mask_selects(backend, function):
+    """Of how many there are the compiler knows nothing, and there may be none."""
+    fmt = "xyxyxyxy" if function is polygon_mgiou else "cxcywhr"
+    first, second = (each.unflatten(1, (4, 2)) if fmt == "xyxyxyxy" else each for each in sets(backend, 5, 6, fmt))
+    has_gradient = not (backend.name == "triton" and function is polygon_mgiou)
+    first.requires_grad_(has_gradient)
+
+    def total(first, second, is_first, is_second):
+        return function(first[is_first], second[is_second], backend=backend.name).sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for rows, columns in [(3, 4), (0, 4), (3, 0), (5, 1)]:
+            masks = [torch.arange(5) < rows, torch.arange(6) < columns]
+            given = (first, second, *(mask.to(backend.device) for mask in masks))
+            value, expected = compiled(*given), total(*given)
+            assert_close(value, expected, atol=1e-5)
+            if has_gradient:
+                actual, want = (torch.autograd.grad(each, first)[0] for each in (value, expected))
+                assert_close(actual, want, atol=1e-6)
 
 
 def test_the_operators_are_sound(backend):

@@ -134,6 +134,24 @@ def test_compile_with_a_number_that_changes(backend, name, numbers):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("reduction", ["mean", "none", "avg_factor"])
+def test_compile_with_a_batch_that_a_mask_selects(backend, reduction):
+    """The positives of a batch: of how many there are the compiler knows nothing, and there may be none."""
+
+    def function(is_positive, **given):
+        given = {name: each[is_positive] for name, each in given.items() if name != "avg_factor"}
+        if reduction == "avg_factor":
+            return backend.loss(**given, avg_factor=is_positive.sum())
+        return backend.loss(**given, reduction=reduction)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for count in [3, 0, 1, 6]:
+            given = sample(6, backend.device) | {"is_positive": torch.arange(6, device=backend.device) < count}
+            assert_compiled_is_the_same(function, compiled, given)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compile_with_float16_and_without_a_graph(backend):
     def function(pred, target):
         return backend.loss(pred.half(), target.half(), reduction="none")

@@ -130,7 +130,7 @@ def _matrix(values: _Values, first: _Shapes, second: _Shapes, pair_bytes: int) -
 
     pairs = max(1, MEMORY // pair_bytes)
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if sizes[0] * sizes[1] * sizes[2] <= pairs or transformed or forward_ad._current_level >= 0:
+    if transformed or sizes[0] * sizes[1] * sizes[2] <= pairs or forward_ad._current_level >= 0:
         return block(first, second)
     return cast("Tensor", _InBlocks.apply(block, pairs, *first, *second))  # type: ignore[no-untyped-call]
 
@@ -147,7 +147,8 @@ class _Repeat(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int, int, int], output: Tensor) -> None:  # noqa: ARG004
         _, ctx.dim, ctx.count, total = inputs
-        ctx.terms = 1 << (total - 1).bit_length()
+        # The bits of a number would make it a constant of compiled code, compiled again for each other one.
+        ctx.terms = 2 * total + 1 if torch.compiler.is_compiling() else 1 << (total - 1).bit_length()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

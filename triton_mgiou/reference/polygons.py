@@ -171,7 +171,8 @@ def _polygons(vertices: Tensor, real: Tensor, low: Tensor) -> _Polygons:
     """Move scaled vertices by `low`. The move rounds, so edges and shape come from before it: small polygons stay."""
     index = torch.arange(vertices.shape[1], device=vertices.device)
     is_last = index == real.sum(1, keepdim=True) - 1  # (B, N)
-    end = torch.where(is_last.unsqueeze(-1), vertices[:, :1], vertices.roll(-1, dims=1))
+    following_ones = torch.cat((vertices[:, 1:], vertices[:, :1]), dim=1)  # `roll` asks how many numbers there are
+    end = torch.where(is_last.unsqueeze(-1), vertices[:, :1], following_ones)
     edges = torch.where(real.unsqueeze(-1), end - vertices, 0.0)
     following = torch.where(is_last, 0, (index + 1).clamp(max=index.shape[0] - 1)).unsqueeze(-1)
     moved, shape = (torch.where(real.unsqueeze(-1), vertices - to, 0.0) for to in (low, vertices[:, :1].detach()))
