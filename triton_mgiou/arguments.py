@@ -110,6 +110,10 @@ def check_polygons(pred: Tensor, target: Tensor) -> None:
     batch = _check_vertices("pred", pred, "N")
     target_batch = _check_vertices("target", target, "M")
     check_not_traced("mgiou_loss", batch)
+    _check_same_batch(pred, target, batch, target_batch)
+
+
+def _check_same_batch(pred: Tensor, target: Tensor, batch: int, target_batch: int) -> None:
     if target_batch != batch:
         raise ValueError(f"target must have pred's batch size {batch}, got {target_batch}")
     check_device("target", target, "pred", pred)
@@ -173,9 +177,7 @@ def check_boxes(pred: Tensor, target: Tensor, fmt: str) -> None:
     batch = _check_box_numbers("pred", pred, fmt)
     target_batch = _check_box_numbers("target", target, fmt)
     check_not_traced("box_mgiou_loss", batch)
-    if target_batch != batch:
-        raise ValueError(f"target must have pred's batch size {batch}, got {target_batch}")
-    check_device("target", target, "pred", pred)
+    _check_same_batch(pred, target, batch, target_batch)
 
 
 def _check_box_numbers(name: str, value: Tensor, fmt: str) -> int:

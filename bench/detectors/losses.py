@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.convergence.losses import reported
+from triton_mgiou.reference import boxes
 
-QUADRATIC_EPSILON = 1e-6  # keeps the slope finite at the target
+SHORTEST = 5e-4  # a distance that keeps the slope of `quadratic` finite at the target
 
 
 class Reported(nn.Module):
@@ -82,19 +82,8 @@ def quadratic(pred: Tensor, target: Tensor) -> Tensor:
 
     So the axis that is furthest off has the largest slope, as it has by ProbIoU.
     """
-    sides = [(_directions(boxes[:, 4]), boxes[:, 2:4]) for boxes in (pred, target)]
-    axes = torch.cat([directions for directions, _ in sides], 1)  # (P, 4, 2)
-    apart = (axes * (pred[:, None, :2] - target[:, None, :2])).sum(2).abs()
-    p, g = (((axes[:, :, None] * each[:, None]).sum(3).abs() * sizes[:, None]).sum(2) for each, sizes in sides)
-    middle = (p + g) / 2
-    common = torch.minimum(torch.minimum(p, g), middle - apart)
-    hull = torch.maximum(torch.maximum(p, g), middle + apart)
-    mean = (1 - common / hull).square().mean(1)
-    loss: Tensor = ((mean + QUADRATIC_EPSILON).sqrt() - math.sqrt(QUADRATIC_EPSILON)) / 2
+    pair = boxes._pair(pred, target, "cxcywhr", "radians", True)
+    on_axes = boxes._on_axes(pair, pair, "radians")
+    mean = torch.cat([boxes._distance(*intervals) for intervals in on_axes], 1).square().mean(1)
+    loss: Tensor = (mean + SHORTEST**2).sqrt() - SHORTEST
     return loss
-
-
-def _directions(angles: Tensor) -> Tensor:
-    """The unit vectors along the sides of boxes, (P, 2, 2)."""
-    cos, sin = angles.cos(), angles.sin()
-    return torch.stack((cos, sin, -sin, cos), 1).view(-1, 2, 2)

@@ -216,7 +216,7 @@ class BoxVariant(adapter.MGIoUBoxLoss):
         *arguments: Those of `MGIoUBoxLoss`.
     """
 
-    def __init__(self, *arguments: Any, quadratic: bool, saturating: bool, centre: float) -> None:
+    def __init__(self, *arguments: Any, quadratic: bool = False, saturating: bool = False, centre: float = 0.0) -> None:
         super().__init__(*arguments)
         self.quadratic = quadratic
         self.saturating = saturating
@@ -253,18 +253,11 @@ def _boxes(job: Job) -> Any:
     options: Mapping[str, Any] = given
 
     class Trainer(adapter.MGIoUOBBTrainer):
-        quadratic = False
-        saturating = False
-        centre = 0.0
         assigner = "mgiou"
 
         def make_loss(self, reg_max: int) -> adapter.MGIoUBoxLoss:
-            changes: dict[str, Any] = {
-                "quadratic": self.quadratic,
-                "saturating": self.saturating,
-                "centre": self.centre,
-            }
-            if not any(changes.values()):
+            changes = {name: options[name] for name in ("quadratic", "saturating", "centre") if name in options}
+            if not changes:
                 return super().make_loss(reg_max)
             return BoxVariant(reg_max, self.options, self.gain, **changes)
 
