@@ -12,19 +12,28 @@ from triton_mgiou.kernels.box_types import CORNERS3D
 
 
 @triton.jit
-def load(source, first, left, V: tl.constexpr, COMPUTE: tl.constexpr):
-    """The numbers of LANES boxes from number `first` on, of which `left` are left; behind them those of the last."""
+def addresses_of(source, first, batch, V: tl.constexpr):
+    """Where the numbers of LANES boxes from number `first` on are; of the last box where there are none any more."""
     stride = V.NUMBERS if V.PACKED else source.stride_b
-    lanes = tl.minimum(tl.arange(0, V.LANES), left - 1)
+    lanes = tl.minimum(tl.arange(0, V.LANES), (batch - first).to(tl.int32) - 1)
     boxes = source.ptr + first * stride + lanes * stride
-    numbers = ()
+    addresses = ()
     if V.PACKED and V.NUMBERS % 4 == 0:
         for vector in tl.static_range(V.NUMBERS // 4):
-            four = tl.load(boxes[:, None] + (4 * vector + tl.arange(0, 4)[None, :]))
-            numbers = numbers + _apart(four.to(COMPUTE))
+            addresses = addresses + (boxes[:, None] + (4 * vector + tl.arange(0, 4)[None, :]),)
     else:
         for number in tl.static_range(V.NUMBERS):
-            numbers = numbers + (tl.load(boxes + _offset(number, source, V)).to(COMPUTE),)
+            addresses = addresses + (boxes + _offset(number, source, V),)
+    return addresses
+
+
+@triton.jit
+def load(addresses, V: tl.constexpr, COMPUTE: tl.constexpr):
+    """The numbers of boxes."""
+    numbers = ()
+    for place in tl.static_range(len(addresses)):
+        loaded = tl.load(addresses[place]).to(COMPUTE)
+        numbers = numbers + (_apart(loaded) if len(addresses) < V.NUMBERS else (loaded,))
     return numbers
 
 

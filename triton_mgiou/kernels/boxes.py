@@ -10,7 +10,7 @@ import triton.language as tl
 from triton_mgiou.kernels.arithmetic import saturate
 from triton_mgiou.kernels.axis import UNIFORM
 from triton_mgiou.kernels.box_corners import corners_row
-from triton_mgiou.kernels.box_memory import load, store
+from triton_mgiou.kernels.box_memory import addresses_of, load, store
 from triton_mgiou.kernels.box_row import PLAIN_DIVISOR, PLAIN_NUMBER, box_row, is_plain
 from triton_mgiou.kernels.box_types import (
     CORNERS3D,
@@ -128,15 +128,19 @@ def box_kernel(
     per_divisor = 1.0 / tl.full((LANES,), divisor, COMPUTE)
     reduced = tl.zeros((LANES,), COMPUTE)
     may_be_plain = (divisor > PLAIN_DIVISOR) & (boundary_weight < PLAIN_NUMBER)
-    for block in range(tl.program_id(0), tl.cdiv(batch, LANES), tl.num_programs(0)):
-        first, left = tl.full((), block * LANES, tl.int64), batch - block * LANES
-        pred = load(pred_source, first, left, V, COMPUTE)
-        target = load(target_source, first, left, V, COMPUTE)
-        lanes = block * LANES + tl.arange(0, LANES)
+    first = tl.program_id(0).to(tl.int64) * LANES
+    # Addresses that the loop carries save Triton's compiler a walk through the whole kernel for each of them.
+    pred_at = addresses_of(pred_source, first, batch, V)
+    target_at = addresses_of(target_source, first, batch, V)
+    for _ in range(tl.program_id(0), tl.cdiv(batch, LANES), tl.num_programs(0)):
+        left = (batch - first).to(tl.int32)
+        pred = load(pred_at, V, COMPUTE)
+        target = load(target_at, V, COMPUTE)
+        lanes = first + tl.arange(0, LANES)
         inside = lanes < batch
         weight = None
         if weight_ptr is not None:
-            weight = tl.load(weight_ptr + lanes.to(tl.int64) * weight_stride, mask=inside, other=0.0).to(COMPUTE)
+            weight = tl.load(weight_ptr + lanes * weight_stride, mask=inside, other=0.0).to(COMPUTE)
         plain = may_be_plain & (left >= LANES)
         if FORMAT != CORNERS3D and AXIS_WEIGHT == UNIFORM:
             plain = plain & (tl.min(is_plain(pred, target, V).to(tl.int32)) > 0)
@@ -148,6 +152,9 @@ def box_kernel(
             reduced += loss
         else:
             tl.store(loss_ptr + lanes, loss, mask=inside)
+        first += tl.num_programs(0).to(tl.int64) * LANES
+        pred_at = addresses_of(pred_source, first, batch, V)
+        target_at = addresses_of(target_source, first, batch, V)
 
     if REDUCE:
         reduce_programs(loss_ptr, partial_ptr, counter_ptr, reduced, divisor, COMPUTE)

@@ -40,10 +40,20 @@ from triton_mgiou.kernels.types import (
     Point,
     PredSums,
     Sample,
-    Source,
+    Side,
     Variant,
 )
-from triton_mgiou.kernels.vertices import FULL, frame, load_vertices, place, place_at_last, row_start, store
+from triton_mgiou.kernels.vertices import (
+    FULL,
+    frame,
+    load_vertices,
+    place,
+    place_at_last,
+    row_start,
+    slot_addresses,
+    source_of,
+    store,
+)
 from triton_mgiou.options import RESOLUTION, TIE, TINY, WIDEST_TIE
 
 TINY_32 = tl.constexpr(TINY[32])
@@ -53,6 +63,20 @@ RESOLUTION_64 = tl.constexpr(RESOLUTION[64])
 TIE_32 = tl.constexpr(TIE[32])
 TIE_64 = tl.constexpr(TIE[64])
 WIDEST = tl.constexpr(WIDEST_TIE)
+
+
+@triton.jit
+def _samples(block, axis, POLYGONS: tl.constexpr):
+    """Number the samples of a block, (POLYGONS, AXES, 1)."""
+    return block * POLYGONS + tl.arange(0, POLYGONS)[:, None, None] + axis * 0
+
+
+@triton.jit
+def _rows(samples, batch, REAL: tl.constexpr):
+    """The samples to load."""
+    if REAL == FULL:  # the last polygon once more, instead of none
+        samples = tl.minimum(samples, batch - 1)
+    return samples.to(tl.int64)
 
 
 @triton.jit(
@@ -134,35 +158,37 @@ def mgiou_kernel(
     lane = tl.arange(0, LANES)[None, None, :]
     divide_by = tl.full((1, 1, 1), divisor, COMPUTE)
     reduced = tl.zeros((POLYGONS, AXES, 1), COMPUTE)
+    pred_side = Side(
+        pred_ptr,
+        PRED_SLOTS * LANES if PRED_REAL == FULL else pred_stride_b,
+        1 if ADJACENT else pred_stride_n,
+        pred_size,
+        pred_ptr if pred_real_ptr is None else pred_real_ptr,
+        pred_real_stride_b,
+        pred_real_stride_n,
+    )
+    target_side = Side(
+        target_ptr,
+        TARGET_SLOTS * LANES if TARGET_REAL == FULL else target_stride_b,
+        1 if ADJACENT else target_stride_n,
+        target_size,
+        target_ptr if target_real_ptr is None else target_real_ptr,
+        target_real_stride_b,
+        target_real_stride_n,
+    )
+    rows = _rows(_samples(tl.program_id(0), axis, POLYGONS), batch, PRED_REAL)
+    # Addresses that the loop carries save Triton's compiler a walk through the whole kernel for each of them.
+    pred_at = slot_addresses(source_of(pred_side, rows, EVEN), lane, PRED_SLOTS)
+    target_at = slot_addresses(source_of(target_side, rows, EVEN), lane, TARGET_SLOTS)
     for block in range(tl.program_id(0), tl.cdiv(batch, POLYGONS), tl.num_programs(0)):
-        rows = block * POLYGONS + tl.arange(0, POLYGONS)[:, None, None] + axis * 0
-        lanes = Lanes(axis, lane, rows < batch)
-        if PRED_REAL == FULL:  # the last polygon once more, instead of none
-            rows = tl.minimum(rows, batch - 1)
-        rows = rows.to(tl.int64)
-        pred_rows = row_start(rows, PRED_SLOTS * LANES if PRED_REAL == FULL else pred_stride_b, EVEN)
-        target_rows = row_start(rows, TARGET_SLOTS * LANES if TARGET_REAL == FULL else target_stride_b, EVEN)
+        samples = _samples(block, axis, POLYGONS)
+        lanes = Lanes(axis, lane, samples < batch)
+        rows = _rows(samples, batch, PRED_REAL)
         grad_rows = row_start(rows, PRED_SLOTS * LANES if PRED_REAL == FULL else pred_size, EVEN)
-        pred_source = Source(
-            pred_ptr,
-            pred_rows,
-            1 if ADJACENT else pred_stride_n,
-            pred_size,
-            pred_real_ptr,
-            rows * pred_real_stride_b,
-            pred_real_stride_n,
-        )
-        target_source = Source(
-            target_ptr,
-            target_rows,
-            1 if ADJACENT else target_stride_n,
-            target_size,
-            target_real_ptr,
-            rows * target_real_stride_b,
-            target_real_stride_n,
-        )
-        pred = load_vertices(pred_source, lanes, PRED_SLOTS, LANES, PRED_REAL, COMPUTE)
-        target = load_vertices(target_source, lanes, TARGET_SLOTS, LANES, TARGET_REAL, COMPUTE)
+        pred_source = source_of(pred_side, rows, EVEN)
+        target_source = source_of(target_side, rows, EVEN)
+        pred = load_vertices(pred_source, pred_at, lanes, PRED_REAL, COMPUTE)
+        target = load_vertices(target_source, target_at, lanes, TARGET_REAL, COMPUTE)
         present = (pred.count > 0) & (target.count > 0)
         joint = frame(pred, target, PRED_REAL)
         scale = joint.scale
@@ -265,6 +291,9 @@ def mgiou_kernel(
                 y = tl.where(kept, saturate(gradient.y * factor * scale), 0.0)
                 stored = first if PRED_REAL == FULL else first & (index < pred_size)
                 store(grad_ptr, grad_rows + index, x, y, stored)
+        rows = _rows(_samples(block + tl.num_programs(0), axis, POLYGONS), batch, PRED_REAL)
+        pred_at = slot_addresses(source_of(pred_side, rows, EVEN), lane, PRED_SLOTS)
+        target_at = slot_addresses(source_of(target_side, rows, EVEN), lane, TARGET_SLOTS)
 
     if REDUCE:
         reduce_programs(loss_ptr, partial_ptr, counter_ptr, reduced, divisor, COMPUTE)

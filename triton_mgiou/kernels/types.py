@@ -41,14 +41,26 @@ class Interval(NamedTuple):
     high: tl.tensor
 
 
+class Side(NamedTuple):
+    """One side in memory. Strides of vertices count vertices, not numbers."""
+
+    vertices_ptr: tl.tensor
+    stride_b: tl.tensor  # over the batch
+    stride: tl.tensor
+    size: tl.tensor
+    real_ptr: tl.tensor  # lengths, or a mask; anything where there is none
+    real_stride_b: tl.tensor
+    real_stride: tl.tensor
+
+
 class Source(NamedTuple):
-    """Where the vertices of one side are in memory. Offsets and strides of vertices count vertices, not numbers."""
+    """Where the vertices of one side of some samples are in memory. Offsets count vertices too."""
 
     vertices_ptr: tl.tensor
     first: tl.tensor  # (POLYGONS, AXES, 1), the offset of vertex 0
     stride: tl.tensor
     size: tl.tensor
-    real_ptr: tl.tensor  # lengths, or a mask, or None
+    real_ptr: tl.tensor  # lengths, or a mask; anything where there is none
     real_first: tl.tensor
     real_stride: tl.tensor
 

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import inverse_power_of_two, minus
 from triton_mgiou.kernels.slots import bounds, bounds_or_nan, highest, over_lanes, total
-from triton_mgiou.kernels.types import Frame, Interval, Placed, Point, Vertices
+from triton_mgiou.kernels.types import Frame, Interval, Placed, Point, Source, Vertices
 
 # What says which vertices are real.
 ALL = tl.constexpr(0)
@@ -21,6 +21,14 @@ FULL = tl.constexpr(3)  # all, and they fill the slots: both sides are contiguou
 def row_start(rows, stride, EVEN: tl.constexpr):
     """Offsets of rows, such that the compiler sees that they are even: a thread then takes two neighbours at once."""
     return rows * (stride // 2) * 2 if EVEN else rows * stride
+
+
+@triton.jit
+def source_of(side, rows, EVEN: tl.constexpr):
+    """The side of the samples `rows`."""
+    first = row_start(rows, side.stride_b, EVEN)
+    real_first = rows * side.real_stride_b
+    return Source(side.vertices_ptr, first, side.stride, side.size, side.real_ptr, real_first, side.real_stride)
 
 
 @triton.jit
@@ -97,8 +105,19 @@ def is_real(source, flags, index, count, inside, REAL: tl.constexpr):
 
 
 @triton.jit
-def load_vertices(source, lanes, SLOTS: tl.constexpr, LANES: tl.constexpr, REAL: tl.constexpr, COMPUTE: tl.constexpr):
-    """All vertices of a side. Vertex `slot` * LANES + `lane` is in that slot of lane `lane`."""
+def slot_addresses(source, lane, SLOTS: tl.constexpr):
+    """The addresses of all vertices of a side, slot by slot."""
+    addresses = ()
+    for slot in tl.static_range(SLOTS):
+        addresses = addresses + (addresses_of(source, slot * lane.shape[2] + lane),)
+    return addresses
+
+
+@triton.jit
+def load_vertices(source, addresses, lanes, REAL: tl.constexpr, COMPUTE: tl.constexpr):
+    """All vertices of a side, at `slot_addresses`. Vertex `slot` * LANES + `lane` is in that slot of lane `lane`."""
+    SLOTS: tl.constexpr = len(addresses)
+    LANES: tl.constexpr = lanes.lane.shape[2]
     count = tl.where(lanes.inside, source.size, 0)
     if REAL == LENGTHS:
         length = tl.load(source.real_ptr + source.real_first, mask=lanes.inside, other=0)
@@ -114,7 +133,7 @@ def load_vertices(source, lanes, SLOTS: tl.constexpr, LANES: tl.constexpr, REAL:
     for slot in tl.static_range(SLOTS):
         index = slot * LANES + lanes.lane
         real = is_real(source, flags_of(source, index, REAL), index, count, lanes.inside, REAL)
-        vertex = load(source, addresses_of(source, index), real, COMPUTE)
+        vertex = load(source, addresses[slot], real, COMPUTE)
         xs = xs + (vertex.x,)
         ys = ys + (vertex.y,)
         reals = reals + (real,)
