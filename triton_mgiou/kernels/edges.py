@@ -46,7 +46,8 @@ def _start(source, vertices, first, scale, REAL: tl.constexpr):
     Addresses that a loop carries save Triton's compiler a walk through the whole kernel for each of them.
     """
     last = load_last(source, vertices, scale)
-    return Step(last, vertices.last, addresses_of(source, first), flags_of(source, first, REAL))
+    before = addresses_of(source, tl.where(first == 0, vertices.last, first - 1))
+    return Step(last, vertices.last, addresses_of(source, first), before, flags_of(source, first, REAL))
 
 
 @triton.jit
@@ -62,18 +63,21 @@ def _next_edge(step, source, vertices, k, inside, scale, REAL: tl.constexpr, AXE
         last_index = tl.where(real, k, last_index)
     else:
         start_index = tl.where(k == 0, vertices.last, k - 1)
+        start_addresses = step.before
         if REAL == MASK:
             before = ()
             for slot in tl.static_range(len(vertices.places)):
                 before = before + (tl.where(vertices.places[slot] < k, vertices.places[slot], -1),)
             nearest = highest(before)
             start_index = tl.where(nearest < 0, vertices.last, nearest)
-        start = load_scaled(source, addresses_of(source, start_index), real, scale)
+            start_addresses = addresses_of(source, start_index)
+        start = load_scaled(source, start_addresses, real, scale)
     addresses = next_addresses(source, step.addresses, AXES)
+    before = next_addresses(source, step.addresses, AXES - 1)
     flags = step.flags
     if REAL == MASK:
         flags += AXES * source.real_stride
-    return Edge(end, k, start, start_index, real), Step(last, last_index, addresses, flags)
+    return Edge(end, k, start, start_index, real), Step(last, last_index, addresses, before, flags)
 
 
 @triton.jit

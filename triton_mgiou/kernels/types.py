@@ -111,6 +111,7 @@ class Step(NamedTuple):
     last: Point  # the last real vertex so far
     last_index: tl.tensor
     addresses: tl.tensor  # where the next vertices are
+    before: tl.tensor  # where those before them are, where every vertex is real
     flags: tl.tensor  # where their part of the mask is
 
 
