@@ -92,7 +92,7 @@ KEYPOINT_LOSSES: dict[str, Mapping[str, Any] | None] = {
 }
 
 # ---- losses of boxes: attributes of `MGIoUOBBTrainer`, and the bench's own "quadratic", "saturating", "centre" and
-# "assigner": what the assigner takes, "squared" as the trainer does, else MGIoU as it is, or "ProbIoU"; None for ProbIoU
+# "assigner": "squared" for the trainer's own, "ProbIoU", or MGIoU unsquared where it is not given; None for ProbIoU
 
 BOUNDARY: dict[str, Any] = {"options": PAPER | {"boundary_weight": 0.25}}
 BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
@@ -173,7 +173,9 @@ def jobs(size: Size) -> list[Job]:
     table = [
         *(("hulls", name) for name in ("OKS", "mgiou")),
         *(("corners", name) for name in ("OKS", "mgiou", "hybrid")),
-        *((task, name) for task in ("squares", "boxes", "long") for name in ("ProbIoU + angle", "mgiou, squared assigns")),
+        *(("squares", name) for name in ("ProbIoU + angle", "mgiou, squared assigns")),
+        *(("boxes", name) for name in ("ProbIoU + angle", "mgiou, squared assigns")),
+        *(("long", name) for name in ("ProbIoU + angle", "mgiou, squared assigns")),
         *(("tops", name) for name in ("OKS", "mgiou")),
     ]
     for seed in size.seeds:
