@@ -251,6 +251,7 @@ def test_every_result_is_a_training_of_the_plan():
     """Else the report leaves it out; those called "again" are there to be cited."""
     jobs = {job.name: job for job in plan.jobs(plan.FULL)}
     files = [path for path in (ROOT / run.OWN).glob("*-seed_*.json") if not path.stem.startswith("again-")]
+    assert files
     for path in files:
         job = json.loads(path.read_text(encoding="utf-8")).get("job", plan.SPEED._asdict())
         assert job == jobs[path.stem]._asdict()

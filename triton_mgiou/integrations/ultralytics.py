@@ -165,7 +165,7 @@ class MGIoUBoxLoss(RotatedBboxLoss):
 def _box_overlap(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
     """The square of MGIoU of paired boxes (P, 5), without terms, and 0 where MGIoU is negative, for the assigner.
 
-    Its power of the overlap and the scores that it makes of it were chosen for an IoU. A box of side w that is shifted
+    The assigner takes a power of the overlap and makes scores of it, chosen for an IoU. A box of side w that is shifted
     by d along that side has an IoU of (w - d) / (w + d) and an MGIoU of w / (w + d), which falls half as fast; the
     square falls as fast as IoU. What a detector gains by it: bench/detectors.
     """
