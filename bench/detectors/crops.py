@@ -45,7 +45,7 @@ NEAR = 0.35  # the share of polygons whose middle is near the crop's, so that as
 IMAGES, BATCH, STEPS = 6000, 64, 800  # a quarter as many images again to judge by
 RATE, DECAY, CLIP, WARM = 2e-3, 5e-4, 10.0, 8
 BOX_GAIN, DISTRIBUTION_GAIN, POSE_GAIN = 7.5, 1.5, 12.0
-BOX_OPTIONS: dict[str, Any] = {"mgiou": plan.BOUNDARY["options"], "paper": PAPER}
+BOX_OPTIONS: dict[str, Any] = {"boundary": plan.BOUNDARY["options"], "mgiou": PAPER}
 OUT = Path("bench/results/detectors/crops.json")
 
 # Losses of boxes: which, its gain, below which value it is quadratic, whether the angle loss is added
@@ -53,23 +53,23 @@ BOXES: dict[str, tuple[str, float, float, bool]] = {
     "ProbIoU + angle": ("ProbIoU", 1.0, 0.0, True),
     "ProbIoU": ("ProbIoU", 1.0, 0.0, False),
     "ProbIoU x 2.5 + angle": ("ProbIoU", 2.5, 0.0, True),
-    "mgiou": ("mgiou", 1.0, 0.0, False),
+    "boundary": ("boundary", 1.0, 0.0, False),
+    "boundary x 2.5": ("boundary", 2.5, 0.0, False),
+    "boundary x 4": ("boundary", 4.0, 0.0, False),
+    "boundary x 2.5, smooth .1": ("boundary", 2.5, 0.1, False),
+    "boundary + angle": ("boundary", 1.0, 0.0, True),
+    "boundary x 2.5 + angle": ("boundary", 2.5, 0.0, True),
     "mgiou x 2.5": ("mgiou", 2.5, 0.0, False),
-    "mgiou x 4": ("mgiou", 4.0, 0.0, False),
-    "mgiou x 2.5, smooth .1": ("mgiou", 2.5, 0.1, False),
-    "mgiou + angle": ("mgiou", 1.0, 0.0, True),
     "mgiou x 2.5 + angle": ("mgiou", 2.5, 0.0, True),
-    "paper x 2.5": ("paper", 2.5, 0.0, False),
-    "paper x 2.5 + angle": ("paper", 2.5, 0.0, True),
 }
 HULL = "the target's hull"  # no training, but the most that a loss of hulls can reach
 POLYGONS = ("mgiou", "mgiou, none below 3", "mgiou, L2 below 3", "hybrid", "OKS")
 OF_ANY_SHAPE = (
     "ProbIoU + angle",
-    "mgiou + angle",
+    "boundary + angle",
+    "boundary x 2.5 + angle",
     "mgiou x 2.5 + angle",
-    "paper x 2.5 + angle",
-    "paper x 2.5",
+    "mgiou x 2.5",
     "ProbIoU",
 )
 BY_TASK = {

@@ -28,13 +28,13 @@ TARGETS: tuple[tuple[str, str, str, str, float | None], ...] = (
     ("corners", "AP75", "hybrid", "mgiou", 0.0),
     ("corners", "AP90", "hybrid", "OKS", 0.0),
     ("corners", "AP90", "hybrid", "mgiou", 0.0),
-    ("boxes", "AP75", "mgiou", "ProbIoU + angle", 0.0),
-    ("boxes", "AP90", "mgiou", "ProbIoU + angle", 0.0),
-    ("boxes", "AP50-95", "mgiou", "ProbIoU + angle", 0.0),
-    ("squares", "AP90", "mgiou", "ProbIoU + angle", 0.0),
-    ("long", "AP75", "mgiou", "ProbIoU + angle", 0.0),
-    ("long", "AP90", "mgiou", "ProbIoU + angle", 0.0),
-    ("long", "AP50-95", "mgiou", "ProbIoU + angle", 0.0),
+    ("boxes", "AP75", "mgiou, squared assigns", "ProbIoU + angle", 0.0),
+    ("boxes", "AP90", "mgiou, squared assigns", "ProbIoU + angle", 0.0),
+    ("boxes", "AP50-95", "mgiou, squared assigns", "ProbIoU + angle", 0.0),
+    ("squares", "AP90", "mgiou, squared assigns", "ProbIoU + angle", 0.0),
+    ("long", "AP75", "mgiou, squared assigns", "ProbIoU + angle", 0.0),
+    ("long", "AP90", "mgiou, squared assigns", "ProbIoU + angle", 0.0),
+    ("long", "AP50-95", "mgiou, squared assigns", "ProbIoU + angle", 0.0),
     ("outlines", "AP50", "mgiou", "OKS", None),
     ("outlines", "AP50", "hybrid", "OKS", None),
     ("outlines", "AP75", "mgiou", "OKS", None),
@@ -115,7 +115,7 @@ def missing(folder: Path) -> str:
         f"{path.name.removesuffix('.failed.txt')}: {path.read_text(encoding='utf-8').strip().splitlines()[-1]}"
         for path in sorted(folder.glob("*.failed.txt"))
     ]
-    parts = [f"Not run: {rest}."] if left else []
+    parts = [f"Not run: {rest}." if left else "Every training of the plan is there."]
     if failures:
         parts += ["", "Failed:", "", *(f"- {failure}" for failure in failures)]
     return "\n".join(parts)

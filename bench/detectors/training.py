@@ -31,7 +31,7 @@ from bench.detectors.nms import provide_nms
 from bench.detectors.plan import BOX_LOSSES, KEYPOINT_LOSSES, PRECISIONS, REPORTED, SPEED, Job, Size
 from bench.detectors.scenes import BOXES, KEYPOINTS, Scenes
 from bench.detectors.workers import Tell
-from triton_mgiou import box_mgiou_loss
+from triton_mgiou import PAPER, box_mgiou_loss
 from triton_mgiou.integrations import ultralytics as adapter
 from triton_mgiou.metrics import COCO_THRESHOLDS, average_precision, polygon_iou_matrix
 
@@ -241,9 +241,9 @@ class BoxVariant(adapter.MGIoUBoxLoss):
         return self.gain * loss, distribution
 
 
-def squared(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
-    """The square of MGIoU, and 0 below 0: it falls as fast as IoU where a box is shifted or too large."""
-    return adapter._box_overlap(gt_bboxes, pd_bboxes).square()
+def plain_overlap(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
+    """MGIoU of paired boxes (P, 5), and 0 where it is negative: what the package's assigner takes the square of."""
+    return (1 - 2 * box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER)).clamp(min=0)
 
 
 def _boxes(job: Job) -> Any:
@@ -253,7 +253,7 @@ def _boxes(job: Job) -> Any:
     options: Mapping[str, Any] = given
 
     class Trainer(adapter.MGIoUOBBTrainer):
-        assigner = "mgiou"
+        assigner = "plain"
 
         def make_loss(self, reg_max: int) -> adapter.MGIoUBoxLoss:
             changes = {name: options[name] for name in ("quadratic", "saturating", "centre") if name in options}
@@ -263,8 +263,8 @@ def _boxes(job: Job) -> Any:
 
         def set_loss(self, criterion: Any) -> None:
             super().set_loss(criterion)
-            if self.assigner == "squared":
-                criterion.assigner.iou_calculation = squared
+            if self.assigner == "plain":
+                criterion.assigner.iou_calculation = plain_overlap
             if self.assigner == "ProbIoU":
                 vars(criterion.assigner).pop("iou_calculation", None)  # the class has Ultralytics' own
 

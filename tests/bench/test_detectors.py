@@ -240,6 +240,23 @@ def test_what_was_not_run_is_said(tmp_path):
     assert "- rest-outlines-OKS-seed_0: ValueError: so" in text
 
 
+def test_a_page_does_not_say_not_run_where_nothing_is_missing(tmp_path):
+    for job in plan.jobs(plan.FULL):
+        (tmp_path / f"{job.name}.json").write_text("{}", encoding="utf-8")
+    assert (text := report.missing(tmp_path))
+    assert "not run" not in text.lower()
+
+
+def test_every_result_is_a_training_of_the_plan():
+    """Else the report leaves it out; those called "again" are there to be cited."""
+    jobs = {job.name: job for job in plan.jobs(plan.FULL)}
+    files = [path for path in (ROOT / run.OWN).glob("*-seed_*.json") if not path.stem.startswith("again-")]
+    assert files
+    for path in files:
+        job = json.loads(path.read_text(encoding="utf-8")).get("job", plan.SPEED._asdict())
+        assert job == jobs[path.stem]._asdict()
+
+
 # ---- how long it takes
 
 

@@ -11,10 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ultralytics.cfg import get_cfg
+from ultralytics.nn.tasks import OBBModel
+from ultralytics.utils.metrics import probiou
 
 from bench.detectors import crops, losses, plan, training
 from tests.boxes import oracle
 from triton_mgiou import PAPER
+from triton_mgiou.integrations.ultralytics import set_losses
 
 ROOT = Path(__file__).parents[2]
 SQUARE = np.array([[0.0, 0.0], [10.0, 0.0], [10.0, 10.0], [0.0, 10.0]])
@@ -75,6 +79,30 @@ def test_the_quadratic_loss_of_boxes_is_over_the_directions_of_both():
     width = 17 / math.sqrt(2)  # of each on the directions of the other
     assert 2 * losses.quadratic(turned, target).item() == pytest.approx(rooted(1 - 12 / width, 1 - 5 / width), rel=1e-4)
     assert losses.quadratic(target, target).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_assigner_takes_what_the_name_of_a_loss_of_boxes_says():
+    """A box of 12 x 5 that is shifted by 3 along its 12: MGIoU (9 / 15 + 1) / 2, its square, or ProbIoU."""
+    target = torch.tensor([[50.0, 40, 12, 5, math.pi / 2]])
+    pred = target + torch.tensor([0.0, 3, 0, 0, 0])
+    model = OBBModel("yolo11n-obb.yaml", nc=1, verbose=False)
+    model.args = get_cfg()
+    for name in (name for name, options in plan.BOX_LOSSES.items() if options is not None):
+        trainer_class = training._boxes(plan.Job("tried", "boxes", name, 0, 1))
+        trainer = trainer_class.__new__(trainer_class)
+        trainer.model, trainer.ema = model, None
+        model.criterion = None
+        set_losses(trainer)
+        found = model.criterion.assigner.iou_calculation(target, pred)
+        if "ProbIoU assigns" in name:
+            assert torch.equal(found, probiou(target, pred).squeeze(1))
+        else:
+            assert found.item() == pytest.approx(0.8**2 if "squared assigns" in name else 0.8, rel=1e-5)
+
+
+def test_crops_that_are_on_file_are_in_the_plan():
+    rows = json.loads((ROOT / crops.OUT).read_text(encoding="utf-8"))["rows"]
+    assert {(row["task"], row["loss"], row["seed"]) for row in rows} <= set(crops.PLAN)
 
 
 @pytest.mark.parametrize(("turn", "error"), [(10, 10), (50, 40), (90, 0), (-15, 15)])

@@ -236,16 +236,40 @@ def test_the_angle_loss_is_off_unless_it_is_asked_for(data, tmp_path, given, exp
     assert MGIoUOBBTrainer(config).args.angle == given.get("angle", 2.0)
 
 
-def test_the_assigner_of_obb_takes_mgiou():
-    """1 for equal boxes, 0 for boxes far apart, never below, and a square's angle counts."""
+@pytest.mark.parametrize("head", HEADS)
+def test_the_assigner_of_obb_takes_the_square_of_mgiou(head):
+    """By hand, for a box of 20 x 12 turned by .3: MGIoU is the mean of the GIoU1D along its sides."""
+    box = torch.tensor([50.0, 40, 20, 12, 0.3])
+    along, across = box.new_tensor([math.cos(0.3), math.sin(0.3)]), box.new_tensor([-math.sin(0.3), math.cos(0.3)])
+
+    def changed(length=0.0, width=0.0, right=0.0, up=0.0):
+        return box + torch.cat((right * along + up * across, box.new_tensor([length, width, 0])))
+
+    cases = [
+        (changed(), 1),
+        (changed(right=5), (15 / 25 + 1) / 2),
+        (changed(up=3), (1 + 9 / 15) / 2),
+        (changed(length=20), (20 / 40 + 1) / 2),
+        (changed(length=20, width=12), (20 / 40 + 12 / 24) / 2),
+        (changed(right=20), (0 + 1) / 2),
+        (changed(right=30, up=6), (-10 / 50 + 6 / 18) / 2),
+        (changed(right=30, up=18), 0),  # (-10 / 50 - 6 / 30) / 2 is below 0
+        (changed(right=300, up=300), 0),
+    ]
+    preds, mgiou = zip(*cases, strict=True)
+    _, _, parts, _ = make("obb", head)
+    for part in parts:
+        overlap = part.assigner.iou_calculation(box.expand(len(preds), -1), torch.stack(preds))
+        torch.testing.assert_close(overlap, torch.tensor(mgiou) ** 2, atol=1e-5, rtol=0)
+
+
+def test_the_angle_of_a_square_counts_in_the_assigner():
+    """On each of the four axes one square's interval lies inside the other's, which is sqrt(2) times as long."""
     _, _, (part,), _ = make("obb", "yolo11n")
-    box = torch.tensor([[50.0, 40, 20, 20, 0.3]])
-    others = torch.cat((box, box + torch.tensor([0, 0, 0, 0, torch.pi / 4]), box + torch.tensor([500.0, 0, 0, 0, 0])))
-    overlap = part.assigner.iou_calculation(box.expand(3, -1), others)
-    assert overlap.shape == (3,)
-    # On each of the four axes one square's interval lies inside the other's, whose length is sqrt(2) times as long.
-    torch.testing.assert_close(overlap, torch.tensor([1.0, 0.5**0.5, 0.0]), atol=1e-5, rtol=0)
-    assert probiou(box, others[1:2]).item() > 0.95
+    square = torch.tensor([[50.0, 40, 20, 20, 0.3]])
+    turned = square + torch.tensor([0, 0, 0, 0, torch.pi / 4])
+    torch.testing.assert_close(part.assigner.iou_calculation(square, turned), torch.tensor([0.5]), atol=1e-5, rtol=0)
+    assert probiou(square, turned).item() > 0.95
 
 
 def test_the_assigner_of_yolo26_takes_mgiou_where_the_first_vertex_is_arbitrary():

@@ -163,8 +163,13 @@ class MGIoUBoxLoss(RotatedBboxLoss):
 
 
 def _box_overlap(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
-    """MGIoU of paired boxes (P, 5), without terms and at least 0, for the assigner."""
-    return _overlap(box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER))
+    """The square of MGIoU of paired boxes (P, 5), without terms, and 0 where MGIoU is negative, for the assigner.
+
+    The assigner takes a power of the overlap and makes scores of it, chosen for an IoU. A box of side w that is shifted
+    by d along that side has an IoU of (w - d) / (w + d) and an MGIoU of w / (w + d), which falls half as fast; the
+    square falls as fast as IoU. What a detector gains by it: bench/detectors.
+    """
+    return _overlap(box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER)).square()
 
 
 def _polygon_overlap(
@@ -411,11 +416,12 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
 
 
 class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
-    """Train an OBB head with MGIoU in the place of ProbIoU, in the loss and in the assigner.
+    """Train an OBB head with MGIoU in the place of ProbIoU, in the loss and, squared, in the assigner.
 
-    `PolygonOBBValidator` judges it by the IoU of the corners and chooses `best.pt`. Ultralytics' loss of the
-    distribution stays as it is. Its angle loss, which ProbIoU needs for squares, is off where the setting `angle` is
-    not given: MGIoU sees their angle, and boxes came out less exact with both (bench/detectors). Set in a subclass:
+    The assigner was made for an IoU, and where a box is shifted the square falls as fast as IoU, MGIoU half as fast.
+    `PolygonOBBValidator` judges by the IoU of the corners and chooses `best.pt`. Ultralytics' loss of the distribution
+    stays as it is. Its angle loss, which ProbIoU needs for squares, is off where the setting `angle` is not given:
+    MGIoU sees their angle, and boxes came out less exact with both (bench/detectors). Set in a subclass:
 
     Attributes:
         options: Options of the loss: `axis_weight`, `axis_grad`, `boundary_weight`. The boundary term is off: detectors
