@@ -151,6 +151,9 @@ def mgiou_kernel(
         and AXIS_WEIGHT != SOFT
         and not (CONVEXITY and BOUNDARY)
     )
+    # Addresses that the loop carries save Triton's compiler a walk through the whole kernel for each of them. Where a
+    # thread has several lanes, the registers that they take make the boundary term slower.
+    CARRIED: tl.constexpr = AXES > 1 or LANES == 1 or not BOUNDARY
     TIE: tl.constexpr = TIE_64 if COMPUTE == tl.float64 else TIE_32
     VARIANT: tl.constexpr = Variant(TINY, GRAD, AXIS_WEIGHT, AXIS_GRAD, CONVEXITY, BOUNDARY, AXES, LANES, UNROLLED)
 
@@ -177,7 +180,6 @@ def mgiou_kernel(
         target_real_stride_n,
     )
     rows = _rows(_samples(tl.program_id(0), axis, POLYGONS), batch, PRED_REAL)
-    # Addresses that the loop carries save Triton's compiler a walk through the whole kernel for each of them.
     pred_at = slot_addresses(source_of(pred_side, rows, EVEN), lane, PRED_SLOTS)
     target_at = slot_addresses(source_of(target_side, rows, EVEN), lane, TARGET_SLOTS)
     for block in range(tl.program_id(0), tl.cdiv(batch, POLYGONS), tl.num_programs(0)):
@@ -187,6 +189,9 @@ def mgiou_kernel(
         grad_rows = row_start(rows, PRED_SLOTS * LANES if PRED_REAL == FULL else pred_size, EVEN)
         pred_source = source_of(pred_side, rows, EVEN)
         target_source = source_of(target_side, rows, EVEN)
+        if not CARRIED:
+            pred_at = slot_addresses(pred_source, lane, PRED_SLOTS)
+            target_at = slot_addresses(target_source, lane, TARGET_SLOTS)
         pred = load_vertices(pred_source, pred_at, lanes, PRED_REAL, COMPUTE)
         target = load_vertices(target_source, target_at, lanes, TARGET_REAL, COMPUTE)
         present = (pred.count > 0) & (target.count > 0)
@@ -291,9 +296,10 @@ def mgiou_kernel(
                 y = tl.where(kept, saturate(gradient.y * factor * scale), 0.0)
                 stored = first if PRED_REAL == FULL else first & (index < pred_size)
                 store(grad_ptr, grad_rows + index, x, y, stored)
-        rows = _rows(_samples(block + tl.num_programs(0), axis, POLYGONS), batch, PRED_REAL)
-        pred_at = slot_addresses(source_of(pred_side, rows, EVEN), lane, PRED_SLOTS)
-        target_at = slot_addresses(source_of(target_side, rows, EVEN), lane, TARGET_SLOTS)
+        if CARRIED:
+            rows = _rows(_samples(block + tl.num_programs(0), axis, POLYGONS), batch, PRED_REAL)
+            pred_at = slot_addresses(source_of(pred_side, rows, EVEN), lane, PRED_SLOTS)
+            target_at = slot_addresses(source_of(target_side, rows, EVEN), lane, TARGET_SLOTS)
 
     if REDUCE:
         reduce_programs(loss_ptr, partial_ptr, counter_ptr, reduced, divisor, COMPUTE)
