@@ -1036,6 +1036,96 @@ CASES |= {
 }
 
 
+def two_runs(values, shorter):
+    """An export of a chart of two runs; the one that was stopped has empty cells."""
+    cells = [f'"{i}","{v}","{shorter[i] if i < len(shorter) else ""}"' for i, v in enumerate(values)]
+    return "\n".join(['"Step","run-1 - train/loss","run-2 - train/loss"', *cells]) + "\n"
+
+
+def not_validated(columns, last):
+    """Ultralytics with val=False, YOLOv5 with --noval: 0 in all rows but the last ones."""
+    return {
+        name: [0.0] * (len(values) - last) + list(values)[-last:] if name.startswith(("metrics/", "val/")) else values
+        for name, values in columns.items()
+    }
+
+
+def without_shard(path):
+    dcp({"w": torch.ones(3)})(path)
+    (path / "__0_0.distcp").unlink()
+
+
+def of_python_2(values):
+    """An array in a pickle of Python 2, as detectron2's model zoo has them: bytes are text there."""
+    return (
+        b"\x80\x02}U\x01wcnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01"
+        + b"K" + bytes([len(values)]) + b"\x85cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNN"
+        + b"J\xff\xff\xff\xff" * 2 + b"K\x00tb\x89U" + bytes([4 * len(values)])
+        + np.array(values, "<f4").tobytes() + b"tbs."
+    )  # fmt: skip
+
+
+def fnuz(values):
+    """float8 of AMD's GPUs: 0x80 is NaN, and there is no -0."""
+    head = json.dumps(
+        {"w": {"dtype": "F8_E4M3FNUZ", "shape": [len(values)], "data_offsets": [0, len(values)]}}
+    ).encode()
+    return struct.pack("<Q", len(head)) + head + bytes(values)
+
+
+PROPOSALS = {"fast_rcnn/fg_cls_accuracy": 0.0, "fast_rcnn/cls_accuracy": 0.95, "mask_rcnn/accuracy": 0.5}
+FOREIGN = {"p": pathlib.Path("runs")}
+
+CASES |= {
+    # Healthy tables
+    "Ultralytics, only the last of 150 epochs validated": run(not_validated(detect(N), 1), 0),
+    "YOLOv5, only the last of 300 epochs validated": run(not_validated(yolov5(300), 1), 0),
+    "Ultralytics, the last 20 epochs validated": run(not_validated(detect(N), 20), 0),
+    "two runs, one stopped earlier": text(two_runs(fall(60), fall(30)), 0),
+    "MMEngine, first validation": text(
+        json_text([row for row in mmengine(3)[:-1] if "loss" in row] + mmengine(3)[-1:]), 0, name="scalars.json"
+    ),
+    "detectron2 before the first objects are found": text(
+        json_text([{k: v for k, v in row.items() if "bbox/" not in k} | PROPOSALS for row in detectron2(8)]),
+        0,
+        name="metrics.json",
+    ),
+    # Broken tables
+    "Ultralytics, the last 20 epochs validated, mAP 0": run(
+        {k: [0.0] * N if "metrics" in k else v for k, v in not_validated(detect(N), 20).items()}, 1, "never learnt"
+    ),
+    "validation ends in zeros": run(
+        {k: [*list(v)[:-30], *[0.0] * 30] if k.startswith(("metrics/", "val/")) else v for k, v in detect(N).items()},
+        1,
+        "collapsed",
+    ),
+    "two runs, one with NaN": text(two_runs(fall(60), [*fall(30), *[NAN] * 30]), 1, "run-2 - train/loss: 30 NaN"),
+    "two runs, one with empty cells to the end": text(
+        "Step,lr,loss\n" + "".join(f"{i},0.1,{v if i < 30 else ''}\n" for i, v in enumerate(fall(60))),
+        1,
+        "empty in the last 30",
+    ),
+    # Checkpoints
+    "a scaler alone": checkpoint(scaler_state(512.0), 0, name="scaler.pt"),
+    "a scaler alone, scale 1e-10": checkpoint(scaler_state(1e-10), 1, "scale: the scale of this GradScaler is 1e-10"),
+    "quantised, beside foreign classes": checkpoint(quantised(0.1) | FOREIGN, 0),
+    "per channel, beside foreign classes": checkpoint(per_channel(0.2) | FOREIGN, 0),
+    "per channel, NaN, beside foreign classes": checkpoint(per_channel(NAN) | FOREIGN, 1, "w: 3 NaN"),
+    "Lightning, a file kept with a loss of NaN": checkpoint(
+        lightning() | {"callbacks": {"M": {"best_k_models": {"/runs/epoch=1.ckpt": torch.tensor(INF)}}}}, 0
+    ),
+    "numbers of numpy": checkpoint(
+        {"model": network().state_dict(), "loss": np.float64(NAN), "lowest_loss": np.float32(INF)}, 0
+    ),
+    "an array of Python 2": ("R-50.pkl", binary(of_python_2([1.0, -2.0])), 0, None),
+    "an array of Python 2, NaN": ("R-50.pkl", binary(of_python_2([1.0, NAN])), 1, "w: 1 NaN"),
+    "safetensors, float8 without -0": ("m.safetensors", binary(fnuz([0x00, 0x40, 0x7F])), 0, None),
+    "safetensors, float8 without -0, NaN": ("m.safetensors", binary(fnuz([0x00, 0x80, 0x7F])), 1, "w: 1 NaN"),
+    "an empty file": ("last.pt", binary(b""), 2, "is empty"),
+    "a shard that is not there": ("step_100", without_shard, 2, "__0_0.distcp: No such file"),
+}
+
+
 @pytest.mark.parametrize(("name", "write", "status", "words"), CASES.values(), ids=CASES)
 def test_verdict(name, write, status, words, tmp_path, capsys):
     path = tmp_path / name

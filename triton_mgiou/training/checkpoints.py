@@ -29,11 +29,13 @@ LOWEST_SCALE = 1.0  # as in `TrainingGuard`
 PICKLE = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 MASK = re.compile(r"mask", re.IGNORECASE)
 LOGGED = re.compile(r"(^|\.)log_scalars\.")  # what MMEngine's message hub has logged, such as the norm of a gradient
-BOOKKEEPING = re.compile(r"(^|[._])(best|kth|min|max|score)[^.]*$")  # the best value so far, Inf to begin with
+# The best value so far, Inf to begin with; and Lightning's of the files that it keeps, where it writes Inf for NaN
+BOOKKEEPING = re.compile(r"(^|[._])(best|kth|min|max|score)[^.]*$|(^|\.)best_k_models\.")
 SAFETENSORS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
-    "F8_E8M0": getattr(torch, "float8_e8m0fnu", None),
+    "F8_E8M0": getattr(torch, "float8_e8m0fnu", None), "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
 
 
@@ -80,10 +82,10 @@ def read(path: Path) -> Checkpoint:
         found = Checkpoint(_read_safetensors(path), {}, [])
     else:
         found = _flatten(*_load(path))
-    if not found.tensors:
-        raise CheckpointError("holds no tensor")
+    if not found.tensors and not found.scales:  # Transformers and Accelerate have a file for the GradScaler alone
+        raise CheckpointError(f"holds no tensor; diagnose reads {READ}")
     for name, tensor in found.tensors.items():  # one number can be stored as any shape, with strides of 0
-        size = 0 if tensor.is_meta else _bytes(tensor)
+        size = _bytes(tensor)
         if size > LARGE and size > tensor.untyped_storage().nbytes():
             raise CheckpointError(f"is damaged: {name} claims {size} bytes, more than there are")
     return found
@@ -138,7 +140,7 @@ def _progress(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 def _bytes(tensor: Tensor) -> int:
     """The size of a plain tensor; 0 for others, which have none."""
-    return 0 if tensor.is_nested or tensor.layout != torch.strided else tensor.nbytes
+    return 0 if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided else tensor.nbytes
 
 
 # Files of torch.save
@@ -146,6 +148,8 @@ def _bytes(tensor: Tensor) -> int:
 
 def _load(path: Path) -> tuple[Any, list[str]]:
     """The content of a file of torch.save, and the foreign classes in it."""
+    if not path.stat().st_size:
+        raise CheckpointError(f"is empty; diagnose reads {READ}")
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         _check_archive(path)
@@ -165,13 +169,13 @@ def _load(path: Path) -> tuple[Any, list[str]]:
             with open(path, "rb") as file:
                 if file.read(2) in PICKLE:
                     file.seek(0)
-                    content = Unpickler(file, foreign=foreign).load()
+                    content = Unpickler(file, foreign=foreign, encoding="latin1").load()  # arrays of Python 2
                     torch._utils._validate_loaded_sparse_tensors()  # type: ignore[no-untyped-call]  # as torch.load
                     return content, foreign
         except Exception as error:  # a damaged file raises whatever it comes across
             reason = f"{type(error).__name__} {error}"
     known = re.search(r"WeightsUnpickler error:\s*(.*)", reason)  # PyTorch's first line is bad advice here
-    first = (known[1] if known else reason).strip().partition("\n")[0]
+    first = re.split(r"\n|\. ", (known[1] if known else reason).strip())[0]
     raise CheckpointError(f"is no checkpoint, or a damaged one: {first}; diagnose reads {READ}")
 
 

@@ -14,7 +14,8 @@ from triton_mgiou.training.tables import Column, Table
 LOWER_IS_BETTER = re.compile(r"loss|error|nll|perplexity|(?<![a-z])(mae|mse|rmse|wer|cer|ppl)(?![a-z])")
 LOSS_SCALE = re.compile(r"(loss|grad|amp|scaler?)[_/ .]*scaler?$|(^|/)scaler?$")
 SCALER_AT = 16.0  # a scale that never gets there is no GradScaler's, which begins at 65536
-NO_CURVE = re.compile(r"(?<![a-z])(lr|weight|scaler?|coef|gain|time)\d*$|(^|/)best[_ ]")
+# The last are detectron2's, of heads on their proposals
+NO_CURVE = re.compile(r"(?<![a-z])(lr|weight|scaler?|coef|gain|time)\d*$|(^|/)best[_ ]|(fast|mask)_rcnn/.*accuracy")
 # By what they say of a run: each kind is judged where there is none of the kinds before. An accuracy beside mAP is
 # that of a head on its proposals, and high at once.
 METRICS = (
@@ -115,6 +116,7 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     Raises:
         NothingToJudgeError: There is neither a loss nor a metric, and no NaN or Inf.
     """
+    table = _where_validated(table)
     problems: list[str] = []
     losses: list[Curve] = []
     metrics: list[Column] = []
@@ -153,6 +155,35 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     notes = [f"{c.name}: {note}" for c in (*losses, *curves) if c.name not in faults and (note := _converged(c))]
     notes += [f"{loss.name}: {note}" for loss in losses if (note := _oscillation(loss.values))]
     return problems, notes
+
+
+def _where_validated(table: Table) -> Table:
+    """Leave out rows that were not validated: Ultralytics and YOLOv5 write 0 into each, and validate the last one."""
+    metrics = [column for column in table.columns if kind_of(column.name) == "metric"]
+    losses = [c for c in table.columns if kind_of(c.name) == "loss" and _is_of_validation(c.name)]
+    zeros = _rows_of_zeros(metrics) & _rows_of_zeros(losses)
+    is_zero = not any(any(column.values) for column in metrics)  # where it was validated, too
+    if not zeros or is_zero or max(column.rows[-1] for column in losses) in zeros:
+        return table
+    names = {column.name for column in (*metrics, *losses)}
+    columns = [_without(column, zeros) if column.name in names else column for column in table.columns]
+    return table._replace(columns=[column for column in columns if column.rows])
+
+
+def _rows_of_zeros(columns: list[Column]) -> set[int]:
+    """The rows in which they have numbers, but only zeros."""
+    cells = [(row, value) for column in columns for row, value in zip(column.rows, column.values, strict=True)]
+    return {row for row, _ in cells} - {row for row, value in cells if value != 0}
+
+
+def _without(column: Column, rows: set[int]) -> Column:
+    kept = [index for index, row in enumerate(column.rows) if row not in rows]
+    epochs, values = ([numbers[index] for index in kept] for numbers in (column.epochs, column.values))
+    return Column(column.name, [column.rows[index] for index in kept], epochs, values)
+
+
+def _is_of_validation(name: str) -> bool:
+    return re.search(r"val|test|eval", name.lower()) is not None
 
 
 def kind_of(name: str) -> str:
@@ -252,7 +283,7 @@ def _fault_of_loss(loss: Curve, losses: list[Curve], is_excused: bool, stands_st
         return f"never learnt: {loss.start:.4g} at the start, {loss.end:.4g} at the end"
     rise, fallen = loss.end - loss.best, max(loss.start - loss.best, 0)
     after = f"{loss.end:.4g} at the end, after {loss.best:.4g} at epoch {loss.at:g}"
-    is_training = not re.search(r"val|test|eval", loss.name.lower())
+    is_training = not _is_of_validation(loss.name)
     if is_excused:
         return f"collapsed: {after}" if is_training and loss.end > EXPLODED * max(abs(loss.start), loss.best) else ""
     if loss.end > max(MANIFOLD * loss.best, loss.start) and rise > fallen:
@@ -296,12 +327,21 @@ def _not_finite(column: Column, *, always: bool) -> str:
 
 
 def _ends_early(column: Column, table: Table) -> str:
-    """Whether it is empty at the end, for longer than ever before, while what was written beside it goes on."""
+    """Whether it is empty at the end, for longer than ever before, while what was written beside it goes on.
+
+    Rows with a number that never stands beside it are of another kind, such as those of a validation among those of
+    the training. Other runs in the same table, as in W&B's `RUN - NAME`, may be longer.
+    """
     own, last = set(column.rows), column.rows[-1]
     if last == table.rows - 1 or len(column.values) < FEWEST:
         return ""
-    beside = [other.rows for other in table.columns if other.name != column.name and not own.isdisjoint(other.rows)]
-    rows = sorted({row for each in beside for row in each})
+    run = column.name.rpartition(" - ")[0]
+    beside: set[int] = set()
+    apart: set[int] = set()
+    for other in table.columns:
+        if other.name.rpartition(" - ")[0] == run:
+            (apart if own.isdisjoint(other.rows) else beside).update(other.rows)
+    rows = sorted(beside - apart)
     gaps, gap = [0], 0
     for row in rows:
         gap = 0 if row in own else gap + 1

@@ -44,7 +44,7 @@ def diagnose(path: Path) -> bool:
             summary = f"rows: {table.rows}, columns of numbers: {len(table.columns)}"
             notes = [*table.notes, *notes]
     except OSError as error:
-        raise DiagnoseError(f"cannot read {path}: {error.strerror or error}") from None
+        raise DiagnoseError(f"cannot read {error.filename or path}: {error.strerror or error}") from None
     except checkpoints.CheckpointError as error:
         raise DiagnoseError(f"{path} {error}") from None
     except (tables.TableError, curves.NothingToJudgeError) as error:

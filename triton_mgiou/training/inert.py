@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+CONSTANTS = (torch.dtype, torch.layout, torch.qscheme)
 LEGACY = bytes.fromhex("6cfc9c46f9206aa85019")  # the number that files of torch.save before 1.6 begin with
 
 
@@ -78,7 +79,7 @@ class Unpickler(pickle.Unpickler):
             return self._load_from_bytes
         if full in BUILDERS:
             return BUILDERS[full]
-        if module == "torch" and isinstance(value := getattr(torch, name, None), (torch.dtype, torch.layout)):
+        if module == "torch" and isinstance(value := getattr(torch, name, None), CONSTANTS):
             return value
         self._foreign.append(full)
         return type(name.rpartition(".")[2] or "unknown", (StandIn,), {})
@@ -155,6 +156,12 @@ def _make_array(*args: Any) -> Array:
     return array
 
 
+def _scalar(dtype: Any, content: Any = b"") -> Any:
+    """A number, which is no tensor, as one of Python is none."""
+    value = _array(content, dtype)
+    return value.item() if isinstance(value, np.ndarray) else value
+
+
 def _from_type(function: Callable[..., Any], kind: Any, args: Any, state: Any) -> Any:
     """What a subclass of Tensor holds: its tensor, or its parts."""
     built = function(*args) if not isinstance(function, type) else None
@@ -198,7 +205,7 @@ def _builders() -> dict[str, Any]:
         found[f"{module}.complex"] = found[f"{module}.slice"] = lambda *args: args
     for core in ("numpy.core", "numpy._core"):
         found[f"{core}.multiarray._reconstruct"] = lambda *_: Array()
-        found[f"{core}.multiarray.scalar"] = lambda dtype, content=b"": _array(content, dtype)
+        found[f"{core}.multiarray.scalar"] = _scalar
         found[f"{core}.numeric._frombuffer"] = _make_array
     found["numpy.ndarray"] = Array
     found["numpy.dtype"] = _Dtype
