@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import pickle
@@ -496,3 +497,15 @@ def test_a_pipe_is_refused_before_it_is_waited_for(tmp_path, capsys):
     assert "a pipe or a device" in capsys.readouterr().err
     assert main(["diagnose", os.devnull]) == 2
     assert "a pipe or a device" in capsys.readouterr().err
+
+
+def test_names_that_the_output_cannot_write(tmp_path, monkeypatch):
+    """As with PYTHONIOENCODING=ascii, and in a console of Windows."""
+    path = tmp_path / "größe.pt"
+    torch.save({"gewicht_ü": torch.tensor([NAN])}, path)
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["diagnose", str(path)]) == 1
+    out.flush()
+    assert b"gr\\xf6\\xdfe.pt: tensors: 1" in out.buffer.getvalue()
+    assert b"  gewicht_\\xfc: 1 NaN" in out.buffer.getvalue()

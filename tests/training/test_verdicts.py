@@ -1065,6 +1065,12 @@ def of_python_2(values):
     )  # fmt: skip
 
 
+def fields(value):
+    """A structured array of numbers, words, an array and a structure."""
+    kinds = [("word", "U5"), ("inner", [("x", "i2"), ("y", ">f8")]), ("pair", "f4", (2,))]
+    return np.array([("a", (1, value), (0.5, value))], dtype=kinds)
+
+
 def fnuz(values):
     """float8 of AMD's GPUs: 0x80 is NaN, and there is no -0."""
     head = json.dumps(
@@ -1090,7 +1096,11 @@ CASES |= {
         0,
         name="metrics.json",
     ),
+    "the parts of PolygonLoss": run(plain(**{"train/l2": fall(N, 0.9, 0.2), "train/mgiou": fall(N, 0.5, 0.02)}), 0),
     # Broken tables
+    "the parts of PolygonLoss, rising": run(
+        plain(**{"train/l2": flat(N, 0.5), "train/mgiou": fall(N, 0.1, 0.7)}), 1, "train/mgiou: collapsed"
+    ),
     "Ultralytics, the last 20 epochs validated, mAP 0": run(
         {k: [0.0] * N if "metrics" in k else v for k, v in not_validated(detect(N), 20).items()}, 1, "never learnt"
     ),
@@ -1116,6 +1126,14 @@ CASES |= {
     ),
     "numbers of numpy": checkpoint(
         {"model": network().state_dict(), "loss": np.float64(NAN), "lowest_loss": np.float32(INF)}, 0
+    ),
+    "fields of an array": checkpoint({"w": torch.ones(1), "a": fields(0.5)}, 0),
+    "fields of an array, NaN": checkpoint({"w": torch.ones(1), "a": fields(NAN)}, 1, "a.inner.y: 1 NaN"),
+    "fields of an array, a numpy pickle": (
+        "a.pkl",
+        binary(pickle.dumps({"a": fields(INF)})),
+        1,
+        "a.pair: 0 NaN and 1 Inf",
     ),
     "an array of Python 2": ("R-50.pkl", binary(of_python_2([1.0, -2.0])), 0, None),
     "an array of Python 2, NaN": ("R-50.pkl", binary(of_python_2([1.0, NAN])), 1, "w: 1 NaN"),

@@ -96,8 +96,8 @@ def check(found: Checkpoint) -> list[str]:
 
     Faults are NaN and Inf in a tensor, and the scale of a GradScaler below 1 or Inf: its search ends far above 1, below
     it has skipped nearly every step, and at Inf it does. No faults are -Inf in a mask, by its name; a single number
-    called best, kth, min, max or score that is Inf, as the best value so far is to begin with; and what was logged,
-    such as the norm of a gradient, which is Inf where a GradScaler searches.
+    called best, kth, min, max or score that is Inf, as the best value so far is to begin with, or that Lightning keeps
+    in best_k_models; and what was logged, such as the norm of a gradient, which is Inf where a GradScaler searches.
     """
     problems = []
     for name, tensor in _progress(found.tensors):
@@ -210,7 +210,7 @@ def _flatten(content: Any, foreign: list[str]) -> Checkpoint:
         if isinstance(value, Tensor):
             tensors[_free(path or "tensor", tensors)] = value.detach()
             continue
-        if isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray) and value.dtype.names is None:
             tensors[_free(path or "array", tensors)] = as_tensor(value)
             continue
         if isinstance(value, Mapping):
@@ -236,6 +236,8 @@ def _children(value: Any) -> list[tuple[str, Any]]:
             others = {name: each for name, each in value.items() if not str(name).startswith("_")}
             return [item for each in (*inner, others) for item in _children(each)]
         return [(str(name), each) for name, each in value.items()]
+    if isinstance(value, np.ndarray):  # a structured one
+        return [(name, value[name]) for name in value.dtype.names or ()]
     if isinstance(value, (list, tuple, set, frozenset)):
         return [(str(index), each) for index, each in enumerate(value)]
     if isinstance(value, StandIn):

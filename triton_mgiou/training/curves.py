@@ -92,7 +92,9 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     Losses are columns with "loss", "error" or the like in their names; metrics those with mAP, AP, F1, IoU, fitness
     and so on; accuracy counts where there is none of these, precision and recall where there is no accuracy either.
     Metrics of one kind, as mAP50 and mAP50-95 of boxes, are judged together, by the highest. They are in 0..1 or in
-    percent; -1, and NaN in all rows, stand for "not defined". What has fewer than 5 numbers is not judged.
+    percent; -1, and NaN in all rows, stand for "not defined". What has fewer than 5 numbers is not judged. "mgiou"
+    beside "l2" is a part of `PolygonLoss`, a loss. A row in which all metrics and all losses of the validation are 0
+    does not count where the last row has numbers: Ultralytics and YOLOv5 write so what they do not validate.
 
     - NaN or Inf in a loss, or in a metric after it had a number, is a fault; in other columns, as the norm of a
       gradient, if it stays so until the end. So is a loss or metric that is empty at the end while what was written
@@ -121,8 +123,11 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     losses: list[Curve] = []
     metrics: list[Column] = []
     is_run = any(kind_of(column.name) for column in table.columns)
+    names = {column.name for column in table.columns}
     for column in table.columns:
         kind = kind_of(column.name)
+        if column.name.endswith("mgiou") and column.name.removesuffix("mgiou") + "l2" in names:
+            kind = "loss"  # the parts of `PolygonLoss`
         if kind == "metric":
             metrics.append(column)
             continue
@@ -158,7 +163,7 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
 
 
 def _where_validated(table: Table) -> Table:
-    """Leave out rows that were not validated: Ultralytics and YOLOv5 write 0 into each, and validate the last one."""
+    """Leave out the zeros of rows that were not validated."""
     metrics = [column for column in table.columns if kind_of(column.name) == "metric"]
     losses = [c for c in table.columns if kind_of(c.name) == "loss" and _is_of_validation(c.name)]
     zeros = _rows_of_zeros(metrics) & _rows_of_zeros(losses)

@@ -52,5 +52,6 @@ def diagnose(path: Path) -> bool:
     except Exception as error:  # a script that calls this wants a status, whatever the file holds
         raise DiagnoseError(f"cannot read {path}: {type(error).__name__} {error}") from None
     lines = [f"{path}: {summary}, problems: {len(problems)}", *(f"  {line}" for line in (*problems, *notes))]
-    sys.stdout.write("\n".join(lines) + "\n")
+    encoding = sys.stdout.encoding or "utf-8"  # a name may have letters that it lacks
+    sys.stdout.write(("\n".join(lines) + "\n").encode(encoding, "backslashreplace").decode(encoding))
     return not problems

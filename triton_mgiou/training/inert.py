@@ -121,12 +121,25 @@ class _Dtype:
     def __init__(self, code: Any = "", *_: Any) -> None:
         self.code = str(code)
         self.order = "="
+        self.fields: dict[str, Any] = {}  # of a structured array: dtype and offset
+        self.size = 0
+        self.part: Any = None  # of a field that is an array itself: dtype and shape
 
     def __setstate__(self, state: Any) -> None:
         self.order = str(state[1]) if len(state) > 1 and str(state[1]) in "<>=|" else "="
+        if len(state) > 5:
+            self.part, self.fields, self.size = state[2], dict(state[4] or {}), int(state[5])
 
     def numpy(self) -> np.dtype[Any] | None:
-        """The dtype itself."""
+        """The dtype itself; fields that are no numbers are left out."""
+        if self.part:
+            kind = self.part[0].numpy()
+            return None if kind is None else np.dtype((kind, self.part[1]))
+        if self.fields:
+            kinds = {name: (kind.numpy(), offset) for name, (kind, offset, *_) in self.fields.items()}
+            kept = {name: (kind, offset) for name, (kind, offset) in kinds.items() if kind is not None}
+            formats, offsets = ([each[index] for each in kept.values()] for index in (0, 1))
+            return np.dtype({"names": list(kept), "formats": formats, "offsets": offsets, "itemsize": self.size})
         is_number = re.fullmatch(r"[?bBhHiIlLqQefdgFDG]|[biufc]\d{1,2}", self.code)
         return np.dtype(self.code).newbyteorder(self.order) if is_number else None  # type: ignore[arg-type]
 
