@@ -1079,6 +1079,13 @@ def fnuz(values):
     return struct.pack("<Q", len(head)) + head + bytes(values)
 
 
+def yolov5_obb(rows, top, precision):
+    """YOLOv5 for oriented boxes has mAP by their bounding boxes."""
+    columns = {name: values for name, values in yolov5(rows).items() if "mAP" not in name}
+    maps = {f"metrics/HBBmAP.5{end}": rise(rows, top / (1 + i)) for i, end in enumerate(("", ":.95"))}
+    return columns | maps | {"metrics/precision": precision}
+
+
 PROPOSALS = {"fast_rcnn/fg_cls_accuracy": 0.0, "fast_rcnn/cls_accuracy": 0.95, "mask_rcnn/accuracy": 0.5}
 FOREIGN = {"p": pathlib.Path("runs")}
 
@@ -1096,6 +1103,9 @@ CASES |= {
         0,
         name="metrics.json",
     ),
+    "YOLOv5 for oriented boxes, precision falls as recall rises": run(
+        yolov5_obb(60, 0.5, fall(60, 0.9, 0.4)), 0, padded=True
+    ),
     "the parts of PolygonLoss": run(plain(**{"train/l2": fall(N, 0.9, 0.2), "train/mgiou": fall(N, 0.5, 0.02)}), 0),
     # Broken tables
     "the parts of PolygonLoss, rising": run(
@@ -1104,6 +1114,7 @@ CASES |= {
     "Ultralytics, the last 20 epochs validated, mAP 0": run(
         {k: [0.0] * N if "metrics" in k else v for k, v in not_validated(detect(N), 20).items()}, 1, "never learnt"
     ),
+    "YOLOv5 for oriented boxes, mAP 0": run(yolov5_obb(60, 0.0, rise(60, 0.4)), 1, "HBBmAP.5: never", padded=True),
     "validation ends in zeros": run(
         {k: [*list(v)[:-30], *[0.0] * 30] if k.startswith(("metrics/", "val/")) else v for k, v in detect(N).items()},
         1,
@@ -1166,3 +1177,14 @@ def test_no_code_has_run():
         main(["diagnose", str(path)])
         path.unlink()
     assert not pathlib.Path(EVIL).exists()
+
+
+def test_zeros_before_the_first_validation(tmp_path, capsys):
+    """YOLOv5 and its kin skip the first ones: a loss that starts with them has not collapsed."""
+    columns = yolov5(40, top=0.0)
+    columns |= {name: [0.0] * 3 + list(values)[3:] for name, values in columns.items() if name.startswith("val/")}
+    (tmp_path / "results.csv").write_text(csv_text(columns), encoding="utf-8")
+    assert main(["diagnose", str(tmp_path / "results.csv")]) == 1
+    out = capsys.readouterr().out
+    assert "metrics/mAP_0.5: never learnt" in out
+    assert "collapsed" not in out

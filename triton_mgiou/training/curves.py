@@ -19,7 +19,7 @@ NO_CURVE = re.compile(r"(?<![a-z])(lr|weight|scaler?|coef|gain|time)\d*$|(^|/)be
 # By what they say of a run: each kind is judged where there is none of the kinds before. An accuracy beside mAP is
 # that of a head on its proposals, and high at once.
 METRICS = (
-    re.compile(r"(?<![a-z])(m?ap[sml]?(?![a-z])|f1|fitness|dice|auc|pck|oks)|iou(?![a-z])"),
+    re.compile(r"(?<![a-z])((hbb|obb)?m?ap[sml]?(?![a-z])|f1|fitness|dice|auc|pck|oks)|iou(?![a-z])"),
     re.compile(r"(?<![a-z])acc(?![a-z])|accuracy|(?<![a-z])top.?[15](?!\d)"),
     re.compile(r"precision|recall|(?<![a-z])m?ar(?![a-z])"),
 )
@@ -167,10 +167,10 @@ def _where_validated(table: Table) -> Table:
     metrics = [column for column in table.columns if kind_of(column.name) == "metric"]
     losses = [c for c in table.columns if kind_of(c.name) == "loss" and _is_of_validation(c.name)]
     zeros = _rows_of_zeros(metrics) & _rows_of_zeros(losses)
-    is_zero = not any(any(column.values) for column in metrics)  # where it was validated, too
-    if not zeros or is_zero or max(column.rows[-1] for column in losses) in zeros:
+    if not zeros or max(column.rows[-1] for column in losses) in zeros:
         return table
-    names = {column.name for column in (*metrics, *losses)}
+    is_zero = not any(any(column.values) for column in metrics)  # where it was validated, too
+    names = {column.name for column in (losses if is_zero else (*losses, *metrics))}
     columns = [_without(column, zeros) if column.name in names else column for column in table.columns]
     return table._replace(columns=[column for column in columns if column.rows])
 
