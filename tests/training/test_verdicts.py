@@ -1065,6 +1065,14 @@ def of_python_2(values):
     )  # fmt: skip
 
 
+def rtdetr_head(anchors):
+    """Ultralytics keeps anchors and mask as attributes, RT-DETRv2 and D-FINE as buffers."""
+    head = nn.Linear(2, 2)
+    head.anchors = torch.tensor(anchors).reshape(1, -1, 1).repeat(1, 1, 2)
+    head.valid_mask = torch.tensor([False, True, False]).reshape(1, -1, 1)
+    return head
+
+
 def fields(value):
     """A structured array of numbers, words, an array and a structure."""
     kinds = [("word", "U5"), ("inner", [("x", "i2"), ("y", ">f8")]), ("pair", "f4", (2,))]
@@ -1138,6 +1146,12 @@ CASES |= {
     "numbers of numpy": checkpoint(
         {"model": network().state_dict(), "loss": np.float64(NAN), "lowest_loss": np.float32(INF)}, 0
     ),
+    "RT-DETR, anchors at the edges left out": checkpoint({"ema": rtdetr_head([INF, 0.5, INF])}, 0),
+    "RT-DETR, such anchors in a state": checkpoint(
+        {f"decoder.{k}": v for k, v in vars(rtdetr_head([INF, 0.5, INF])).items() if torch.is_tensor(v)}, 0
+    ),
+    "RT-DETR, an anchor of NaN": checkpoint({"ema": rtdetr_head([INF, NAN, INF])}, 1, "ema.anchors: 2 NaN and 4 Inf"),
+    "anchors of Inf alone": checkpoint({"anchors": torch.full((1, 3, 2), INF)}, 1, "anchors: 0 NaN and 6 Inf"),
     "fields of an array": checkpoint({"w": torch.ones(1), "a": fields(0.5)}, 0),
     "fields of an array, NaN": checkpoint({"w": torch.ones(1), "a": fields(NAN)}, 1, "a.inner.y: 1 NaN"),
     "fields of an array, a numpy pickle": (

@@ -95,9 +95,10 @@ def check(found: Checkpoint) -> list[str]:
     """Say what is wrong with a checkpoint.
 
     Faults are NaN and Inf in a tensor, and the scale of a GradScaler below 1 or Inf: its search ends far above 1, below
-    it has skipped nearly every step, and at Inf it does. No faults are -Inf in a mask, by its name; a single number
-    called best, kth, min, max or score that is Inf, as the best value so far is to begin with, or that Lightning keeps
-    in best_k_models; and what was logged, such as the norm of a gradient, which is Inf where a GradScaler searches.
+    it has skipped nearly every step, and at Inf it does. No faults are -Inf in a mask, by its name; anchors that a
+    valid_mask beside them leaves out, as in RT-DETR; a single number called best, kth, min, max or score that is Inf,
+    as the best value so far is to begin with, or that Lightning keeps in best_k_models; and what was logged, such as
+    the norm of a gradient, which is Inf where a GradScaler searches.
     """
     problems = []
     for name, tensor in _progress(found.tensors):
@@ -107,7 +108,7 @@ def check(found: Checkpoint) -> list[str]:
         values = tensor.detach()
         is_mask = MASK.search(name) and not report.nan and not bool((values == math.inf).any())
         is_first_best = BOOKKEEPING.search(name) and not report.nan and values.numel() == 1
-        if not is_mask and not is_first_best and not LOGGED.search(name):
+        if not (is_mask or is_first_best or LOGGED.search(name) or _is_left_out(name, found.tensors)):
             problems.append(str(report))
     problems += [
         f"{name}: the scale of this GradScaler is {scale:.3g}, so nearly every step was skipped: the gradient has NaN "
@@ -116,6 +117,14 @@ def check(found: Checkpoint) -> list[str]:
         if not LOWEST_SCALE <= scale < math.inf
     ]
     return problems
+
+
+def _is_left_out(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether only those of RT-DETR's anchors are not finite that the mask beside them leaves out."""
+    anchors, mask = tensors[name], tensors.get(re.sub("anchors$", "valid_mask", name))
+    if mask is None or mask.dtype != torch.bool or mask.shape != (*anchors.shape[:-1], 1):
+        return False
+    return bool((torch.isfinite(anchors) | ~mask).all())
 
 
 def count(tensor: Tensor) -> int:
