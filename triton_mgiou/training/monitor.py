@@ -8,6 +8,7 @@ import os
 import warnings
 from array import array
 from collections.abc import Iterator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class GradientMonitor:
             as "MEASURE/GROUP".
 
     Raises:
-        TypeError: `model` is no module, or `writer` has no `add_scalar`.
+        TypeError: An argument has the wrong type, or `writer` has no `add_scalar`.
         ValueError: A number is out of its range.
     """
 
@@ -81,6 +82,12 @@ class GradientMonitor:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if writer is not None and not callable(getattr(writer, "add_scalar", None)):
             raise TypeError(f"writer must have add_scalar(tag, value, step), got {type(writer).__name__}")
+        if not isinstance(depth, int) or isinstance(depth, bool):
+            raise TypeError(f"depth must be an integer, got {type(depth).__name__}")
+        numbers = {"decay": decay, "exploding": exploding, "vanishing": vanishing, "max_update": max_update}
+        for name, value in numbers.items():
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         for name, value, is_right, range_ in (
             ("depth", depth, depth >= 1, "1 or above"),
             ("decay", decay, 0 <= decay < 1, "in 0..1, 1 excluded"),
