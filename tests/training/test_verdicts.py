@@ -1050,6 +1050,18 @@ def not_validated(columns, last):
     }
 
 
+def last_evaluated_alone(rows):
+    """The evaluation after detectron2's last step has a row of its own; those before stand in rows of the training."""
+    return [*rows, {k: v for k, v in rows[-1].items() if "bbox/" in k} | {"iteration": rows[-1]["iteration"] + 1}]
+
+
+def parts(rows, box, **more):
+    """detectron2 before an evaluation: the loss of the boxes rises first, as more of them count."""
+    others = {"loss_cls": fall(rows, 1.2, 0.35), "loss_rpn_cls": fall(rows, 0.2, 0.03, seed=3)}
+    total = [a + b + c for a, b, c in zip(box, *others.values(), strict=True)]
+    return plain(iteration=range(rows), loss_box_reg=box, total_loss=total, **others, **more)
+
+
 def without_shard(path):
     dcp({"w": torch.ones(3)})(path)
     (path / "__0_0.distcp").unlink()
@@ -1106,6 +1118,13 @@ CASES |= {
     "MMEngine, first validation": text(
         json_text([row for row in mmengine(3)[:-1] if "loss" in row] + mmengine(3)[-1:]), 0, name="scalars.json"
     ),
+    "detectron2, the last evaluation in a row of its own": text(
+        json_text(last_evaluated_alone(detectron2(20))), 0, name="metrics.json"
+    ),
+    "detectron2, the loss of the boxes rises": run(parts(80, fall(80, 0.4, 0.65)), 0),
+    "DETR counts objects": run(
+        plain(train_loss=fall(60, 18, 9), test_loss=fall(60, 18, 11), test_cardinality_error_0=fall(60, 7, 16)), 0
+    ),
     "detectron2 before the first objects are found": text(
         json_text([{k: v for k, v in row.items() if "bbox/" not in k} | PROPOSALS for row in detectron2(8)]),
         0,
@@ -1123,6 +1142,15 @@ CASES |= {
         {k: [0.0] * N if "metrics" in k else v for k, v in not_validated(detect(N), 20).items()}, 1, "never learnt"
     ),
     "YOLOv5 for oriented boxes, mAP 0": run(yolov5_obb(60, 0.0, rise(60, 0.4)), 1, "HBBmAP.5: never", padded=True),
+    "detectron2, the loss of the boxes explodes": run(parts(80, [*fall(70, 0.4, 0.3), *[5.0] * 10]), 1, "loss_box_reg"),
+    "detectron2, the loss of the boxes ends in empty cells": text(
+        json_text(
+            [{k: v for k, v in row.items() if k != "loss_cls" or row["iteration"] < 1000} for row in detectron2(20)]
+        ),
+        1,
+        "loss_cls: empty in the last 50 rows",
+        name="metrics.json",
+    ),
     "validation ends in zeros": run(
         {k: [*list(v)[:-30], *[0.0] * 30] if k.startswith(("metrics/", "val/")) else v for k, v in detect(N).items()},
         1,

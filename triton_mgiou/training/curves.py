@@ -14,8 +14,11 @@ from triton_mgiou.training.tables import Column, Table
 LOWER_IS_BETTER = re.compile(r"loss|error|nll|perplexity|(?<![a-z])(mae|mse|rmse|wer|cer|ppl)(?![a-z])")
 LOSS_SCALE = re.compile(r"(loss|grad|amp|scaler?)[_/ .]*scaler?$|(^|/)scaler?$")
 SCALER_AT = 16.0  # a scale that never gets there is no GradScaler's, which begins at 65536
-# The last are detectron2's, of heads on their proposals
-NO_CURVE = re.compile(r"(?<![a-z])(lr|weight|scaler?|coef|gain|time)\d*$|(^|/)best[_ ]|(fast|mask)_rcnn/.*accuracy")
+# The last are detectron2's, of heads on their proposals, and DETR's number of objects, which it does not train
+NO_CURVE = re.compile(
+    r"(?<![a-z])(lr|weight|scaler?|coef|gain|time)\d*$|(^|/)best[_ ]|(fast|mask)_rcnn/.*accuracy|cardinality_error"
+)
+TOTAL = re.compile(r"(train[/_. ])?(total_?loss|loss_?total|loss)")
 # By what they say of a run: each kind is judged where there is none of the kinds before. An accuracy beside mAP is
 # that of a head on its proposals, and high at once.
 METRICS = (
@@ -105,7 +108,7 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
       gets to 1 %.
     - fell from its best: a metric ends below 85 % of its best by more than its noise; a loss ends above its best
       by 30 %, and by 30 % of what it had fallen, or above its start by 5 % (from 10 rows on), while no metric is good
-      (5 %, and not fallen).
+      (5 %, and not fallen) and it is no part of a training loss whose total has fallen.
     - collapsed: a metric ends below 1 % of its best, be it in the last row only; a loss ends at three times its
       best and above its start; a training loss at ten times its start, however good a metric.
     - converged (no fault): the last 30 % of the rows are less than 1 % better than the best before.
@@ -149,8 +152,10 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     others_good = [name for name in good if "train" not in name.lower()]
     has_none = not any(curve.best >= HARDLY * full(curve) for curve in curves)
     stands_still = has_none and _stand_still(losses, FLAT_BESIDE_NOTHING if curves else FLAT)
+    total_falls = any(TOTAL.fullmatch(loss.name.lower()) and loss.end < loss.start for loss in losses)
     for loss in losses:
-        is_excused = bool(good if "train" in loss.name.lower() else others_good)
+        is_part = not TOTAL.fullmatch(loss.name.lower()) and not _is_of_validation(loss.name)
+        is_excused = bool(good if "train" in loss.name.lower() else others_good) or (is_part and total_falls)
         fault = _fault_of_loss(loss, losses, is_excused, stands_still)
         if fault:
             faults[loss.name] = fault
@@ -334,19 +339,19 @@ def _not_finite(column: Column, *, always: bool) -> str:
 def _ends_early(column: Column, table: Table) -> str:
     """Whether it is empty at the end, for longer than ever before, while what was written beside it goes on.
 
-    Rows with a number that never stands beside it are of another kind, such as those of a validation among those of
-    the training. Other runs in the same table, as in W&B's `RUN - NAME`, may be longer.
+    That is what stands in most of its rows, or in some if there is no such column. Rows with a number that never stands
+    beside it are of another kind, such as those of a validation among those of the training. Other runs in the same
+    table, as in W&B's `RUN - NAME`, may be longer.
     """
     own, last = set(column.rows), column.rows[-1]
     if last == table.rows - 1 or len(column.values) < FEWEST:
         return ""
     run = column.name.rpartition(" - ")[0]
-    beside: set[int] = set()
-    apart: set[int] = set()
-    for other in table.columns:
-        if other.name.rpartition(" - ")[0] == run:
-            (apart if own.isdisjoint(other.rows) else beside).update(other.rows)
-    rows = sorted(beside - apart)
+    others = [c.rows for c in table.columns if c.name != column.name and c.name.rpartition(" - ")[0] == run]
+    shared = [len(own.intersection(rows)) for rows in others]
+    least = len(own) / 2 if any(2 * count > len(own) for count in shared) else 0
+    beside = {row for rows, count in zip(others, shared, strict=True) if count > least for row in rows}
+    rows = sorted(beside.difference(*(rows for rows, count in zip(others, shared, strict=True) if not count)))
     gaps, gap = [0], 0
     for row in rows:
         gap = 0 if row in own else gap + 1
