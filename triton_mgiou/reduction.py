@@ -80,5 +80,6 @@ def factor_for(loss: Tensor, number: float | Tensor) -> float | Tensor:
 
 def _per_sample(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """One weight for each sample, (B,)."""
-    weight = weight.to(dtype)
+    if weight.dtype != dtype:  # `to` takes a microsecond to see that
+        weight = weight.to(dtype)
     return weight if weight.dim() == 1 else weight.mean(1)
