@@ -26,7 +26,7 @@ from triton_mgiou.backends import are_transforms_active, is_empty, takes_kernel
 from triton_mgiou.bounding_boxes import is_bounding_boxes, plain_boxes
 from triton_mgiou.box_formats import FORMATS, PAIR_FORMATS
 from triton_mgiou.options import AXIS_WEIGHTS, Options, Reduction
-from triton_mgiou.reduction import kernel_reduction, reduce
+from triton_mgiou.reduction import as_divisor, kernel_reduction, reduce
 from triton_mgiou.reference import boxes as box_reference
 from triton_mgiou.reference import pairs as pair_reference
 from triton_mgiou.reference import polygons as reference
@@ -91,7 +91,8 @@ def mgiou_loss(
         avg_factor: With `reduction="mean"`, divide the sum by this instead of by B: a number or a tensor of one
             element. Where it and the weighted sum are 0, as for an image without objects, the loss and its gradient
             are 0; where only it is 0, the loss is Inf. Below 0 or not finite, a number is an error, and a tensor, which
-            is never read on the host, gives NaN. Not allowed with "sum", without effect with "none", as in mmdetection.
+            is never read on the host, gives NaN, as does a number that compiled code reads from one. Not allowed with
+            "sum", without effect with "none", as in mmdetection.
         reduction: "mean", "sum" or "none".
         axis_weight: Weight of an edge's normal in the mean. "length": the edge's share of its polygon's perimeter.
             "uniform": 1 if the edge is longer than 1e-6 of the sample's extent, else 0 (the paper's). "soft":
@@ -123,6 +124,8 @@ def mgiou_loss(
         check_real("target", target, target_lengths, target_mask)
     options = Options(axis_weight, axis_grad, convexity_weight, boundary_weight)
     check_options(options)
+    if avg_factor is not None:
+        avg_factor = as_divisor(avg_factor)
     check_reduction(pred, weight, avg_factor, reduction, backend)
     checks = debugging.on and _checks("mgiou_loss")
     if checks:
@@ -271,6 +274,8 @@ def box_mgiou_loss(
         return mgiou_loss(
             *vertices, weight=weight, avg_factor=avg_factor, reduction=reduction, backend=backend, **options._asdict()
         )
+    if avg_factor is not None:
+        avg_factor = as_divisor(avg_factor)
     check_reduction(pred, weight, avg_factor, reduction, backend)
     checks = debugging.on and _checks("box_mgiou_loss")
     if checks:

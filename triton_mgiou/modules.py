@@ -25,7 +25,7 @@ from triton_mgiou.arguments import (
 from triton_mgiou.box_formats import FORMATS
 from triton_mgiou.functional import box_mgiou_loss, mgiou_loss
 from triton_mgiou.options import BACKENDS, PAPER, REDUCTIONS, Options
-from triton_mgiou.reduction import factor_for, reduce
+from triton_mgiou.reduction import as_divisor, factor_for, reduce
 from triton_mgiou.reference.polygons import compute_dtype
 
 MODES = ("mgiou", "l2", "hybrid")
@@ -275,6 +275,7 @@ class PolygonLoss(nn.Module):
         parts = {}
         if self.mode != "mgiou":
             if avg_factor is not None:
+                avg_factor = as_divisor(avg_factor)
                 check_avg_factor(avg_factor, self.reduction, pred)
             losses = _l2(pred, target, visible, area, self._reach(pred))
             parts["l2"] = reduce(losses, weight, self.reduction, avg_factor)

@@ -13,6 +13,17 @@ from triton_mgiou.reference.polygons import compute_dtype
 LEAST_DIVISOR = 1e-30  # over a smaller one a gradient could overflow, and times a weight of 0 give NaN
 
 
+def as_divisor(avg_factor: float | Tensor) -> float | Tensor:
+    """`avg_factor`; as a tensor if it is a number that the compiler does not know, such as that of an `.item()`."""
+    if torch.compiler.is_compiling() and isinstance(avg_factor, (int, float)):
+        from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true  # noqa: PLC0415 - slow
+
+        for known in (avg_factor >= LEAST_DIVISOR, avg_factor < 2**62):
+            if guard_or_true(known) != guard_or_false(known):
+                return torch.full((), avg_factor, dtype=torch.float64, device="cpu")
+    return avg_factor
+
+
 def kernel_reduction(
     pred: Tensor, target: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None
 ) -> Reduction | None:
@@ -69,5 +80,6 @@ def factor_for(loss: Tensor, number: float | Tensor) -> float | Tensor:
 
 def _per_sample(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """One weight for each sample, (B,)."""
-    weight = weight.to(dtype)
+    if weight.dtype != dtype:  # `to` takes a microsecond to see that
+        weight = weight.to(dtype)
     return weight if weight.dim() == 1 else weight.mean(1)

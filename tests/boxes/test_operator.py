@@ -97,6 +97,22 @@ def test_compiled_with_a_batch_that_a_mask_selects(boxes, fmt):
             assert_gradient_close(*(torch.autograd.grad(each, pred)[0] for each in (got, want)), rtol=1e-5)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_with_a_divisor_that_is_read_in_the_graph(boxes):
+    """Of which the compiler knows nothing."""
+    rng = generator(13)
+    pred, target = (random_boxes("cxcywhr", 6, rng).float().to(boxes.device) for _ in range(2))
+
+    def loss(scores):
+        return box_mgiou_loss(pred, target, avg_factor=max(scores.sum().item(), 1), backend=boxes.name)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    total = box_mgiou_loss(pred, target, reduction="sum", backend=boxes.name)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        for score in (0.0, 0.5, 2.0):
+            assert_close(compiled(torch.full((3,), score)), total / max(3 * score, 1), atol=1e-6)
+
+
 @formats
 @pytest.mark.parametrize("axis_weight", ["uniform", "length", "soft"])
 def test_nothing_waits_for_the_device(fmt, axis_weight):

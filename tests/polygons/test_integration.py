@@ -152,6 +152,27 @@ def test_compile_with_a_batch_that_a_mask_selects(backend, reduction):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("least", [0, 1, 0.5])
+def test_compile_with_a_divisor_that_is_read_in_the_graph(backend, least):
+    """The compiler knows nothing of it, but for the least one. With none, a sum of 0 is 0 and another Inf."""
+
+    def function(is_positive, **given):
+        count = is_positive.sum().item()
+        return backend.loss(**given, avg_factor=max(count, least) if least else count)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    given = sample(6, backend.device)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        for count in [3, 6, 0] if least else [3, 6]:
+            is_positive = torch.arange(6, device=backend.device) < count
+            assert_compiled_is_the_same(function, compiled, given | {"is_positive": is_positive})
+        if not least:
+            none = torch.zeros(6, dtype=torch.bool, device=backend.device)
+            assert compiled(none, **given) == torch.inf
+            assert compiled(none, **given | {"weight": torch.zeros(6, device=backend.device)}) == 0
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compile_with_float16_and_without_a_graph(backend):
     def function(pred, target):
         return backend.loss(pred.half(), target.half(), reduction="none")

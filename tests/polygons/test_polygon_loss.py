@@ -325,6 +325,23 @@ def test_types(backend, mode):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("mode", ["l2", "hybrid"])
+def test_compile_with_a_divisor_that_is_read_in_the_graph(backend, mode):
+    """Of which the compiler knows nothing."""
+    loss = make(mode, backend)
+    given = sample(6, device=backend.device)
+
+    def total(scores):
+        return loss(*given, avg_factor=max(scores.sum().item(), 1))[0]
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        for score in (0.0, 0.5, 2.0):
+            scores = torch.full((3,), score)
+            assert_close(compiled(scores), loss(*given)[0] * 6 / max(3 * score, 1), atol=1e-6)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compile_with_a_batch_size_and_an_alpha_that_change(backend):
     loss = PolygonLoss("hybrid", alpha=AlphaSchedule(4), backend=backend.name).to(backend.device)
     counter = CompileCounterWithBackend("aot_eager")
