@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,6 +93,65 @@ def test_a_wrong_shape_is_named(polygon):
         polygon_iou_matrix([SQUARE, polygon], [SQUARE])
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_no_iou_is_above_one(offset):
+    """Polygons that differ by rounding alone, far from the origin too."""
+    rng = np.random.default_rng(0)
+    ious = []
+    for size in np.tile(np.arange(3, 17), 20):
+        turn = np.arange(size) * (math.tau / size) + rng.random()
+        target = np.stack((np.cos(turn), np.sin(turn)), axis=1)
+        pred = (target + rng.standard_normal((size, 2)) * 10.0 ** rng.integers(-16, -6))[::-1]
+        ious += [polygon_iou(pred + offset, target + offset)]
+        ious += [polygon_iou_matrix([pred + offset], [target + offset]).item()]
+    assert 0.999 < min(ious)
+    assert max(ious) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32])
+def test_tensors_of_any_type_and_in_a_graph(dtype):
+    pred = torch.tensor(SQUARE * [2, 1]).to(dtype)
+    if dtype.is_floating_point:
+        pred.requires_grad_()
+    assert polygon_iou(pred, torch.tensor(SQUARE).to(dtype)) == pytest.approx(0.5)
+    expected = [[0.5, 0.25]]
+    targets = [SQUARE, SQUARE * 0.5**0.5]
+    np.testing.assert_allclose(polygon_iou_matrix(pred[None], targets), expected)
+    np.testing.assert_allclose(polygon_iou_matrix([pred], targets), expected)
+    scores = torch.tensor([3, 4]).to(dtype).requires_grad_(dtype.is_floating_point)
+    ious = torch.tensor([[0.25], [0.5]], dtype=torch.bfloat16, requires_grad=True)
+    assert average_precision([(ious, scores)], torch.tensor([0.5])) == pytest.approx([1.0])
+
+
+@pytest.mark.parametrize(
+    ("polygon", "given"),
+    [
+        ("square", "str"),
+        ([[0, 0], [1, 0], [1]], "list"),
+        (SQUARE + 1j, "ndarray"),
+        ([torch.ones(2, requires_grad=True)] * 3, "list"),
+    ],
+)
+def test_a_wrong_type_is_named(polygon, given):
+    with pytest.raises(TypeError, match=f"target must be an array of real numbers, got {given}"):
+        polygon_iou(SQUARE, polygon)
+    with pytest.raises(TypeError, match=rf"pred\[1\] must be an array of real numbers, got {given}"):
+        polygon_iou_matrix([SQUARE, polygon], [SQUARE])
+    with pytest.raises(TypeError, match=rf"images\[0\]\[0\] must be an array of real numbers, got {given}"):
+        average_precision([(polygon, [0.5])])
+
+
+def test_what_is_no_set_is_named():
+    with pytest.raises(TypeError, match="target must be polygons, got NoneType"):
+        polygon_iou_matrix([SQUARE], None)
+    with pytest.raises(TypeError, match=r"images must be pairs .*, got int"):
+        average_precision(5)
+    with pytest.raises(TypeError, match=r"images\[1\] must be a pair .*, got float"):
+        average_precision([([[0.6]], [0.9]), 0.5])
+    with pytest.raises(TypeError, match=r"images\[0\] must be a pair .*, got tuple"):
+        average_precision([([[0.6]], [0.9], [1])])
+
+
 def test_without_shapely(monkeypatch):
     monkeypatch.setitem(sys.modules, "shapely", None)
     with pytest.raises(ImportError, match=r"triton-mgiou\[demo\]"):
@@ -143,6 +203,24 @@ def test_a_target_is_matched_once():
     assert average_precision([(ious, [0.6, 0.5])], (0.5,)) == pytest.approx([1.0])
     assert average_precision([(ious, [0.5, 0.6])], (0.85,)) == pytest.approx([1.0])
     assert average_precision([(ious, [0.6, 0.5])], (0.85,)) == pytest.approx([0.5])
+
+
+def test_an_iou_that_is_nan_matches_nothing():
+    """And does not hide the target beside it."""
+    ious = np.array([[np.nan, 0.9], [0.8, 0.0]])
+    assert average_precision([(ious, [0.6, 0.5])], (0.5,)) == pytest.approx([1.0])
+    assert average_precision([([[np.nan]], [0.6])], (0.0,)) == pytest.approx([0.0])
+
+
+def test_a_score_that_is_nan_comes_last():
+    ious = np.array([[0.2], [0.8]])
+    assert average_precision([(ious, [np.nan, -3.0])], (0.5,)) == pytest.approx([1.0])
+
+
+@pytest.mark.parametrize("thresholds", [0.5, [50, 75], [0.5, np.nan], [-0.1], [[0.5]], None])
+def test_thresholds_are_shares(thresholds):
+    with pytest.raises(ValueError, match=r"thresholds must be a sequence of numbers in 0\.\.1, got"):
+        average_precision([([[0.6]], [0.9])], thresholds)
 
 
 def test_average_precision_without_predictions_or_targets():

@@ -1,5 +1,6 @@
 """How predicted polygons are judged: their IoU, read in the order of their vertices, and COCO's average precision.
 
+Numbers are taken as lists, arrays and tensors, those of any device and with a gradient too; results are float64.
 Needs Shapely (`pip install "triton-mgiou[demo]"`), which is imported by the first call.
 """
 
@@ -11,6 +12,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from triton_mgiou.arguments import check_real_numbers
 
 COCO_THRESHOLDS = tuple(threshold / 100 for threshold in range(50, 100, 5))
 LARGEST = 1e100  # a coordinate above it counts as not finite, since products of coordinates would overflow
@@ -37,6 +41,7 @@ def polygon_iou(pred: ArrayLike, target: ArrayLike) -> float:
 
     Raises:
         ImportError: Shapely is not installed.
+        TypeError: A polygon is not made of real numbers.
         ValueError: A polygon has another shape.
     """
     p, g = _vertices("pred", pred), _vertices("target", target)
@@ -44,8 +49,9 @@ def polygon_iou(pred: ArrayLike, target: ArrayLike) -> float:
         return 0.0
     faces, (in_p, in_g) = _faces(p, g)
     areas = _shapely().area(faces)
-    union = areas[in_p | in_g].sum()
-    return float(areas[in_p & in_g].sum() / union) if union > 0 else 0.0
+    inter, only_one = areas[in_p & in_g].sum(), areas[in_p ^ in_g].sum()
+    union = inter + only_one
+    return float(inter / union) if union > 0 else 0.0
 
 
 def polygon_iou_matrix(pred: Sequence[ArrayLike] | NDArray[Any], target: Sequence[ArrayLike] | NDArray[Any]) -> Floats:
@@ -60,11 +66,12 @@ def polygon_iou_matrix(pred: Sequence[ArrayLike] | NDArray[Any], target: Sequenc
 
     Raises:
         ImportError: Shapely is not installed.
+        TypeError: A polygon is not made of real numbers.
         ValueError: A polygon has another shape.
     """
     shapely = _shapely()
     preds, targets = (
-        [_vertices(f"{name}[{k}]", polygon) for k, polygon in enumerate(polygons)]
+        [_vertices(f"{name}[{k}]", polygon) for k, polygon in enumerate(_polygons(name, polygons))]
         for name, polygons in (("pred", pred), ("target", target))
     )
     ious = np.zeros((len(preds), len(targets)))
@@ -72,8 +79,10 @@ def polygon_iou_matrix(pred: Sequence[ArrayLike] | NDArray[Any], target: Sequenc
         return ious
     row, column = np.nonzero(_may_overlap(preds, targets))
     p, g = _regions(preds, row), _regions(targets, column)
+    p_area, g_area = shapely.area(p[row]), shapely.area(g[column])
     inter = shapely.area(shapely.intersection(p[row], g[column]))
-    union = shapely.area(p[row]) + shapely.area(g[column]) - inter
+    inter = np.minimum(inter, np.minimum(p_area, g_area))  # rounding may make it larger
+    union = p_area + g_area - inter
     ious[row, column] = np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
     return ious
 
@@ -90,19 +99,27 @@ def average_precision(
 
     Args:
         images: For each image the IoUs of its predictions with its targets, shape (P, T), and the predictions'
-            scores, shape (P,). An image without predictions is given as (0, T): its targets count as missed.
-        thresholds: IoUs from which on a prediction is right.
+            scores, shape (P,). An image without predictions is given as (0, T): its targets count as missed. An IoU
+            that is NaN reaches no threshold, and a score that is NaN comes last.
+        thresholds: IoUs from which on a prediction is right, each in 0..1.
 
     Returns:
         The average precision at each threshold, in 0..1; NaN if there is no target at all.
 
     Raises:
-        ValueError: IoUs and scores of an image do not fit together.
+        TypeError: An argument is not made of real numbers, or an image is no pair.
+        ValueError: IoUs and scores of an image do not fit together, or a threshold is not in 0..1.
     """
-    limits = np.asarray(thresholds, dtype=np.float64)
+    limits = _numbers("thresholds", thresholds)
+    if limits.ndim != 1 or not ((limits >= 0) & (limits <= 1)).all():
+        raise ValueError(f"thresholds must be a sequence of numbers in 0..1, got {thresholds}")
     all_scores, all_correct, total = [np.zeros(0)], [np.zeros((0, len(limits)), dtype=bool)], 0
-    for index, (iou, score) in enumerate(images):
-        ious, scores = np.asarray(iou, dtype=np.float64), np.asarray(score, dtype=np.float64)
+    if not isinstance(images, Iterable):
+        raise TypeError(f"images must be pairs (IoUs, scores), got {type(images).__name__}")
+    for index, image in enumerate(images):
+        if not isinstance(image, Sequence) or len(image) != 2:
+            raise TypeError(f"images[{index}] must be a pair (IoUs, scores), got {type(image).__name__}")
+        ious, scores = (_numbers(f"images[{index}][{k}]", item) for k, item in enumerate(image))
         if ious.ndim != 2 or scores.shape != ious.shape[:1]:
             raise ValueError(
                 f"images[{index}] must be IoUs of shape (P, T) and scores of shape (P,), "
@@ -134,10 +151,10 @@ def _match(ious: Floats, scores: Floats, limits: Floats) -> NDArray[np.bool_]:
     for k, limit in enumerate(limits):
         free = np.ones(ious.shape[1], dtype=bool)
         for row in np.argsort(-scores, kind="stable"):
-            best = int(np.where(free, ious[row], -1.0).argmax())
-            if free[best] and ious[row, best] >= limit:
+            candidates = free & (ious[row] >= limit)
+            if candidates.any():
                 correct[row, k] = True
-                free[best] = False
+                free[np.where(candidates, ious[row], -1.0).argmax()] = False
     return correct
 
 
@@ -196,8 +213,30 @@ def _is_inside(points: Floats, polygon: Floats) -> NDArray[np.bool_]:
     return inside
 
 
+def _polygons(name: str, polygons: Any) -> Sequence[ArrayLike]:
+    """The polygons of a set; those of a tensor are copied from its device at once."""
+    if isinstance(polygons, Tensor):
+        polygons = _numbers(name, polygons)
+    if not isinstance(polygons, Iterable):
+        raise TypeError(f"{name} must be polygons, got {type(polygons).__name__}")
+    return list(polygons)
+
+
+def _numbers(name: str, value: Any) -> Floats:
+    """The array of a list, an array or a tensor."""
+    if isinstance(value, Tensor):
+        check_real_numbers(name, value)
+        value = value.detach().cpu().double().numpy()
+    try:
+        if not np.iscomplexobj(value):
+            return np.asarray(value, dtype=np.float64)
+    except (RuntimeError, TypeError, ValueError):  # a RuntimeError of a list of tensors with a gradient
+        pass
+    raise TypeError(f"{name} must be an array of real numbers, got {type(value).__name__}")
+
+
 def _vertices(name: str, polygon: ArrayLike) -> Floats:
-    vertices = np.asarray(polygon, dtype=np.float64)
+    vertices = _numbers(name, polygon)
     if vertices.ndim != 2 or vertices.shape[1] != 2 or len(vertices) < 3:
         raise ValueError(f"{name} must have shape (N, 2) with N >= 3, got {vertices.shape}")
     return vertices
