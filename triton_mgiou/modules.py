@@ -38,6 +38,12 @@ def _none_if_none_is_positive(weight: Tensor) -> Tensor:
     return torch.where((weight <= 0).all(), 0, weight)
 
 
+def _check_names(options: dict[str, Any], known: tuple[str, ...]) -> None:
+    """Refuse an option that a loss does not have."""
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"options must be among {', '.join(known)}, got {', '.join(unknown)}")
+
+
 class MGIoULoss(nn.Module):
     """`mgiou_loss` as a module, called as detectors built on mmdetection or mmrotate call their losses.
 
@@ -57,8 +63,7 @@ class MGIoULoss(nn.Module):
 
     def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, **options: Any) -> None:
         super().__init__()
-        if unknown := sorted(set(options) - set(self.OPTIONS)):
-            raise TypeError(f"options must be among {', '.join(self.OPTIONS)}, got {', '.join(unknown)}")
+        _check_names(options, self.OPTIONS)
         check_choice("reduction", reduction, REDUCTIONS)
         if not isinstance(loss_weight, Tensor):
             check_factor("loss_weight", loss_weight)
@@ -224,6 +229,7 @@ class PolygonLoss(nn.Module):
             raise TypeError(f"alpha must be a number or a module such as AlphaSchedule, got {type(alpha).__name__}")
         if not isinstance(return_parts, bool):
             raise TypeError(f"return_parts must be a bool, got {type(return_parts).__name__}")
+        _check_names(options, MGIoULoss.OPTIONS)
         self.mode = mode
         self.alpha = alpha
         self.register_buffer("sigmas", sigmas, persistent=False)

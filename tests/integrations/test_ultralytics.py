@@ -440,6 +440,7 @@ WRONG = [
     ("pose", {"schedule": None}, TypeError, "Wrong: schedule must be a mapping, got NoneType"),
     ("obb", {"gain": -1.0}, ValueError, r"Wrong: gain must be 0 or above, got -1\.0"),
     ("obb", {"gain": math.nan}, ValueError, "Wrong: gain must be finite, got nan"),
+    ("obb", {"gain": 1e40}, ValueError, r"Wrong: gain must be at most 1e\+30, got 1e\+40"),
     ("obb", {"gain": None}, TypeError, "Wrong: gain must be a number, got NoneType"),
     ("obb", {"gain": "2"}, TypeError, "Wrong: gain must be a number, got str"),
     ("obb", {"gain": True}, TypeError, "Wrong: gain must be a number, got bool"),

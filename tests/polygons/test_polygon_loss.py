@@ -551,8 +551,9 @@ def test_wrong_options():
         for value in (-0.1, 1.1, NAN):
             with pytest.raises(ValueError, match=rf"^alpha must be in 0\.\.1, got {value}"):
                 PolygonLoss(mode, alpha=value)
-        with pytest.raises(TypeError, match="axis_wieght"):
-            PolygonLoss(mode, alpha=0.5, axis_wieght="soft")
+        for wrong in ("axis_wieght", "loss_weight"):
+            with pytest.raises(TypeError, match=rf"^options must be among axis_weight, .*, got {wrong}$"):
+                PolygonLoss(mode, alpha=0.5, **{wrong: 1.0})
         with pytest.raises(ValueError, match=r"^reduction must be one of 'none', 'mean', 'sum', got 'max'"):
             PolygonLoss(mode, alpha=0.5, reduction="max")
         for sigmas in (0.0, -0.1, NAN, INF, [0.1, 0.0], []):

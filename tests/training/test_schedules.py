@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,13 @@ def test_a_run_that_is_resumed_goes_on(step, kind):
     gone_through.step()
     assert resumed() == gone_through()
     assert resumed.state_dict()["step_count"].dtype == torch.int64
+
+
+def test_integers_of_numpy_are_integers():
+    """As a table of results has them."""
+    schedule = AlphaSchedule(np.int64(4), "linear", start=1.0, end=0.0)
+    schedule.set(np.int32(1))
+    assert schedule() == 0.75
 
 
 @pytest.mark.parametrize(

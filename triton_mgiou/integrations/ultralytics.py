@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import triton_mgiou
-from triton_mgiou.arguments import check_number
+from triton_mgiou.arguments import check_factor
 from triton_mgiou.functional import box_mgiou_loss, mgiou_loss
 from triton_mgiou.metrics import polygon_iou_matrix
 from triton_mgiou.modules import BoxMGIoULoss, MGIoULoss, PolygonLoss
@@ -446,7 +446,7 @@ class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
         _check_names("options", self.options, MGIoULoss.OPTIONS)
         with _naming("options"):
             BoxMGIoULoss(**self.options)
-        check_number("gain", self.gain)
+        check_factor("gain", self.gain)
         if self.gain < 0:
             raise ValueError(f"gain must be 0 or above, got {self.gain}")
 

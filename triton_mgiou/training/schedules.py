@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 KINDS = ("cosine", "linear", "step")
+
+
+def _integer(name: str, value: Any) -> int:
+    """The integer; numpy's are taken, as a table of results has them."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    return int(value)
 
 
 class AlphaSchedule(nn.Module):
@@ -38,8 +46,7 @@ class AlphaSchedule(nn.Module):
 
     def __init__(self, total_steps: int, kind: str = "cosine", start: float = 0.9, end: float = 0.2) -> None:
         super().__init__()
-        if not isinstance(total_steps, int) or isinstance(total_steps, bool):
-            raise TypeError(f"total_steps must be an integer, got {type(total_steps).__name__}")
+        total_steps = _integer("total_steps", total_steps)
         if total_steps < 1:
             raise ValueError(f"total_steps must be 1 or above, got {total_steps}")
         if kind not in KINDS:
@@ -69,8 +76,7 @@ class AlphaSchedule(nn.Module):
             TypeError: `step` is not an integer.
             ValueError: `step` is below 0.
         """
-        if not isinstance(step, int) or isinstance(step, bool):
-            raise TypeError(f"step must be an integer, got {type(step).__name__}")
+        step = _integer("step", step)
         if step < 0:
             raise ValueError(f"step must be 0 or above, got {step}")
         self.step_count.fill_(min(step, self.total_steps))
