@@ -471,6 +471,17 @@ def test_wrong_attributes_are_told_before_the_training(data, tmp_path, task, att
         trainer_class(overrides=settings(data, task, tmp_path))
 
 
+@pytest.mark.parametrize("task", TRAINERS)
+def test_without_shapely_no_training_begins(data, tmp_path, monkeypatch, task):
+    monkeypatch.setitem(sys.modules, "shapely", None)
+    trainer = TRAINERS[task](overrides=settings(data, task, tmp_path))
+    batches = []
+    trainer.add_callback("on_train_batch_start", batches.append)
+    with pytest.raises(ImportError, match="polygon metrics need shapely"):
+        trainer.train()
+    assert batches == []
+
+
 OTHERS = ("yolo26n", "yolo11n-seg", "yolo11n-cls")
 
 

@@ -6,8 +6,8 @@
     YOLO("yolo11n-pose.yaml").train(trainer=MGIoUPoseTrainer, data="polygons.yaml", epochs=100)
     YOLO("yolo11n-obb.yaml").train(trainer=MGIoUOBBTrainer, data="boxes.yaml", epochs=100)
 
-Heads of YOLOv8, YOLO11 and YOLO26. Options are class attributes of a subclass, which has to stand in a module that can
-be imported, since a training on several GPUs starts other processes that import it by name:
+Heads of YOLOv8, YOLO11 and YOLO26. Options are class attributes of a subclass. Let it stand in a module that can be
+imported: a training on several GPUs starts other processes, which import it by name in some versions of Ultralytics.
 
     class MyTrainer(MGIoUPoseTrainer):
         mode = "mgiou"
@@ -552,6 +552,7 @@ class _PolygonValidator:
     """Matches predictions with targets by the IoU of their polygons too.
 
     Raises:
+        ImportError: Shapely is not installed.
         ValueError: `YOLO.val` of a model of another task.
     """
 
@@ -562,6 +563,7 @@ class _PolygonValidator:
         task = args.get("task") if isinstance(args, Mapping) else None  # an object has a default that says nothing
         if task not in (None, self.TASK):
             raise ValueError(f"{type(self).__name__} must have a model of the task {self.TASK!r}, got one of {task!r}")
+        polygon_iou_matrix([], [])  # without Shapely a training shall fail here, not after its first epoch
         super().__init__(dataloader, save_dir, args, _callbacks)  # type: ignore[call-arg]
         self.metrics = self.METRICS()
 
