@@ -6,11 +6,13 @@
     YOLO("yolo11n-pose.yaml").train(trainer=MGIoUPoseTrainer, data="polygons.yaml", epochs=100)
     YOLO("yolo11n-obb.yaml").train(trainer=MGIoUOBBTrainer, data="boxes.yaml", epochs=100)
 
-Heads of YOLOv8, YOLO11 and YOLO26. Options are class attributes of a subclass. Let it stand in a module that can be
-imported: a training on several GPUs starts other processes, which import it by name in some versions of Ultralytics.
+Heads of YOLOv8, YOLO11 and YOLO26. Options are class attributes of a subclass:
 
     class MyTrainer(MGIoUPoseTrainer):
         mode = "mgiou"
+
+Let it stand in a module that can be imported: a training on several GPUs starts other processes, which import it by
+name in some versions of Ultralytics.
 
 A checkpoint holds nothing of this package: it loads, predicts and exports without it, and resumes with
 `YOLO("last.pt").train(resume=True, trainer=...)`, schedule included. What judges polygons has to be named here too:
