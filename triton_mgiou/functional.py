@@ -353,7 +353,7 @@ def box_mgiou(
             sets. What is not there may hold anything.
         mask2: The same for the second set, (T,) or (B, T).
         over: What to take over the axes.
-            "mean": MGIoU, in (-1, 1], or -1 for points apart.
+            "mean": MGIoU, in (-1, 1], or -1 for points apart and for parallel segments beside each other.
             "min": the smallest 1-D GIoU. Below 0 the two are apart. In the plane they overlap where it is above 0; in
             space they may still be apart where it is, as the normals of faces alone cannot tell an edge from an edge.
             Its gradient is 0 where one interval lies inside the other on that axis, however the boxes move there. Its
@@ -392,6 +392,7 @@ def box_mgiou(
         boxes2,
         kind.shape,
         f"(P, {numbers}) or (B, P, {numbers}) for fmt={fmt!r} ({kind.numbers})",
+        fmt,
     )
     check_matrix_options(over, axis_weight, kind.axis_weights, backend)
     if fmt == "xyxyxyxy":

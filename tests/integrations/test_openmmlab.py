@@ -146,6 +146,8 @@ def test_a_wrong_format_is_told_when_the_config_is_built(config):
         TASK_UTILS.build(dict(config.match_cost, weight="3"))
     with pytest.raises(ValueError, match="weight must be 0 or above, got -1"):
         TASK_UTILS.build(dict(config.match_cost, weight=-1.0))
+    with pytest.raises(ValueError, match=r"weight must be at most 1e\+30"):  # no cost may be Inf
+        TASK_UTILS.build(dict(config.match_cost, weight=1e39))
     for loss in (config.loss_bbox, config.loss_polygon):
         with pytest.raises(ValueError, match="boundary_weight must be 0 or above, got -1"):
             MODELS.build(dict(loss, boundary_weight=-1))

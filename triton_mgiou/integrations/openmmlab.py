@@ -17,7 +17,7 @@ import torch
 from mmengine.registry import MODELS, TASK_UTILS  # type: ignore[import-not-found, unused-ignore]
 from torch import Tensor
 
-from triton_mgiou.arguments import check_box_format, check_number
+from triton_mgiou.arguments import check_box_format, check_factor
 from triton_mgiou.functional import box_mgiou
 from triton_mgiou.modules import BoxMGIoULoss, MGIoULoss
 
@@ -26,18 +26,19 @@ class MGIoUCost:
     """Cost of matching predictions with ground truth, in mmdetection's protocol: `-weight` times their MGIoU.
 
     Args:
-        weight: Factor on the cost, 0 or above.
+        weight: Factor on the cost, 0 to 1e30.
         fmt: What the numbers of a box are, as in `box_mgiou`: "xyxy" for mmdetection, "cxcywhr" for mmrotate.
         angle: "radians" or "degrees".
         clockwise: As in `box_mgiou`.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: There is no such format, or the weight is negative: it would turn the matching around.
+        ValueError: There is no such format, or the weight is above 1e30, or negative, which would turn the matching
+            around.
     """
 
     def __init__(self, weight: float = 1.0, fmt: str = "xyxy", angle: str = "radians", clockwise: bool = True) -> None:
-        check_number("weight", weight)
+        check_factor("weight", weight)
         if weight < 0:
             raise ValueError(f"weight must be 0 or above, got {weight}")
         check_box_format(fmt, angle, clockwise)
