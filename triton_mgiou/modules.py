@@ -39,6 +39,11 @@ def _none_if_none_is_positive(weight: Tensor) -> Tensor:
     return torch.where((weight <= 0).all(), 0, weight)
 
 
+def _check_names(options: dict[str, Any], names: tuple[str, ...]) -> None:
+    if unknown := sorted(set(options) - set(names)):
+        raise TypeError(f"options must be among {', '.join(names)}, got {', '.join(unknown)}")
+
+
 class MGIoULoss(nn.Module):
     """`mgiou_loss` as a module, called as detectors built on mmdetection or mmrotate call their losses.
 
@@ -58,8 +63,7 @@ class MGIoULoss(nn.Module):
 
     def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, **options: Any) -> None:
         super().__init__()
-        if unknown := sorted(set(options) - set(self.OPTIONS)):
-            raise TypeError(f"options must be among {', '.join(self.OPTIONS)}, got {', '.join(unknown)}")
+        _check_names(options, self.OPTIONS)
         check_choice("reduction", reduction, REDUCTIONS)
         if not isinstance(loss_weight, Tensor):
             check_factor("loss_weight", loss_weight)
@@ -224,6 +228,7 @@ class PolygonLoss(nn.Module):
         elif not isinstance(alpha, nn.Module) and (mode == "hybrid" or alpha is not None):
             raise TypeError(f"alpha must be a number or a module such as AlphaSchedule, got {type(alpha).__name__}")
         check_bool("return_parts", return_parts)
+        _check_names(options, MGIoULoss.OPTIONS)  # `loss_weight` too, which would weigh one part only
         self.mode = mode
         self.alpha = alpha
         self.register_buffer("sigmas", sigmas, persistent=False)

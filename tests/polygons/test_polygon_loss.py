@@ -553,6 +553,8 @@ def test_wrong_options():
                 PolygonLoss(mode, alpha=value)
         with pytest.raises(TypeError, match="axis_wieght"):
             PolygonLoss(mode, alpha=0.5, axis_wieght="soft")
+        with pytest.raises(TypeError, match=r"^options must be among axis_weight, .* got loss_weight$"):
+            PolygonLoss(mode, alpha=0.5, loss_weight=2.0)
         with pytest.raises(ValueError, match=r"^reduction must be one of 'none', 'mean', 'sum', got 'max'"):
             PolygonLoss(mode, alpha=0.5, reduction="max")
         for sigmas in (0.0, -0.1, NAN, INF, [0.1, 0.0], []):
