@@ -67,6 +67,13 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_bool(name: str, value: object) -> None:
+    """Refuse what is no bool of Python's; numpy's is none."""
+    if not isinstance(value, bool):
+        kind = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+        raise TypeError(f"{name} must be a bool, got {kind}")
+
+
 def check_number(name: str, value: Any) -> None:
     """Refuse what is no finite number; a bool is none. PyTorch takes no integer beyond 64 bits."""
     is_fraction = isinstance(value, Rational) and not isinstance(value, Integral)  # PyTorch can't compute with it
@@ -91,8 +98,8 @@ def check_factor(name: str, value: Any) -> None:
 def check_options(options: Options) -> None:
     """Refuse options that no loss has."""
     check_choice("axis_weight", options.axis_weight, AXIS_WEIGHTS)
-    if not isinstance(options.axis_grad, bool):
-        raise TypeError(f"axis_grad must be a bool, got {type(options.axis_grad).__name__}")
+    if type(options.axis_grad) is not bool:  # the usual case, which should take no time
+        check_bool("axis_grad", options.axis_grad)
     _check_term_weight("convexity_weight", options.convexity_weight)
     _check_term_weight("boundary_weight", options.boundary_weight)
 
@@ -149,11 +156,14 @@ def check_box_format(fmt: object, angle: object, clockwise: object) -> None:
         raise ValueError(f"fmt must say which of two it is, got {fmt!r}: {AMBIGUOUS[fmt]}")
     check_choice("fmt", fmt, tuple(FORMATS))
     check_choice("angle", angle, ("radians", "degrees"))
-    if not isinstance(clockwise, bool):
-        raise TypeError(f"clockwise must be a bool, got {type(clockwise).__name__}")
+    if type(clockwise) is not bool:
+        check_bool("clockwise", clockwise)
     kind = FORMATS[str(fmt)]
     if not kind.has_angle and (angle != "radians" or not clockwise):
-        raise ValueError(f'angle and clockwise must be left at "radians" and True: fmt={fmt!r} has no angle')
+        raise ValueError(
+            f'angle and clockwise must be left at "radians" and True: fmt={fmt!r} has no angle; '
+            f"got {angle!r} and {clockwise}"
+        )
     if kind.in_space and not clockwise:
         raise ValueError(f"clockwise must be True for fmt={fmt!r}: yaw turns x towards y; got False")
 
@@ -196,17 +206,30 @@ def _check_box_numbers(name: str, value: Tensor, fmt: str) -> int:
 def _wrong_box_shape(name: str, shape: tuple[int, ...], fmt: str) -> str:
     kind = FORMATS[fmt]
     expected = ", ".join(("B", *map(str, kind.shape)))
-    others = [repr(other) for other, each in FORMATS.items() if each.shape == shape[1:]]
-    hint = f", which {' and '.join(others)} {'has' if len(others) == 1 else 'have'}" if others else ""
-    if shape[1:] == kind.shape[::-1] and len(shape) == 3:
-        hint = ": transpose the last two"
-    return f"{name} must have shape ({expected}) for fmt={fmt!r} ({kind.numbers}), got {shape}{hint}"
+    return f"{name} must have shape ({expected}) for fmt={fmt!r} ({kind.numbers}), got {shape}{_hint(fmt, shape[1:])}"
+
+
+def _hint(fmt: str, *got: tuple[int, ...]) -> str:
+    """What else boxes of one of these shapes may be, if not of this format."""
+    if FORMATS[fmt].shape[::-1] in got:
+        return ": transpose the last two"
+    others = [repr(other) for other, each in FORMATS.items() if each.shape in got]
+    return f", which {' and '.join(others)} {'has' if len(others) == 1 else 'have'}" if others else ""
 
 
 def check_pairs(
-    function: str, name: str, first: Tensor, second: Tensor, shape: tuple[int | None, ...], expected: str
+    function: str,
+    name: str,
+    first: Tensor,
+    second: Tensor,
+    shape: tuple[int | None, ...],
+    expected: str,
+    fmt: str | None = None,
 ) -> None:
-    """Refuse what are no two sets of shapes, (P, *shape) or (B, P, *shape); None in `shape` is any size but 0."""
+    """Refuse what are no two sets of shapes, (P, *shape) or (B, P, *shape); None in `shape` is any size but 0.
+
+    `fmt` is the format, if they are boxes.
+    """
     for side, value in ((f"{name}1", first), (f"{name}2", second)):
         check_tensor(side, value)
         fits = value.dim() - len(shape) in (1, 2) and all(
@@ -214,7 +237,9 @@ def check_pairs(
             for got, want in zip(value.shape[-len(shape) :], shape, strict=True)
         )
         if not fits:
-            raise ValueError(f"{side} must have shape {expected}, got {tuple(value.shape)}")
+            got = tuple(value.shape)
+            hint = "" if fmt is None else _hint(fmt, got[1:], got[2:])
+            raise ValueError(f"{side} must have shape {expected}, got {got}{hint}")
         check_floating(side, value)
     check_not_traced(function, first.shape[0])
     if first.dim() != second.dim():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from triton_mgiou.arguments import check_floating
 
-_ROTATED = ("XYWHR", "CXCYWHR", "XYXYXYXY")
+_ROTATED = {"XYWHR": 5, "CXCYWHR": 5, "XYXYXYXY": 8}  # and how many numbers a box has; the upright ones have 4
 
 
 def is_bounding_boxes(value: object) -> bool:
@@ -25,11 +25,15 @@ def plain_boxes(name: str, boxes: Any, fmt: str, angle: str, clockwise: bool) ->
 
     Raises:
         TypeError: They are integers.
-        ValueError: The format has no place for them: for their angle, or for boxes in the plane.
+        ValueError: The format has no place for them: for their angle, or for boxes in the plane. Or they have not as
+            many numbers as their own format, which torchvision does not check.
     """
     kind = boxes.format.name
     numbers: Tensor = boxes.as_subclass(Tensor)
     check_floating(name, numbers)
+    size = _ROTATED.get(kind, 4)
+    if numbers.shape[-1:] != (size,):
+        raise ValueError(f"{name} must have {size} numbers a box, as its format {kind} has, got {tuple(numbers.shape)}")
     if kind.lower() == fmt and fmt in ("xyxy", "cxcywh", "xyxyxyxy"):
         return numbers
     expected = ("cxcywhr", "xyxyxyxy") if kind in _ROTATED else ("cxcywhr", "cxcywh", "xyxy", "xyxyxyxy")

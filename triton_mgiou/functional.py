@@ -73,8 +73,8 @@ def mgiou_loss(
 
     A polygon of one vertex is a point, of two a segment. Where a side of a sample has no real vertex, or neither
     polygon has an edge, the sample's loss and gradient are 0. Any finite input gives a finite value and
-    gradient; NaN or Inf in a real vertex makes that sample's value and gradient NaN and leaves the others'
-    gradients alone.
+    gradient, with weights of the terms up to 1e9; NaN or Inf in a real vertex makes that sample's value and gradient
+    NaN and leaves the others' gradients alone.
 
     Args:
         pred: Predicted vertices, shape (B, N, 2), in order along the outline; float16, bfloat16, float32 or
@@ -212,9 +212,10 @@ def box_mgiou_loss(
     each side by itself. The arguments speak of plain tensors.
 
     A size below 0 counts as its absolute value. A box whose sizes are 0 is a point: against another box only that one
-    has axes, and two points have loss and gradient 0. Any finite input gives a finite value and gradient; angles may be
-    as large as they like. NaN or Inf makes that sample's value and gradient NaN and leaves the others' alone. For
-    a square turned by exactly 45 degrees to its target the gradient to the angle is 0, by symmetry.
+    has axes, and two points have loss and gradient 0. Any finite input gives a finite value and gradient, with a
+    `boundary_weight` up to 1e9; angles may be as large as they like. NaN or Inf makes that sample's value and gradient
+    NaN and leaves the others' alone. For a square turned by exactly 45 degrees to its target the gradient to the angle
+    is 0, by symmetry.
 
     Args:
         pred: Predicted boxes; float16, bfloat16, float32 or float64. Computed in float64 if either input is float64,
@@ -353,7 +354,7 @@ def box_mgiou(
             sets. What is not there may hold anything.
         mask2: The same for the second set, (T,) or (B, T).
         over: What to take over the axes.
-            "mean": MGIoU, in (-1, 1], or -1 for points apart.
+            "mean": MGIoU, in (-1, 1], or -1 for points apart and for parallel segments beside each other.
             "min": the smallest 1-D GIoU. Below 0 the two are apart. In the plane they overlap where it is above 0; in
             space they may still be apart where it is, as the normals of faces alone cannot tell an edge from an edge.
             Its gradient is 0 where one interval lies inside the other on that axis, however the boxes move there. Its
@@ -392,6 +393,7 @@ def box_mgiou(
         boxes2,
         kind.shape,
         f"(P, {numbers}) or (B, P, {numbers}) for fmt={fmt!r} ({kind.numbers})",
+        fmt,
     )
     check_matrix_options(over, axis_weight, kind.axis_weights, backend)
     if fmt == "xyxyxyxy":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from triton_mgiou.arguments import (
     check_avg_factor,
+    check_bool,
     check_box_format,
     check_box_options,
     check_choice,
@@ -227,9 +228,8 @@ class PolygonLoss(nn.Module):
             check_number("alpha", alpha)
         elif not isinstance(alpha, nn.Module) and (mode == "hybrid" or alpha is not None):
             raise TypeError(f"alpha must be a number or a module such as AlphaSchedule, got {type(alpha).__name__}")
-        if not isinstance(return_parts, bool):
-            raise TypeError(f"return_parts must be a bool, got {type(return_parts).__name__}")
-        _check_names(options, MGIoULoss.OPTIONS)
+        check_bool("return_parts", return_parts)
+        _check_names(options, MGIoULoss.OPTIONS)  # `loss_weight` too, which would weigh one part only
         self.mode = mode
         self.alpha = alpha
         self.register_buffer("sigmas", sigmas, persistent=False)

@@ -6,6 +6,7 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,9 +39,24 @@ def test_a_wrong_shape_names_the_formats_that_have_it(fmt, shape, side):
     assert all(repr(other) in text for other in others)
 
 
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("fmt", ALL_FORMATS)
+@pytest.mark.parametrize("other", ALL_FORMATS)
+def test_a_matrix_names_the_formats_that_have_a_wrong_shape(fmt, other, batch):
+    shapes = {each: ALL_FORMATS[each].shape for each in ALL_FORMATS}
+    if shapes[fmt] == shapes[other]:
+        return
+    with pytest.raises(ValueError, match="boxes2") as error:
+        box_mgiou(torch.zeros(*batch, 4, *shapes[fmt]), torch.zeros(*batch, 4, *shapes[other]), fmt=fmt)
+    hint = str(error.value).rpartition(", which ")[2]
+    named = {each for each in ALL_FORMATS if f"'{each}'" in hint}
+    assert named == {each for each in ALL_FORMATS if shapes[each] == shapes[other]}
+
+
 def test_corners_by_coordinate_are_told_to_transpose():
-    with pytest.raises(ValueError, match="transpose"):
-        box_mgiou_loss(torch.zeros(2, 3, 8), torch.zeros(2, 8, 3), fmt="corners3d")
+    for function in (box_mgiou_loss, box_mgiou):
+        with pytest.raises(ValueError, match="transpose"):
+            function(torch.zeros(2, 3, 8), torch.zeros(2, 8, 3), fmt="corners3d")
 
 
 @pytest.mark.parametrize(
@@ -60,8 +76,8 @@ def test_ambiguous_formats_tell_their_meanings(fmt, meanings):
         ("cxcy", {}, "fmt"),
         (None, {}, "fmt"),
         ("cxcywhr", {"angle": "turns"}, "angle"),
-        ("xyxy", {"angle": "degrees"}, "angle"),
-        ("xyxyxyxy", {"clockwise": False}, "clockwise"),
+        ("xyxy", {"angle": "degrees"}, "angle.*got 'degrees' and True"),
+        ("xyxyxyxy", {"clockwise": False}, "clockwise.*got 'radians' and False"),
         ("corners3d", {"angle": "degrees"}, "angle"),
         ("cxcyczlwhr", {"clockwise": False}, "clockwise"),
         ("cxcyczlwhr", {"boundary_weight": 0.25}, "boundary_weight"),
@@ -91,7 +107,8 @@ def test_values_that_are_refused(fmt, options, name):
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"clockwise": 1}, "clockwise"),
+        ({"clockwise": 1}, "clockwise must be a bool, got int"),
+        ({"clockwise": np.True_}, "clockwise must be a bool, got numpy"),
         ({"axis_grad": 1}, "axis_grad"),
         ({"boundary_weight": "0.1"}, "boundary_weight"),
         ({"pred": [[0.0] * 5]}, "pred"),

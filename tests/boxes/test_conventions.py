@@ -13,7 +13,7 @@ import torch
 
 from tests.boxes.helpers import random_boxes
 from tests.helpers import assert_close, assert_zero, generator
-from triton_mgiou import box_mgiou_loss, mgiou_loss
+from triton_mgiou import box_mgiou, box_mgiou_loss, mgiou_loss
 
 OPTIONS = {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25, "reduction": "none"}
 
@@ -189,6 +189,16 @@ def test_bounding_boxes_of_integers_are_refused_whatever_they_become(tv_tensors,
     whole = bounding(tv_tensors, torch.tensor([[1, 2, 3, 4]]), "XYXY")
     with pytest.raises(TypeError, match=r"target must be floating.*int64"):
         box_mgiou_loss(bounding(tv_tensors, torch.tensor([[1.0, 2, 3, 4]]), "XYXY"), whole, fmt=fmt)
+
+
+@pytest.mark.parametrize(("own", "size"), [("XYXY", 5), ("XYWH", 8), ("CXCYWHR", 4), ("XYWHR", 6), ("XYXYXYXY", 5)])
+def test_bounding_boxes_with_other_numbers_than_their_format_has(tv_tensors, own, size):
+    """Torchvision makes them; a fifth number of upright boxes may be an angle, and must not be dropped."""
+    wrong, right = bounding(tv_tensors, torch.rand(3, size), own), torch.rand(3, 5)
+    with pytest.raises(ValueError, match=rf"target must have . numbers.*{own}.*got \(3, {size}\)"):
+        box_mgiou_loss(right, wrong)
+    with pytest.raises(ValueError, match=rf"boxes1 must have . numbers.*{own}.*got \(3, {size}\)"):
+        box_mgiou(wrong, right)
 
 
 def test_bounding_boxes_that_a_format_has_no_place_for(tv_tensors):

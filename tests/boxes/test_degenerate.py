@@ -147,7 +147,8 @@ def test_a_negative_size_counts_as_its_absolute_value(boxes, fmt, axis_weight):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @axis_weights
 @axis_grads
-def test_any_finite_number_gives_a_finite_loss_and_gradient(boxes, axis_weight, axis_grad, dtype):
+@pytest.mark.parametrize("weight", [0.5, 1e9])
+def test_any_finite_number_gives_a_finite_loss_and_gradient(boxes, axis_weight, axis_grad, dtype, weight):
     largest, smallest = torch.finfo(dtype).max, 2.0**-149 if dtype == torch.float32 else 2.0**-1074
     numbers = [0.0, smallest, -smallest, 1e-30, 1e-12, 1.0, -1.0, 1e20, -largest, largest, torch.finfo(dtype).tiny]
     rng = generator(52)
@@ -157,9 +158,9 @@ def test_any_finite_number_gives_a_finite_loss_and_gradient(boxes, axis_weight, 
             torch.tensor(numbers, dtype=dtype)[torch.randint(len(numbers), (boxes.batch(400), *shape), generator=rng)]
             for _ in range(2)
         ]
-        options = options_of(fmt, axis_weight=axis_weight, axis_grad=axis_grad, boundary_weight=0.5)
+        options = options_of(fmt, axis_weight=axis_weight, axis_grad=axis_grad, boundary_weight=weight)
         value, *gradients = boxes.value_and_gradient(*sides, wrt=BOTH, fmt=fmt, reduction="none", **options)
-        assert ((value >= 0) & (value <= 1.5 + 1e-6)).all(), fmt
+        assert ((value >= 0) & (value <= (1 + weight) * (1 + 1e-6))).all(), fmt
         for gradient in gradients:
             assert torch.isfinite(gradient).all(), fmt
 

@@ -104,6 +104,10 @@ def test_overlaps_are_those_of_an_assigner(config, sets):
     assert overlaps(first[:0], second[:0], is_aligned=True).shape == (0,)
     with pytest.raises(ValueError, match=r"mode must be .* got 'iof'"):
         overlaps(first, second, mode="iof")
+    with pytest.raises(ValueError, match=r"bboxes2 must be as many as bboxes1 .* got shapes \(4, 5\) and \(7, 5\)"):
+        overlaps(first, second, is_aligned=True)
+    with pytest.raises(TypeError, match=r"bboxes2 must be a torch.Tensor, got list"):
+        overlaps(first, second.tolist(), is_aligned=True)
 
 
 def test_a_child_registry_builds_them_too(config):

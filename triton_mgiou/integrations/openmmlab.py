@@ -17,7 +17,7 @@ import torch
 from mmengine.registry import MODELS, TASK_UTILS  # type: ignore[import-not-found, unused-ignore]
 from torch import Tensor
 
-from triton_mgiou.arguments import check_box_format, check_factor
+from triton_mgiou.arguments import check_box_format, check_factor, check_tensor
 from triton_mgiou.functional import box_mgiou
 from triton_mgiou.modules import BoxMGIoULoss, MGIoULoss
 
@@ -96,12 +96,20 @@ class MGIoUOverlaps2D:
             Shape (P, T), or (P,) if `is_aligned`; 0 for a pair with NaN, and for one whose MGIoU is below 0.
 
         Raises:
-            ValueError: Another mode: MGIoU is no share of one of the boxes.
+            TypeError: Boxes that are no floating tensors.
+            ValueError: Another mode: MGIoU is no share of one of the boxes. Or boxes of a wrong shape or number.
         """
         if mode not in ("iou", "giou"):
             raise ValueError(f"mode must be 'iou' or 'giou', got {mode!r}")
         first, second = _tensor(bboxes1), _tensor(bboxes2)
         if is_aligned:
+            check_tensor("bboxes1", first)
+            check_tensor("bboxes2", second)
+            if first.shape[:1] != second.shape[:1]:
+                raise ValueError(
+                    f"bboxes2 must be as many as bboxes1 if is_aligned, got shapes {tuple(second.shape)} and "
+                    f"{tuple(first.shape)}"
+                )
             mgiou = box_mgiou(first.unsqueeze(1), second.unsqueeze(1), **self.options).flatten()
         else:
             mgiou = box_mgiou(first, second, **self.options)
