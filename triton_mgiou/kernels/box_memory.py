@@ -29,7 +29,7 @@ def addresses_of(source, first, batch, V: tl.constexpr):
 
 @triton.jit
 def load(addresses, V: tl.constexpr, COMPUTE: tl.constexpr):
-    """The numbers of boxes."""
+    """The numbers of boxes, by fours where there are fewer addresses than numbers."""
     numbers = ()
     for place in tl.static_range(len(addresses)):
         loaded = tl.load(addresses[place]).to(COMPUTE)
