@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from numbers import Integral, Rational, Real
 from typing import Any
 
@@ -74,11 +75,30 @@ def check_bool(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a bool, got {kind}")
 
 
-def check_number(name: str, value: Any) -> None:
-    """Refuse what is no finite number; a bool is none. PyTorch takes no integer beyond 64 bits."""
-    is_fraction = isinstance(value, Rational) and not isinstance(value, Integral)  # PyTorch can't compute with it
-    if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool) or is_fraction):
+def check_names(name: str, options: Collection[str], known: Collection[str]) -> None:
+    """Refuse names that are none of the known ones."""
+    if unknown := sorted(map(str, set(options).difference(known))):
+        raise TypeError(f"{name} must be among {', '.join(known)}, got {', '.join(unknown)}")
+
+
+def check_integer(name: str, value: object) -> None:
+    """Refuse what is no integer; numpy's are, as a table of results has them, and a bool is none."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+
+
+def check_is_number(name: str, value: object) -> None:
+    """Refuse what is no number; a bool is none."""
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is no finite number that PyTorch can compute with: no fraction, and no integer beyond 64 bits."""
+    if type(value) is not float:
+        check_is_number(name, value)
+        if isinstance(value, Rational) and not isinstance(value, Integral):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if isinstance(value, Integral) and abs(int(value)) >= 2**63:
         raise ValueError(
             f"{name} must be an integer of 64 bits or a float, got an integer of {int(value).bit_length() + 1}"

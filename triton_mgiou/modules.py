@@ -18,6 +18,7 @@ from triton_mgiou.arguments import (
     check_choice,
     check_factor,
     check_keypoints,
+    check_names,
     check_number,
     check_options,
     check_real_numbers,
@@ -39,12 +40,6 @@ def _none_if_none_is_positive(weight: Tensor) -> Tensor:
     return torch.where((weight <= 0).all(), 0, weight)
 
 
-def _check_names(options: dict[str, Any], known: tuple[str, ...]) -> None:
-    """Refuse an option that a loss does not have."""
-    if unknown := sorted(set(options) - set(known)):
-        raise TypeError(f"options must be among {', '.join(known)}, got {', '.join(unknown)}")
-
-
 class MGIoULoss(nn.Module):
     """`mgiou_loss` as a module, called as detectors built on mmdetection or mmrotate call their losses.
 
@@ -64,7 +59,7 @@ class MGIoULoss(nn.Module):
 
     def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, **options: Any) -> None:
         super().__init__()
-        _check_names(options, self.OPTIONS)
+        check_names("options", options, self.OPTIONS)
         check_choice("reduction", reduction, REDUCTIONS)
         if not isinstance(loss_weight, Tensor):
             check_factor("loss_weight", loss_weight)
@@ -229,7 +224,7 @@ class PolygonLoss(nn.Module):
         elif not isinstance(alpha, nn.Module) and (mode == "hybrid" or alpha is not None):
             raise TypeError(f"alpha must be a number or a module such as AlphaSchedule, got {type(alpha).__name__}")
         check_bool("return_parts", return_parts)
-        _check_names(options, MGIoULoss.OPTIONS)  # `loss_weight` too, which would weigh one part only
+        check_names("options", options, MGIoULoss.OPTIONS)  # `loss_weight` too, which would weigh one part only
         self.mode = mode
         self.alpha = alpha
         self.register_buffer("sigmas", sigmas, persistent=False)

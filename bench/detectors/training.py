@@ -243,7 +243,7 @@ class BoxVariant(adapter.MGIoUBoxLoss):
 
 def plain_overlap(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
     """MGIoU of paired boxes (P, 5), and 0 where it is negative: what the package's assigner takes the square of."""
-    return (1 - 2 * box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER)).clamp(min=0)
+    return adapter._overlap(box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER))
 
 
 def _boxes(job: Job) -> Any:

@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -113,7 +114,11 @@ def test_the_summary():
 
 @pytest.mark.parametrize(
     ("depth", "groups"),
-    [(1, ["backbone", "head"]), (2, ["backbone.0", "backbone.2", "head"]), (9, ["backbone.0", "backbone.2", "head"])],
+    [
+        (1, ["backbone", "head"]),
+        (np.int64(2), ["backbone.0", "backbone.2", "head"]),
+        (9, ["backbone.0", "backbone.2", "head"]),
+    ],
 )
 def test_groups(depth, groups):
     model = nn.DataParallel(make())

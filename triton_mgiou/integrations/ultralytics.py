@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import triton_mgiou
-from triton_mgiou.arguments import check_factor
+from triton_mgiou.arguments import check_factor, check_names
 from triton_mgiou.functional import box_mgiou_loss, mgiou_loss
 from triton_mgiou.metrics import polygon_iou_matrix
 from triton_mgiou.modules import BoxMGIoULoss, MGIoULoss, PolygonLoss
@@ -223,8 +223,7 @@ def _check_names(name: str, options: Any, known: Collection[str]) -> None:
     """Refuse options that are none of these: what a trainer sets itself is no option of it."""
     if not isinstance(options, Mapping):
         raise TypeError(f"{name} must be a mapping, got {type(options).__name__}")
-    if unknown := [str(option) for option in options if option not in known]:
-        raise TypeError(f"{name} must be among {', '.join(known)}, got {', '.join(unknown)}")
+    check_names(name, options, known)
 
 
 class _MGIoUTrainer:

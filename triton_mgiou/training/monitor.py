@@ -8,11 +8,12 @@ import os
 import warnings
 from array import array
 from collections.abc import Iterator
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from triton_mgiou.arguments import check_integer, check_is_number
 
 WARM_UP = 10  # records before an average is trusted
 TOLD = 3  # groups in a warning
@@ -82,12 +83,10 @@ class GradientMonitor:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if writer is not None and not callable(getattr(writer, "add_scalar", None)):
             raise TypeError(f"writer must have add_scalar(tag, value, step), got {type(writer).__name__}")
-        if not isinstance(depth, int) or isinstance(depth, bool):
-            raise TypeError(f"depth must be an integer, got {type(depth).__name__}")
+        check_integer("depth", depth)
         numbers = {"decay": decay, "exploding": exploding, "vanishing": vanishing, "max_update": max_update}
         for name, value in numbers.items():
-            if not isinstance(value, Real) or isinstance(value, bool):
-                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+            check_is_number(name, value)
         for name, value, is_right, range_ in (
             ("depth", depth, depth >= 1, "1 or above"),
             ("decay", decay, 0 <= decay < 1, "in 0..1, 1 excluded"),

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral, Real
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from triton_mgiou.arguments import check_integer, check_is_number
+
 KINDS = ("cosine", "linear", "step")
-
-
-def _integer(name: str, value: Any) -> int:
-    """The integer; numpy's are taken, as a table of results has them."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    return int(value)
 
 
 class AlphaSchedule(nn.Module):
@@ -46,17 +39,16 @@ class AlphaSchedule(nn.Module):
 
     def __init__(self, total_steps: int, kind: str = "cosine", start: float = 0.9, end: float = 0.2) -> None:
         super().__init__()
-        total_steps = _integer("total_steps", total_steps)
+        check_integer("total_steps", total_steps)
         if total_steps < 1:
             raise ValueError(f"total_steps must be 1 or above, got {total_steps}")
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
         for name, value in (("start", start), ("end", end)):
-            if not isinstance(value, Real) or isinstance(value, bool):
-                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+            check_is_number(name, value)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in 0..1, got {value}")
-        self.total_steps = total_steps
+        self.total_steps = int(total_steps)
         self.kind = kind
         self.start = start
         self.end = end
@@ -76,10 +68,10 @@ class AlphaSchedule(nn.Module):
             TypeError: `step` is not an integer.
             ValueError: `step` is below 0.
         """
-        step = _integer("step", step)
+        check_integer("step", step)
         if step < 0:
             raise ValueError(f"step must be 0 or above, got {step}")
-        self.step_count.fill_(min(step, self.total_steps))
+        self.step_count.fill_(min(int(step), self.total_steps))
 
     def forward(self) -> Tensor:
         """Return the present value, a float32 scalar."""
