@@ -349,6 +349,14 @@ class _Program:
             values = np.where(values >> count - 1 & 1, values - 2**count, values)
         self.put(given.arguments[0], values.astype(TYPES[given.kind]))
 
+    def _prmt(self, given: Instruction) -> None:
+        """Bytes of two numbers; each hexadecimal digit of a constant says which, the last one first."""
+        numbers = [self.get(each, "b32").view(np.uint8).reshape(-1, 4) for each in given.arguments[1:3]]
+        which = given.arguments[3].removesuffix("U")
+        digits = [int(which, 0) >> 4 * place & 15 for place in range(4)]
+        assert max(digits) < 8, "a sign instead of a byte"
+        self.put(given.arguments[0], np.hstack(numbers)[:, digits].copy().view(np.uint32).ravel())
+
     def _atom(self, given: Instruction) -> None:
         assert "add" in given.words
         place, values = self.place(given.arguments[1]), self.get(given.arguments[2], given.kind)

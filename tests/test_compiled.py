@@ -48,7 +48,8 @@ def polygons_compiled(pred, target, large=False, **options):
         "pred_real_stride_b": 0, "pred_real_stride_n": 0, "target_real_stride_b": 0, "target_real_stride_n": 0,
         "weight_stride": 0, "batch": batch, "pred_size": n, "target_size": m, "divisor": float(batch), **weights,
     }  # fmt: skip
-    grid = layouts.layout(layouts.bucket(n), layouts.bucket(m), large).grid(batch)
+    buckets = layouts.bucket(n), layouts.bucket(m)
+    grid = layouts.layout(*buckets, large, sum(terms.values()), pred.dtype == torch.float64).grid(batch)
     run(kernel, arguments, grid[0])
     assert arguments["counter_ptr"] == 0
     return value[0], gradient

@@ -345,7 +345,8 @@ def polygon_plan(key: PolygonKey) -> Plan:
     flags = " ".join(
         (f"{key.pred_dtype} {key.target_dtype}", *(f"{name}={value}" for name, value in constants.items()))
     )
-    candidates = layouts.candidates(*buckets, large)
+    terms = key.convexity + key.boundary
+    candidates = layouts.candidates(*buckets, large, terms, dtype == torch.float64)
     if INTERPRETED:
         candidates = [layouts.interpreter_layout(*buckets, key.batch)]
     case = f"vertices {buckets[0]} {buckets[1]}, batch {layouts.batches(*buckets, large)}, {flags}"

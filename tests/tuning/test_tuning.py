@@ -25,7 +25,7 @@ from triton_mgiou.tuning.layouts import Layout
 from triton_mgiou.tuning.store import Entry, TuningCache
 
 FORK = multiprocessing.get_context("fork")  # a spawned process would import PyTorch for seconds
-CANDIDATES = layouts.candidates(8, 8, False)
+CANDIDATES = layouts.candidates(8, 8, False, 0, False)
 DEFAULT, *OTHERS = CANDIDATES
 ENTRY = Entry(OTHERS[0]._asdict(), 5.0, 6.5)
 CHIP = "Fake GPU sm90"
@@ -70,12 +70,13 @@ def warned(recorded):
 # The search space.
 
 
+@pytest.mark.parametrize(("terms", "is_double"), [(0, False), (1, False), (2, False), (1, True)])
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("target", [4, 8, 16, 32, 64, 128])
 @pytest.mark.parametrize("pred", [4, 8, 16, 32, 64, 128])
-def test_every_candidate_has_a_place_for_every_vertex(pred, target, large):
-    found = layouts.candidates(pred, target, large)
-    assert found[0] == layouts.layout(pred, target, large)
+def test_every_candidate_has_a_place_for_every_vertex(pred, target, large, terms, is_double):
+    found = layouts.candidates(pred, target, large, terms, is_double)
+    assert found[0] == layouts.layout(pred, target, large, terms, is_double)
     assert len(set(found)) == len(found) <= 10  # a few seconds each
     for layout in found:
         assert layout.lanes * layout.pred_slots >= pred
@@ -88,7 +89,7 @@ def test_every_candidate_has_a_place_for_every_vertex(pred, target, large):
 def test_the_search_covers_training():
     for size in (4, 8, 16, 32, 64):
         for large in (False, True):
-            assert len(layouts.candidates(size, size, large)) > 3
+            assert len(layouts.candidates(size, size, large, 1, False)) > 3
 
 
 @pytest.fixture
@@ -579,7 +580,7 @@ class Variant(warmup_module._Variant):
     @property
     def plan(self):
         size = self.size[0]
-        return launch.Plan(None, (), f"size {size}", layouts.candidates(size, size, False), torch.float32, -1)
+        return launch.Plan(None, (), f"size {size}", layouts.candidates(size, size, False, 0, False), torch.float32, -1)
 
     def prepare(self):
         return warmup_module._Prepared(self.plan, self.batch, (), [torch.zeros(())])
@@ -589,7 +590,7 @@ def test_two_ranks_measure_once_and_agree(tmp_path):
     first, second = rank_processes(tmp_path, lambda _: None, tune=True)
     assert first["measured"] == ["size 4", "size 8"]
     assert second["measured"] == []
-    expected = [layouts.candidates(size, size, False)[1]._asdict() for size in (4, 8)]
+    expected = [layouts.candidates(size, size, False, 0, False)[1]._asdict() for size in (4, 8)]
     assert first["used"] == second["used"] == first["configurations"] == second["configurations"] == expected
     assert (first["sources"], second["sources"]) == (["tuned"] * 2, ["rank"] * 2)
     for node in ("node-0", "node-1"):  # and so do their next runs
@@ -604,7 +605,7 @@ def test_two_ranks_measure_once_and_agree(tmp_path):
 def test_two_ranks_with_different_files_take_the_first_ones(tmp_path, node):
     def prepare(rank):
         if rank == node:
-            entry = Entry(layouts.candidates(4, 4, False)[2]._asdict(), 5.0, 6.0)
+            entry = Entry(layouts.candidates(4, 4, False, 0, False)[2]._asdict(), 5.0, 6.0)
             store.tuning_cache(CHIP).put("size 4", entry)
 
     first, second = rank_processes(tmp_path, prepare, tune=False)

@@ -177,7 +177,7 @@ def test_a_warm_up_that_cannot_run_is_one_line(error, monkeypatch, capsys):
 
 def test_info(folder, capsys):
     pytest.importorskip("triton")
-    layout = layouts.layout(8, 8, False)
+    layout = layouts.layout(8, 8, False, 0, False)
     stored = store.TuningCache("Fake GPU sm90", "3.6.0")
     stored.get_or_make("vertices 8 8", lambda: store.Entry(layout._asdict(), 6.5, 7.0))
     (folder / "other.json").write_text("{")
@@ -190,7 +190,7 @@ def test_info(folder, capsys):
     assert f"tuning cache: {folder}\n" in out
     assert "fake-gpu-sm90-triton-3.6.0.json: Fake GPU sm90, Triton 3.6.0\n" in out
     assert (
-        "vertices 8 8: polygons 4, axes 4, lanes 2, pred_slots 4, target_slots 4, num_warps 1, registers 168, us 6.5"
+        "vertices 8 8: polygons 4, axes 4, lanes 2, pred_slots 4, target_slots 4, num_warps 1, registers 128, us 6.5"
         in out
     )
     assert "other.json: unreadable: JSONDecodeError" in out

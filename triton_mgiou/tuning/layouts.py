@@ -69,6 +69,7 @@ SEARCH = {
     (32, True): (SearchSpace((4, 8), (1,), (1, 2), (1,), (168, 255)),),
     (64, False): (SearchSpace((4, 8), (2, 4), (1,), (1, 2), (168,)), SearchSpace((4,), (2,), (1,), (1,), (128,))),
     (64, True): (SearchSpace((4, 8), (1,), (1, 2), (1,), (168, 255)),),
+    (128, False): (SearchSpace((4,), (2, 4), (1,), (1,), (255,)),),
 }
 
 
@@ -83,23 +84,29 @@ def is_large(batch: int, pred_size: int, target_size: int) -> bool:
 
 
 @cache
-def layout(pred_bucket: int, target_bucket: int, large_batch: bool) -> Layout:
+def layout(pred_bucket: int, target_bucket: int, large_batch: bool, terms: int, is_double: bool) -> Layout:
     """The layout for a pair of vertex buckets where nothing was measured.
 
     Triton gives a thread as many polygons, axes or lanes of a polygon as the tile has elements for it. Small batches
     spread over the GPU: one element a thread, and several axes at a time. In large ones a thread has more elements,
     and so more independent instructions. The limit on registers lets 12 warps run at once on a multiprocessor, 16 at
-    128 registers and 8 at 255; without one the compiler spills to reach 16.
+    128 registers and 8 at 255; without one the compiler spills to reach 16. `terms` counts those of the loss besides
+    MGIoU: for both, and for float64, 128 registers are too few. Between warps sums go through memory, which is worth
+    it from 128 vertices on.
     """
     lanes = max(pred_bucket, target_bucket) // SLOTS
     axes = 1 if large_batch or lanes == 1 or lanes > 64 else 4
-    elements = max(1, min(4, lanes // 32))
+    elements = 2 if lanes == 16 else max(1, min(4, lanes // 32))
     if large_batch and 1 < lanes <= 32:
-        elements = 4 if lanes == 4 else 2
+        elements = 4 if lanes == 4 and not terms else 2
     warps = max(1, min(MAX_WARPS, axes * lanes // (32 * elements)))
-    registers = 255 if lanes > 64 or (large_batch and lanes > 2) else 168
+    registers = 168
     if large_batch and lanes == 1:
         warps, registers = 4, 128
+    elif 1 < lanes <= 8 and not large_batch and terms < 2 and not is_double:
+        registers = 128
+    elif lanes == 16 or lanes > 64 or (large_batch and lanes > (4 if terms == 1 else 2)):
+        registers = 255
     return _layout(pred_bucket, target_bucket, SLOTS, axes, elements, warps, registers)
 
 
@@ -108,9 +115,9 @@ def batches(pred_bucket: int, target_bucket: int, large_batch: bool) -> str:
     return f"{'>=' if large_batch else '<'} {LARGE // max(pred_bucket, target_bucket)}"
 
 
-def candidates(pred_bucket: int, target_bucket: int, large_batch: bool) -> list[Layout]:
+def candidates(pred_bucket: int, target_bucket: int, large_batch: bool, terms: int, is_double: bool) -> list[Layout]:
     """The layouts to measure, the one to use without measurement first; that alone where the table has no row."""
-    default = layout(pred_bucket, target_bucket, large_batch)
+    default = layout(pred_bucket, target_bucket, large_batch, terms, is_double)
     found = [
         _layout(pred_bucket, target_bucket, slots, axes, elements, warps, registers)
         for space in SEARCH.get((max(pred_bucket, target_bucket), large_batch), ())
