@@ -39,18 +39,20 @@ def results(name: str) -> Any:
 @cache
 def speed() -> Any:
     """The speed on an H200, of all its files."""
-    return report.merged([results(name) for name in ("h200", "h200_large", "h200_others")])
+    return report.merged([results(name) for name in ("h200", "h200_peers", "h200_others")])
 
 
 def speed_row() -> str:
-    """The README's one row."""
+    """The README's one row: microseconds of one run, and a ratio within another that has the package."""
     at = {row["peer"]: row for row in _training_rows() if (row["batch"], row["vertices"]) == (4096, 8)}
-    loop = ("kernel, defaults", "kernel", "smooth L1", "L1", "mgiou MGIoU2DPlus")
+    loop = ("kernel, defaults", "kernel", "smooth L1", "L1")
     graph = ("kernel, defaults", "kernel", "smooth L1")
     cells = [report.number(at[peer]["wall_us"]["step"]) for peer in loop]
     cells += [report.number(at[peer]["graph_us"]) for peer in graph]
+    cells.append(f"{at['mgiou MGIoU2DPlus']['wall_ratio']['step']:.0f}")
     names = "default | paper's | smooth L1 | L1"
-    head = f"in a loop: {names} | `mgiou` 0.1.0 | in a CUDA graph: {names.removesuffix(' | L1')}"
+    graphs = names.removesuffix(" | L1")
+    head = f"in a loop: {names} | in a CUDA graph: {graphs} | `mgiou` 0.1.0 in a loop: times the paper's"
     return report.table(head, [cells])
 
 
@@ -62,6 +64,35 @@ def speed_training() -> str:
 def speed_large() -> str:
     """Large batches."""
     return report.large_table(speed()["rows"], speed()["rates"])
+
+
+def speed_instructions() -> str:
+    """What a polygon takes in large batches, by kind of instruction, and the share of the GPU's slots that it fills."""
+    found, batch = results("instructions"), 2**20
+    rates = speed()["rates"]
+    launched = {
+        row["vertices"]: row
+        for row in report.roofline_rows(speed()["rows"], rates)
+        if row["batch"] == batch and row["gradient"] and row["dtype"] == "float32"
+    }
+    lines = []
+    for row in found["rows"]:
+        measured = launched[row["vertices"]]
+        counts = *row["counted"].values(), sum(row["counted"].values())
+        least = batch * counts[-1] / rates["multiply_add"] * 1e6
+        share = least / measured["measured_us"]
+        lines.append(
+            [
+                str(row["vertices"]),
+                " + ".join(map(str, row["needed"].values())),
+                *(f"{count:.0f}" for count in counts),
+                *map(report.number, (least, measured["measured_us"])),
+                *map(report.percent, (share, share * 0.7 / measured["fraction"])),
+            ]
+        )
+    kinds = " | ".join(found["rows"][0]["counted"])
+    head = f"N | needed | {kinds} | in all | all slots full, us | launch, us | slots filled | at 70 % of the bound"
+    return report.table(head, lines)
 
 
 def speed_default() -> str:
@@ -288,6 +319,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "speed summary": speed_summary,
     "speed training": speed_training,
     "speed large": speed_large,
+    "speed instructions": speed_instructions,
     "speed default": speed_default,
     "startup first": startup_first,
     "startup host": startup_host,

@@ -1,9 +1,9 @@
 """Write one table in Markdown and the figures from the JSON of `bench.speed`.
 
-    python -m bench.report bench/results/h200.json bench/results/h200_large.json bench/results/h200_others.json
+    python -m bench.report bench/results/h200.json bench/results/h200_peers.json bench/results/h200_others.json
 
 The files are written beside the first one, under its name: h200.md, h200_batch.png and so on. Several files have to
-come from the same machine and versions.
+come from the same machine and versions, but that one may lack a package.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.roofline import bound_us, operations
 
 Row = dict[str, Any]
 
-SAME = ("device", "python", "versions")  # of all files of a report
+SAME = ("device", "python")  # of all files of a report
 GROWTH_VERTICES = 8  # the N of the figures and exponents over B, and the least N of the exponents over N
 BUSY = 64  # exponents over B start at the largest B over this: below it, a GPU does not notice the batch
 STYLES: dict[str, dict[str, Any]] = {
@@ -58,10 +58,14 @@ def main(argv: list[str] | None = None) -> None:
 def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One result of several parts of a measurement; of a peer that two of them hold at a size, the first counts."""
     first, *others = results
+    versions = dict(first["versions"])
     for other in others:
         for name in SAME:
             if other[name] != first[name]:
                 raise ValueError(f"expected results of one machine, got {name} {first[name]!r} and {other[name]!r}")
+        for name, version in other["versions"].items():
+            if versions.setdefault(name, version) != version:
+                raise ValueError(f"expected results of one version of {name}, got {versions[name]} and {version}")
     rows: dict[tuple[Any, ...], Row] = {}
     for result in results:
         for row in result["rows"]:
@@ -71,10 +75,13 @@ def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         left_out += [row for row in result["left_out"] if row not in left_out and _size_of(row) not in rows]
     return {
         **first,
+        "versions": versions,
         "runs": [{name: result[name] for name in ("command", "commit", "date")} for result in results],
         "rates": next((result["rates"] for result in results if result["rates"]), {}),
         "launches": {name: count for each in reversed(results) for name, count in each.get("launches", {}).items()},
-        "missing": {name: why for result in results for name, why in result["missing"].items()},
+        "missing": {
+            name: why for name, why in first["missing"].items() if all(name in other["missing"] for other in others)
+        },
         "left_out": left_out,
         "rows": list(rows.values()),
     }

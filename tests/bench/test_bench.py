@@ -111,6 +111,19 @@ def test_parts_of_one_measurement():
     assert len(whole["runs"]) == 2
     with pytest.raises(ValueError, match="expected results of one machine, got device 'D' and 'E'"):
         report.merged([parts[0], {**parts[1], "device": "E"}])
+    with pytest.raises(ValueError, match="expected results of one version of torch, got 2.6 and 2.7"):
+        report.merged([parts[0], {**parts[1], "versions": {"torch": "2.7"}}])
+
+
+def test_a_part_with_a_package_that_another_lacks():
+    lacks, has = result_of([row_of("kernel", 128, 8, 1.0)]), result_of([row_of("mgiou MGIoU2D", 128, 8, 9.0)])
+    lacks["missing"] = {"mgiou MGIoU2D": "no mgiou", "mmcv rotated IoU": "no mmcv"}
+    has["missing"] = {"mmcv rotated IoU": "no mmcv"}
+    has["versions"] = {"torch": "2.6", "mgiou": "0.1.0"}
+    whole = report.merged([lacks, has])
+    assert whole["versions"] == has["versions"]
+    assert whole["missing"] == has["missing"]
+    assert [row["peer"] for row in whole["rows"]] == ["kernel", "mgiou MGIoU2D"]
 
 
 def test_definitions_by_hand():
