@@ -124,7 +124,7 @@ def speed_summary() -> str:
     quicker, slower_graphs = ([ratio for ratio in graphs.values() if (ratio > 1) == slow] for slow in (False, True))
     found = speed()
     newest, *older = dict.fromkeys(run["commit"] for run in found["runs"])
-    at_commits = f"commit {newest}" + "".join(f"; what was not measured there is of {commit}" for commit in older)
+    at_commits = f"commit {newest}" + (f"; what was not measured there is of {' and '.join(older)}" if older else "")
     lines = [
         f"- {found['device']}, torch {found['versions']['torch']}, Triton {found['versions']['triton']}, {at_commits}.",
         f"- In a loop the host is the bottleneck: a step takes {loops[0]} times as long as one with `smooth_l1_loss`",

@@ -111,7 +111,7 @@ def test_parts_of_one_measurement():
     assert len(whole["runs"]) == 2
     with pytest.raises(ValueError, match="expected results of one machine, got device 'D' and 'E'"):
         report.merged([parts[0], {**parts[1], "device": "E"}])
-    with pytest.raises(ValueError, match="expected results of one version of torch, got 2.6 and 2.7"):
+    with pytest.raises(ValueError, match=r"expected results of one version of torch, got 2\.6 and 2\.7"):
         report.merged([parts[0], {**parts[1], "versions": {"torch": "2.7"}}])
 
 
