@@ -105,6 +105,20 @@ def test_kernels_for_the_default_loss_do_not_spill(size, tmp_path):
     assert local_memory(compiled(90, size, size, **options), tmp_path / "kernel.cubin") == two_numbers
 
 
+@pytest.mark.parametrize("size", [8, 16, 32])
+@pytest.mark.parametrize(
+    "options",
+    [{"axis_weight": "length", "convexity": True, "boundary": True}, {"dtype": torch.float64}],
+    ids=["both terms", "float64"],
+)
+def test_what_128_registers_are_too_few_for_has_more(size, options, monkeypatch, tmp_path):
+    usual = layouts.candidates(size, size, False, 1, False)[:1]
+    assert usual[0].registers == 128
+    spilled = local_memory(compiled(90, size, size, **options), tmp_path / "kernel.cubin")
+    monkeypatch.setattr(layouts, "candidates", lambda *_: usual)
+    assert spilled < local_memory(compiled(90, size, size, **options), tmp_path / "usual.cubin")
+
+
 @pytest.mark.parametrize("size", [128, 256, 512, 2048])
 def test_compiles_for_many_vertices(size):
     assert compiled(90, size, size).asm["cubin"]
