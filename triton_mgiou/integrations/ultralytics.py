@@ -476,7 +476,7 @@ class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
 
 
 def _are_no_joints(data: dict[str, Any]) -> None:
-    """Tell Ultralytics that 17 keypoints with visibilities are vertices, for which it takes a person's tolerances else."""
+    """Tell Ultralytics that 17 keypoints with visibilities are vertices: by itself it takes them for COCO's person."""
     if list(data["kpt_shape"]) == [17, 3] and not data.get("kpt_oks_sigmas"):
         data["kpt_oks_sigmas"] = [1 / 17] * 17
 
