@@ -105,6 +105,12 @@ def test_crops_that_are_on_file_are_in_the_plan():
     assert {(row["task"], row["loss"], row["seed"]) for row in rows} <= set(crops.PLAN)
 
 
+def test_rows_of_crops_that_do_not_exist_are_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        crops.main(["--out", str(tmp_path / "crops.json"), "--only", "squares-ProbIoU"])
+    assert "no row's name has 'squares-ProbIoU' in it, as 'squares, ProbIoU + angle, 0' has" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("turn", "error"), [(10, 10), (50, 40), (90, 0), (-15, 15)])
 def test_the_error_of_an_angle_does_not_care_for_quarter_turns(turn, error):
     cos, sin = np.cos(np.radians(turn)), np.sin(np.radians(turn))
