@@ -333,7 +333,7 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
         alpha: The weight of L2 in "hybrid"; None for an `AlphaSchedule` over the epochs.
         schedule: Options of that `AlphaSchedule`: `kind`, `start`, `end`.
         sigmas: Tolerances of the vertices in L2; None for Ultralytics' own (`kpt_oks_sigmas` of the data set, or one
-            over the number of vertices).
+            over the number of vertices, 17 too, which are not taken for a person's joints here).
         options: Options of the MGIoU part, those of `MGIoULoss`.
     """
 
@@ -379,7 +379,8 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
             sigmas: The tolerances of the keypoints where the attribute `sigmas` gives none, shape (K,).
 
         Returns:
-            A module with Ultralytics' calling convention: (pred_kpts, gt_kpts, kpt_mask, area) to a scalar.
+            A module with Ultralytics' calling convention: (pred_kpts, gt_kpts, kpt_mask, area) to a scalar. A predicted
+            keypoint begins with its place; a YOLO26 head has up to five numbers there.
         """
         trainer: Any = self
         alpha: float | nn.Module | None = self.alpha
