@@ -275,6 +275,13 @@ def test_average_precision_by_hand():
     np.testing.assert_allclose(ap, [(51 + 50 * 2 / 3) / 101, 51 / 101])
 
 
+@pytest.mark.parametrize("hits", range(21))
+def test_a_recall_of_just_a_step_reaches_it(hits):
+    """Of 20 targets each hit is five steps; pycocotools' step of 0.35 is larger than 7 / 20."""
+    found = average_precision([(np.eye(20)[:hits], np.ones(hits))], (0.5,))
+    assert found == pytest.approx([(5 * hits + 1) / 101 if hits else 0])
+
+
 def test_a_target_is_matched_once():
     """A second prediction of the same target is a false one, and the higher score chooses first."""
     ious = np.array([[0.8], [0.9]])

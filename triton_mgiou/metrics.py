@@ -94,7 +94,8 @@ def average_precision(
     In each image the predictions choose in the order of their scores, each the free target with the highest IoU that
     reaches the threshold. Then all predictions of all images are ranked by score, and the precision, made
     non-increasing from the right, is averaged over the recalls 0, 0.01 .. 1. Unlike COCO's, the number of predictions
-    in an image is not limited.
+    in an image is not limited, and a recall of exactly 0.35 or 0.7 is reached: in pycocotools these steps and some more
+    are larger by rounding.
 
     Args:
         images: For each image the IoUs of its predictions with its targets, shape (P, T), and the predictions'
