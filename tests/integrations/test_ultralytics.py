@@ -799,6 +799,15 @@ def test_each_image_is_judged_by_its_polygons():
     assert metrics.polygon.image_metrics == metrics.box.image_metrics == metrics.pose.image_metrics == {}
 
 
+@pytest.mark.parametrize(("task", "validator_class"), [("pose", PolygonPoseValidator), ("obb", PolygonOBBValidator)])
+def test_what_other_processes_found_in_images_is_gathered(monkeypatch, tmp_path, task, validator_class):
+    validator = validator_class(args={"task": task, "plots": False}, save_dir=tmp_path)
+    gathered = []
+    monkeypatch.setattr(validator, "_gather_image_metrics", gathered.append)
+    validator.gather_stats()
+    assert gathered[-1] is validator.metrics.polygon
+
+
 def test_fitness_is_that_of_the_polygons():
     metrics = adapter.PolygonPoseMetrics({0: "a"})
     right = np.ones((2, 10), dtype=bool)
