@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -111,6 +112,7 @@ def train_missing(jobs: list[Job], size: Size, out: Path, args: argparse.Namespa
     if not left:
         say(f"{len(jobs)} trainings, all done before")
         return True
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the scenes are cleaned up
     devices = find_devices()
     cores = os.cpu_count() or 1
     processes = args.processes or (cores if devices == ["cpu"] else min(EACH * len(devices), cores))
@@ -148,10 +150,13 @@ def draw(tasks: Iterable[str], size: Size, folder: Path) -> None:
             for task in sorted(tasks)
             for split, count in enumerate((size.images, size.test_images))
         }
-        for (task, split), drawn in parts.items():
-            scenes = [part.result() for part in drawn]
-            for name in Scenes._fields:
-                np.save(place(folder, task, split, name), np.concatenate([getattr(each, name) for each in scenes]))
+        try:
+            for (task, split), drawn in parts.items():
+                scenes = [part.result() for part in drawn]
+                for name in Scenes._fields:
+                    np.save(place(folder, task, split, name), np.concatenate([getattr(each, name) for each in scenes]))
+        finally:
+            pool.shutdown(cancel_futures=True)  # what is left to draw where the bench is stopped
 
 
 def load(task: str, folder: Path) -> tuple[Scenes, Scenes]:
