@@ -130,6 +130,14 @@ def test_any_polygons_on_a_grid(pred, target, parts):
     assert polygon_iou_matrix([pred], [target]).item() == pytest.approx(expected, abs=1e-10)
 
 
+def test_far_from_the_origin_no_digit_is_lost():
+    """As in coordinates of a map: crossing outlines of the size of a house, in metres."""
+    rng = np.random.default_rng(0)
+    for size in range(3, 9):
+        pred, target = rng.random((2, size, 2)) * 10 + (500_000, 5_000_000)
+        assert polygon_iou(pred, target) == pytest.approx(exact_iou(pred, target), abs=1e-13)
+
+
 def test_matrix_of_polygons_of_several_sizes_and_without_an_area():
     nan = SQUARE.copy()
     nan[1, 1] = math.nan
