@@ -393,7 +393,7 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
     def set_loss(self, criterion: Any) -> None:
         """Put the loss into a `v8PoseLoss` or `PoseLoss26`."""
         trainer: Any = self
-        if getattr(criterion, "rle_loss", None) is not None:
+        if hasattr(criterion, "target_weights"):  # of the RLE loss
             criterion.target_weights = torch.ones_like(criterion.target_weights)  # those of a person's joints differ
         if self.polygon_loss is None:
             sigmas = criterion.keypoint_loss.sigmas
