@@ -163,7 +163,7 @@ def _iou(p: Floats, g: Floats) -> float:
 
     Strips have no case that rounding could tip over, as faces of the plane have with edges that nearly meet.
     """
-    none = _rounding(p) + _rounding(g)
+    rounding = _rounding(p) + _rounding(g)
     p, g = p - g[0], g - g[0]  # far from the origin this takes nothing from them, and the digits of what follows count
     start = np.concatenate((p, g))
     end = np.concatenate((np.roll(p, -1, axis=0), np.roll(g, -1, axis=0)))
@@ -188,7 +188,7 @@ def _iou(p: Floats, g: Floats) -> float:
         inter += areas[in_p & in_g].sum()
         only_one += areas[in_p ^ in_g].sum()
     union = inter + only_one
-    return float(inter / union) if union > none else 0.0
+    return float(inter / union) if union > rounding else 0.0
 
 
 def _rounding(polygon: Floats) -> float:
