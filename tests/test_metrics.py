@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from fractions import Fraction
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from triton_mgiou import metrics
 from triton_mgiou.metrics import COCO_THRESHOLDS, average_precision, polygon_iou, polygon_iou_matrix
 
 SQUARE = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
@@ -51,6 +54,88 @@ def test_matrix_is_every_pair(preds, targets):
     for i, pred in enumerate(preds):
         for j, target in enumerate(targets):
             assert matrix[i, j] == pytest.approx(polygon_iou(pred, target), abs=1e-9)
+
+
+def exact_iou(pred, target):
+    """In fractions, without rounding: within a strip between two vertices or crossings every side is straight."""
+    outlines = [[tuple(map(Fraction, vertex)) for vertex in polygon] for polygon in (pred, target)]
+    sides = [list(zip(outline, outline[1:] + outline[:1], strict=True)) for outline in outlines]
+    levels = {y for outline in outlines for _, y in outline}
+    for (a, b), (c, d) in combinations(sides[0] + sides[1], 2):
+        across = (b[0] - a[0]) * (d[1] - c[1]) - (b[1] - a[1]) * (d[0] - c[0])
+        if across:
+            share = ((c[0] - a[0]) * (d[1] - c[1]) - (c[1] - a[1]) * (d[0] - c[0])) / across
+            levels.add(a[1] + share * (b[1] - a[1]))
+    inter = union = Fraction(0)
+    for low, high in pairwise(sorted(levels)):
+        y = (low + high) / 2
+        inside = []
+        for own in sides:
+            at = sorted(a[0] + (y - a[1]) * (b[0] - a[0]) / (b[1] - a[1]) for a, b in own if (a[1] > y) != (b[1] > y))
+            inside.append(list(zip(at[::2], at[1::2], strict=True)))
+        both = sum(max(min(b, d) - max(a, c), 0) for a, b in inside[0] for c, d in inside[1])
+        inter += both * (high - low)
+        union += (sum(b - a for each in inside for a, b in each) - both) * (high - low)
+    return float(inter / union) if union else 0.0
+
+
+# In sevenths and thirds: vertices that lie on edges but for rounding, and edges that nearly meet in one point.
+NEARLY = [
+    (
+        [(2, 1), (2, 3), (1, 2), (2, 0), (2, 3), (0, 1), (1, 0)],
+        [(2, 1), (3, 2), (0, 1), (0, 1), (0, 2), (1, 1), (0, 1)],
+    ),
+    ([(4, 9), (3, 19), (17, 11)], [(12, 7), (0, 8), (12, 12), (5, 0), (20, 15)]),
+    (
+        [(4, 2), (3, 3), (3, 4), (0, 4), (4, 1), (2, 2), (1, 1), (2, 3)],
+        [(2, 3), (4, 1), (1, 4), (0, 1), (1, 3), (4, 4), (4, 0), (4, 4)],
+    ),
+    (
+        [(3, 17), (9, 8), (18, 15), (7, 14), (15, 11), (12, 7), (18, 2), (0, 17), (0, 18)],
+        [(18, 19), (6, 5), (14, 4), (15, 18), (20, 13), (9, 5), (12, 20), (18, 8), (19, 0)],
+    ),
+    # On a line: no area but for rounding.
+    ([(1, 3), (8, 24), (1, 3), (2, 6), (3, 9)], [(4, 12), (2, 6), (0, 0), (7, 21), (9, 27)]),
+    ([(24, 56), (9, 21), (0, 0), (21, 49), (24, 56)], [(12, 28), (24, 56), (15, 35), (9, 21), (3, 7)]),
+    (
+        [(3003, 1), (3005, 1), (3006, 5), (3003, 3), (3002, 3), (3004, 6), (3004, 5), (3004, 6), (3004, 5)],
+        [(3004, 6), (3006, 0), (3003, 6), (3000, 2), (3005, 2), (3004, 4), (3005, 4), (3006, 3)],
+    ),
+]
+
+
+@pytest.mark.parametrize("numbers", [None, 1])
+@pytest.mark.parametrize(("many", "parts"), [(1, 3), (1, 7), (1000, 3)])
+@pytest.mark.parametrize(("pred", "target"), NEARLY)
+def test_edges_that_nearly_meet(monkeypatch, pred, target, many, parts, numbers):
+    """As edges and vertices of many shapes do; and strip by strip."""
+    if numbers:
+        monkeypatch.setattr(metrics, "MOST_NUMBERS", numbers)
+    expected = exact_iou(pred, target)
+    pred, target = (np.array(polygon) * many / parts for polygon in (pred, target))
+    for first, second in ((pred, target), (target, pred), (pred[:, ::-1], target[:, ::-1])):
+        assert polygon_iou(first, second) == pytest.approx(expected, abs=1e-10)
+        assert polygon_iou_matrix([first], [second]).item() == pytest.approx(expected, abs=1e-10)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=3, max_size=8),
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=3, max_size=8),
+    st.sampled_from([1, 3, 7]),
+)
+def test_any_polygons_on_a_grid(pred, target, parts):
+    expected = exact_iou(pred, target)
+    pred, target = (np.array(polygon) / parts for polygon in (pred, target))
+    assert polygon_iou(pred, target) == pytest.approx(expected, abs=1e-10)
+    assert polygon_iou_matrix([pred], [target]).item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_far_from_the_origin_no_digit_is_lost():
+    """As in coordinates of a map: crossing outlines of the size of a house, in metres."""
+    rng = np.random.default_rng(0)
+    for size in range(3, 9):
+        pred, target = rng.random((2, size, 2)) * 10 + (500_000, 5_000_000)
+        assert polygon_iou(pred, target) == pytest.approx(exact_iou(pred, target), abs=1e-13)
 
 
 def test_matrix_of_polygons_of_several_sizes_and_without_an_area():
@@ -155,7 +240,8 @@ def test_what_is_no_set_is_named():
 def test_without_shapely(monkeypatch):
     monkeypatch.setitem(sys.modules, "shapely", None)
     with pytest.raises(ImportError, match=r"triton-mgiou\[demo\]"):
-        polygon_iou(SQUARE, SQUARE)
+        polygon_iou_matrix([SQUARE], [SQUARE])
+    assert polygon_iou(SQUARE, BOW_TIE) == 0.5
 
 
 def literal_average_precision(images, threshold):
@@ -195,6 +281,13 @@ def test_average_precision_by_hand():
     ious = np.array([[0.96, 0.0], [0.3, 0.2], [0.0, 0.6]])
     ap = average_precision([(ious, [0.9, 0.8, 0.7])], thresholds=(0.5, 0.95))
     np.testing.assert_allclose(ap, [(51 + 50 * 2 / 3) / 101, 51 / 101])
+
+
+@pytest.mark.parametrize("hits", range(21))
+def test_a_recall_of_just_a_step_reaches_it(hits):
+    """Of 20 targets each hit is five steps; pycocotools' step of 0.35 is larger than 7 / 20."""
+    found = average_precision([(np.eye(20)[:hits], np.ones(hits))], (0.5,))
+    assert found == pytest.approx([(5 * hits + 1) / 101 if hits else 0])
 
 
 def test_a_target_is_matched_once():

@@ -1,7 +1,7 @@
 """How predicted polygons are judged: their IoU, read in the order of their vertices, and COCO's average precision.
 
 Numbers are taken as lists, arrays and tensors, those of any device and with a gradient too; results are float64.
-Needs Shapely (`pip install "triton-mgiou[demo]"`), which is imported by the first call.
+`polygon_iou_matrix` needs Shapely (`pip install "triton-mgiou[demo]"`), which is imported by its first call.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from triton_mgiou.arguments import check_real_numbers
 
 COCO_THRESHOLDS = tuple(threshold / 100 for threshold in range(50, 100, 5))
 LARGEST = 1e100  # a coordinate above it counts as not finite, since products of coordinates would overflow
+MOST_NUMBERS = 2**20  # that are computed at once
+ROUNDING = 8 * 2.0**-52  # of products of coordinates
 MOST_TIMES_LARGER = 2.0**40  # of two polygons that float64 can cut with each other
 
 Floats = NDArray[np.float64]
@@ -26,8 +28,7 @@ Floats = NDArray[np.float64]
 def polygon_iou(pred: ArrayLike, target: ArrayLike) -> float:
     """Intersection over union of two polygons, each read in the order of its vertices, by the even-odd rule.
 
-    Both outlines together cut the plane into faces; each face lies wholly inside or outside of either polygon. So
-    there is nothing to repair in a polygon that crosses itself: a bow-tie covers its two lobes, the inside of a loop
+    There is nothing to repair in a polygon that crosses itself: a bow-tie covers its two lobes, the inside of a loop
     that runs around twice is outside. Where neither polygon covers any area, or a coordinate is not finite or above
     1e100, it is 0. So it is where the longer side of one polygon's bounding box is more than 2^40 times that of the
     other's, as of a prediction that has diverged: float64 cannot cut such outlines with each other.
@@ -40,18 +41,11 @@ def polygon_iou(pred: ArrayLike, target: ArrayLike) -> float:
         The IoU, in 0..1.
 
     Raises:
-        ImportError: Shapely is not installed.
         TypeError: A polygon is not made of real numbers.
         ValueError: A polygon has another shape.
     """
     p, g = _vertices("pred", pred), _vertices("target", target)
-    if not _may_overlap([p], [g]).all():
-        return 0.0
-    faces, (in_p, in_g) = _faces(p, g)
-    areas = _shapely().area(faces)
-    inter, only_one = areas[in_p & in_g].sum(), areas[in_p ^ in_g].sum()
-    union = inter + only_one
-    return float(inter / union) if union > 0 else 0.0
+    return _iou(p, g) if _may_overlap([p], [g]).all() else 0.0
 
 
 def polygon_iou_matrix(pred: Sequence[ArrayLike] | NDArray[Any], target: Sequence[ArrayLike] | NDArray[Any]) -> Floats:
@@ -78,12 +72,17 @@ def polygon_iou_matrix(pred: Sequence[ArrayLike] | NDArray[Any], target: Sequenc
     if not ious.size:
         return ious
     row, column = np.nonzero(_may_overlap(preds, targets))
-    p, g = _regions(preds, row), _regions(targets, column)
+    (p, p_rounding), (g, g_rounding) = _geometries(preds, row), _geometries(targets, column)
+    valid = shapely.is_valid(p)[row] & shapely.is_valid(g)[column]
+    for i, j in zip(row[~valid], column[~valid], strict=True):
+        ious[i, j] = _iou(preds[i], targets[j])
+    row, column = row[valid], column[valid]
     p_area, g_area = shapely.area(p[row]), shapely.area(g[column])
     inter = shapely.area(shapely.intersection(p[row], g[column]))
     inter = np.minimum(inter, np.minimum(p_area, g_area))  # rounding may make it larger
     union = p_area + g_area - inter
-    ious[row, column] = np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+    has_area = union > p_rounding[row] + g_rounding[column]
+    ious[row, column] = np.divide(inter, union, out=np.zeros_like(inter), where=has_area)
     return ious
 
 
@@ -95,7 +94,8 @@ def average_precision(
     In each image the predictions choose in the order of their scores, each the free target with the highest IoU that
     reaches the threshold. Then all predictions of all images are ranked by score, and the precision, made
     non-increasing from the right, is averaged over the recalls 0, 0.01 .. 1. Unlike COCO's, the number of predictions
-    in an image is not limited.
+    in an image is not limited, and a recall of exactly 0.35 or 0.7 is reached: in pycocotools these steps and some more
+    are larger by rounding.
 
     Args:
         images: For each image the IoUs of its predictions with its targets, shape (P, T), and the predictions'
@@ -158,31 +158,64 @@ def _match(ious: Floats, scores: Floats, limits: Floats) -> NDArray[np.bool_]:
     return correct
 
 
-def _faces(*outlines: Floats) -> tuple[NDArray[Any], list[NDArray[np.bool_]]]:
-    """The faces that the outlines together cut the plane into, and for each outline which of them it covers."""
-    shapely = _shapely()
-    lines = shapely.union_all([shapely.linearrings(outline) for outline in outlines])  # cut at all crossings
-    faces = shapely.get_parts(shapely.polygonize(shapely.get_parts(lines)))
-    points = shapely.get_coordinates(shapely.point_on_surface(faces))  # one inside each face
-    return faces, [_is_inside(points, outline) for outline in outlines]
+def _iou(p: Floats, g: Floats) -> float:
+    """IoU by the even-odd rule, in level strips between all vertices and crossings: within one no two edges cross.
+
+    Strips have no case that rounding could tip over, as faces of the plane have with edges that nearly meet.
+    """
+    rounding = _rounding(p) + _rounding(g)
+    p, g = p - g[0], g - g[0]  # far from the origin this takes nothing from them, and the digits of what follows count
+    start = np.concatenate((p, g))
+    end = np.concatenate((np.roll(p, -1, axis=0), np.roll(g, -1, axis=0)))
+    falls = (start[:, 1] > end[:, 1])[:, None]  # an edge that is gone there and back is twice the same, digit for digit
+    start, end = np.where(falls, end, start), np.where(falls, start, end)
+    levels = np.unique(np.concatenate((p[:, 1], g[:, 1], _crossings(start, end))))
+    middles, heights = levels[:-1] / 2 + levels[1:] / 2, np.diff(levels)
+    rise = np.where(start[:, 1] == end[:, 1], 1.0, end[:, 1] - start[:, 1])  # a level edge spans no strip
+    width = end[:, 0] - start[:, 0]
+    inter = only_one = 0.0
+    for at in range(0, len(middles), rows := max(MOST_NUMBERS // len(start), 1)):
+        y = middles[at : at + rows, None]  # (S, 1), against (E,) edges
+        spans = (start[:, 1] > y) != (end[:, 1] > y)
+        with np.errstate(over="ignore", invalid="ignore"):  # of edges that do not span it
+            x = np.where(spans, start[:, 0] + (y - start[:, 1]) / rise * width, np.inf)
+        order = x.argsort(axis=1)
+        spans, is_p = np.take_along_axis(spans, order, 1), order < len(p)
+        in_p, in_g = ((spans & own).cumsum(1)[:, :-1] % 2 == 1 for own in (is_p, ~is_p))
+        x = np.take_along_axis(x, order, 1)
+        left, right = (np.where(in_p | in_g, side, 0.0) for side in (x[:, :-1], x[:, 1:]))
+        areas = (right - left) * heights[at : at + rows, None]
+        inter += areas[in_p & in_g].sum()
+        only_one += areas[in_p ^ in_g].sum()
+    union = inter + only_one
+    return float(inter / union) if union > rounding else 0.0
 
 
-def _region(outline: Floats) -> Any:
-    """What a finite outline covers by the even-odd rule, as a valid geometry."""
-    shapely = _shapely()
-    polygon = shapely.polygons(outline)
-    if shapely.is_valid(polygon):
-        return polygon
-    faces, (inside,) = _faces(outline)
-    return shapely.union_all(faces[inside])
+def _rounding(polygon: Floats) -> float:
+    """The most that rounding can make of a polygon without an area, as of one whose vertices lie on a line."""
+    lengths = np.abs(polygon - np.roll(polygon, 1, axis=0)).sum(0)
+    return float(ROUNDING * (np.abs(polygon).max(0) * lengths[::-1]).sum())
 
 
-def _regions(polygons: list[Floats], needed: NDArray[np.intp]) -> NDArray[Any]:
-    """The regions of those that are needed: they are costly, and in a validation most predictions meet no target."""
-    regions = np.full(len(polygons), None)
+def _crossings(start: Floats, end: Floats) -> Floats:
+    """The heights at which edges, (E, 2) each, cross each other."""
+    step = end - start
+    away = start - start[:, None]  # from the start of the first to that of the second
+    turn = step[:, None, 0] * step[:, 1] - step[:, None, 1] * step[:, 0]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # of parallel edges
+        share = (away[..., 0] * step[:, 1] - away[..., 1] * step[:, 0]) / turn  # of the first, before they cross
+    within = (share > 0) & (share < 1)
+    first, second = np.nonzero(np.triu(within & within.T))
+    heights: Floats = start[first, 1] + share[first, second] * step[first, 1]
+    return heights
+
+
+def _geometries(polygons: list[Floats], needed: NDArray[np.intp]) -> tuple[NDArray[Any], Floats]:
+    """Shapely's geometries, and `_rounding`, of those that are needed: in a validation most meet no target."""
+    shapely, geometries, rounding = _shapely(), np.full(len(polygons), None), np.zeros(len(polygons))
     for place in np.unique(needed):
-        regions[place] = _region(polygons[place])
-    return regions
+        geometries[place], rounding[place] = shapely.polygons(polygons[place]), _rounding(polygons[place])
+    return geometries, rounding
 
 
 def _may_overlap(preds: list[Floats], targets: list[Floats]) -> NDArray[np.bool_]:
@@ -200,17 +233,6 @@ def _bounds(polygons: list[Floats]) -> tuple[Floats, Floats]:
     bounds = np.array([(polygon.min(0), polygon.max(0)) for polygon in polygons])
     bounds[~(np.abs(bounds) <= LARGEST).all((1, 2))] = np.nan  # which is near nothing
     return bounds[:, 0], bounds[:, 1]
-
-
-def _is_inside(points: Floats, polygon: Floats) -> NDArray[np.bool_]:
-    """Whether a ray from each point, (K, 2), to the right crosses the polygon's outline an odd number of times."""
-    x, y = points[:, :1], points[:, 1:]  # (K, 1), against (N,) edges
-    start, end = polygon.T, np.roll(polygon, -1, axis=0).T
-    spans = (start[1] > y) != (end[1] > y)
-    rise = np.where(start[1] == end[1], 1.0, end[1] - start[1])  # a level edge spans nothing
-    crosses = spans & (start[0] + (y - start[1]) * (end[0] - start[0]) / rise > x)
-    inside: NDArray[np.bool_] = crosses.sum(axis=1) % 2 == 1
-    return inside
 
 
 def _polygons(name: str, polygons: Any) -> Sequence[ArrayLike]:

@@ -301,6 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help=f"results, continued if they exist (default: {OUT})")
     parser.add_argument("--only", default="", help="only rows whose name, such as 'squares, ProbIoU, 0', has this")
     args = parser.parse_args(argv)
+    if not any(args.only in ", ".join(map(str, job)) for job in PLAN):
+        parser.error(f"--only: no row's name has {args.only!r} in it, as {', '.join(map(str, PLAN[0]))!r} has")
     torch.set_num_threads(1)
     rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else []
     done = {(row["task"], row["loss"], row["seed"]) for row in rows}

@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -79,24 +80,39 @@ def main() -> int:
     if missing:
         install = 'pip install "triton-mgiou[bench,ultralytics]"'
         parser.exit(2, f"bench.detectors cannot import {', '.join(missing)}; all it needs: {install}\n")
-    out = args.out or OWN
+    if args.processes is not None and args.processes < 1:
+        parser.error(f"--processes must be 1 or above, got {args.processes}")
+    out, size = args.out or OWN, plan.TOY if args.toy else plan.FULL
+    if args.report and not out.is_dir():
+        parser.error(f"--report: there is no folder {out}")
+    jobs = [job for job in plan.jobs(size) if args.only in job.name]
+    if not jobs:
+        parser.error(f"--only: no training's file has {args.only!r} in its name, as {plan.jobs(size)[-1].name} has")
+    if not args.report and (others := of_the_other_size(out, args.toy)):
+        parser.error(f"{out} has results {'without' if args.toy else 'of'} --toy, such as {others[0]}: another --out")
     out.mkdir(parents=True, exist_ok=True)
-    failed = False if args.report else not train_missing(out, args, begin)
+    failed = False if args.report else not train_missing(jobs, size, out, args, begin)
     report.write(out, PAGES if out == OWN else ())
     say(f"written: {out}")
     return int(failed)
 
 
-def train_missing(out: Path, args: argparse.Namespace, begin: float) -> bool:
+def of_the_other_size(out: Path, toy: bool) -> list[str]:
+    """The results in a folder that are not of this size, and would be taken for it."""
+    paths = (out / f"{job.name}.json" for job in plan.jobs(plan.FULL))
+    commands = {path.name: json.loads(path.read_text(encoding="utf-8"))["command"] for path in paths if path.exists()}
+    return [name for name, command in commands.items() if ("--toy" in command.split()) != toy]
+
+
+def train_missing(jobs: list[Job], size: Size, out: Path, args: argparse.Namespace, begin: float) -> bool:
     """Do what is not in the folder yet; return whether nothing of it failed."""
     os.environ |= {"YOLO_OFFLINE": "true", "YOLO_VERBOSE": "false", "OMP_NUM_THREADS": "1"}  # of all processes
     importlib.import_module("ultralytics")  # makes its folder of settings, once and not in all processes together
-    size = plan.TOY if args.toy else plan.FULL
-    jobs = [job for job in plan.jobs(size) if args.only in job.name]
     left = [job for job in jobs if not (out / f"{job.name}.json").exists()]
     if not left:
         say(f"{len(jobs)} trainings, all done before")
         return True
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the scenes are cleaned up
     devices = find_devices()
     cores = os.cpu_count() or 1
     processes = args.processes or (cores if devices == ["cpu"] else min(EACH * len(devices), cores))
@@ -134,10 +150,13 @@ def draw(tasks: Iterable[str], size: Size, folder: Path) -> None:
             for task in sorted(tasks)
             for split, count in enumerate((size.images, size.test_images))
         }
-        for (task, split), drawn in parts.items():
-            scenes = [part.result() for part in drawn]
-            for name in Scenes._fields:
-                np.save(place(folder, task, split, name), np.concatenate([getattr(each, name) for each in scenes]))
+        try:
+            for (task, split), drawn in parts.items():
+                scenes = [part.result() for part in drawn]
+                for name in Scenes._fields:
+                    np.save(place(folder, task, split, name), np.concatenate([getattr(each, name) for each in scenes]))
+        finally:
+            pool.shutdown(cancel_futures=True)  # what is left to draw where the bench is stopped
 
 
 def load(task: str, folder: Path) -> tuple[Scenes, Scenes]:

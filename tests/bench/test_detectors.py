@@ -303,6 +303,34 @@ def test_what_cannot_be_imported_is_said_at_once(tmp_path, monkeypatch, capsys):
     assert "shapely" in text
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--only", "squared assigns"], "--only: no training's file has 'squared assigns' in its name, as tried-"),
+        (["--processes", "-1"], "--processes must be 1 or above, got -1"),
+        (["--report"], "--report: there is no folder"),
+        (["--toy"], "has results without --toy, such as table-hulls-OKS-seed_0.json: another --out"),
+        ([], "has results of --toy, such as table-hulls-mgiou-seed_0.json: another --out"),
+    ],
+)
+def test_what_would_do_nothing_or_mix_results_is_refused(tmp_path, monkeypatch, capsys, options, message):
+    """A run said that all was done, also where a name was misspelt or the results were those of the toy size."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find("json") if name in run.NEEDED else find(name))
+    out = tmp_path / "out"
+    if "--report" not in options:
+        out.mkdir()
+        for name, command in (("OKS", ""), ("mgiou", " --toy")):
+            row = {"command": f"python -m bench.detectors{command}"}
+            (out / f"table-hulls-{name}-seed_0.json").write_text(json.dumps(row), encoding="utf-8")
+    monkeypatch.setattr(run, "train_missing", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(sys, "argv", ["bench.detectors", "--out", str(out), *options])
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_gpus_that_may_be_used(monkeypatch):
     monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

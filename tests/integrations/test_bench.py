@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +107,12 @@ def test_crops_that_are_on_file_are_in_the_plan():
     assert {(row["task"], row["loss"], row["seed"]) for row in rows} <= set(crops.PLAN)
 
 
+def test_rows_of_crops_that_do_not_exist_are_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        crops.main(["--out", str(tmp_path / "crops.json"), "--only", "squares-ProbIoU"])
+    assert "no row's name has 'squares-ProbIoU' in it, as 'squares, ProbIoU + angle, 0' has" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("turn", "error"), [(10, 10), (50, 40), (90, 0), (-15, 15)])
 def test_the_error_of_an_angle_does_not_care_for_quarter_turns(turn, error):
     cos, sin = np.cos(np.radians(turn)), np.sin(np.radians(turn))
@@ -188,6 +196,18 @@ def test_toy_size_and_going_on(tmp_path):
     again = {path.stem: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     assert {name for name in names if again[name] != files[name]} == {gone}
     assert "### boxes" in (tmp_path / "tables.md").read_text(encoding="utf-8")
+
+
+def test_a_signal_leaves_no_scenes_behind(tmp_path):
+    """At full size they are gigabytes."""
+    command = [sys.executable, "-m", "bench.detectors", "--toy", "--out", tmp_path / "out", "--only", "hulls"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert "0 done before" in process.stdout.readline()
+        assert list(tmp_path.glob("detectors-*"))
+        process.terminate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("detectors-*"))
 
 
 def test_step_times_alone(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -89,6 +90,7 @@ def make(task, head, trainer_class=None, objects=(2, 1, 0)):
     trainer_class = trainer_class or TRAINERS[task]
     trainer = trainer_class.__new__(trainer_class)
     trainer.model, trainer.ema, trainer.args, trainer.epochs, trainer.epoch = model, None, hyp, 10, 3
+    trainer.data = {}
     adapter.set_losses(trainer)
     count = sum(objects)
     turn = torch.rand(count, generator=torch.Generator().manual_seed(1)) - 0.5
@@ -157,6 +159,52 @@ def test_l2_is_ultralytics_own_loss():
     mask = torch.rand(20, 4, generator=rng) < 0.7
     own = KeypointLoss(torch.full((4,), 0.25))(pred, target, mask, area)
     torch.testing.assert_close(PolygonLoss("l2", return_parts=False)(pred, target, mask, area), own)
+
+
+def with_vertices(data, folder, count, **more):
+    """The quadrangles again, with their last vertex repeated so that there are `count`."""
+    described = YAML.load(data["pose"])
+    for split in ("train", "val"):
+        shutil.copytree(Path(described["path"]) / "images" / split, folder / "images" / split)
+        (folder / "labels" / split).mkdir(parents=True)
+        for path in (Path(described["path"]) / "labels" / split).glob("*.txt"):
+            lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+            text = "\n".join(" ".join(line + line[-3:] * (count - 4)) for line in lines)
+            (folder / "labels" / split / path.name).write_text(text, encoding="utf-8")
+    YAML.save(folder / "data.yaml", {**described, "path": str(folder), "kpt_shape": [count, 3], **more})
+    return {"pose": folder / "data.yaml"}
+
+
+@pytest.mark.parametrize("head", HEADS[1:])
+@pytest.mark.parametrize("given", [None, [0.01 * (k + 1) for k in range(17)]])
+def test_seventeen_vertices_are_no_joints_of_a_person(data, tmp_path, head, given):
+    """Of 17 keypoints with visibilities Ultralytics takes the tolerances and weights that COCO has for a person."""
+    described = with_vertices(data, tmp_path / "data", 17, **({} if given is None else {"kpt_oks_sigmas": given}))
+    expected = torch.tensor(given or [1 / 17] * 17)
+    trainer = MGIoUPoseTrainer(overrides=settings(described, "pose", tmp_path, head))
+    seen = []
+    trainer.add_callback("on_train_epoch_end", lambda t: seen.append(t.model.criterion))
+    trainer.train()
+    torch.testing.assert_close(trainer.polygon_loss.loss.sigmas, expected)
+    assert trainer.validator.sigma == pytest.approx(expected.numpy())
+    if head == "yolo26n":
+        for part in (seen[0].one2many, seen[0].one2one):
+            torch.testing.assert_close(part.assigner.sigmas, expected)
+            assert part.target_weights.eq(1).all()
+    later = []
+    model = YOLO(trainer.last)
+    model.add_callback("on_val_end", lambda validator: later.append(validator.sigma))
+    model.val(validator=PolygonPoseValidator, data=str(described["pose"]), imgsz=64, device="cpu", plots=False)
+    assert later[0] == pytest.approx(expected.numpy())
+
+
+def test_the_tolerances_of_the_data_are_taken_where_ultralytics_does_not_know_them():
+    """As 8.4.0 does not."""
+    model, trainer, _, _ = make("pose", "yolo11n")
+    assert trainer.polygon_loss.loss.sigmas.tolist() == [0.25] * 4
+    trainer.data, trainer.polygon_loss = {"kpt_oks_sigmas": [0.1, 0.2, 0.3, 0.4]}, None
+    trainer.set_loss(model.init_criterion())
+    torch.testing.assert_close(trainer.polygon_loss.loss.sigmas, torch.tensor([0.1, 0.2, 0.3, 0.4]))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -324,6 +372,23 @@ def test_a_renamed_part_of_a_criterion_names_both_versions():
     with pytest.raises(RuntimeError, match=r"ultralytics 8\.4\.\d+ has a v8PoseLoss without keypoint_loss.*8\.4\.190"):
         adapter.set_losses(trainer)
     assert not hasattr(model.criterion, "keypoint_loss")
+
+
+def test_a_training_of_boxes_that_is_resumed_keeps_its_angle_loss_without_a_word(data, tmp_path, monkeypatch):
+    """Nothing was asked for, so nothing is ignored."""
+
+    def stop(_):
+        raise InterruptedTrainingError
+
+    trainer = MGIoUOBBTrainer(overrides=settings(data, "obb", tmp_path, epochs=3, angle=0.5, val=False))
+    trainer.add_callback("on_fit_epoch_end", stop)
+    with pytest.raises(InterruptedTrainingError):
+        trainer.train()
+    said = []
+    monkeypatch.setattr(adapter.LOGGER, "warning", said.append)
+    resumed = MGIoUOBBTrainer(overrides={"resume": str(trainer.last), "model": str(trainer.last)})
+    assert resumed.args.angle == 0.5
+    assert not [text for text in said if "angle" in text]
 
 
 # ---- trainings
@@ -717,6 +782,30 @@ def test_without_predictions_or_targets(validator_class, tmp_path):
 
     for preds, targets in ((0, 2), (3, 0), (0, 0)):
         assert validator._process_batch(some(preds), some(targets))["tp_g"].shape == (preds, 10)
+
+
+def test_each_image_is_judged_by_its_polygons():
+    """Of two predictions for three targets one is right; the next validation begins anew."""
+    metrics = adapter.PolygonPoseMetrics({0: "a"})
+    right, wrong = np.ones((2, 10), dtype=bool), np.zeros((2, 10), dtype=bool)
+    half = right.copy()
+    half[1] = False
+    shared = {"conf": np.array([0.9, 0.8]), "pred_cls": np.zeros(2), "target_cls": np.zeros(3), "im_name": "a.png"}
+    metrics.update_stats({"tp": right, "tp_p": wrong, "tp_g": half, "target_img": np.zeros(1), **shared})
+    found = metrics.polygon.image_metrics["a.png"]
+    assert (found["precision"], found["recall"]) == pytest.approx((1 / 2, 1 / 3))
+    assert (found["tp"], found["fp"], found["fn"]) == (1, 1, 2)
+    metrics.clear_image_metrics()
+    assert metrics.polygon.image_metrics == metrics.box.image_metrics == metrics.pose.image_metrics == {}
+
+
+@pytest.mark.parametrize(("task", "validator_class"), [("pose", PolygonPoseValidator), ("obb", PolygonOBBValidator)])
+def test_what_other_processes_found_in_images_is_gathered(monkeypatch, tmp_path, task, validator_class):
+    validator = validator_class(args={"task": task, "plots": False}, save_dir=tmp_path)
+    gathered = []
+    monkeypatch.setattr(validator, "_gather_image_metrics", gathered.append)
+    validator.gather_stats()
+    assert gathered[-1] is validator.metrics.polygon
 
 
 def test_fitness_is_that_of_the_polygons():

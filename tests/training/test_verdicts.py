@@ -81,6 +81,12 @@ def pose(rows, **changes):
     return columns | changes
 
 
+def polygons(rows, of_keypoints, **changes):
+    """Those of `MGIoUPoseTrainer`: metrics of boxes, keypoints and polygons."""
+    columns = {k: of_keypoints(v) if "(P)" in k else v for k, v in pose(rows).items()}
+    return columns | {f"metrics/{name}(G)": rise(rows, top, seed=9) for name, top in METRICS.items()} | changes
+
+
 def csv_text(columns, delimiter=",", padded=False, decimal=".", digits=5):
     def cell(value):
         if isinstance(value, str):
@@ -1192,6 +1198,15 @@ CASES |= {
     "an array of Python 2, NaN": ("R-50.pkl", binary(of_python_2([1.0, NAN])), 1, "w: 1 NaN"),
     "safetensors, float8 without -0": ("m.safetensors", binary(fnuz([0x00, 0x40, 0x7F])), 0, None),
     "safetensors, float8 without -0, NaN": ("m.safetensors", binary(fnuz([0x00, 0x80, 0x7F])), 1, "w: 1 NaN"),
+    "polygons, vertices in no order": run(polygons(N, lambda v: [0.0] * len(v)), 0),
+    "polygons, a few vertices right by chance": run(
+        polygons(N, lambda v: noisy([0.02] * 9 + [0.001] * (len(v) - 9), 0.2)), 0
+    ),
+    "polygons that are not learnt": run(
+        polygons(N, lambda v: v, **{f"metrics/{name}(G)": [0.0] * N for name in METRICS}),
+        1,
+        "metrics/mAP50(G): never learnt: 0 in all",
+    ),
     "an empty file": ("last.pt", binary(b""), 2, "is empty"),
     "a shard that is not there": ("step_100", without_shard, 2, "__0_0.distcp: No such file"),
 }

@@ -333,7 +333,7 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
         alpha: The weight of L2 in "hybrid"; None for an `AlphaSchedule` over the epochs.
         schedule: Options of that `AlphaSchedule`: `kind`, `start`, `end`.
         sigmas: Tolerances of the vertices in L2; None for Ultralytics' own (`kpt_oks_sigmas` of the data set, or one
-            over the number of vertices).
+            over the number of vertices, 17 too, which are not taken for a person's joints here).
         options: Options of the MGIoU part, those of `MGIoULoss`.
     """
 
@@ -369,16 +369,18 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
         if self.sigmas is not None and (given := torch.as_tensor(self.sigmas).numel()) not in (1, count):
             name = type(self).__name__
             raise ValueError(f"{name}: sigmas must be one or {count} numbers, as the data have keypoints, got {given}")
+        _are_no_joints(data)
         return data
 
     def make_loss(self, sigmas: Tensor) -> nn.Module:
         """Make the loss; called once.
 
         Args:
-            sigmas: What Ultralytics takes for the tolerances of the keypoints, shape (K,).
+            sigmas: The tolerances of the keypoints where the attribute `sigmas` gives none, shape (K,).
 
         Returns:
-            A module with Ultralytics' calling convention: (pred_kpts, gt_kpts, kpt_mask, area) to a scalar.
+            A module with Ultralytics' calling convention: (pred_kpts, gt_kpts, kpt_mask, area) to a scalar. A predicted
+            keypoint begins with its place; a YOLO26 head has up to five numbers there.
         """
         trainer: Any = self
         alpha: float | nn.Module | None = self.alpha
@@ -391,8 +393,13 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
     def set_loss(self, criterion: Any) -> None:
         """Put the loss into a `v8PoseLoss` or `PoseLoss26`."""
         trainer: Any = self
+        if hasattr(criterion, "target_weights"):  # of the RLE loss
+            criterion.target_weights = torch.ones_like(criterion.target_weights)  # those of a person's joints differ
         if self.polygon_loss is None:
-            self.polygon_loss = self.make_loss(criterion.keypoint_loss.sigmas)
+            sigmas = criterion.keypoint_loss.sigmas
+            if given := trainer.data.get("kpt_oks_sigmas"):  # not known to the first 8.4 versions
+                sigmas = torch.as_tensor(given, dtype=sigmas.dtype, device=sigmas.device).flatten()
+            self.polygon_loss = self.make_loss(sigmas)
             if self.mode == "mgiou" and getattr(criterion, "rle_loss", None) is not None and criterion.hyp.rle > 0:
                 LOGGER.warning('mode "mgiou" and the RLE loss, which compares vertex i with vertex i: rle=0 is better')
         for schedule in self.polygon_loss.modules():
@@ -438,7 +445,8 @@ class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
     gain: ClassVar[float] = 2.5
 
     def __init__(self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: Any = None) -> None:
-        if cfg is DEFAULT_CFG:  # another one may have the setting
+        # Another configuration may have the setting, and the checkpoint of a training that is resumed has it.
+        if cfg is DEFAULT_CFG and not (overrides or {}).get("resume"):
             overrides = {"angle": 0.0} | (overrides or {})
         super().__init__(cfg, overrides, _callbacks)
 
@@ -468,6 +476,12 @@ class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
         return validator
 
 
+def _are_no_joints(data: dict[str, Any]) -> None:
+    """Tell Ultralytics that 17 keypoints with visibilities are vertices: by itself it takes them for COCO's person."""
+    if list(data["kpt_shape"]) == [17, 3] and not data.get("kpt_oks_sigmas"):
+        data["kpt_oks_sigmas"] = [1 / 17] * 17
+
+
 def _validator(kind: Any, trainer: Any) -> Any:
     return kind(trainer.test_loader, save_dir=trainer.save_dir, args=copy(trainer.args), _callbacks=trainer.callbacks)
 
@@ -484,6 +498,17 @@ class _PolygonMetrics:
         self.stats: dict[str, list[Any]]
         self.names: dict[int, str]
         self.stats["tp_g"] = []
+
+    def update_stats(self, stat: dict[str, Any]) -> None:
+        """Add an image."""
+        super().update_stats(stat)  # type: ignore[misc]
+        if hasattr(self.polygon, "update_image_metrics"):  # not in 8.4.0 yet
+            self.polygon.update_image_metrics(*(stat[name] for name in ("tp_g", "target_cls", "pred_cls", "im_name")))
+
+    def clear_image_metrics(self) -> None:
+        """Forget what each image had."""
+        super().clear_image_metrics()  # type: ignore[misc]
+        self.polygon.clear_image_metrics()
 
     def process(self, save_dir: Path = Path(), plot: bool = False, on_plot: Any = None) -> dict[str, NDArray[Any]]:
         """Compute all metrics from what was seen."""
@@ -571,6 +596,12 @@ class _PolygonValidator:
     def _polygons(self, objects: Mapping[str, Tensor]) -> list[NDArray[np.float64]]:
         raise NotImplementedError
 
+    def gather_stats(self) -> None:
+        """Gather what the processes of a training on several GPUs have found."""
+        super().gather_stats()  # type: ignore[misc]
+        if hasattr(self, "_gather_image_metrics"):
+            self._gather_image_metrics(self.metrics.polygon)
+
     def get_desc(self) -> str:
         """The heading of the table of results."""
         columns = ("Polygon(P", "R", "mAP50", "mAP50-95)")
@@ -603,6 +634,11 @@ class PolygonPoseValidator(_PolygonValidator, PoseValidator):
 
     TASK = "pose"
     METRICS = PolygonPoseMetrics
+
+    def init_metrics(self, model: nn.Module) -> None:
+        """Begin a validation."""
+        _are_no_joints(self.data)
+        super().init_metrics(model)
 
     def _polygons(self, objects: Mapping[str, Tensor]) -> list[NDArray[np.float64]]:
         keypoints = objects["keypoints"].cpu().double().numpy()

@@ -96,8 +96,10 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     and so on; accuracy counts where there is none of these, precision and recall where there is no accuracy either.
     Metrics of one kind, as mAP50 and mAP50-95 of boxes, are judged together, by the highest. They are in 0..1 or in
     percent; -1, and NaN in all rows, stand for "not defined". What has fewer than 5 numbers is not judged. "mgiou"
-    beside "l2" is a part of `PolygonLoss`, a loss. A row in which all metrics and all losses of the validation are 0
-    does not count where the last row has numbers: Ultralytics and YOLOv5 write so what they do not validate.
+    beside "l2" is a part of `PolygonLoss`, a loss. Beside the metrics of polygons, (G), of this package's validator
+    Ultralytics' own of keypoints, (P), are not judged: they compare vertex i with vertex i. A row in which all metrics
+    and all losses of the validation are 0 does not count where the last row has numbers: Ultralytics and YOLOv5 write
+    so what they do not validate.
 
     - NaN or Inf in a loss, or in a metric after it had a number, is a fault; in other columns, as the norm of a
       gradient, if it stays so until the end. So is a loss or metric that is empty at the end while what was written
@@ -142,6 +144,8 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
             problems.append(f"{column.name}: {trouble}")
         elif kind == "loss" and len(column.values) >= FEWEST:
             losses.append(curve_of(column, lower=True))
+    if any(column.name.endswith("(G)") for column in metrics):
+        metrics = [column for column in metrics if not column.name.endswith("(P)")]
     curves = _families(metrics, table, problems)
     if not problems and not is_run:
         raise NothingToJudgeError("has neither a loss nor a metric by name")
