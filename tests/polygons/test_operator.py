@@ -7,6 +7,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -20,7 +21,7 @@ from tests.helpers import (
     rectangle_corners,
     star,
 )
-from triton_mgiou import PAPER, box_mgiou, box_mgiou_loss, mgiou_loss
+from triton_mgiou import PAPER, box_mgiou, box_mgiou_loss, mgiou_loss, polygon_mgiou
 from triton_mgiou.options import Options
 
 DEFAULTS = Options()._asdict()
@@ -132,6 +133,27 @@ def test_compiled_code_is_the_launch_and_one_operation(kernels, function):
     assert_same(sides[0].grad, gradient)
     operator = {mgiou_loss: "triton_mgiou::_loss", box_mgiou_loss: "triton_mgiou::_box_loss"}[function]
     assert graphs == [[operator], ["aten::mul.Tensor"]]
+
+
+@pytest.mark.parametrize(
+    "function", [mgiou_loss, box_mgiou_loss, box_mgiou, polygon_mgiou], ids=lambda each: each.__name__
+)
+def test_a_mode_that_records_operators_sees_the_kernel(kernels, function):
+    """`make_fx` traces with plain tensors; a launch that it does not see would leave a number of no meaning."""
+    rng = generator(10)
+    recorded, other = ([side.to(kernels.device) for side in random_boxes(12, rng).float().split(6)] for _ in range(2))
+    if function in (mgiou_loss, polygon_mgiou):
+        recorded, other = ([rectangle_corners(side) for side in sides] for sides in (recorded, other))
+
+    def value_and_gradient(pred, target):
+        pred = pred.detach().requires_grad_(function is not polygon_mgiou)
+        value = function(pred, target, backend="triton")
+        return value, torch.autograd.grad(value.sum(), pred)[0] if pred.requires_grad else pred
+
+    value_and_gradient(*recorded)  # so that no launch is the first
+    graph = make_fx(value_and_gradient)(*recorded)
+    for got, want in zip(graph(*other), value_and_gradient(*other), strict=True):
+        assert_same(got, want)
 
 
 class Function(torch.nn.Module):
