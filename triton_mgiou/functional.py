@@ -209,7 +209,8 @@ def box_mgiou_loss(
     turns about another axis, are not covered.
 
     A `tv_tensors.BoundingBoxes` knows its own format, angle and direction: it is converted to what the arguments say,
-    each side by itself. The arguments speak of plain tensors.
+    each side by itself, in float32 or float64, which numbers near the largest one may overflow. The arguments speak of
+    plain tensors.
 
     A size below 0 counts as its absolute value. A box whose sizes are 0 is a point: against another box only that one
     has axes, and two points have loss and gradient 0. Any finite input gives a finite value and gradient, with a

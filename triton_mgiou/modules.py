@@ -20,6 +20,7 @@ from triton_mgiou.arguments import (
     check_keypoints,
     check_names,
     check_number,
+    check_one_number,
     check_options,
     check_real_numbers,
     check_weight,
@@ -45,23 +46,26 @@ class MGIoULoss(nn.Module):
 
     Args:
         reduction: "mean", "sum" or "none".
-        loss_weight: Factor on the result, of size 1e30 at most.
+        loss_weight: Factor on the result: a number of size 1e30 at most, or a tensor of one element.
         **options: `axis_weight`, `axis_grad`, `convexity_weight`, `boundary_weight` and `backend` of `mgiou_loss`, with
             its defaults, which are not the paper's: see `paper`.
 
     Raises:
-        TypeError: An option that `mgiou_loss` does not have, or a `loss_weight` that is no number.
-        ValueError: An unknown `reduction`, a `loss_weight` above 1e30, or an option with a wrong value.
+        TypeError: An option that `mgiou_loss` does not have, or a `loss_weight` that is no real number.
+        ValueError: An unknown `reduction`, a `loss_weight` above 1e30 or of several elements, or an option with a
+            wrong value.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (*Options._fields, "backend")
     FUNCTION: ClassVar[Callable[..., Tensor]] = staticmethod(mgiou_loss)
 
-    def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, **options: Any) -> None:
+    def __init__(self, reduction: str = "mean", loss_weight: float | Tensor = 1.0, **options: Any) -> None:
         super().__init__()
         check_names("options", options, self.OPTIONS)
         check_choice("reduction", reduction, REDUCTIONS)
-        if not isinstance(loss_weight, Tensor):
+        if isinstance(loss_weight, Tensor):
+            check_one_number("loss_weight", loss_weight)
+        else:
             check_factor("loss_weight", loss_weight)
         self.reduction = reduction
         self.loss_weight = loss_weight
@@ -135,21 +139,23 @@ class BoxMGIoULoss(MGIoULoss):
 
     Args:
         reduction: "mean", "sum" or "none".
-        loss_weight: Factor on the result, of size 1e30 at most.
+        loss_weight: Factor on the result: a number of size 1e30 at most, or a tensor of one element.
         fmt: What the numbers of a box are, see `box_mgiou_loss`, whose docstring has a table of libraries.
         **options: `angle`, `clockwise`, `axis_weight`, `axis_grad`, `convexity_weight`, `boundary_weight` and `backend`
             of `box_mgiou_loss`, with its defaults, which are not the paper's: see `paper`.
 
     Raises:
-        TypeError: An option that `box_mgiou_loss` does not have, or a `loss_weight` that is no number.
-        ValueError: An unknown `reduction`, `fmt` or `angle`, a `loss_weight` above 1e30, an option with a wrong
-            value, or one that the format does not have.
+        TypeError: An option that `box_mgiou_loss` does not have, or a `loss_weight` that is no real number.
+        ValueError: An unknown `reduction`, `fmt` or `angle`, a `loss_weight` above 1e30 or of several elements, an
+            option with a wrong value, or one that the format does not have.
     """
 
     OPTIONS = ("fmt", "angle", "clockwise", *MGIoULoss.OPTIONS)
     FUNCTION = staticmethod(box_mgiou_loss)
 
-    def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, fmt: str = "cxcywhr", **options: Any) -> None:
+    def __init__(
+        self, reduction: str = "mean", loss_weight: float | Tensor = 1.0, fmt: str = "cxcywhr", **options: Any
+    ) -> None:
         check_box_format(fmt, options.get("angle", "radians"), options.get("clockwise", True))
         super().__init__(reduction, loss_weight, fmt=fmt, **options)
         check_box_options(fmt, self._all_options())
@@ -284,8 +290,9 @@ class PolygonLoss(nn.Module):
             parts["mgiou"] = self.mgiou(pred, target, weight, avg_factor, pred_mask=visible, target_mask=visible)
         if self.mode == "hybrid":
             alpha: Any = self.alpha() if isinstance(self.alpha, nn.Module) else self.alpha
-            # a float64 scalar would make the loss float64
-            alpha = alpha.to(dtype) if isinstance(alpha, Tensor) else factor_for(parts["l2"], alpha)
+            if isinstance(alpha, Tensor):
+                check_one_number("alpha", alpha)
+            alpha = factor_for(parts["l2"], alpha)
             total = alpha * parts["l2"] + (1 - alpha) * parts["mgiou"]
         else:
             total = parts[self.mode]

@@ -72,8 +72,13 @@ def _divide(total: Tensor, avg_factor: float | Tensor) -> Tensor:
 
 
 def factor_for(loss: Tensor, number: float | Tensor) -> float | Tensor:
-    """A number to multiply or divide a scalar by: in forward mode PyTorch would make the tangent float64."""
-    if isinstance(number, Tensor) or forward_ad._current_level < 0:
+    """A number, or a tensor of one, to multiply or divide a loss by, which keeps its shape and type.
+
+    In forward mode PyTorch would make the tangent of a scalar float64.
+    """
+    if isinstance(number, Tensor):
+        return number.reshape(()).to(loss.dtype)
+    if forward_ad._current_level < 0:
         return number
     return torch.full((), number, dtype=loss.dtype, device="cpu")
 

@@ -445,6 +445,22 @@ def test_any_module_may_give_alpha():
     assert_close(gradient, sigmoid * (1 - sigmoid) * (parts["l2"] - parts["mgiou"]), atol=1e-6)
 
 
+class Constant(torch.nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self):
+        return self.value
+
+
+def test_alpha_of_a_module_is_one_number():
+    total, parts = PolygonLoss("hybrid", alpha=Constant(torch.tensor([0.5], dtype=torch.float64)))(*sample())
+    assert_same(total, 0.5 * parts["l2"] + 0.5 * parts["mgiou"])
+    with pytest.raises(ValueError, match=r"^alpha must have one element, got shape \(2,\)"):
+        PolygonLoss("hybrid", alpha=Constant(torch.ones(2)))(*sample())
+
+
 def test_state_dict():
     given = sample()
     loss = PolygonLoss("hybrid", alpha=AlphaSchedule(10))
