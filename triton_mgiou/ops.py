@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from triton_mgiou.launch import BoxCall, PolygonCall
 from triton_mgiou.options import Options, Reduction
-from triton_mgiou.reference.polygons import compute_dtype
+from triton_mgiou.reference.polygons import compute_dtype, refuse_forward_mode
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # anything else, such as a fake tensor, needs PyTorch's dispatcher
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -182,6 +182,7 @@ def define(
     """
 
     def launch_unless_empty(*inputs: Any) -> Any:
+        refuse_forward_mode(name)
         first, second, *_ = inputs
         return launch(*inputs) if first.numel() and second.numel() else tree_map(Tensor.zero_, fake(*inputs))
 

@@ -42,6 +42,28 @@ def test_tangent_is_the_slope(sample, options):
     helpers.assert_close(many, torch.stack((slope, -2 * slope)), atol=1e-6)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("options", OPTIONS[1:3], ids=str)
+def test_compiled_derivatives_are_the_slope(sample, options):
+    """Of both modes, taken inside and, of forward mode, outside of compiled code."""
+    pred, target, tangent = sample
+    loss, step = loss_of(target, options), 1e-6
+    slope = (loss(pred + step * tangent) - loss(pred - step * tangent)) / (2 * step)
+
+    def compiled(function):
+        return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    derivative = compiled(lambda pred, tangent: jvp(loss, (pred,), (tangent,))[1])(pred, tangent)
+    helpers.assert_close(derivative, slope, atol=1e-7)
+    gradient = compiled(torch.func.grad(lambda pred: loss(pred).sum()))(pred)
+    helpers.assert_close((gradient * tangent).sum((1, 2)), slope, atol=1e-7)
+    without_a_tangent = compiled(loss)
+    without_a_tangent(pred)
+    with forward_ad.dual_level():
+        dual = without_a_tangent(forward_ad.make_dual(pred, tangent))
+        helpers.assert_close(forward_ad.unpack_dual(dual).tangent, slope, atol=1e-7)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_jacobians_and_hessians_agree(sample, options):
     pred, target, _ = sample

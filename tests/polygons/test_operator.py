@@ -25,6 +25,7 @@ from triton_mgiou import PAPER, box_mgiou, box_mgiou_loss, mgiou_loss, polygon_m
 from triton_mgiou.options import Options
 
 DEFAULTS = Options()._asdict()
+LOSSES_AND_MATRICES = [mgiou_loss, box_mgiou_loss, box_mgiou, polygon_mgiou]
 
 
 @pytest.fixture
@@ -135,9 +136,7 @@ def test_compiled_code_is_the_launch_and_one_operation(kernels, function):
     assert graphs == [[operator], ["aten::mul.Tensor"]]
 
 
-@pytest.mark.parametrize(
-    "function", [mgiou_loss, box_mgiou_loss, box_mgiou, polygon_mgiou], ids=lambda each: each.__name__
-)
+@pytest.mark.parametrize("function", LOSSES_AND_MATRICES, ids=lambda each: each.__name__)
 def test_a_mode_that_records_operators_sees_the_kernel(kernels, function):
     """`make_fx` traces with plain tensors; a launch that it does not see would leave a number of no meaning."""
     rng = generator(10)
@@ -159,12 +158,13 @@ def test_a_mode_that_records_operators_sees_the_kernel(kernels, function):
 class Function(torch.nn.Module):
     """A function as a module, which is what can be exported."""
 
-    def __init__(self, function):
+    def __init__(self, function, backend="triton"):
         super().__init__()
         self.function = function
+        self.backend = backend
 
     def forward(self, *arguments):
-        return self.function(*arguments, backend="triton")
+        return self.function(*arguments, backend=self.backend)
 
 
 @pytest.mark.parametrize("with_gradient", [True, False])
@@ -196,6 +196,23 @@ def test_a_tangent_is_refused_and_not_dropped(kernels, name):
         given[name] = forward_ad.make_dual(given[name], torch.ones_like(given[name]))
         with pytest.raises(RuntimeError, match=FORWARD):
             mgiou_loss(**given, backend="triton")
+
+
+@pytest.mark.parametrize("function", LOSSES_AND_MATRICES, ids=lambda each: each.__name__)
+def test_a_tangent_is_refused_by_an_exported_program(backend, function):
+    """Which goes to the operators directly; that of boxes in PyTorch has none, and has the tangent."""
+    sides = [side.to(backend.device) for side in random_boxes(12, generator(11)).float().split(6)]
+    if function in (mgiou_loss, polygon_mgiou):
+        sides = [rectangle_corners(side) for side in sides]
+    program = torch.export.export(Function(function, backend.name), tuple(sides)).module()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(sides[0], torch.ones_like(sides[0])), sides[1]
+        if backend.name == "triton" or function in (mgiou_loss, polygon_mgiou):
+            with pytest.raises(RuntimeError, match=r"^triton_mgiou::.* forward-mode .* expected the function itself"):
+                program(*dual)
+        else:
+            got, want = (forward_ad.unpack_dual(each).tangent for each in (program(*dual), function(*dual)))
+            assert_close(got, want, atol=1e-6)
 
 
 @pytest.mark.parametrize(
