@@ -127,7 +127,7 @@ def mgiou_loss(
     if avg_factor is not None:
         avg_factor = as_divisor(avg_factor)
     check_reduction(pred, weight, avg_factor, reduction, backend)
-    checks = debugging.on and _checks("mgiou_loss")
+    checks = debugging.on and debug_checks("mgiou_loss", pred, target)
     if checks:
         pred = checks.input("pred", pred, pred_lengths, pred_mask)
         target = checks.input("target", target, target_lengths, target_mask)
@@ -279,7 +279,7 @@ def box_mgiou_loss(
     if avg_factor is not None:
         avg_factor = as_divisor(avg_factor)
     check_reduction(pred, weight, avg_factor, reduction, backend)
-    checks = debugging.on and _checks("box_mgiou_loss")
+    checks = debugging.on and debug_checks("box_mgiou_loss", pred, target)
     if checks:
         in_radians = FORMATS[fmt].has_angle and angle == "radians"
         pred = checks.input("pred", pred, in_radians=in_radians)
@@ -403,7 +403,7 @@ def box_mgiou(
     sizes = len(kind.shape)
     mask1 = check_set_mask("mask1", mask1, "boxes1", boxes1, sizes)
     mask2 = check_set_mask("mask2", mask2, "boxes2", boxes2, sizes)
-    checks = debugging.on and _checks("box_mgiou")
+    checks = debugging.on and debug_checks("box_mgiou", boxes1, boxes2)
     if checks:
         in_radians = kind.has_angle and angle == "radians"
         boxes1 = checks.input("boxes1", boxes1, mask=mask1, in_radians=in_radians)
@@ -470,7 +470,7 @@ def polygon_mgiou(
     check_lengths("lengths2", lengths2, "polygons2", polygons2)
     mask1 = check_set_mask("mask1", mask1, "polygons1", polygons1, 2)
     mask2 = check_set_mask("mask2", mask2, "polygons2", polygons2, 2)
-    checks = debugging.on and _checks("polygon_mgiou")
+    checks = debugging.on and debug_checks("polygon_mgiou", polygons1, polygons2)
     if checks:
         polygons1 = checks.input("polygons1", polygons1, lengths1, mask1)
         polygons2 = checks.input("polygons2", polygons2, lengths2, mask2)
@@ -489,13 +489,14 @@ def polygon_mgiou(
     return matrix
 
 
-def _checks(function: str) -> Checks | None:
-    """What debug mode checks; nothing under a transform of `torch.func`, where no value can be read."""
-    if are_transforms_active():
+def debug_checks(function: str, first: Tensor, second: Tensor) -> Checks | None:
+    """What debug mode checks; nothing where no value can be read, as under a transform of `torch.func`."""
+    if are_transforms_active() or torch.compiler.is_exporting():
         return None
-    from triton_mgiou.training.loss_checks import Checks  # noqa: PLC0415 - slow, and above this module
+    from triton_mgiou.training.loss_checks import Checks, has_values  # noqa: PLC0415 - slow, and above this module
 
-    return Checks(function)
+    has_numbers = torch.compiler.is_compiling() or (has_values(first) and has_values(second))
+    return Checks(function) if has_numbers else None
 
 
 def _batches(tensors: tuple[Any, ...], are_batched: bool) -> list[Any]:

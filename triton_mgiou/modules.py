@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from triton_mgiou import debugging
 from triton_mgiou.arguments import (
     check_avg_factor,
     check_bool,
@@ -26,7 +27,7 @@ from triton_mgiou.arguments import (
     check_weight,
 )
 from triton_mgiou.box_formats import FORMATS
-from triton_mgiou.functional import box_mgiou_loss, mgiou_loss
+from triton_mgiou.functional import box_mgiou_loss, debug_checks, mgiou_loss
 from triton_mgiou.options import BACKENDS, PAPER, REDUCTIONS, Options
 from triton_mgiou.reduction import as_divisor, factor_for, reduce
 from triton_mgiou.reference.polygons import compute_dtype
@@ -273,8 +274,16 @@ class PolygonLoss(nn.Module):
             ValueError: An argument has the wrong shape, device or value.
         """
         check_keypoints(pred_kpts, gt_kpts, kpt_mask, area)
-        dtype = compute_dtype(pred_kpts, gt_kpts)
-        pred, target, visible = pred_kpts[..., :2].to(dtype), gt_kpts[..., :2].to(dtype), kpt_mask != 0
+        pred, target, visible = pred_kpts[..., :2], gt_kpts[..., :2], kpt_mask != 0
+        checks = self.mode != "mgiou" and debugging.on and debug_checks("PolygonLoss", pred, target)
+        if checks:
+            pred = checks.input("pred_kpts", pred, mask=visible)
+            target = checks.input("gt_kpts", target, mask=visible)
+            checks.input("area", area, mask=visible.any(1))
+            checks.factors(weight=weight, avg_factor=avg_factor)
+        dtype = compute_dtype(pred, target)
+        sides = {"pred_kpts": pred, "gt_kpts": target}
+        pred, target = pred.to(dtype), target.to(dtype)
         if weight is not None:
             check_weight(weight, pred)
             if self.reduction != "none":
@@ -296,6 +305,8 @@ class PolygonLoss(nn.Module):
             total = alpha * parts["l2"] + (1 - alpha) * parts["mgiou"]
         else:
             total = parts[self.mode]
+        if checks:
+            checks.output("loss", total, **sides)
         return (total, {name: part.detach() for name, part in parts.items()}) if self.return_parts else total
 
     def _reach(self, pred: Tensor) -> Tensor | float:
