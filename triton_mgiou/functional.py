@@ -98,8 +98,8 @@ def mgiou_loss(
             "uniform": 1 if the edge is longer than 1e-6 of the sample's extent, else 0 (the paper's). "soft":
             1 - exp(-length / (0.01 extent)). The extent is the longer side of the joint bounding box.
         axis_grad: Whether the gradient of MGIoU includes the path through the axes (directions and weights), as the
-            paper's does. The value is the same without it; a second derivative takes the axes for constants too, so it is
-            not the derivative of that gradient as finite differences see it.
+            paper's does. The value is the same without it. A second derivative then takes the axes for constants too,
+            and is not what finite differences of the gradient give.
         convexity_weight: Factor, 0 to 1e30, on a scale-free term that is 0 for a convex `pred` whose vertices
             are in order and grows with dents and crossings.
         boundary_weight: Factor, 0 to 1e30, on a scale-free term in [0, 1] that is 0 only where `pred`, read in its

@@ -113,3 +113,28 @@ def test_a_factor_leaves_the_tangents_type_alone(sample, name, dtype):
     slope = (jacobian.double() * tangent).sum((-3, -2, -1))
     helpers.assert_close(derivative.double(), slope, atol=4e-3 if dtype == torch.float16 else 1e-5)
     helpers.assert_close(jacfwd(loss)(pred).to(dtype), jacobian, atol=1e-2 if dtype == torch.float16 else 1e-5)
+
+
+def test_without_the_path_a_second_derivative_takes_the_axes_for_constants(sample):
+    """As the docstring says: against the gradient on axes that stay where they are."""
+    pred, target = ((16 * each).round() for each in sample[:2])  # integers, whose ties are exact
+    options = {"axis_weight": "uniform", "boundary_weight": 0.0}
+
+    def on_axes_of(axes):
+        """MGIoU on the normals of these edges and of the target's, by intervals."""
+
+        def loss(pred):
+            edges = torch.cat([each.roll(-1, 1) - each for each in (axes, target)], dim=1)
+            normals = torch.stack((edges[..., 1], -edges[..., 0]), dim=-1)
+            p, g = (normals @ each.mT for each in (pred, target))
+            (p_low, p_high), (g_low, g_high) = ((each.amin(-1), each.amax(-1)) for each in (p, g))
+            hull = torch.maximum(p_high, g_high) - torch.minimum(p_low, g_low)
+            return (((p_high - g_high).abs() + (p_low - g_low).abs()) / hull / 2).mean(1).sum()
+
+        return loss
+
+    def total(pred):
+        return mgiou_loss(pred, target, backend="eager", reduction="sum", axis_grad=False, **options)
+
+    want = torch.autograd.functional.hessian(on_axes_of(pred.clone()), pred)
+    helpers.assert_close(torch.autograd.functional.hessian(total, pred), want, atol=1e-9)
