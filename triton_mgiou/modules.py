@@ -223,7 +223,7 @@ class PolygonLoss(nn.Module):
                 raise TypeError(f"sigmas must be numbers above 0, got {sigmas!r}") from None
             if not (sigmas.numel() and bool(((sigmas > 0) & sigmas.isfinite()).all())):
                 raise ValueError(f"sigmas must be finite numbers above 0, got {sigmas.tolist()}")
-            sigmas = sigmas.to("cpu" if device.type == "meta" else device)  # nothing would bring its values back
+            sigmas = _with_values(sigmas, device)
         if isinstance(alpha, Real) and not isinstance(alpha, bool):
             if not 0 <= alpha <= 1:
                 raise ValueError(f"alpha must be in 0..1, got {alpha}")
@@ -309,6 +309,14 @@ class PolygonLoss(nn.Module):
             checks.output("loss", total, **sides)
         return (total, {name: part.detach() for name, part in parts.items()}) if self.return_parts else total
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PolygonLoss:
+        """Move `sigmas` with the module, with their values: they are not rounded to its type, and no state has them."""
+        given = self.sigmas
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if given is not None and self.sigmas is not None:
+            self.sigmas = _with_values(given, self.sigmas.device)
+        return self
+
     def _reach(self, pred: Tensor) -> Tensor | float:
         """The distance at which a vertex has lost 1 - 1/e, in units of the square root of the area: (N,), or one."""
         size = pred.shape[1]
@@ -328,6 +336,11 @@ class PolygonLoss(nn.Module):
         if self.reduction != "mean":
             shown["reduction"] = self.reduction
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+def _with_values(sigmas: Tensor, device: torch.device) -> Tensor:
+    """On the device, if that is not meta, from which nothing would bring the values back."""
+    return sigmas.to("cpu" if device.type == "meta" else device)
 
 
 def _l2(pred: Tensor, target: Tensor, visible: Tensor, area: Tensor, reach: Tensor | float) -> Tensor:

@@ -130,11 +130,29 @@ def test_sigmas(given, each):
     assert_close(total, sum(l2_by_hand(*batch, each)) / 6, atol=1e-6)
 
 
-def test_sigmas_follow_the_module_and_are_no_part_of_its_state():
-    loss = make("l2", sigmas=SIGMAS)
-    assert loss.state_dict() == {}
-    assert loss.to("meta").sigmas.device.type == "meta"
+def test_sigmas_are_no_part_of_the_modules_state():
+    assert make("l2", sigmas=SIGMAS).state_dict() == {}
     assert "sigmas=[0.1" in repr(make("l2", sigmas=0.1))
+
+
+@pytest.mark.gpu
+def test_sigmas_follow_the_module():
+    assert make("l2", sigmas=SIGMAS).cuda().sigmas.is_cuda
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda loss: loss.half(),
+        lambda loss: loss.bfloat16(),
+        lambda loss: loss.to("meta").to_empty(device="cpu"),
+        lambda loss: loss.to_empty(device="cpu"),
+    ],
+)
+def test_sigmas_keep_their_values_where_the_module_is_moved(move):
+    loss, batch = move(make("l2", sigmas=SIGMAS)), sample()
+    assert_close(loss(*batch)[0], sum(l2_by_hand(*batch, SIGMAS)) / 6, atol=1e-6)
+    assert "sigmas=[0.1" in repr(loss.to("meta"))
 
 
 def test_sigmas_keep_their_values_where_new_tensors_have_none():
