@@ -6,7 +6,15 @@ from torch.autograd import forward_ad
 from torch.func import hessian, jacfwd, jacrev, jvp, vmap
 
 from tests import helpers
-from triton_mgiou import BoxMGIoULoss, MGIoULoss, PolygonLoss, box_mgiou_loss, mgiou_loss
+from triton_mgiou import (
+    BoxMGIoULoss,
+    MGIoULoss,
+    PolygonLoss,
+    box_mgiou,
+    box_mgiou_loss,
+    mgiou_loss,
+    polygon_mgiou,
+)
 
 OPTIONS = [
     {},
@@ -62,6 +70,26 @@ def test_compiled_derivatives_are_the_slope(sample, options):
     with forward_ad.dual_level():
         dual = without_a_tangent(forward_ad.make_dual(pred, tangent))
         helpers.assert_close(forward_ad.unpack_dual(dual).tangent, slope, atol=1e-7)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("function", [mgiou_loss, box_mgiou_loss, polygon_mgiou, box_mgiou], ids=lambda f: f.__name__)
+def test_compiled_transforms_of_gradients(function):
+    """The gradient of each sample by `vmap`, and the second derivative: as without a compiler."""
+    rng = helpers.generator(7)
+    sides = [helpers.convex(3, 4, rng) for _ in range(2)]
+    if function in (box_mgiou_loss, box_mgiou):
+        sides = [helpers.random_boxes(3, rng) for _ in range(2)]
+
+    def total(pred, target):
+        return function(pred, target).sin().sum()
+
+    def of_each(pred, target):
+        return vmap(torch.func.grad(lambda p, t: total(p[None], t[None])))(pred, target)
+
+    for transformed in (of_each, hessian(total)):
+        compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+        helpers.assert_close(compiled(*sides), transformed(*sides), atol=1e-12)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -163,7 +163,14 @@ class _ScaleBothModes(_Scale):
         return tangent * scale
 
 
+def is_transform_compiled() -> bool:
+    """Whether a transform of `torch.func` is in compiled code, which has no `vmap` of an `autograd.Function`."""
+    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def _scale(values: Tensor, scale: Tensor) -> Tensor:
+    if is_transform_compiled():
+        return values * scale  # its gradient may overflow
     function: type[_Scale] = _Scale if torch.compiler.is_compiling() else _ScaleBothModes
     return cast("Tensor", function.apply(values, scale))  # type: ignore[no-untyped-call]
 
