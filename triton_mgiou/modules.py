@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +43,11 @@ def _none_if_none_is_positive(weight: Tensor) -> Tensor:
     return torch.where((weight <= 0).all(), 0, weight)
 
 
+def _without_numpy(value: Any) -> Any:
+    """A number as Python's: the compiler takes one of numpy's for an array, and would make the loss float64."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 class MGIoULoss(nn.Module):
     """`mgiou_loss` as a module, called as detectors built on mmdetection or mmrotate call their losses.
 
@@ -69,10 +75,11 @@ class MGIoULoss(nn.Module):
         else:
             check_factor("loss_weight", loss_weight)
         self.reduction = reduction
-        self.loss_weight = loss_weight
+        self.loss_weight = _without_numpy(loss_weight)
         self.options = options
         check_choice("backend", options.get("backend", "auto"), BACKENDS)
         check_options(self._all_options())
+        self.options = {name: _without_numpy(each) for name, each in options.items()}
 
     def _all_options(self) -> Options:
         """The options of a call, defaults included."""
@@ -233,7 +240,7 @@ class PolygonLoss(nn.Module):
         check_bool("return_parts", return_parts)
         check_names("options", options, MGIoULoss.OPTIONS)  # `loss_weight` too, which would weigh one part only
         self.mode = mode
-        self.alpha = alpha
+        self.alpha = _without_numpy(alpha)
         self.register_buffer("sigmas", sigmas, persistent=False)
         self.reduction = reduction
         self.return_parts = return_parts

@@ -7,6 +7,7 @@ import math
 import pickle
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -470,6 +471,15 @@ class Constant(torch.nn.Module):
 
     def forward(self):
         return self.value
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiled_with_an_alpha_of_numpy(fullgraph):
+    loss = PolygonLoss("hybrid", alpha=np.float64(0.5), return_parts=False)
+    got = torch.compile(loss, fullgraph=fullgraph, backend="aot_eager")(*sample())
+    assert_close(got, PolygonLoss("hybrid", alpha=0.5)(*sample())[0], atol=1e-6)
+    assert got.dtype == torch.float32
 
 
 def test_alpha_of_a_module_is_one_number():
