@@ -185,7 +185,7 @@ def heads() -> str:
         for row in found["rows"]
     ]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    head = f"{found['device']}, {versions}, commit {found['commit']}; microseconds, and their ratio to smooth L1's."
+    head = f"{found['device']}, {versions}, commit {found['commit']}; microseconds, and the ratio to smooth L1."
     return f"{head}\n\n{report.table(' | '.join(['B', *names]), lines)}"
 
 

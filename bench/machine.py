@@ -20,6 +20,7 @@ def machine(command: Sequence[str], device: torch.device) -> dict[str, Any]:
     """The command without the machine's paths, the commit, the processor, the versions and the day."""
     words = [Path(each).name if each.startswith("/") else each for each in command]
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    distributions = metadata.packages_distributions()  # Triton's is not called so on Windows and with ROCm
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": " ".join(words),
@@ -28,7 +29,7 @@ def machine(command: Sequence[str], device: torch.device) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES if metadata.packages_distributions().get(name)},
+        "versions": {name: metadata.version(distributions[name][0]) for name in PACKAGES if distributions.get(name)},
         "date": time.strftime("%Y-%m-%d"),
     }
 

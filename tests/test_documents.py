@@ -148,6 +148,14 @@ def test_the_oldest_versions_are_those_of_the_package():
     assert re.search(r"Python (\S+) and torch (\S+) or later", README).groups() == (python, torch)
 
 
+def test_the_extra_for_windows():
+    """A marker only: no machine with Windows ever ran it."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    least = re.search(r'"triton>=([\d.]+); platform_system == \'Linux\'"', project)[1]
+    assert f"windows = [\"triton-windows>={least}; platform_system == 'Windows'\"]" in project
+    assert "on Windows, untested: the\nextra `windows`" in README
+
+
 def test_arguments():
     rows = {name.strip("`"): default.strip("`") for name, default, _ in table("README.md", "Arguments")}
     parameters = inspect.signature(mgiou_loss).parameters.values()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from numbers import Integral, Rational, Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -178,7 +178,7 @@ def check_box_format(fmt: object, angle: object, clockwise: object) -> None:
     check_choice("angle", angle, ("radians", "degrees"))
     if type(clockwise) is not bool:
         check_bool("clockwise", clockwise)
-    kind = FORMATS[str(fmt)]
+    kind = FORMATS[cast("str", fmt)]  # not `str(fmt)`, which of an enumeration is another text
     if not kind.has_angle and (angle != "radians" or not clockwise):
         raise ValueError(
             f'angle and clockwise must be left at "radians" and True: fmt={fmt!r} has no angle; '

@@ -29,7 +29,7 @@ def plain_boxes(name: str, boxes: Any, fmt: str, angle: str, clockwise: bool) ->
             many numbers as their own format, which torchvision does not check.
     """
     kind = boxes.format.name
-    numbers: Tensor = boxes.as_subclass(Tensor)
+    numbers = _plain(boxes)
     check_floating(name, numbers)
     size = _ROTATED.get(kind, 4)
     if numbers.shape[-1:] != (size,):
@@ -52,6 +52,14 @@ def plain_boxes(name: str, boxes: Any, fmt: str, angle: str, clockwise: bool) ->
         return _corners(x, y, w, h, degrees)
     turn = -degrees if clockwise else degrees
     return torch.stack((x, y, w, h, turn if angle == "degrees" else torch.deg2rad(turn)), dim=-1)
+
+
+def _plain(boxes: Tensor) -> Tensor:
+    """The same tensor without its class; compiled code cannot cast it, but operations on it can forget the class."""
+    if torch.compiler.is_compiling():
+        with torch._C.DisableTorchFunctionSubclass():
+            return boxes[...]
+    return boxes.as_subclass(Tensor)
 
 
 def _centre(kind: str, numbers: Tensor) -> tuple[Tensor, ...]:

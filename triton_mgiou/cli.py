@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
 import platform
 import sys
@@ -16,6 +14,7 @@ import torch
 
 import triton_mgiou
 from triton_mgiou import demo
+from triton_mgiou.arguments import FLOATING
 from triton_mgiou.backends import kernels_unavailable
 from triton_mgiou.training import diagnose
 from triton_mgiou.tuning import store
@@ -113,7 +112,7 @@ def info() -> str:
         f"triton-mgiou: {triton_mgiou.__version__}",
         f"python: {platform.python_version()}, {platform.platform()}",
         f"torch: {torch.__version__}, CUDA: {torch.version.cuda or 'none in this PyTorch'}",
-        f"triton: {importlib.metadata.version('triton') if importlib.util.find_spec('triton') else 'not installed'}",
+        f"triton: {_triton_version()}",
     ]
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in (torch.device("cpu"), *gpus):
@@ -126,6 +125,15 @@ def info() -> str:
         takes = "triton: the kernels can run there" if reason is None else f"eager: {reason}"
         lines.append(f'{device}{name}: backend "auto" takes {takes}')
     return "\n".join(lines + store.describe())
+
+
+def _triton_version() -> str:
+    """By the module, as its distribution has other names on Windows and with PyTorch for ROCm."""
+    try:
+        import triton  # noqa: PLC0415 - not everywhere, and slow
+    except ImportError:
+        return "not installed"
+    return str(triton.__version__)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -174,7 +182,10 @@ def _parser() -> argparse.ArgumentParser:
         "--options", type=_options, default="{}", metavar="JSON",
         help='options of mgiou_loss; for a tensor its dtype or true: {"target_lengths": true}',
     )  # fmt: skip
-    command.add_argument("--boxes", nargs="+", default=[], metavar="FMT", help="formats of box_mgiou_loss")
+    command.add_argument(
+        "--boxes", nargs="+", default=[], metavar="FMT",
+        help='formats of box_mgiou_loss; "xyxyxyxy" is polygons of four vertices',
+    )  # fmt: skip
     command.add_argument(
         "--box-options", type=_options, default="{}", metavar="JSON", help="options of box_mgiou_loss, as --options"
     )
@@ -202,10 +213,10 @@ def _pair_of(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return pair
 
 
-def _dtype(text: str) -> torch.dtype:
-    dtype = getattr(torch, text, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise argparse.ArgumentTypeError(f"expected a floating dtype such as float32, got {text!r}")
+def _dtype(text: str) -> Any:
+    dtype: Any = getattr(torch, text, None)
+    if dtype not in FLOATING:
+        raise argparse.ArgumentTypeError(f"expected float16, bfloat16, float32 or float64, got {text!r}")
     return dtype
 
 

@@ -91,14 +91,15 @@ def mgiou_loss(
         avg_factor: With `reduction="mean"`, divide the sum by this instead of by B: a number or a tensor of one
             element. Where it and the weighted sum are 0, as for an image without objects, the loss and its gradient
             are 0; where only it is 0, the loss is Inf. Below 0 or not finite, a number is an error, and a tensor, which
-            is never read on the host, gives NaN, as does a number that compiled code reads from one. Not allowed with
-            "sum", without effect with "none", as in mmdetection.
+            is never read on the host, gives NaN; so do, in compiled code, a number that is read from one there and one
+            of numpy's. Not allowed with "sum", without effect with "none", as in mmdetection.
         reduction: "mean", "sum" or "none".
         axis_weight: Weight of an edge's normal in the mean. "length": the edge's share of its polygon's perimeter.
             "uniform": 1 if the edge is longer than 1e-6 of the sample's extent, else 0 (the paper's). "soft":
             1 - exp(-length / (0.01 extent)). The extent is the longer side of the joint bounding box.
         axis_grad: Whether the gradient of MGIoU includes the path through the axes (directions and weights), as the
-            paper's does. The value is the same without it.
+            paper's does. The value is the same without it. A second derivative then takes the axes for constants too,
+            and is not what finite differences of the gradient give.
         convexity_weight: Factor, 0 to 1e30, on a scale-free term that is 0 for a convex `pred` whose vertices
             are in order and grows with dents and crossings.
         boundary_weight: Factor, 0 to 1e30, on a scale-free term in [0, 1] that is 0 only where `pred`, read in its
@@ -127,7 +128,7 @@ def mgiou_loss(
     if avg_factor is not None:
         avg_factor = as_divisor(avg_factor)
     check_reduction(pred, weight, avg_factor, reduction, backend)
-    checks = debugging.on and _checks("mgiou_loss")
+    checks = debugging.on and debug_checks("mgiou_loss", pred, target)
     if checks:
         pred = checks.input("pred", pred, pred_lengths, pred_mask)
         target = checks.input("target", target, target_lengths, target_mask)
@@ -209,7 +210,8 @@ def box_mgiou_loss(
     turns about another axis, are not covered.
 
     A `tv_tensors.BoundingBoxes` knows its own format, angle and direction: it is converted to what the arguments say,
-    each side by itself. The arguments speak of plain tensors.
+    each side by itself, in float32 or float64, which numbers near the largest one may overflow. The arguments speak of
+    plain tensors.
 
     A size below 0 counts as its absolute value. A box whose sizes are 0 is a point: against another box only that one
     has axes, and two points have loss and gradient 0. Any finite input gives a finite value and gradient, with a
@@ -278,7 +280,7 @@ def box_mgiou_loss(
     if avg_factor is not None:
         avg_factor = as_divisor(avg_factor)
     check_reduction(pred, weight, avg_factor, reduction, backend)
-    checks = debugging.on and _checks("box_mgiou_loss")
+    checks = debugging.on and debug_checks("box_mgiou_loss", pred, target)
     if checks:
         in_radians = FORMATS[fmt].has_angle and angle == "radians"
         pred = checks.input("pred", pred, in_radians=in_radians)
@@ -402,7 +404,7 @@ def box_mgiou(
     sizes = len(kind.shape)
     mask1 = check_set_mask("mask1", mask1, "boxes1", boxes1, sizes)
     mask2 = check_set_mask("mask2", mask2, "boxes2", boxes2, sizes)
-    checks = debugging.on and _checks("box_mgiou")
+    checks = debugging.on and debug_checks("box_mgiou", boxes1, boxes2)
     if checks:
         in_radians = kind.has_angle and angle == "radians"
         boxes1 = checks.input("boxes1", boxes1, mask=mask1, in_radians=in_radians)
@@ -469,7 +471,7 @@ def polygon_mgiou(
     check_lengths("lengths2", lengths2, "polygons2", polygons2)
     mask1 = check_set_mask("mask1", mask1, "polygons1", polygons1, 2)
     mask2 = check_set_mask("mask2", mask2, "polygons2", polygons2, 2)
-    checks = debugging.on and _checks("polygon_mgiou")
+    checks = debugging.on and debug_checks("polygon_mgiou", polygons1, polygons2)
     if checks:
         polygons1 = checks.input("polygons1", polygons1, lengths1, mask1)
         polygons2 = checks.input("polygons2", polygons2, lengths2, mask2)
@@ -488,13 +490,14 @@ def polygon_mgiou(
     return matrix
 
 
-def _checks(function: str) -> Checks | None:
-    """What debug mode checks; nothing under a transform of `torch.func`, where no value can be read."""
-    if are_transforms_active():
+def debug_checks(function: str, first: Tensor, second: Tensor) -> Checks | None:
+    """What debug mode checks; nothing where no value can be read, as under a transform of `torch.func`."""
+    if are_transforms_active() or torch.compiler.is_exporting():
         return None
-    from triton_mgiou.training.loss_checks import Checks  # noqa: PLC0415 - slow, and above this module
+    from triton_mgiou.training.loss_checks import Checks, has_values  # noqa: PLC0415 - slow, and above this module
 
-    return Checks(function)
+    has_numbers = torch.compiler.is_compiling() or (has_values(first) and has_values(second))
+    return Checks(function) if has_numbers else None
 
 
 def _batches(tensors: tuple[Any, ...], are_batched: bool) -> list[Any]:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from triton_mgiou import debugging
 from triton_mgiou.arguments import (
     check_avg_factor,
     check_bool,
@@ -20,12 +22,13 @@ from triton_mgiou.arguments import (
     check_keypoints,
     check_names,
     check_number,
+    check_one_number,
     check_options,
     check_real_numbers,
     check_weight,
 )
 from triton_mgiou.box_formats import FORMATS
-from triton_mgiou.functional import box_mgiou_loss, mgiou_loss
+from triton_mgiou.functional import box_mgiou_loss, debug_checks, mgiou_loss
 from triton_mgiou.options import BACKENDS, PAPER, REDUCTIONS, Options
 from triton_mgiou.reduction import as_divisor, factor_for, reduce
 from triton_mgiou.reference.polygons import compute_dtype
@@ -40,34 +43,43 @@ def _none_if_none_is_positive(weight: Tensor) -> Tensor:
     return torch.where((weight <= 0).all(), 0, weight)
 
 
+def _without_numpy(value: Any) -> Any:
+    """A number as Python's: the compiler takes one of numpy's for an array, and would make the loss float64."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 class MGIoULoss(nn.Module):
     """`mgiou_loss` as a module, called as detectors built on mmdetection or mmrotate call their losses.
 
     Args:
         reduction: "mean", "sum" or "none".
-        loss_weight: Factor on the result, of size 1e30 at most.
+        loss_weight: Factor on the result: a number of size 1e30 at most, or a tensor of one element.
         **options: `axis_weight`, `axis_grad`, `convexity_weight`, `boundary_weight` and `backend` of `mgiou_loss`, with
             its defaults, which are not the paper's: see `paper`.
 
     Raises:
-        TypeError: An option that `mgiou_loss` does not have, or a `loss_weight` that is no number.
-        ValueError: An unknown `reduction`, a `loss_weight` above 1e30, or an option with a wrong value.
+        TypeError: An option that `mgiou_loss` does not have, or a `loss_weight` that is no real number.
+        ValueError: An unknown `reduction`, a `loss_weight` above 1e30 or of several elements, or an option with a
+            wrong value.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (*Options._fields, "backend")
     FUNCTION: ClassVar[Callable[..., Tensor]] = staticmethod(mgiou_loss)
 
-    def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, **options: Any) -> None:
+    def __init__(self, reduction: str = "mean", loss_weight: float | Tensor = 1.0, **options: Any) -> None:
         super().__init__()
         check_names("options", options, self.OPTIONS)
         check_choice("reduction", reduction, REDUCTIONS)
-        if not isinstance(loss_weight, Tensor):
+        if isinstance(loss_weight, Tensor):
+            check_one_number("loss_weight", loss_weight)
+        else:
             check_factor("loss_weight", loss_weight)
         self.reduction = reduction
-        self.loss_weight = loss_weight
+        self.loss_weight = _without_numpy(loss_weight)
         self.options = options
         check_choice("backend", options.get("backend", "auto"), BACKENDS)
         check_options(self._all_options())
+        self.options = {name: _without_numpy(each) for name, each in options.items()}
 
     def _all_options(self) -> Options:
         """The options of a call, defaults included."""
@@ -135,21 +147,23 @@ class BoxMGIoULoss(MGIoULoss):
 
     Args:
         reduction: "mean", "sum" or "none".
-        loss_weight: Factor on the result, of size 1e30 at most.
+        loss_weight: Factor on the result: a number of size 1e30 at most, or a tensor of one element.
         fmt: What the numbers of a box are, see `box_mgiou_loss`, whose docstring has a table of libraries.
         **options: `angle`, `clockwise`, `axis_weight`, `axis_grad`, `convexity_weight`, `boundary_weight` and `backend`
             of `box_mgiou_loss`, with its defaults, which are not the paper's: see `paper`.
 
     Raises:
-        TypeError: An option that `box_mgiou_loss` does not have, or a `loss_weight` that is no number.
-        ValueError: An unknown `reduction`, `fmt` or `angle`, a `loss_weight` above 1e30, an option with a wrong
-            value, or one that the format does not have.
+        TypeError: An option that `box_mgiou_loss` does not have, or a `loss_weight` that is no real number.
+        ValueError: An unknown `reduction`, `fmt` or `angle`, a `loss_weight` above 1e30 or of several elements, an
+            option with a wrong value, or one that the format does not have.
     """
 
     OPTIONS = ("fmt", "angle", "clockwise", *MGIoULoss.OPTIONS)
     FUNCTION = staticmethod(box_mgiou_loss)
 
-    def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, fmt: str = "cxcywhr", **options: Any) -> None:
+    def __init__(
+        self, reduction: str = "mean", loss_weight: float | Tensor = 1.0, fmt: str = "cxcywhr", **options: Any
+    ) -> None:
         check_box_format(fmt, options.get("angle", "radians"), options.get("clockwise", True))
         super().__init__(reduction, loss_weight, fmt=fmt, **options)
         check_box_options(fmt, self._all_options())
@@ -216,7 +230,7 @@ class PolygonLoss(nn.Module):
                 raise TypeError(f"sigmas must be numbers above 0, got {sigmas!r}") from None
             if not (sigmas.numel() and bool(((sigmas > 0) & sigmas.isfinite()).all())):
                 raise ValueError(f"sigmas must be finite numbers above 0, got {sigmas.tolist()}")
-            sigmas = sigmas.to("cpu" if device.type == "meta" else device)  # nothing would bring its values back
+            sigmas = _with_values(sigmas, device)
         if isinstance(alpha, Real) and not isinstance(alpha, bool):
             if not 0 <= alpha <= 1:
                 raise ValueError(f"alpha must be in 0..1, got {alpha}")
@@ -226,7 +240,7 @@ class PolygonLoss(nn.Module):
         check_bool("return_parts", return_parts)
         check_names("options", options, MGIoULoss.OPTIONS)  # `loss_weight` too, which would weigh one part only
         self.mode = mode
-        self.alpha = alpha
+        self.alpha = _without_numpy(alpha)
         self.register_buffer("sigmas", sigmas, persistent=False)
         self.reduction = reduction
         self.return_parts = return_parts
@@ -267,8 +281,16 @@ class PolygonLoss(nn.Module):
             ValueError: An argument has the wrong shape, device or value.
         """
         check_keypoints(pred_kpts, gt_kpts, kpt_mask, area)
-        dtype = compute_dtype(pred_kpts, gt_kpts)
-        pred, target, visible = pred_kpts[..., :2].to(dtype), gt_kpts[..., :2].to(dtype), kpt_mask != 0
+        pred, target, visible = pred_kpts[..., :2], gt_kpts[..., :2], kpt_mask != 0
+        checks = self.mode != "mgiou" and debugging.on and debug_checks("PolygonLoss", pred, target)
+        if checks:
+            pred = checks.input("pred_kpts", pred, mask=visible)
+            target = checks.input("gt_kpts", target, mask=visible)
+            checks.input("area", area, mask=visible.any(1))
+            checks.factors(weight=weight, avg_factor=avg_factor)
+        dtype = compute_dtype(pred, target)
+        sides = {"pred_kpts": pred, "gt_kpts": target}
+        pred, target = pred.to(dtype), target.to(dtype)
         if weight is not None:
             check_weight(weight, pred)
             if self.reduction != "none":
@@ -284,12 +306,23 @@ class PolygonLoss(nn.Module):
             parts["mgiou"] = self.mgiou(pred, target, weight, avg_factor, pred_mask=visible, target_mask=visible)
         if self.mode == "hybrid":
             alpha: Any = self.alpha() if isinstance(self.alpha, nn.Module) else self.alpha
-            # a float64 scalar would make the loss float64
-            alpha = alpha.to(dtype) if isinstance(alpha, Tensor) else factor_for(parts["l2"], alpha)
+            if isinstance(alpha, Tensor):
+                check_one_number("alpha", alpha)
+            alpha = factor_for(parts["l2"], alpha)
             total = alpha * parts["l2"] + (1 - alpha) * parts["mgiou"]
         else:
             total = parts[self.mode]
+        if checks:
+            checks.output("loss", total, **sides)
         return (total, {name: part.detach() for name, part in parts.items()}) if self.return_parts else total
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PolygonLoss:
+        """Move `sigmas` with the module, with their values: they are not rounded to its type, and no state has them."""
+        given = self.sigmas
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if given is not None and self.sigmas is not None:
+            self.sigmas = _with_values(given, self.sigmas.device)
+        return self
 
     def _reach(self, pred: Tensor) -> Tensor | float:
         """The distance at which a vertex has lost 1 - 1/e, in units of the square root of the area: (N,), or one."""
@@ -310,6 +343,11 @@ class PolygonLoss(nn.Module):
         if self.reduction != "mean":
             shown["reduction"] = self.reduction
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+def _with_values(sigmas: Tensor, device: torch.device) -> Tensor:
+    """On the device, if that is not meta, from which nothing would bring the values back."""
+    return sigmas.to("cpu" if device.type == "meta" else device)
 
 
 def _l2(pred: Tensor, target: Tensor, visible: Tensor, area: Tensor, reach: Tensor | float) -> Tensor:

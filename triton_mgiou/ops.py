@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_map
 
 from triton_mgiou.launch import BoxCall, PolygonCall
 from triton_mgiou.options import Options, Reduction
-from triton_mgiou.reference.polygons import compute_dtype
+from triton_mgiou.reference.polygons import compute_dtype, refuse_forward_mode
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # anything else, such as a fake tensor, needs PyTorch's dispatcher
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
+_modes = torch._C._len_torch_dispatch_stack
 _is_in_transform = torch._C._are_functorch_transforms_active
 _without_ended_transform = torch._C._functorch.unwrap_if_dead  # of a tensor that a transform of torch.func left behind
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -92,8 +93,11 @@ def _constant_or_tensor(weight: float) -> tuple[float, Tensor | None]:
 
 
 def needs_dispatcher(pred: Tensor, target: Tensor) -> bool:
-    """Whether the call needs PyTorch's dispatcher: it is traced, or a side is negated only when it is read."""
-    if torch.compiler.is_compiling() or type(pred) not in _PLAIN or type(target) not in _PLAIN:
+    """Whether the call needs PyTorch's dispatcher: it is traced, or a side is negated only when it is read.
+
+    A mode, such as that of `make_fx`, sees the operators, but not a launch.
+    """
+    if torch.compiler.is_compiling() or type(pred) not in _PLAIN or type(target) not in _PLAIN or _modes():
         return True
     return pred.is_neg() or target.is_neg()
 
@@ -178,6 +182,7 @@ def define(
     """
 
     def launch_unless_empty(*inputs: Any) -> Any:
+        refuse_forward_mode(name)
         first, second, *_ = inputs
         return launch(*inputs) if first.numel() and second.numel() else tree_map(Tensor.zero_, fake(*inputs))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -14,8 +15,15 @@ LEAST_DIVISOR = 1e-30  # over a smaller one a gradient could overflow, and times
 
 
 def as_divisor(avg_factor: float | Tensor) -> float | Tensor:
-    """`avg_factor`; as a tensor if it is a number that the compiler does not know, such as that of an `.item()`."""
-    if torch.compiler.is_compiling() and isinstance(avg_factor, (int, float)):
+    """`avg_factor`; as a tensor if it is a number that the compiler does not know, such as that of an `.item()`.
+
+    One of numpy's is an array to the compiler, by which a float32 loss would become float64.
+    """
+    if not torch.compiler.is_compiling():
+        return avg_factor
+    if isinstance(avg_factor, np.ndarray):
+        return torch.as_tensor(avg_factor)
+    if isinstance(avg_factor, (int, float)):
         from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true  # noqa: PLC0415 - slow
 
         for known in (avg_factor >= LEAST_DIVISOR, avg_factor < 2**62):
@@ -72,8 +80,13 @@ def _divide(total: Tensor, avg_factor: float | Tensor) -> Tensor:
 
 
 def factor_for(loss: Tensor, number: float | Tensor) -> float | Tensor:
-    """A number to multiply or divide a scalar by: in forward mode PyTorch would make the tangent float64."""
-    if isinstance(number, Tensor) or forward_ad._current_level < 0:
+    """A number, or a tensor of one, to multiply or divide a loss by, which keeps its shape and type.
+
+    In forward mode PyTorch would make the tangent of a scalar float64.
+    """
+    if isinstance(number, Tensor):
+        return number.reshape(()).to(loss.dtype)
+    if forward_ad._current_level < 0:
         return number
     return torch.full((), number, dtype=loss.dtype, device="cpu")
 

@@ -13,7 +13,7 @@ SHOWN = {  # of the losses of a task, the package's own defaults in bold
     "space": ("ProbIoU", "KLD", "GWD", "KFIoU", "L1", "paper", "uniform, root of volume 0.25"),
 }
 DEFAULTS = {"plane": "uniform, boundary 0.25", "upright": "uniform, boundary 0.25", "space": "paper"}
-STEP_TITLES = ("loop us", "/ L1", "graph us", "/ L1", "ProbIoU /", "compiled /", "memory B")
+STEP_TITLES = ("loop us", "/ smooth", "graph us", "/ smooth", "ProbIoU /", "compiled /", "memory B")
 
 
 def table(results: dict[str, Any]) -> str:

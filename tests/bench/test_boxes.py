@@ -283,6 +283,7 @@ def test_the_documents_take_the_results(tmp_path, monkeypatch):
     assert "1.75 s" in text
     assert "no compiler" in text
     assert "left out: ProbIoU, compiled" in report.table(found)
+    assert report.table(found).split("\n")[0].split().count("smooth") == 2  # what both ratios are to
 
 
 def test_the_document_has_the_means_of_a_descent():

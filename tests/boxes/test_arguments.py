@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 import pickle
 import warnings
@@ -238,3 +239,20 @@ def test_free_corners_are_polygons_in_debug_mode_too():
 @pytest.mark.parametrize("fmt", SPACE)
 def test_boxes_in_space_take_a_term_of_zero(fmt):
     assert_same(loss_of(fmt, boundary_weight=0.0, convexity_weight=0), loss_of(fmt))
+
+
+class Name(str, enum.Enum):
+    XYXY = "xyxy"
+    LENGTH = "length"
+    SUM = "sum"
+    MIN = "min"
+
+
+def test_names_of_an_enumeration_are_names():
+    """As configurations have them; `str` of such a name is another text."""
+    pred, target = (random_boxes("xyxy", 3, generator(92)) for _ in range(2))
+    got = box_mgiou_loss(pred, target, fmt=Name.XYXY, axis_weight=Name.LENGTH, reduction=Name.SUM)
+    assert_same(got, box_mgiou_loss(pred, target, fmt="xyxy", axis_weight="length", reduction="sum"))
+    got = BoxMGIoULoss(Name.SUM, fmt=Name.XYXY)(pred, target)
+    assert_same(got, BoxMGIoULoss("sum", fmt="xyxy")(pred, target))
+    assert_same(box_mgiou(pred, target, fmt=Name.XYXY, over=Name.MIN), box_mgiou(pred, target, fmt="xyxy", over="min"))

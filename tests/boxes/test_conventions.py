@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import importlib
 import importlib.util
 import math
@@ -199,6 +200,34 @@ def test_bounding_boxes_with_other_numbers_than_their_format_has(tv_tensors, own
         box_mgiou_loss(right, wrong)
     with pytest.raises(ValueError, match=rf"boxes1 must have . numbers.*{own}.*got \(3, {size}\)"):
         box_mgiou(wrong, right)
+
+
+class Format(enum.Enum):
+    CXCYWHR = "CXCYWHR"
+
+
+class BoundingBoxes(torch.Tensor):
+    """What our code sees of torchvision's: a format, and operations that forget the class."""
+
+    format = Format.CXCYWHR
+
+    @classmethod
+    def __torch_function__(cls, function, _types, arguments=(), keywords=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*arguments, **keywords or {})
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("function", [box_mgiou_loss, box_mgiou], ids=lambda each: each.__name__)
+def test_bounding_boxes_in_compiled_code(function):
+    """Torchvision's own are subclasses such as this one."""
+    pred, target = (side.float() for side in pixels(generator(89)))
+    want = function(pred, target, angle="degrees", clockwise=False)
+    got = torch.compile(function, fullgraph=True, backend="inductor")(
+        pred.requires_grad_(), target.as_subclass(BoundingBoxes), angle="degrees", clockwise=False
+    )
+    assert type(got) is torch.Tensor
+    assert_close(got.detach(), want, atol=1e-6)
 
 
 def test_bounding_boxes_that_a_format_has_no_place_for(tv_tensors):

@@ -29,7 +29,7 @@ from tests.helpers import (
     numpy64,
     uniform,
 )
-from triton_mgiou import PAPER, box_mgiou_loss
+from triton_mgiou import PAPER, box_mgiou, box_mgiou_loss
 from triton_mgiou.box_formats import FORMATS as ALL_FORMATS
 
 
@@ -107,6 +107,25 @@ def test_gradcheck(fmt, axis_weight):
     assert torch.autograd.gradcheck(lambda p, t: loss(p, t, 0.0), (pred, target), check_forward_ad=True)
     assert torch.autograd.gradcheck(lambda p: loss(p, target.detach(), 0.25), (pred,), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(lambda p: loss(p, target.detach(), 0.25), (pred,))
+
+
+@pytest.mark.parametrize("fmt", ANGLED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("quarters", [3, -3, 5, 101])
+def test_the_second_derivative_at_many_quarter_turns(fmt, dtype, quarters):
+    """Where the cosine of the angle is nearly 0: against the same boxes by angles of less than half a turn."""
+    rng = generator(38)
+    pred, target = random_boxes(fmt, 3, rng).to(dtype), random_boxes(fmt, 3, rng).to(dtype)
+    pred[:, -1] = quarters * math.pi / 2
+    near = [side.double() for side in (pred, target)]
+    near[0][:, -1] = torch.remainder(near[0][:, -1] + math.pi / 2, math.pi) - math.pi / 2
+
+    def second_derivative(pred, target, function):
+        return torch.autograd.functional.hessian(lambda p: function(p, target, fmt=fmt, backend="eager").sum(), pred)
+
+    for function in (box_mgiou_loss, box_mgiou):
+        got, want = second_derivative(pred, target, function), second_derivative(*near, function)
+        assert_close(got, want, atol=1e-3 if dtype == torch.float32 else 1e-9)
 
 
 @formats

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 
+import numpy as np
 import pytest
 import torch
 
 from tests.boxes.helpers import FORMATS, SPACE, formats, options_of, random_boxes
 from tests.helpers import assert_close, assert_gradient_close, assert_same, generator
-from triton_mgiou import box_mgiou_loss
+from triton_mgiou import BoxMGIoULoss, box_mgiou_loss
 
 
 @pytest.fixture
@@ -111,6 +112,20 @@ def test_compiled_with_a_divisor_that_is_read_in_the_graph(boxes):
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         for score in (0.0, 0.5, 2.0):
             assert_close(compiled(torch.full((3,), score)), total / max(3 * score, 1), atol=1e-6)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64])
+def test_compiled_with_numbers_of_numpy(boxes, kind, fullgraph):
+    """To the compiler they are arrays of float64."""
+    rng = generator(14)
+    pred, target = (random_boxes("cxcywhr", 6, rng).float().to(boxes.device) for _ in range(2))
+    loss = BoxMGIoULoss(loss_weight=kind(3), boundary_weight=kind(1), backend=boxes.name)
+    got = torch.compile(loss, fullgraph=fullgraph, backend="aot_eager")(pred, target, avg_factor=kind(2))
+    want = box_mgiou_loss(pred, target, boundary_weight=1.0, reduction="sum", backend=boxes.name) * 1.5
+    assert got.dtype == torch.float32
+    assert_close(got, want, atol=2e-6)
 
 
 @formats

@@ -6,7 +6,15 @@ from torch.autograd import forward_ad
 from torch.func import hessian, jacfwd, jacrev, jvp, vmap
 
 from tests import helpers
-from triton_mgiou import BoxMGIoULoss, MGIoULoss, PolygonLoss, box_mgiou_loss, mgiou_loss
+from triton_mgiou import (
+    BoxMGIoULoss,
+    MGIoULoss,
+    PolygonLoss,
+    box_mgiou,
+    box_mgiou_loss,
+    mgiou_loss,
+    polygon_mgiou,
+)
 
 OPTIONS = [
     {},
@@ -40,6 +48,48 @@ def test_tangent_is_the_slope(sample, options):
     helpers.assert_close(dual, slope, atol=1e-7)
     many = vmap(lambda each: jvp(loss, (pred,), (each,))[1])(torch.stack((tangent, -2 * tangent)))
     helpers.assert_close(many, torch.stack((slope, -2 * slope)), atol=1e-6)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("options", OPTIONS[1:3], ids=str)
+def test_compiled_derivatives_are_the_slope(sample, options):
+    """Of both modes, taken inside and, of forward mode, outside of compiled code."""
+    pred, target, tangent = sample
+    loss, step = loss_of(target, options), 1e-6
+    slope = (loss(pred + step * tangent) - loss(pred - step * tangent)) / (2 * step)
+
+    def compiled(function):
+        return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    derivative = compiled(lambda pred, tangent: jvp(loss, (pred,), (tangent,))[1])(pred, tangent)
+    helpers.assert_close(derivative, slope, atol=1e-7)
+    gradient = compiled(torch.func.grad(lambda pred: loss(pred).sum()))(pred)
+    helpers.assert_close((gradient * tangent).sum((1, 2)), slope, atol=1e-7)
+    without_a_tangent = compiled(loss)
+    without_a_tangent(pred)
+    with forward_ad.dual_level():
+        dual = without_a_tangent(forward_ad.make_dual(pred, tangent))
+        helpers.assert_close(forward_ad.unpack_dual(dual).tangent, slope, atol=1e-7)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("function", [mgiou_loss, box_mgiou_loss, polygon_mgiou, box_mgiou], ids=lambda f: f.__name__)
+def test_compiled_transforms_of_gradients(function):
+    """The gradient of each sample by `vmap`, and the second derivative: as without a compiler."""
+    rng = helpers.generator(7)
+    sides = [helpers.convex(3, 4, rng) for _ in range(2)]
+    if function in (box_mgiou_loss, box_mgiou):
+        sides = [helpers.random_boxes(3, rng) for _ in range(2)]
+
+    def total(pred, target):
+        return function(pred, target).sin().sum()
+
+    def of_each(pred, target):
+        return vmap(torch.func.grad(lambda p, t: total(p[None], t[None])))(pred, target)
+
+    for transformed in (of_each, hessian(total)):
+        compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+        helpers.assert_close(compiled(*sides), transformed(*sides), atol=1e-12)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -91,3 +141,28 @@ def test_a_factor_leaves_the_tangents_type_alone(sample, name, dtype):
     slope = (jacobian.double() * tangent).sum((-3, -2, -1))
     helpers.assert_close(derivative.double(), slope, atol=4e-3 if dtype == torch.float16 else 1e-5)
     helpers.assert_close(jacfwd(loss)(pred).to(dtype), jacobian, atol=1e-2 if dtype == torch.float16 else 1e-5)
+
+
+def test_without_the_path_a_second_derivative_takes_the_axes_for_constants(sample):
+    """As the docstring says: against the gradient on axes that stay where they are."""
+    pred, target = ((16 * each).round() for each in sample[:2])  # integers, whose ties are exact
+    options = {"axis_weight": "uniform", "boundary_weight": 0.0}
+
+    def on_axes_of(axes):
+        """MGIoU on the normals of these edges and of the target's, by intervals."""
+
+        def loss(pred):
+            edges = torch.cat([each.roll(-1, 1) - each for each in (axes, target)], dim=1)
+            normals = torch.stack((edges[..., 1], -edges[..., 0]), dim=-1)
+            p, g = (normals @ each.mT for each in (pred, target))
+            (p_low, p_high), (g_low, g_high) = ((each.amin(-1), each.amax(-1)) for each in (p, g))
+            hull = torch.maximum(p_high, g_high) - torch.minimum(p_low, g_low)
+            return (((p_high - g_high).abs() + (p_low - g_low).abs()) / hull / 2).mean(1).sum()
+
+        return loss
+
+    def total(pred):
+        return mgiou_loss(pred, target, backend="eager", reduction="sum", axis_grad=False, **options)
+
+    want = torch.autograd.functional.hessian(on_axes_of(pred.clone()), pred)
+    helpers.assert_close(torch.autograd.functional.hessian(total, pred), want, atol=1e-9)

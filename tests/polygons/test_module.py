@@ -159,11 +159,26 @@ def test_a_tensor_that_is_finite_in_float64_only_divides(backend, pair, name):
         (math.nan, ValueError, "nan"),
         (-1e39, ValueError, r"-1e\+39"),
         (2**99, ValueError, "101"),
+        (torch.ones(2), ValueError, r"shape \(2,\)"),
+        (torch.tensor(1j), TypeError, "complex64"),
     ],
 )
 def test_a_wrong_loss_weight(make, loss_weight, error, came):
-    with pytest.raises(error, match=f"^loss_weight must be .*, got .*{came}"):
+    with pytest.raises(error, match=f"^loss_weight must .*, got .*{came}"):
         make(loss_weight=loss_weight)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("factor", [torch.tensor(2.0, dtype=torch.float64), torch.tensor([2.0]), torch.tensor([[2]])])
+def test_a_loss_weight_in_a_tensor_keeps_the_losss_shape_and_type(backend, pair, reduction, factor):
+    want = 2 * MGIoULoss(reduction, backend=backend.name)(*pair)
+    assert_same(MGIoULoss(reduction, factor, backend=backend.name)(*pair), want)
+
+
+def test_a_loss_weight_that_is_learnt_has_a_gradient(pair):
+    loss = MGIoULoss(loss_weight=torch.nn.Parameter(torch.ones(1)))
+    loss(*pair).backward()
+    assert_close(loss.loss_weight.grad, MGIoULoss()(*pair).reshape(1), atol=1e-7)
 
 
 def test_an_image_without_objects_leaves_the_weights_gradient_finite(backend, pair):

@@ -7,6 +7,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -20,10 +21,11 @@ from tests.helpers import (
     rectangle_corners,
     star,
 )
-from triton_mgiou import PAPER, box_mgiou, box_mgiou_loss, mgiou_loss
+from triton_mgiou import PAPER, box_mgiou, box_mgiou_loss, mgiou_loss, polygon_mgiou
 from triton_mgiou.options import Options
 
 DEFAULTS = Options()._asdict()
+LOSSES_AND_MATRICES = [mgiou_loss, box_mgiou_loss, box_mgiou, polygon_mgiou]
 
 
 @pytest.fixture
@@ -134,15 +136,35 @@ def test_compiled_code_is_the_launch_and_one_operation(kernels, function):
     assert graphs == [[operator], ["aten::mul.Tensor"]]
 
 
+@pytest.mark.parametrize("function", LOSSES_AND_MATRICES, ids=lambda each: each.__name__)
+def test_a_mode_that_records_operators_sees_the_kernel(kernels, function):
+    """`make_fx` traces with plain tensors; a launch that it does not see would leave a number of no meaning."""
+    rng = generator(10)
+    recorded, other = ([side.to(kernels.device) for side in random_boxes(12, rng).float().split(6)] for _ in range(2))
+    if function in (mgiou_loss, polygon_mgiou):
+        recorded, other = ([rectangle_corners(side) for side in sides] for sides in (recorded, other))
+
+    def value_and_gradient(pred, target):
+        pred = pred.detach().requires_grad_(function is not polygon_mgiou)
+        value = function(pred, target, backend="triton")
+        return value, torch.autograd.grad(value.sum(), pred)[0] if pred.requires_grad else pred
+
+    value_and_gradient(*recorded)  # so that no launch is the first
+    graph = make_fx(value_and_gradient)(*recorded)
+    for got, want in zip(graph(*other), value_and_gradient(*other), strict=True):
+        assert_same(got, want)
+
+
 class Function(torch.nn.Module):
     """A function as a module, which is what can be exported."""
 
-    def __init__(self, function):
+    def __init__(self, function, backend="triton"):
         super().__init__()
         self.function = function
+        self.backend = backend
 
     def forward(self, *arguments):
-        return self.function(*arguments, backend="triton")
+        return self.function(*arguments, backend=self.backend)
 
 
 @pytest.mark.parametrize("with_gradient", [True, False])
@@ -174,6 +196,23 @@ def test_a_tangent_is_refused_and_not_dropped(kernels, name):
         given[name] = forward_ad.make_dual(given[name], torch.ones_like(given[name]))
         with pytest.raises(RuntimeError, match=FORWARD):
             mgiou_loss(**given, backend="triton")
+
+
+@pytest.mark.parametrize("function", LOSSES_AND_MATRICES, ids=lambda each: each.__name__)
+def test_a_tangent_is_refused_by_an_exported_program(backend, function):
+    """Which goes to the operators directly; that of boxes in PyTorch has none, and has the tangent."""
+    sides = [side.to(backend.device) for side in random_boxes(12, generator(11)).float().split(6)]
+    if function in (mgiou_loss, polygon_mgiou):
+        sides = [rectangle_corners(side) for side in sides]
+    program = torch.export.export(Function(function, backend.name), tuple(sides)).module()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(sides[0], torch.ones_like(sides[0])), sides[1]
+        if backend.name == "triton" or function in (mgiou_loss, polygon_mgiou):
+            with pytest.raises(RuntimeError, match=r"^triton_mgiou::.* forward-mode .* expected the function itself"):
+                program(*dual)
+        else:
+            got, want = (forward_ad.unpack_dual(each).tangent for each in (program(*dual), function(*dual)))
+            assert_close(got, want, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 import pickle
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -130,11 +131,29 @@ def test_sigmas(given, each):
     assert_close(total, sum(l2_by_hand(*batch, each)) / 6, atol=1e-6)
 
 
-def test_sigmas_follow_the_module_and_are_no_part_of_its_state():
-    loss = make("l2", sigmas=SIGMAS)
-    assert loss.state_dict() == {}
-    assert loss.to("meta").sigmas.device.type == "meta"
+def test_sigmas_are_no_part_of_the_modules_state():
+    assert make("l2", sigmas=SIGMAS).state_dict() == {}
     assert "sigmas=[0.1" in repr(make("l2", sigmas=0.1))
+
+
+@pytest.mark.gpu
+def test_sigmas_follow_the_module():
+    assert make("l2", sigmas=SIGMAS).cuda().sigmas.is_cuda
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda loss: loss.half(),
+        lambda loss: loss.bfloat16(),
+        lambda loss: loss.to("meta").to_empty(device="cpu"),
+        lambda loss: loss.to_empty(device="cpu"),
+    ],
+)
+def test_sigmas_keep_their_values_where_the_module_is_moved(move):
+    loss, batch = move(make("l2", sigmas=SIGMAS)), sample()
+    assert_close(loss(*batch)[0], sum(l2_by_hand(*batch, SIGMAS)) / 6, atol=1e-6)
+    assert "sigmas=[0.1" in repr(loss.to("meta"))
 
 
 def test_sigmas_keep_their_values_where_new_tensors_have_none():
@@ -443,6 +462,31 @@ def test_any_module_may_give_alpha():
     (gradient,) = torch.autograd.grad(total, loss.parameters())
     sigmoid = 1 / (1 + math.exp(-0.3))
     assert_close(gradient, sigmoid * (1 - sigmoid) * (parts["l2"] - parts["mgiou"]), atol=1e-6)
+
+
+class Constant(torch.nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self):
+        return self.value
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiled_with_an_alpha_of_numpy(fullgraph):
+    loss = PolygonLoss("hybrid", alpha=np.float64(0.5), return_parts=False)
+    got = torch.compile(loss, fullgraph=fullgraph, backend="aot_eager")(*sample())
+    assert_close(got, PolygonLoss("hybrid", alpha=0.5)(*sample())[0], atol=1e-6)
+    assert got.dtype == torch.float32
+
+
+def test_alpha_of_a_module_is_one_number():
+    total, parts = PolygonLoss("hybrid", alpha=Constant(torch.tensor([0.5], dtype=torch.float64)))(*sample())
+    assert_same(total, 0.5 * parts["l2"] + 0.5 * parts["mgiou"])
+    with pytest.raises(ValueError, match=r"^alpha must have one element, got shape \(2,\)"):
+        PolygonLoss("hybrid", alpha=Constant(torch.ones(2)))(*sample())
 
 
 def test_state_dict():

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import INF, NAN, convex, generator
-from triton_mgiou import MGIoULoss, debugging, mgiou_loss
+from triton_mgiou import MGIoULoss, PolygonLoss, box_mgiou, box_mgiou_loss, debugging, mgiou_loss, polygon_mgiou
 from triton_mgiou.training import NonFinite, NonFiniteError, check_finite, debug, debug_enabled, find_nonfinite
 
 
@@ -297,6 +299,61 @@ def test_transforms_pass():
     with debug():
         each = torch.func.vmap(lambda p, t: mgiou_loss(p[None], t[None]))(pred, target)
     torch.testing.assert_close(each, mgiou_loss(pred, target, reduction="none"))
+
+
+FUNCTIONS = {
+    "mgiou_loss": (mgiou_loss, (4, 2), (5, 2)),
+    "box_mgiou_loss": (box_mgiou_loss, (5,), (5,)),
+    "box_mgiou": (box_mgiou, (5,), (5,)),
+    "polygon_mgiou": (polygon_mgiou, (4, 2), (5, 2)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_has_no_values_passes(name):
+    """Meta and fake tensors, tracing and export, and a batch of gradients."""
+    function, *shapes = FUNCTIONS[name]
+    first, second = (torch.rand(3, *shape, generator=generator(3)) for shape in shapes)
+
+    class Module(nn.Module):
+        def forward(self, first, second):
+            return function(first, second)
+
+    want = function(first, second)
+    with debug():
+        assert function(first.to("meta"), second.to("meta")).shape == want.shape
+        with FakeTensorMode():
+            assert function(torch.rand(3, *shapes[0]), torch.rand(3, *shapes[1])).shape == want.shape
+        torch.testing.assert_close(make_fx(lambda each: function(each, second))(first)(first), want)
+        for strict in (False, True):
+            program = torch.export.export(Module(), (first, second), strict=strict)
+            torch.testing.assert_close(program.module()(first, second), want)
+        rows = torch.autograd.functional.jacobian(lambda each: function(each, second), first, vectorize=True)
+    alone = torch.autograd.functional.jacobian(lambda each: function(each, second), first)
+    torch.testing.assert_close(rows, alone)
+
+
+@pytest.mark.parametrize("mode", ["l2", "hybrid"])
+def test_the_l2_term_is_checked_too(mode):
+    loss = PolygonLoss(mode, alpha=0.5)
+    good = {
+        "pred_kpts": torch.rand(3, 4, 2, requires_grad=True),
+        "gt_kpts": torch.rand(3, 4, 2),
+        "kpt_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]),
+        "area": torch.rand(3, 1),
+    }
+    for name in ("pred_kpts", "gt_kpts", "area"):
+        bad = good[name].detach().clone()
+        bad[2] = NAN
+        with debug():
+            loss(**good | {name: bad})  # no vertex of the third is visible
+        bad[1] = INF
+        with debug(), pytest.raises(NonFiniteError, match=f"PolygonLoss, input: {name}: 0 NaN and . Inf"):
+            loss(**good | {name: bad})
+    with debug():
+        total, _ = loss(**good)
+        with pytest.raises(NonFiniteError, match=r"PolygonLoss, backward, .*: gradient of the loss: 1 NaN"):
+            (total * NAN).backward()
 
 
 def test_the_module_is_checked_too():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import sys
@@ -50,8 +51,13 @@ def interpreted(*arguments):
         ({"vertices": (4.0,)}, TypeError, "vertices must hold integers of 1 or above, got float"),
         ({"batch_sizes": (-1,)}, ValueError, "batch_sizes must hold integers of 1 or above, got -1"),
         ({"batch_sizes": ((1, 2),)}, TypeError, "batch_sizes must hold integers of 1 or above, got tuple"),
-        ({"dtypes": ("float32",)}, TypeError, "dtypes must hold floating dtypes, got str"),
-        ({"dtypes": (torch.int32,)}, ValueError, "dtypes must hold floating dtypes, got torch.int32"),
+        ({"dtypes": ("float32",)}, TypeError, "dtypes must hold float16, bfloat16, float32 or float64, got str"),
+        (
+            {"dtypes": (torch.int32,)},
+            ValueError,
+            "dtypes must hold float16, bfloat16, float32 or float64, got torch.int32",
+        ),
+        ({"dtypes": (torch.float8_e5m2,)}, ValueError, "dtypes must hold float16, .* got torch.float8_e5m2"),
         ({"options": {"colour": 1}}, ValueError, r"options must hold options of mgiou_loss \(.*\), got 'colour'"),
         ({"options": {"weight": torch.ones(1)}}, TypeError, r"options\['weight'\] must be a dtype or a bool, got Ten"),
         ({"options": {"backend": "eager"}}, ValueError, "got 'backend'"),
@@ -150,8 +156,12 @@ def test_arguments_reach_the_warm_up(warmup_calls):
         (["--vertices", "0"], "argument --vertices: expected an integer of 1 or above, got '0'"),
         (["--vertices", "4:"], "argument --vertices: expected an integer of 1 or above, got ''"),
         (["--batch", "x"], "argument --batch: expected an integer of 1 or above, got 'x'"),
-        (["--dtype", "int32"], "argument --dtype: expected a floating dtype such as float32, got 'int32'"),
-        (["--dtype", "load"], "argument --dtype: expected a floating dtype such as float32, got 'load'"),
+        (["--dtype", "int32"], "argument --dtype: expected float16, bfloat16, float32 or float64, got 'int32'"),
+        (
+            ["--dtype", "float8_e5m2"],
+            "argument --dtype: expected float16, bfloat16, float32 or float64, got 'float8_e5m2'",
+        ),
+        (["--dtype", "load"], "argument --dtype: expected float16, bfloat16, float32 or float64, got 'load'"),
         (["--options", "{"], "argument --options: expected a JSON object, got '{'"),
         (["--options", "[]"], "argument --options: expected a JSON object, got '[]'"),
     ],
@@ -205,6 +215,18 @@ def test_info_without_triton(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "triton: not installed\n" in out
     assert 'cpu: backend "auto" takes eager: Triton is not installed\n' in out
+
+
+def test_info_with_a_triton_of_another_distribution(monkeypatch, capsys):
+    """On Windows it is triton-windows, with PyTorch for ROCm pytorch-triton-rocm."""
+    triton = pytest.importorskip("triton")
+
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert main(["info"]) == 0
+    assert f"triton: {triton.__version__}\n" in capsys.readouterr().out
 
 
 def test_info_of_an_empty_cache(folder, capsys):

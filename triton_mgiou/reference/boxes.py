@@ -106,11 +106,14 @@ def _half_sizes(boxes: Tensor, fmt: str) -> Tensor:
 def _reduced(angles: Tensor, unit: str) -> Tensor:
     """The same box by a smaller angle. In degrees this is exact, so that turns by 180 stay exactly that.
 
-    No `atan2`: on a CPU its bits depend on the place in the tensor.
+    No `atan2`: on a CPU its bits depend on the place in the tensor. The derivative is 1, and that of the quotient would
+    lose its second one to rounding where the cosine is near 0.
     """
     if unit == "degrees":
         return torch.fmod(angles, 180.0)
-    return torch.where(angles.abs() <= math.pi, angles, torch.atan(angles.sin() / angles.cos()))
+    given = angles.detach()
+    reduced = torch.atan(given.sin() / given.cos())
+    return torch.where(given.abs() <= math.pi, angles, reduced + (angles - given))
 
 
 def _cos_sin(angles: Tensor, unit: str) -> tuple[Tensor, Tensor]:

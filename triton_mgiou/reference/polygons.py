@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from triton_mgiou.options import MIN_AXIS_LENGTH, RESOLUTION, SOFT_AXIS_LENGTH, TIE, TINY, WIDEST_TIE
 
@@ -162,7 +163,14 @@ class _ScaleBothModes(_Scale):
         return tangent * scale
 
 
+def is_transform_compiled() -> bool:
+    """Whether a transform of `torch.func` is in compiled code, which has no `vmap` of an `autograd.Function`."""
+    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def _scale(values: Tensor, scale: Tensor) -> Tensor:
+    if is_transform_compiled():
+        return values * scale  # its gradient may overflow
     function: type[_Scale] = _Scale if torch.compiler.is_compiling() else _ScaleBothModes
     return cast("Tensor", function.apply(values, scale))  # type: ignore[no-untyped-call]
 
@@ -187,9 +195,11 @@ def _project(vertices: Tensor, axes: Tensor) -> Tensor:
     """Project all vertices on all axes: (B, K, N). Never a matrix product: autocast would halve its inputs.
 
     A compiler must not compute these again in the backward pass: fused another way, they would no longer be equal
-    to the extremes that were found among them, and a gradient would be lost or NaN. So it gets an opaque operator.
+    to the extremes that were found among them, and a gradient would be lost or NaN. So it gets an opaque operator. That
+    one knows the reverse mode of autograd only: transforms of `torch.func` refuse it, and a tangent would be dropped.
     """
-    if torch.compiler.is_compiling():
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if torch.compiler.is_compiling() and not transformed:
         return cast("Tensor", _projections_operator(axes, vertices))
     return _projections(axes, vertices)
 
@@ -199,9 +209,19 @@ def _projections(axes: Tensor, vertices: Tensor) -> Tensor:
     return axes[..., :1] * x + axes[..., 1:] * y
 
 
-_projections_operator = torch.library.custom_op(
-    "triton_mgiou::project", mutates_args=(), schema="(Tensor axes, Tensor vertices) -> Tensor"
-)(_projections)
+def refuse_forward_mode(operator: str) -> None:
+    """Raise in forward mode, for an operator whose tangent PyTorch would drop: an exported program may be called so."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            f"triton_mgiou::{operator} knows only the reverse mode, and forward-mode differentiation is active; "
+            'expected the function itself, with backend "auto" or "eager", in the place of a traced program'
+        )
+
+
+@torch.library.custom_op("triton_mgiou::project", mutates_args=())
+def _projections_operator(axes: Tensor, vertices: Tensor) -> Tensor:
+    refuse_forward_mode("project")
+    return _projections(axes, vertices)
 
 
 @_projections_operator.register_fake

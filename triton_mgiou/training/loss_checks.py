@@ -9,12 +9,21 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from triton_mgiou.training.finite import check_finite
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether its values can be read: it is no meta or fake tensor, no batch of gradients, and no tracer runs."""
+    if get_proxy_mode() is not None or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return False
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor) or torch._C._functorch.is_legacy_batchedtensor(tensor))
 
 
 class Checks:
@@ -79,18 +88,21 @@ class Checks:
 
         def check_upstream(gradient: Tensor) -> None:
             nonlocal upstream
+            if not has_values(gradient):
+                return
             check_finite(gradient, f"gradient of the {name}", f"{function}, backward, from what uses the {name}")
             upstream = gradient.abs().max().item() if gradient.numel() else 0.0
 
-        def check_gradient(side: str) -> Callable[[Tensor], None]:
-            return lambda gradient: check_finite(
-                gradient, f"gradient of {side}", f"{function}, backward, upstream gradient up to {upstream:.6g}"
-            )
+        def check_gradient(side: str, gradient: Tensor) -> None:
+            if has_values(gradient):
+                check_finite(
+                    gradient, f"gradient of {side}", f"{function}, backward, upstream gradient up to {upstream:.6g}"
+                )
 
         output.register_hook(check_upstream)  # type: ignore[no-untyped-call]
         for side, shapes in sides.items():
             if shapes.requires_grad:
-                shapes.register_hook(check_gradient(side))  # type: ignore[no-untyped-call]
+                shapes.register_hook(partial(check_gradient, side))  # type: ignore[no-untyped-call]
 
 
 def _callers_level() -> int:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from triton_mgiou.arguments import check_choice
+from triton_mgiou.arguments import FLOATING, check_choice
 from triton_mgiou.backends import kernels_unavailable
 from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS, PAIR_FORMATS
 from triton_mgiou.functional import box_mgiou, box_mgiou_loss, mgiou_loss, polygon_mgiou
@@ -115,7 +114,7 @@ def warmup(
     positive = int, "integers of 1 or above", lambda number: number >= 1
     sizes = [_checked("vertices", _pair(each), *positive) for each in vertices]
     batches = [_checked("batch_sizes", (each,), *positive)[0] for each in batch_sizes]
-    floating = torch.dtype, "floating dtypes", operator.attrgetter("is_floating_point")
+    floating = torch.dtype, "float16, bfloat16, float32 or float64", lambda dtype: dtype in FLOATING
     types = [_checked("dtypes", _pair(each), *floating) for each in dtypes]
     given = {} if options is None else dict(options)
     _check_options("options", given, "mgiou_loss", _OPTIONS)

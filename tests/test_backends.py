@@ -1,0 +1,59 @@
+"""Where the kernels can run, by what PyTorch and Triton say of the machine; no device of these is needed."""
+
+import pytest
+import torch
+
+from triton_mgiou import backends, box_mgiou_loss, mgiou_loss
+from triton_mgiou.backends import kernels_unavailable
+
+launch = pytest.importorskip("triton_mgiou.launch")
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """One GPU that can, with a Triton that can."""
+    monkeypatch.setattr(backends, "_reasons", {})
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_gpu_that_can():
+    assert kernels_unavailable(GPU) is None
+    assert kernels_unavailable(torch.device("cpu")) == "the tensors are on cpu, and the kernels need an NVIDIA GPU"
+    assert kernels_unavailable(torch.device("cuda", 1)) == "PyTorch finds 1 NVIDIA GPUs, and the device is cuda:1"
+
+
+def test_rocm_is_refused(machine):
+    """Its GPUs are called cuda, and may tell a capability of 9.4."""
+    machine.setattr(torch.version, "hip", "6.4.43484")
+    machine.setattr(torch.cuda, "get_device_capability", lambda _: (9, 4))
+    assert kernels_unavailable(GPU) == "this PyTorch is built for ROCm, and the kernels need an NVIDIA GPU"
+
+
+@pytest.mark.parametrize("function", [mgiou_loss, box_mgiou_loss], ids=lambda each: each.__name__)
+def test_the_reason_is_in_the_error(machine, function):
+    machine.setattr(backends, "_reasons", {torch.device("cpu"): "this PyTorch is built for ROCm"})
+    sides = torch.rand(2, 3, 4, 2) if function is mgiou_loss else torch.rand(2, 3, 5)
+    with pytest.raises(RuntimeError, match=r'^backend="triton" cannot run: this PyTorch .* ROCm; expected a GPU .* or'):
+        function(*sides, backend="triton")
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (6, 1)])
+def test_an_old_gpu(machine, capability):
+    machine.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    number = ".".join(map(str, capability))
+    assert kernels_unavailable(GPU) == f"cuda:0 has compute capability {number}, and the kernels need 8.0"
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"), [("3.3.1", "and 3.3.1 is installed"), ("3.4.0", None), ("3.10.0", None)]
+)
+def test_versions_of_triton(machine, version, reason):
+    machine.setattr(pytest.importorskip("triton"), "__version__", version)
+    found = kernels_unavailable(GPU)
+    assert (found is None) if reason is None else found == f"the kernels need Triton 3.4, {reason}"
