@@ -55,6 +55,16 @@ def test_commands_exist(code):
         assert importlib.util.find_spec(module), module
 
 
+def test_every_program_of_results_is_listed():
+    """As CONTRIBUTING.md says."""
+    listed = set(re.findall(r"python -m (bench[\w.]*)", "".join(DOCUMENTS.values())))
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "bench").rglob("*.py")}
+    programs = [path for path, text in sources.items() if '"--out"' in text and '"__main__"' in text]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in programs}
+    assert "bench.speed" in names
+    assert {name.removesuffix(".__main__") for name in names} <= listed
+
+
 def test_numbers_are_those_of_the_results():
     stale = [str(path.relative_to(ROOT)) for path, text in documents.rendered().items() if path.read_text() != text]
     assert stale == [], "run: python -m bench.documents"

@@ -138,6 +138,37 @@ def test_far_from_the_origin_no_digit_is_lost():
         assert polygon_iou(pred, target) == pytest.approx(exact_iou(pred, target), abs=1e-13)
 
 
+# The same but for the last digit: GEOS finds only vertices in common.
+SAME = [
+    (
+        [(0.9719734905540728, 0.02350904797309575), (-0.6895810729119161, 0.07242084947593826),
+         (-0.28239241764215656, -0.095929897449034)],
+        [(0.9719734905540728, 0.023509047973095745), (-0.6895810729119161, 0.07242084947593826),
+         (-0.28239241764215656, -0.09592989744903399)],
+    ),
+    (
+        [(919.5252543306565, 393.0309232721281), (-800.1373911918436, 599.8167680356316),
+         (-119.38786313881289, -992.8476913077595)],
+        [(-119.387863138813, -992.8476913077596), (919.5252543306564, 393.0309232721281),
+         (-800.1373911918437, 599.8167680356316)],
+    ),
+    (
+        [(70.88597565371553, 0.7053494492534073), (-70.53494492534071, 0.7088597565371554),
+         (-70.88597565371553, -0.7053494492534071), (70.53494492534074, -0.7088597565371552)],
+        [(70.88597565371553, 0.7053494492533945), (-70.53494492534071, 0.7088597565371553),
+         (-70.88597565371553, -0.7053494492534229), (70.53494492534074, -0.7088597565371559)],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pred", "target"), SAME)
+def test_polygons_that_differ_by_rounding_alone(pred, target):
+    expected = exact_iou(pred, target)
+    assert expected > 1 - 1e-12
+    np.testing.assert_allclose(polygon_iou_matrix([pred, target], [target, pred]), expected, atol=1e-12)
+    assert polygon_iou(pred, target) == pytest.approx(expected, abs=1e-12)
+
+
 def test_matrix_of_polygons_of_several_sizes_and_without_an_area():
     nan = SQUARE.copy()
     nan[1, 1] = math.nan
@@ -160,7 +191,7 @@ def test_a_prediction_that_diverged_overlaps_nothing(far):
     assert polygon_iou_matrix(preds, [target, BOW_TIE]).max() < 1e-9
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30, 1e90])
+@pytest.mark.parametrize("scale", [1e-79, 1e-30, 1e30, 1e90])
 def test_no_unit_is_too_large_or_small(scale):
     half = SQUARE * [1, 0.5]
     expected = [[0.5, 1], [1 / 3, 0.5]]
@@ -168,6 +199,16 @@ def test_no_unit_is_too_large_or_small(scale):
         polygon_iou_matrix([SQUARE * scale, BOW_TIE * scale], [half * scale, SQUARE * scale]), expected, rtol=1e-12
     )
     assert polygon_iou(BOW_TIE * scale, SQUARE * scale) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1e-110, 1e-150, 1e-200, 5e-324])
+def test_what_underflows_has_no_area(scale):
+    """In both functions alike, of GEOS too, which is wrong or raises an error there."""
+    rng = np.random.default_rng(0)
+    preds = [SQUARE * scale, *(rng.random((40, 3, 2)) * scale)]
+    targets = [SQUARE * [0.8, 1e-4] * scale, *(rng.random((10, 3, 2)) * scale)]
+    assert not polygon_iou_matrix(preds, targets).any()
+    assert not any(polygon_iou(pred, target) for pred in preds for target in targets)
 
 
 @pytest.mark.parametrize("polygon", [np.zeros((2, 2)), np.zeros((4, 3)), np.zeros(4)])

@@ -18,6 +18,7 @@ from triton_mgiou.arguments import check_real_numbers
 
 COCO_THRESHOLDS = tuple(threshold / 100 for threshold in range(50, 100, 5))
 LARGEST = 1e100  # a coordinate above it counts as not finite, since products of coordinates would overflow
+SMALLEST = 1e-80  # a polygon whose bounding box is smaller counts as a point, since they would underflow
 MOST_NUMBERS = 2**20  # that are computed at once
 ROUNDING = 8 * 2.0**-52  # of products of coordinates
 MOST_TIMES_LARGER = 2.0**40  # of two polygons that float64 can cut with each other
@@ -30,8 +31,8 @@ def polygon_iou(pred: ArrayLike, target: ArrayLike) -> float:
 
     There is nothing to repair in a polygon that crosses itself: a bow-tie covers its two lobes, the inside of a loop
     that runs around twice is outside. Where neither polygon covers any area, or a coordinate is not finite or above
-    1e100, it is 0. So it is where the longer side of one polygon's bounding box is more than 2^40 times that of the
-    other's, as of a prediction that has diverged: float64 cannot cut such outlines with each other.
+    1e100, it is 0. So it is where the longer side of one polygon's bounding box is below 1e-80, or more than 2^40
+    times that of the other's, as of a prediction that has diverged: float64 cannot cut such outlines with each other.
 
     Args:
         pred: Vertices, shape (N, 2), N >= 3.
@@ -74,11 +75,14 @@ def polygon_iou_matrix(pred: Sequence[ArrayLike] | NDArray[Any], target: Sequenc
     row, column = np.nonzero(_may_overlap(preds, targets))
     (p, p_rounding), (g, g_rounding) = _geometries(preds, row), _geometries(targets, column)
     valid = shapely.is_valid(p)[row] & shapely.is_valid(g)[column]
-    for i, j in zip(row[~valid], column[~valid], strict=True):
+    shared = np.full(len(row), None)
+    shared[valid] = shapely.intersection(p[row[valid]], g[column[valid]])
+    # Of polygons that differ by rounding alone GEOS may find but points.
+    by_shapely = valid & (shapely.is_empty(shared) | (shapely.area(shared) > 0))
+    for i, j in zip(row[~by_shapely], column[~by_shapely], strict=True):
         ious[i, j] = _iou(preds[i], targets[j])
-    row, column = row[valid], column[valid]
+    row, column, inter = row[by_shapely], column[by_shapely], shapely.area(shared[by_shapely])
     p_area, g_area = shapely.area(p[row]), shapely.area(g[column])
-    inter = shapely.area(shapely.intersection(p[row], g[column]))
     inter = np.minimum(inter, np.minimum(p_area, g_area))  # rounding may make it larger
     union = p_area + g_area - inter
     has_area = union > p_rounding[row] + g_rounding[column]
@@ -224,6 +228,7 @@ def _may_overlap(preds: list[Floats], targets: list[Floats]) -> NDArray[np.bool_
     overlap = ((p_low[:, None] < g_high) & (g_low < p_high[:, None])).all(2)
     p_size, g_size = (p_high - p_low).max(1)[:, None], (g_high - g_low).max(1)
     comparable = (p_size <= MOST_TIMES_LARGER * g_size) & (g_size <= MOST_TIMES_LARGER * p_size)
+    comparable &= np.minimum(p_size, g_size) >= SMALLEST
     may: NDArray[np.bool_] = overlap & comparable
     return may
 

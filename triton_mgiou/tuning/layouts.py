@@ -91,8 +91,8 @@ def layout(pred_bucket: int, target_bucket: int, large_batch: bool, terms: int, 
     spread over the GPU: one element a thread, and several axes at a time. In large ones a thread has more elements,
     and so more independent instructions. The limit on registers lets 12 warps run at once on a multiprocessor, 16 at
     128 registers and 8 at 255; without one the compiler spills to reach 16. `terms` counts those of the loss besides
-    MGIoU: for both, and for float64, 128 registers are too few. Between warps sums go through memory, which is worth
-    it from 128 vertices on.
+    MGIoU: for both, and for float64, 128 registers are too few in small batches. Between warps sums go through memory;
+    from 128 vertices on that is worth it for most losses.
     """
     lanes = max(pred_bucket, target_bucket) // SLOTS
     axes = 1 if large_batch or lanes == 1 or lanes > 64 else 4
