@@ -492,7 +492,7 @@ def polygon_mgiou(
 
 def debug_checks(function: str, first: Tensor, second: Tensor) -> Checks | None:
     """What debug mode checks; nothing where no value can be read, as under a transform of `torch.func`."""
-    if are_transforms_active() or torch.compiler.is_exporting():
+    if are_transforms_active() or torch.compiler._is_exporting_flag:  # 2.11's graphs take `is_exporting()` for True
         return None
     from triton_mgiou.training.loss_checks import Checks, has_values  # noqa: PLC0415 - slow, and above this module
 
