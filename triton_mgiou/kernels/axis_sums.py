@@ -21,7 +21,7 @@ from triton_mgiou.kernels.boundary import reach
 from triton_mgiou.kernels.convexity import convexity_along, convexity_gradient, convexity_of
 from triton_mgiou.kernels.edges import ends_in_slots, hand_opposite, hand_over, handed_to
 from triton_mgiou.kernels.slots import add, dot, over_axes, pick
-from triton_mgiou.kernels.types import AxisSums, Interval, Point, PredSums
+from triton_mgiou.kernels.types import AxisSums, Gradient, Interval, Point, PredSums
 
 
 @triton.jit
@@ -106,20 +106,26 @@ def target_axis(sums, edge, sample, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def gradient_of(slot: tl.constexpr, is_last, gradient, sums, area_gradient, factors, VARIANT: tl.constexpr):
-    """The gradient of a slot's vertices, in the units of `gradient`, the part through projections."""
-    x = gradient.xs[slot]
-    y = gradient.ys[slot]
-    if VARIANT.AXIS_GRAD or VARIANT.CONVEXITY:
-        handed = handed_to(sums.by_edge, slot, is_last, VARIANT.AXES)
-        x += handed.x
-        y += handed.y
-    if VARIANT.BOUNDARY:
-        mixed = handed_to(sums.by_mixed, slot, is_last, VARIANT.AXES)
-        x = tl.fma(factors.by_mixed, mixed.x, tl.fma(factors.by_area, area_gradient.xs[slot], x))
-        y = tl.fma(factors.by_mixed, mixed.y, tl.fma(factors.by_area, area_gradient.ys[slot], y))
-    if VARIANT.AXIS_GRAD and VARIANT.AXIS_WEIGHT != UNIFORM:
-        handed = handed_to(sums.by_weight, slot, is_last, VARIANT.AXES)
-        x = tl.fma(minus(factors.mean), handed.x, x)
-        y = tl.fma(minus(factors.mean), handed.y, y)
-    return Point(over_axes(x), over_axes(y))
+def gradient_of(vertices, lane, gradient, sums, area_gradient, factors, VARIANT: tl.constexpr):
+    """The gradient of the vertices, in the units of `gradient`, the part through projections."""
+    xs = ()
+    ys = ()
+    for slot in tl.static_range(len(gradient.xs)):
+        is_last = slot * VARIANT.LANES + lane == vertices.last
+        x = gradient.xs[slot]
+        y = gradient.ys[slot]
+        if VARIANT.AXIS_GRAD or VARIANT.CONVEXITY:
+            handed = handed_to(sums.by_edge, slot, is_last, VARIANT.AXES)
+            x += handed.x
+            y += handed.y
+        if VARIANT.BOUNDARY:
+            mixed = handed_to(sums.by_mixed, slot, is_last, VARIANT.AXES)
+            x = tl.fma(factors.by_mixed, mixed.x, tl.fma(factors.by_area, area_gradient.xs[slot], x))
+            y = tl.fma(factors.by_mixed, mixed.y, tl.fma(factors.by_area, area_gradient.ys[slot], y))
+        if VARIANT.AXIS_GRAD and VARIANT.AXIS_WEIGHT != UNIFORM:
+            handed = handed_to(sums.by_weight, slot, is_last, VARIANT.AXES)
+            x = tl.fma(minus(factors.mean), handed.x, x)
+            y = tl.fma(minus(factors.mean), handed.y, y)
+        xs = xs + (over_axes(x),)
+        ys = ys + (over_axes(y),)
+    return Gradient(xs, ys)

@@ -100,11 +100,26 @@ def measure(source, vertices, shape, lanes, scale, rule, REAL: tl.constexpr, VAR
     if REAL == MASK:
         context = Measuring(shape.origin, rule, lanes.lane)
         sums = over_edges(_measure_edge, sums, source, vertices, lanes, scale, context, REAL, VARIANT)
+    elif VARIANT.AXES == 1:
+        last = load_last(source, vertices, scale)
+        for slot in tl.static_range(len(vertices.xs)):
+            edge, start, end = _edge_to_slot(source, vertices, shape, lanes.lane, slot, last, scale, REAL)
+            sums = _add_edge(sums, edge_axis(edge, rule.floor), start, end, rule, VARIANT)
     else:
         SLOTS: tl.constexpr = len(vertices.xs)
-        for turn in tl.static_range((SLOTS + VARIANT.AXES - 1) // VARIANT.AXES):
-            edge, start, end = _dealt(source, vertices, shape, lanes, scale, turn, REAL, VARIANT)
-            sums = _add_edge(sums, edge_axis(edge, rule.floor), start, end, rule, VARIANT)
+        last = load_last(source, vertices, scale)
+        index = lanes.lane * VARIANT.AXES + lanes.axis
+        addresses = addresses_of(source, index)
+        before = addresses_of(source, index - 1)
+        for _ in range(0, SLOTS, VARIANT.AXES):
+            real = index < vertices.count
+            end = load_scaled(source, addresses, real, scale)
+            start = _neighbour(source, before, index > 0, real, last, scale)
+            axis = edge_axis(Edge(end, index, start, index, real), rule.floor)
+            sums = _add_edge(sums, axis, _minus(start, shape.origin), _minus(end, shape.origin), rule, VARIANT)
+            index += VARIANT.AXES * VARIANT.LANES
+            addresses = next_addresses(source, addresses, VARIANT.AXES * VARIANT.LANES)
+            before = next_addresses(source, before, VARIANT.AXES * VARIANT.LANES)
     return EdgeSums(
         over_axes(total((sums.length,))),
         over_axes(total((sums.axes,))),
@@ -117,29 +132,25 @@ def measure(source, vertices, shape, lanes, scale, rule, REAL: tl.constexpr, VAR
 
 
 @triton.jit
-def _dealt(
-    source, vertices, shape, lanes, scale, turn: tl.constexpr, REAL: tl.constexpr, VARIANT: tl.constexpr
-):  # fmt: skip
-    """A lane's edge number `turn`, and its ends relative to the origin of `shape`."""
+def _edge_to_slot(source, vertices, shape, lane, slot: tl.constexpr, last, scale, REAL: tl.constexpr):
+    """The edge that ends at the vertex of a slot, and its ends relative to the origin of `shape`."""
     SLOTS: tl.constexpr = len(vertices.xs)
-    LANES: tl.constexpr = VARIANT.LANES
-    index = (turn * LANES + lanes.lane) * VARIANT.AXES + lanes.axis
-    if VARIANT.AXES == 1:
-        real = vertices.real[turn]
-        end = _in_slot(vertices, turn, scale)
-        end_placed = Point(shape.xs[turn], shape.ys[turn])
-    else:
-        real = index < vertices.count
-        end = load_scaled(source, addresses_of(source, index), real, scale)
-        end_placed = Point(end.x - shape.origin.x, end.y - shape.origin.y)
-    if VARIANT.AXES * LANES == 1 and REAL == FULL:
-        before: tl.constexpr = (turn + SLOTS - 1) % SLOTS
+    LANES: tl.constexpr = lane.shape[2]
+    index = slot * LANES + lane
+    if LANES == 1 and REAL == FULL:
+        before: tl.constexpr = (slot + SLOTS - 1) % SLOTS
         start = _in_slot(vertices, before, scale)
         start_placed = Point(shape.xs[before], shape.ys[before])
     else:
-        start = _neighbour(source, index - 1, index > 0, real, load_last(source, vertices, scale), scale)
-        start_placed = Point(start.x - shape.origin.x, start.y - shape.origin.y)
-    return Edge(end, index, start, index, real), start_placed, end_placed
+        start = _neighbour(source, addresses_of(source, index - 1), index > 0, vertices.real[slot], last, scale)
+        start_placed = _minus(start, shape.origin)
+    edge = Edge(_in_slot(vertices, slot, scale), index, start, index, vertices.real[slot])
+    return edge, start_placed, Point(shape.xs[slot], shape.ys[slot])
+
+
+@triton.jit
+def _minus(point, origin):
+    return Point(point.x - origin.x, point.y - origin.y)
 
 
 @triton.jit
@@ -150,12 +161,12 @@ def _in_slot(vertices, number: tl.constexpr, scale):
 
 
 @triton.jit
-def _neighbour(source, index, is_there, real, other, scale):
-    """Vertices number `index` where they are, the `other` one elsewhere.
+def _neighbour(source, addresses, is_there, real, other, scale):
+    """Vertices at `addresses` where they are, the `other` one elsewhere.
 
     No address is that of the other: the compiler would not see that those of neighbouring lanes are neighbours.
     """
-    vertex = load_scaled(source, addresses_of(source, index), real & is_there, scale)
+    vertex = load_scaled(source, addresses, real & is_there, scale)
     return Point(tl.where(is_there, vertex.x, other.x), tl.where(is_there, vertex.y, other.y))
 
 
@@ -197,9 +208,10 @@ def _diagonal(source, vertices, lanes, scale, turn: tl.constexpr, REAL: tl.const
     else:
         index = (turn * VARIANT.AXES + lanes.axis) * VARIANT.LANES + lanes.lane
         real = index < vertices.count
-        start = _neighbour(source, index - 1, index > 0, real, load_last(source, vertices, scale), scale)
+        last = load_last(source, vertices, scale)
+        start = _neighbour(source, addresses_of(source, index - 1), index > 0, real, last, scale)
         first = load_scaled(source, addresses_of(source, 0), vertices.count > 0, scale)
-        end = _neighbour(source, index + 1, index < vertices.last, real, first, scale)
+        end = _neighbour(source, addresses_of(source, index + 1), index < vertices.last, real, first, scale)
     return Point(end.x - start.x, end.y - start.y)
 
 
@@ -217,8 +229,7 @@ def _measure_edge(sums, edge, measuring, VARIANT: tl.constexpr):
     turn = edge.end_index // VARIANT.AXES % VARIANT.LANES
     edge = Edge(edge.end, edge.end_index, edge.start, edge.start_index, edge.real & (turn == measuring.lane))
     origin = measuring.origin
-    start = Point(edge.start.x - origin.x, edge.start.y - origin.y)
-    end = Point(edge.end.x - origin.x, edge.end.y - origin.y)
+    start, end = _minus(edge.start, origin), _minus(edge.end, origin)
     return _add_edge(sums, edge_axis(edge, measuring.rule.floor), start, end, measuring.rule, VARIANT)
 
 

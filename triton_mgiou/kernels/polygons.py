@@ -28,7 +28,7 @@ from triton_mgiou.kernels.axis_sums import gradient_of, pred_axis, target_axis
 from triton_mgiou.kernels.boundary import area, boundary_term, put_in_order
 from triton_mgiou.kernels.edges import gradient_of_area, measure, over_edges
 from triton_mgiou.kernels.reduction import reduce_programs
-from triton_mgiou.kernels.slots import over_axes, zeros
+from triton_mgiou.kernels.slots import dealt_out, over_axes, zeros
 from triton_mgiou.kernels.types import (
     AxisRule,
     AxisSums,
@@ -288,13 +288,18 @@ def mgiou_kernel(
             area_gradient = Gradient(no_slots, no_slots)
             if BOUNDARY:
                 area_gradient = gradient_of_area(pred_source, pred, lanes, scale, PRED_REAL, VARIANT)
-            for slot in tl.static_range(PRED_SLOTS):
-                index = slot * LANES + lane
-                gradient = gradient_of(slot, index == pred.last, axes.gradient, sums, area_gradient, factors, VARIANT)
-                kept = pred.real[slot] & present
-                x = tl.where(kept, saturate(gradient.x * factor * scale), 0.0)
-                y = tl.where(kept, saturate(gradient.y * factor * scale), 0.0)
-                stored = first if PRED_REAL == FULL else first & (index < pred_size)
+            gradient = gradient_of(pred, lane, axes.gradient, sums, area_gradient, factors, VARIANT)
+            AT_ONCE: tl.constexpr = AXES if AXES < PRED_SLOTS else PRED_SLOTS  # each axis stores a slot
+            for slot in tl.static_range(0, PRED_SLOTS, AT_ONCE):
+                index = (slot + axis) * LANES + lane
+                kept = dealt_out(pred.real, slot, axis, AT_ONCE) & present
+                x = dealt_out(gradient.xs, slot, axis, AT_ONCE)
+                y = dealt_out(gradient.ys, slot, axis, AT_ONCE)
+                x = tl.where(kept, saturate(x * factor * scale), 0.0)
+                y = tl.where(kept, saturate(y * factor * scale), 0.0)
+                stored = lanes.inside & (axis < AT_ONCE)
+                if PRED_REAL != FULL:
+                    stored &= index < pred_size
                 store(grad_ptr, grad_rows + index, x, y, stored)
         if CARRIED:
             rows = _rows(_samples(block + tl.num_programs(0), axis, POLYGONS), batch, PRED_REAL)

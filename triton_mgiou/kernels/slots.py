@@ -125,6 +125,15 @@ def pick(slots, here):
 
 
 @triton.jit
+def dealt_out(slots, first: tl.constexpr, axis, NUMBER: tl.constexpr):
+    """To each axis one of `NUMBER` slots from the `first` on, in turn."""
+    value = slots[first]
+    for number in tl.static_range(1, NUMBER):
+        value = tl.where(axis == number, slots[first + number], value)
+    return value
+
+
+@triton.jit
 def zeros(slots):
     """0 in every slot."""
     new = ()
