@@ -15,8 +15,16 @@ import triton.language as tl
 from triton_mgiou.kernels.arithmetic import inverse, minus, sign
 from triton_mgiou.kernels.axis import SHORTEST, near_ends, project
 from triton_mgiou.kernels.slots import dot, highest, lowest, over_axes, total
-from triton_mgiou.kernels.types import Area, BoundaryTerm, Interval, Point, Reach
-from triton_mgiou.kernels.vertices import addresses_of, flags_of, is_real, load_last, load_scaled, next_addresses
+from triton_mgiou.kernels.types import Addresses, Area, BoundaryTerm, Interval, Point, Reach
+from triton_mgiou.kernels.vertices import (
+    addresses_of,
+    flags_of,
+    is_real,
+    load_last,
+    load_scaled,
+    next_addresses,
+    next_flags,
+)
 
 
 @triton.jit
@@ -61,26 +69,28 @@ def _area_in_order(source, vertices, lanes, scale, REAL: tl.constexpr, VARIANT: 
     origin = load_last(source, vertices, scale)
     x = scale * tl.zeros(lanes.lane.shape, scale.dtype)
     y = x
-    addresses = addresses_of(source, lanes.lane)
+    at = _address(source, lanes.lane, REAL)
     for first in range(0, source.size, VARIANT.LANES):
-        vertex, _ = _vertex(source, addresses, vertices, first + lanes.lane, lanes, origin, scale, REAL)
+        vertex, _ = _vertex(source, at, vertices, first + lanes.lane, lanes, origin, scale, REAL)
         x += vertex.x
         y += vertex.y
-        addresses = next_addresses(source, addresses, VARIANT.LANES)
+        at = _further(source, at, VARIANT.LANES, REAL)
     number = tl.maximum(vertices.count.to(scale.dtype), 1.0)
     origin = Point(origin.x + total((x,)) / number, origin.y + total((y,)) / number)
     doubled = tl.zeros_like(scale)
-    own_addresses = addresses_of(source, lanes.axis)
+    here_at = _address(source, lanes.axis, REAL)
     for k in range(0, source.size, VARIANT.AXES):
-        here, real = _vertex(source, own_addresses, vertices, k + lanes.axis, lanes, origin, scale, REAL)
+        here, real = _vertex(source, here_at, vertices, k + lanes.axis, lanes, origin, scale, REAL)
+        here_at = _further(source, here_at, VARIANT.AXES, REAL)
         turn = _turn(here)
         nearest = scale * 0.0 + tl.full(lanes.lane.shape, float("inf"), scale.dtype)
         x = tl.zeros_like(nearest)
         y = x
         copies = x
-        addresses = addresses_of(source, lanes.lane)
+        at = _address(source, lanes.lane, REAL)
         for first in range(0, source.size, VARIANT.LANES):
-            other, counts = _vertex(source, addresses, vertices, first + lanes.lane, lanes, origin, scale, REAL)
+            other, counts = _vertex(source, at, vertices, first + lanes.lane, lanes, origin, scale, REAL)
+            at = _further(source, at, VARIANT.LANES, REAL)
             to_other = _turn(other)
             copies += tl.where(counts & (to_other == turn), 1.0, 0.0)
             to_other = tl.where(to_other > turn, to_other, to_other + 4.0)
@@ -88,8 +98,6 @@ def _area_in_order(source, vertices, lanes, scale, REAL: tl.constexpr, VARIANT: 
             nearest = tl.where(nearer, to_other, nearest)
             x = tl.where(nearer, other.x, x)
             y = tl.where(nearer, other.y, y)
-            addresses = next_addresses(source, addresses, VARIANT.LANES)
-        own_addresses = next_addresses(source, own_addresses, VARIANT.AXES)
         following = (nearest == lowest((nearest,))).to(scale.dtype)
         cross = tl.fma(here.x, dot((following,), (y,)), minus(here.y * dot((following,), (x,))))
         doubled += tl.where(real, cross / (total((following,)) * tl.maximum(total((copies,)), 1.0)), 0.0)
@@ -97,10 +105,23 @@ def _area_in_order(source, vertices, lanes, scale, REAL: tl.constexpr, VARIANT: 
 
 
 @triton.jit
+def _address(source, index, REAL: tl.constexpr):
+    return Addresses((addresses_of(source, index),), (flags_of(source, index, REAL),))
+
+
+@triton.jit
+def _further(source, addresses, count: tl.constexpr, REAL: tl.constexpr):
+    """The addresses `count` vertices further on."""
+    return Addresses(
+        (next_addresses(source, addresses.vertices[0], count),), (next_flags(source, addresses.flags[0], count, REAL),)
+    )
+
+
+@triton.jit
 def _vertex(source, addresses, vertices, index, lanes, origin, scale, REAL: tl.constexpr):
     """Vertices number `index` relative to a point, 0 where they are not real, and whether they are."""
-    real = is_real(source, flags_of(source, index, REAL), index, vertices.count, lanes.inside, REAL)
-    vertex = load_scaled(source, addresses, real, scale)
+    real = is_real(source, addresses.flags[0], index, vertices.count, lanes.inside, REAL)
+    vertex = load_scaled(source, addresses.vertices[0], real, scale)
     return Point(tl.where(real, vertex.x - origin.x, 0.0), tl.where(real, vertex.y - origin.y, 0.0)), real
 
 

@@ -20,6 +20,7 @@ from triton_mgiou.kernels.vertices import (
     load_last,
     load_scaled,
     next_addresses,
+    next_flags,
 )
 
 
@@ -74,9 +75,7 @@ def _next_edge(step, source, vertices, k, inside, scale, REAL: tl.constexpr, AXE
         start = load_scaled(source, start_addresses, real, scale)
     addresses = next_addresses(source, step.addresses, AXES)
     before = next_addresses(source, step.addresses, AXES - 1)
-    flags = step.flags
-    if REAL == MASK:
-        flags += AXES * source.real_stride
+    flags = next_flags(source, step.flags, AXES, REAL)
     return Edge(end, k, start, start_index, real), Step(last, last_index, addresses, before, flags)
 
 
@@ -106,12 +105,11 @@ def measure(source, vertices, shape, lanes, scale, rule, REAL: tl.constexpr, VAR
             edge, start, end = _edge_to_slot(source, vertices, shape, lanes.lane, slot, last, scale, REAL)
             sums = _add_edge(sums, edge_axis(edge, rule.floor), start, end, rule, VARIANT)
     else:
-        SLOTS: tl.constexpr = len(vertices.xs)
         last = load_last(source, vertices, scale)
         index = lanes.lane * VARIANT.AXES + lanes.axis
         addresses = addresses_of(source, index)
         before = addresses_of(source, index - 1)
-        for _ in range(0, SLOTS, VARIANT.AXES):
+        for _ in range(0, source.size, VARIANT.AXES * VARIANT.LANES):
             real = index < vertices.count
             end = load_scaled(source, addresses, real, scale)
             start = _neighbour(source, before, index > 0, real, last, scale)

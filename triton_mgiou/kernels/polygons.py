@@ -180,8 +180,8 @@ def mgiou_kernel(
         target_real_stride_n,
     )
     rows = _rows(_samples(tl.program_id(0), axis, POLYGONS), batch, PRED_REAL)
-    pred_at = slot_addresses(source_of(pred_side, rows, EVEN), lane, PRED_SLOTS)
-    target_at = slot_addresses(source_of(target_side, rows, EVEN), lane, TARGET_SLOTS)
+    pred_at = slot_addresses(source_of(pred_side, rows, EVEN), lane, PRED_SLOTS, PRED_REAL)
+    target_at = slot_addresses(source_of(target_side, rows, EVEN), lane, TARGET_SLOTS, TARGET_REAL)
     for block in range(tl.program_id(0), tl.cdiv(batch, POLYGONS), tl.num_programs(0)):
         samples = _samples(block, axis, POLYGONS)
         lanes = Lanes(axis, lane, samples < batch)
@@ -190,8 +190,8 @@ def mgiou_kernel(
         pred_source = source_of(pred_side, rows, EVEN)
         target_source = source_of(target_side, rows, EVEN)
         if not CARRIED:
-            pred_at = slot_addresses(pred_source, lane, PRED_SLOTS)
-            target_at = slot_addresses(target_source, lane, TARGET_SLOTS)
+            pred_at = slot_addresses(pred_source, lane, PRED_SLOTS, PRED_REAL)
+            target_at = slot_addresses(target_source, lane, TARGET_SLOTS, TARGET_REAL)
         pred = load_vertices(pred_source, pred_at, lanes, PRED_REAL, COMPUTE)
         target = load_vertices(target_source, target_at, lanes, TARGET_REAL, COMPUTE)
         present = (pred.count > 0) & (target.count > 0)
@@ -303,8 +303,8 @@ def mgiou_kernel(
                 store(grad_ptr, grad_rows + index, x, y, stored)
         if CARRIED:
             rows = _rows(_samples(block + tl.num_programs(0), axis, POLYGONS), batch, PRED_REAL)
-            pred_at = slot_addresses(source_of(pred_side, rows, EVEN), lane, PRED_SLOTS)
-            target_at = slot_addresses(source_of(target_side, rows, EVEN), lane, TARGET_SLOTS)
+            pred_at = slot_addresses(source_of(pred_side, rows, EVEN), lane, PRED_SLOTS, PRED_REAL)
+            target_at = slot_addresses(source_of(target_side, rows, EVEN), lane, TARGET_SLOTS, TARGET_REAL)
 
     if REDUCE:
         reduce_programs(loss_ptr, partial_ptr, counter_ptr, reduced, divisor, COMPUTE)

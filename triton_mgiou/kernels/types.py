@@ -65,6 +65,13 @@ class Source(NamedTuple):
     real_stride: tl.tensor
 
 
+class Addresses(NamedTuple):
+    """Where a lane's vertices of one side are."""
+
+    vertices: Slots
+    flags: Slots  # their elements of the mask; anything where there is none
+
+
 class Vertices(NamedTuple):
     """The vertices of one side as they were loaded."""
 

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import inverse_power_of_two, minus
 from triton_mgiou.kernels.slots import bounds, bounds_or_nan, highest, over_lanes, total
-from triton_mgiou.kernels.types import Frame, Interval, Placed, Point, Source, Vertices
+from triton_mgiou.kernels.types import Addresses, Frame, Interval, Placed, Point, Source, Vertices
 
 # What says which vertices are real.
 ALL = tl.constexpr(0)
@@ -54,6 +54,12 @@ def next_addresses(source, addresses, count: tl.constexpr):
 def flags_of(source, index, REAL: tl.constexpr):
     """Addresses of the mask's elements number `index`; anything where there is none."""
     return source.real_ptr + source.real_first + index * source.real_stride if REAL == MASK else source.first
+
+
+@triton.jit
+def next_flags(source, flags, count: tl.constexpr, REAL: tl.constexpr):
+    """The same of the mask's elements."""
+    return flags + count * source.real_stride if REAL == MASK else flags
 
 
 @triton.jit
@@ -105,18 +111,21 @@ def is_real(source, flags, index, count, inside, REAL: tl.constexpr):
 
 
 @triton.jit
-def slot_addresses(source, lane, SLOTS: tl.constexpr):
-    """The addresses of all vertices of a side, slot by slot."""
-    addresses = ()
+def slot_addresses(source, lane, SLOTS: tl.constexpr, REAL: tl.constexpr):
+    """The addresses of all vertices of a side, slot by slot, and of the mask's elements."""
+    vertices = ()
+    flags = ()
     for slot in tl.static_range(SLOTS):
-        addresses = addresses + (addresses_of(source, slot * lane.shape[2] + lane),)
-    return addresses
+        index = slot * lane.shape[2] + lane
+        vertices = vertices + (addresses_of(source, index),)
+        flags = flags + (flags_of(source, index, REAL),)
+    return Addresses(vertices, flags)
 
 
 @triton.jit
 def load_vertices(source, addresses, lanes, REAL: tl.constexpr, COMPUTE: tl.constexpr):
     """All vertices of a side, at `slot_addresses`. Vertex `slot` * LANES + `lane` is in that slot of lane `lane`."""
-    SLOTS: tl.constexpr = len(addresses)
+    SLOTS: tl.constexpr = len(addresses.vertices)
     LANES: tl.constexpr = lanes.lane.shape[2]
     count = tl.where(lanes.inside, source.size, 0)
     if REAL == LENGTHS:
@@ -132,8 +141,8 @@ def load_vertices(source, addresses, lanes, REAL: tl.constexpr, COMPUTE: tl.cons
     places = ()
     for slot in tl.static_range(SLOTS):
         index = slot * LANES + lanes.lane
-        real = is_real(source, flags_of(source, index, REAL), index, count, lanes.inside, REAL)
-        vertex = load(source, addresses[slot], real, COMPUTE)
+        real = is_real(source, addresses.flags[slot], index, count, lanes.inside, REAL)
+        vertex = load(source, addresses.vertices[slot], real, COMPUTE)
         xs = xs + (vertex.x,)
         ys = ys + (vertex.y,)
         reals = reals + (real,)

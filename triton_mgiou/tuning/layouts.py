@@ -53,23 +53,23 @@ class SearchSpace(NamedTuple):
     registers: tuple[int, ...]  # a thread, at most
 
 
-# By the larger vertex bucket, and whether the batch is large. A configuration takes 1.5 to 6 s to compile, more with
+# By the larger vertex bucket, and whether the batch is large. A configuration takes 1 to 6 s to compile, more with
 # more slots, so what measured far slower on an H200 is left out (bench/results/h200_layouts.json): several warps for
 # most, several axes at a time in large batches, and few slots there. The number of stages is not here either: it
 # pipelines only loads that feed a matrix product, and changes nothing.
-# Where a batch is small, 128 registers make room for more programs at a time than 168.
+# Where a batch is small, 128 registers make room for more programs at a time than 168, and 168 than 255.
 SEARCH = {
     (4, False): (SearchSpace((4,), (1, 4), (1,), (1, 2), (168,)),),
     (4, True): (SearchSpace((4,), (1,), (1,), (1, 4), (80, 96, 128)),),
     (8, False): (SearchSpace((4, 8), (2, 4, 8), (1,), (1,), (168,)), SearchSpace((4,), (2, 4), (1,), (1,), (128,))),
     (8, True): (SearchSpace((4, 8), (1,), (1, 2), (1,), (128, 168)),),
-    (16, False): (SearchSpace((4, 8), (2, 4, 8), (1,), (1,), (168,)), SearchSpace((4,), (2, 4, 8), (1,), (1,), (128,))),
+    (16, False): (SearchSpace((8,), (4, 8), (1,), (1,), (168, 255)), SearchSpace((4,), (2, 4), (1,), (1,), (128,))),
     (16, True): (SearchSpace((4, 8), (1,), (2, 4), (1,), (168, 255)),),
-    (32, False): (SearchSpace((4, 8), (2, 4, 8), (1,), (1,), (168,)), SearchSpace((4,), (2, 4, 8), (1,), (1,), (128,))),
+    (32, False): (SearchSpace((8,), (4, 8), (1,), (1,), (168, 255)), SearchSpace((4,), (2, 4), (1,), (1,), (128,))),
     (32, True): (SearchSpace((4, 8), (1,), (1, 2), (1,), (168, 255)),),
-    (64, False): (SearchSpace((4, 8), (2, 4), (1,), (1, 2), (168,)), SearchSpace((4,), (2,), (1,), (1,), (128,))),
+    (64, False): (SearchSpace((8,), (4,), (1,), (1,), (168, 255)), SearchSpace((4,), (2, 4), (1, 2), (1,), (168, 255))),
     (64, True): (SearchSpace((4, 8), (1,), (1, 2), (1,), (168, 255)),),
-    (128, False): (SearchSpace((4,), (2, 4), (1,), (1,), (255,)),),
+    (128, False): (SearchSpace((8,), (4,), (2,), (1,), (255,)), SearchSpace((4,), (2, 4), (1, 2), (1, 4), (255,))),
 }
 
 
@@ -88,13 +88,17 @@ def layout(pred_bucket: int, target_bucket: int, large_batch: bool, terms: int, 
     """The layout for a pair of vertex buckets where nothing was measured.
 
     Triton gives a thread as many polygons, axes or lanes of a polygon as the tile has elements for it. Small batches
-    spread over the GPU: one element a thread, and several axes at a time. In large ones a thread has more elements,
-    and so more independent instructions. The limit on registers lets 12 warps run at once on a multiprocessor, 16 at
-    128 registers and 8 at 255; without one the compiler spills to reach 16. `terms` counts those of the loss besides
-    MGIoU: for both, and for float64, 128 registers are too few in small batches. Between warps sums go through memory;
-    from 128 vertices on that is worth it for most losses.
+    spread over the GPU: one element a thread, and several axes at a time; with many vertices, eight axes of lanes that
+    have eight vertices each. In large batches a thread has more elements, and so more independent instructions. The
+    limit on registers lets 12 warps run at once on a multiprocessor, 16 at 128 registers and 8 at 255; without one the
+    compiler spills to reach 16. `terms` counts those of the loss besides MGIoU: both of them, and float64, need more
+    registers, and few vertices a lane in small batches, but for those sizes where that measured faster.
     """
-    lanes = max(pred_bucket, target_bucket) // SLOTS
+    larger = max(pred_bucket, target_bucket)
+    if not large_batch and not is_double and 16 <= larger <= 128 and not (larger == 64 and terms == 2):
+        elements = 1 if larger < 64 else 2
+        return _layout(pred_bucket, target_bucket, 2 * SLOTS, 8, elements, max(1, larger // (32 * elements)), 255)
+    lanes = larger // SLOTS
     axes = 1 if large_batch or lanes == 1 or lanes > 64 else 4
     elements = 2 if lanes == 16 else max(1, min(4, lanes // 32))
     if large_batch and 1 < lanes <= 32:
@@ -103,7 +107,7 @@ def layout(pred_bucket: int, target_bucket: int, large_batch: bool, terms: int, 
     registers = 168
     if large_batch and lanes == 1:
         warps, registers = 4, 128
-    elif 1 < lanes <= 8 and not large_batch and terms < 2 and not is_double:
+    elif lanes == 2 and not large_batch and terms < 2 and not is_double:
         registers = 128
     elif lanes == 16 or lanes > 64 or (large_batch and lanes > (4 if terms == 1 else 2)):
         registers = 255
