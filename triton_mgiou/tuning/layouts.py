@@ -92,12 +92,14 @@ def layout(pred_bucket: int, target_bucket: int, large_batch: bool, terms: int, 
     have eight vertices each. In large batches a thread has more elements, and so more independent instructions. The
     limit on registers lets 12 warps run at once on a multiprocessor, 16 at 128 registers and 8 at 255; without one the
     compiler spills to reach 16. `terms` counts those of the loss besides MGIoU: both of them, and float64, need more
-    registers, and few vertices a lane in small batches, but for those sizes where that measured faster.
+    registers, and in small batches few vertices a lane, but for the sizes where many measured faster.
     """
     larger = max(pred_bucket, target_bucket)
-    if not large_batch and not is_double and 16 <= larger <= 128 and not (larger == 64 and terms == 2):
+    if not large_batch and not is_double and 16 <= larger <= 256 and not (larger == 64 and terms == 2):
+        axes, registers = (4, 168) if larger == 16 and terms < 2 else (8, 255)  # all of 4096 polygons of 16 at once
         elements = 1 if larger < 64 else 2
-        return _layout(pred_bucket, target_bucket, 2 * SLOTS, 8, elements, max(1, larger // (32 * elements)), 255)
+        warps = max(1, larger // (32 * elements))
+        return _layout(pred_bucket, target_bucket, 2 * SLOTS, axes, elements, warps, registers)
     lanes = larger // SLOTS
     axes = 1 if large_batch or lanes == 1 or lanes > 64 else 4
     elements = 2 if lanes == 16 else max(1, min(4, lanes // 32))
