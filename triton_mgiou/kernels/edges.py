@@ -109,7 +109,7 @@ def measure(source, vertices, shape, lanes, scale, rule, REAL: tl.constexpr, VAR
         index = lanes.lane * VARIANT.AXES + lanes.axis
         addresses = addresses_of(source, index)
         before = addresses_of(source, index - 1)
-        for _ in range(0, len(vertices.xs), VARIANT.AXES):
+        for _ in range(0, source.size, VARIANT.AXES * VARIANT.LANES):
             real = index < vertices.count
             end = load_scaled(source, addresses, real, scale)
             start = _neighbour(source, before, index > 0, real, last, scale)
