@@ -8,9 +8,11 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from tests.helpers import INF, NAN, generator
 from triton_mgiou.cli import main
@@ -617,6 +619,56 @@ def test_saving_in_between(folder):
     assert good["step"] == 2
 
 
+class Inner(nn.Module):
+    """A wrapper that `state_dict` leaves out, as that of checkpointed activations."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.inner = module
+        self._register_state_dict_hook(self._without_inner)
+
+    @staticmethod
+    def _without_inner(_module, state, prefix, _metadata):
+        for key in [key for key in state if key.startswith(prefix + "inner.")]:
+            state[prefix + key.removeprefix(prefix + "inner.")] = state.pop(key)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("wrap", [Inner, checkpoint_wrapper])
+def test_a_file_has_the_names_of_the_state_dict_and_the_good_values(wrap, folder):
+    torch.manual_seed(0)
+    model = nn.Sequential(wrap(nn.Linear(3, 8)), nn.BatchNorm1d(8), wrap(nn.Linear(8, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = TrainingGuard(model, optimizer, checkpoint_dir=folder)
+    backward(model, optimizer, batch(0))
+    good = {name: value.clone() for name, value in model.state_dict().items()}
+    assert guard.step()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(NAN)
+    plain = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    plain.load_state_dict(torch.load(guard.save(), weights_only=True)["model"])
+    assert plain.state_dict().keys() == good.keys()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, good[name]), name
+
+
+def test_what_a_state_dict_leaves_out_is_not_in_a_file(folder):
+    """As a frozen backbone that its model does not save."""
+    model, optimizer = make()
+
+    def leave_out(_module, state, *_):
+        del state["0.weight"]
+
+    model._register_state_dict_hook(leave_out)
+    guard = TrainingGuard(model, optimizer, checkpoint_dir=folder)
+    saved = torch.load(guard.save(), weights_only=True)["model"]
+    assert saved.keys() == model.state_dict().keys()
+    assert "0.weight" not in saved
+
+
 def scaler_of(scale):
     return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
 
@@ -842,6 +894,7 @@ def test_wrong_arguments(folder):
         ((nn.LazyLinear(2), optimizer), ValueError, "model must have been run once: weight, of a lazy module,"),
         ((model, optimizer, None, 1, 0), ValueError, "patience must be an integer of 1 or above, got 0"),
         ((model, optimizer, None, 1, True), ValueError, "patience must be an integer of 1 or above, got True"),
+        ((model, optimizer, None, 1, 1.5), ValueError, "patience must be an integer of 1 or above, got 1.5"),
         ((model[0], optimizer), ValueError, "optimizer must have parameters of model only, .* got 4 of another"),
     ]:
         with pytest.raises(error, match=message):
@@ -853,6 +906,48 @@ def test_wrong_arguments(folder):
         guard.step(0.5)
     with pytest.raises(ValueError, match=r"loss must have one element, got shape \(2,\)"):
         guard.step(torch.zeros(2))
+
+
+def test_integers_of_numpy_are_integers(folder):
+    model, optimizer = make()
+    guard = TrainingGuard(model, optimizer, patience=np.int64(2), checkpoint_dir=folder)
+    guard.step(backward(model, optimizer, batch(0) * NAN))
+    with pytest.raises(TrainingStoppedError, match="2 in a row"):
+        guard.step(backward(model, optimizer, batch(0) * NAN))
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_optimizer_that_is_spread_over_processes_is_refused(folder):
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: PLC0415 - needs the process group
+
+    model, _ = make()
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(TypeError, match="whole state in each process, got ZeroRedundancyOptimizer"):
+        TrainingGuard(model, optimizer, checkpoint_dir=folder)
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_process_group_of_a_model_that_is_compiled(folder, monkeypatch):
+    """As of several models that are trained at once, each on some of the processes."""
+    groups = []
+    reduce = distributed.all_reduce
+    monkeypatch.setattr(
+        distributed, "all_reduce", lambda *given, group=None: (groups.append(group), reduce(*given, group=group))
+    )
+    model, optimizer = make()
+    own = distributed.new_group([0])
+    ddp = nn.parallel.DistributedDataParallel(model, process_group=own)
+    guard = TrainingGuard(torch.compile(ddp, backend="eager"), optimizer, checkpoint_dir=folder)
+    assert guard.step(backward(model, optimizer, batch(0)))
+    assert groups == [own]
 
 
 def run(code, *arguments, timeout=60):

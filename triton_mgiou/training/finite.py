@@ -105,7 +105,7 @@ def find_nonfinite(model_or_state_dict: object) -> list[NonFinite]:
 
     Returns:
         One entry for each such tensor, in order; the name is the path to it, joined by dots. -Inf on purpose, as in an
-        attention mask, is among them.
+        attention mask, is among them. Of a tensor that is spread over processes (DTensor) it is this process's part.
 
     Raises:
         TypeError: The argument is none of the above.
@@ -161,7 +161,11 @@ def _sparse_places(tensor: Tensor, of_values: tuple[tuple[int, ...], ...]) -> tu
 
 def describe(tensor: Tensor, name: str, mask: Tensor | None = None) -> NonFinite | None:
     """Describe NaN and Inf in a tensor where `mask` is True; None if there is none."""
+    if nn.parameter.is_lazy(tensor):  # has no values yet
+        return None
     tensor = tensor.detach()
+    if hasattr(tensor, "device_mesh"):  # a DTensor
+        tensor = tensor.to_local()  # type: ignore[attr-defined]
     if tensor.is_quantized:
         tensor = tensor.dequantize()  # a scale can be NaN
     if tensor.is_nested:

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -110,7 +110,10 @@ class TrainingGuard:
 
     Under DistributedDataParallel, or wherever torch.distributed is initialised, all processes skip and raise together,
     and rank 0 writes. Each must call `step` equally often; `extra_modules` may differ, as an EMA on rank 0 does.
-    Sharded parameters (FSDP, DTensor) are not supported.
+    Sharded parameters (FSDP, DTensor) and optimizers (ZeroRedundancyOptimizer) are not supported.
+
+    Several optimizers of one model need a guard each. A GradScaler cannot serve two of them behind one backward pass:
+    the first guard updates the scale, by which the second would then unscale its gradients.
 
     Cost: one wait for the device a step (a GradScaler adds three of its own), two reductions over gradients and state,
     one small all-reduce between processes, and one more copy of weights, buffers and optimizer state in memory.
@@ -164,16 +167,19 @@ class TrainingGuard:
             raise TypeError(f"max_norm must be a number or None, got {type(max_norm).__name__}")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be above 0, or None for gradients as they are, got {max_norm}")
-        if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
+        if hasattr(optimizer, "consolidate_state_dict"):
+            raise TypeError(f"optimizer must have its whole state in each process, got {type(optimizer).__name__}")
+        if not isinstance(patience, (int, Integral)) or isinstance(patience, bool) or patience < 1:
             raise ValueError(f"patience must be an integer of 1 or above, got {patience!r}")
         self._group = None
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            self._group = model.process_group
+        inner = getattr(model, "_orig_mod", model)  # what `torch.compile` has compiled
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            self._group = inner.process_group
         self.model = _unwrapped(model)
         self.optimizer = optimizer
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.max_norm = math.inf if max_norm is None else float(max_norm)
-        self.patience = patience
+        self.patience = int(patience)
         self.checkpoint_dir = Path(checkpoint_dir)
         self.steps = 0
         self.skipped = 0

@@ -99,12 +99,24 @@ class ModuleSnapshot:
                     del place.module._buffers[place.key]
 
     def state_dict(self, module: nn.Module) -> dict[str, Any]:
-        """Return what `module.state_dict()` would have given then."""
-        state = {name: self.copies.get(name, value) for name, value in module.state_dict().items()}
+        """Return what `module.state_dict()` would have given then.
+
+        A tensor may have another name there than in `places`: checkpointed activations leave out their wrapper.
+        """
+        now = {name: place.tensor for name, place in places(module).items() if place.tensor is not None}
+        names = {id(tensor): name for name, tensor in now.items()}
+        state = {
+            key: self.copies.get(names.get(id(value), key), value)
+            for key, value in module.state_dict(keep_vars=True).items()
+        }
         for name, place in self.places.items():
-            if name not in state and place.key not in place.module._non_persistent_buffers_set:
+            if name not in now and place.key not in place.module._non_persistent_buffers_set:
                 state[name] = self.copies[name]
-        return {name: value for name, value in state.items() if value is not None}
+        return {
+            key: value.detach() if isinstance(value, Tensor) else value
+            for key, value in state.items()
+            if value is not None
+        }
 
 
 class OptimizerSnapshot:
