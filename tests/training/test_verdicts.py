@@ -1207,6 +1207,61 @@ CASES |= {
         1,
         "metrics/mAP50(G): never learnt: 0 in all",
     ),
+    "tensors in the place of numbers, NaN": (
+        "log.csv",
+        table(csv_text({"loss": ["tensor(nan)"] * N, "val_loss": fall(N)})),
+        1,
+        f"loss: {N} NaN",
+    ),
+    "tensors with their device": (
+        "log.csv",
+        table(
+            csv_text(
+                {
+                    "lr": [0.1] * 10,
+                    "loss": [f"\"tensor({v}, device='cuda:0', grad_fn=<MulBackward0>)\"" for v in (*fall(9), INF)],
+                }
+            )
+        ),
+        1,
+        "loss: 0 NaN and 1 Inf, the first at epoch 10",
+    ),
+    "a metric with its sign of percent": (
+        "log.csv",
+        table(csv_text({"loss": fall(N), "acc": ["0.0%"] * N})),
+        0,
+        "acc: holds no number, but '0.0%'",
+    ),
+    "words alone, but for the time": (
+        "log.csv",
+        table(csv_text({"time": range(N), "accuracy": ["0.0%"] * N})),
+        2,
+        "has nothing to judge: accuracy: holds no number, but '0.0%'",
+    ),
+    "JSON lines, words in the place of numbers": (
+        "log.json",
+        table(json_text([{"loss": 1 / (row + 1), "acc": "high"} for row in range(20)])),
+        0,
+        "acc: holds no number, but 'high'",
+    ),
+    "JSON lines, numbers as text, NaN": (
+        "log.json",
+        table(json_text([{"epoch": row, "lr": 0.1, "loss": f"{v:.4f}"} for row, v in enumerate((*fall(9), NAN))])),
+        1,
+        "loss: 1 NaN and 0 Inf, the first at epoch 9",
+    ),
+    "JSON lines, numbers as text, flat": (
+        "log.json",
+        table(json_text([{"loss": "0.7500", "lr": 0.1}] * 20)),
+        1,
+        "loss: never learnt: 0.75 in all 20 rows",
+    ),
+    "JSON lines, a name with what ends lines elsewhere": (
+        "log.json",
+        table("".join(f'{{"loss": {1 / (row + 1)}, "note": "a\u2028b\x85c"}}\n' for row in range(20))),
+        0,
+        "rows: 20",
+    ),
     "an empty file": ("last.pt", binary(b""), 2, "is empty"),
     "a shard that is not there": ("step_100", without_shard, 2, "__0_0.distcp: No such file"),
 }

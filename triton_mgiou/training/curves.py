@@ -53,6 +53,9 @@ NO_STEP = (
 )
 
 
+NO_RUN = "has neither a loss nor a metric by name"
+
+
 class NothingToJudgeError(Exception):
     """The table has no loss and no metric."""
 
@@ -101,6 +104,8 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     and all losses of the validation are 0 does not count where the last row has numbers: Ultralytics and YOLOv5 write
     so what they do not validate.
 
+    Losses and metrics without a number, such as percentages with their sign, are named and not judged.
+
     - NaN or Inf in a loss, or in a metric after it had a number, is a fault; in other columns, as the norm of a
       gradient, if it stays so until the end. So is a loss or metric that is empty at the end while what was written
       beside it goes on, and the scale of a GradScaler that ends below 1.
@@ -147,8 +152,9 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     if any(column.name.endswith("(G)") for column in metrics):
         metrics = [column for column in metrics if not column.name.endswith("(P)")]
     curves = _families(metrics, table, problems)
+    words = [f"{name}: holds no number, but {word[:40]!r}" for name, word in table.words.items() if kind_of(name)]
     if not problems and not is_run:
-        raise NothingToJudgeError("has neither a loss nor a metric by name")
+        raise NothingToJudgeError(f"has nothing to judge: {words[0]}" if words else NO_RUN)
 
     falls = any(_falls(loss.values) for loss in losses)
     faults = {curve.name: fault for curve in curves if (fault := _fault_of_metric(curve, falls))}
@@ -166,7 +172,8 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     problems += [f"{column.name}: {faults[column.name]}" for column in table.columns if column.name in faults]
     if stands_still:
         problems.append(NO_STEP)
-    notes = [f"{c.name}: {note}" for c in (*losses, *curves) if c.name not in faults and (note := _converged(c))]
+    notes = words
+    notes += [f"{c.name}: {note}" for c in (*losses, *curves) if c.name not in faults and (note := _converged(c))]
     notes += [f"{loss.name}: {note}" for loss in losses if (note := _oscillation(loss.values))]
     return problems, notes
 
