@@ -165,9 +165,11 @@ def line(row: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Compare, print, write the JSON; return the exit status."""
+    from bench.arguments import out_file  # noqa: PLC0415 - not in a worker, whose tree may have none
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="the root of another checkout")
-    parser.add_argument("--out", type=Path, help="a JSON to write")
+    parser.add_argument("--out", type=out_file, help="a JSON to write")
     parser.add_argument("--sizes", nargs="+", default=["512x4", "4096x8"], metavar="BxN", help="default: 512x4 4096x8")
     parser.add_argument("--rounds", type=int, default=201, help="at least 2; default: 201")
     parser.add_argument("--limit", type=float, default=1.02, help="the ratio that is too slow; default: 1.02")

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 
 from bench import measure
+from bench.arguments import need_gpu
 from bench.boxes.peers import pairs, peers, step
 from bench.speed import first_line
 
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("peer")
     parser.add_argument("batches", type=int, nargs="+")
     arguments = parser.parse_args()
+    need_gpu(parser, "bench.boxes.graphs")
     device = torch.device("cuda")
     loss = peers(device)[arguments.peer]
     with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
