@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from tests.helpers import INF, NAN, generator
 from triton_mgiou.cli import main
@@ -932,6 +933,32 @@ def test_an_optimizer_that_is_spread_over_processes_is_refused(folder):
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
     with pytest.raises(TypeError, match="whole state in each process, got ZeroRedundancyOptimizer"):
         TrainingGuard(model, optimizer, checkpoint_dir=folder)
+
+
+def fsdp(module):
+    return FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("shard", "words"),
+    [
+        (fsdp, "got sharded ones in a FullyShardedDataParallel"),
+        (lambda module: nn.Sequential(fsdp(module)), "got sharded ones in a FullyShardedDataParallel"),
+        (lambda module: fully_shard(module, mesh=distributed.init_device_mesh("cpu", (1,))), "sharded, as 0.weight"),
+    ],
+)
+def test_sharded_parameters_are_refused(shard, words, folder):
+    """Each process would see and clip another part; the gradients' norm would be another in each."""
+    model = shard(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=f"model must have plain tensors, .*{words}"):
+        TrainingGuard(model, optimizer, checkpoint_dir=folder)
+    with pytest.raises(TypeError, match=f"model must have plain tensors, .*{words}"):
+        GradientMonitor(model)
+    plain, its_optimizer = make()
+    with pytest.raises(TypeError, match=rf"extra_modules\[0\] must have plain tensors, .*{words}"):
+        TrainingGuard(plain, its_optimizer, checkpoint_dir=folder, extra_modules=[model])
 
 
 @pytest.mark.usefixtures("alone")

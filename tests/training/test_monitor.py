@@ -368,13 +368,6 @@ def test_parameters_without_elements_are_left_out():
             monitor.record()
 
 
-def test_sharded_parameters_are_refused():
-    sharded = nn.Linear(2, 1)
-    sharded.weight.device_mesh = "as a DTensor has"
-    with pytest.raises(TypeError, match="model must have plain tensors, got Parameter, sharded, as weight"):
-        GradientMonitor(sharded)
-
-
 def test_frozen_and_half_parameters():
     model = make().to(torch.bfloat16)
     for parameter in model["backbone"].parameters():

@@ -20,6 +20,7 @@ from triton_mgiou.training.snapshot import (
     ModuleSnapshot,
     OptimizerSnapshot,
     Place,
+    check_plain,
     checkable,
     gradients_in,
     parameters_in,
@@ -198,6 +199,9 @@ class TrainingGuard:
         if isinstance(extra_modules, nn.Module) or not isinstance(extra_modules, Iterable):
             extra_modules = (extra_modules,)
         self._extras = [_Extra(extra, f"extra_modules[{index}]") for index, extra in enumerate(extra_modules)]
+        check_plain(self.model, "model")
+        for extra in self._extras:
+            check_plain(extra.module, extra.name)
         now = places(self.model)
         extras = [places(extra.module) for extra in self._extras]
         for owner, found in (("model", now), *zip((extra.name for extra in self._extras), extras, strict=True)):
@@ -528,8 +532,6 @@ def _check_places(found: Mapping[str, Place], owner: str) -> None:
     for name, place in found.items():
         if isinstance(place.tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ValueError(f"{owner} must have been run once: {name}, of a lazy module, has no shape yet")
-        if hasattr(place.tensor, "device_mesh"):
-            raise TypeError(f"{owner} must have plain tensors, got {type(place.tensor).__name__}, sharded, as {name}")
     for report in find_nonfinite(parameters_in(found)):
         raise NonFiniteError(report, f"TrainingGuard, before the first step, {owner}")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_mgiou.arguments import check_integer, check_is_number
+from triton_mgiou.training.snapshot import check_plain
 
 WARM_UP = 10  # records before an average is trusted
 TOLD = 3  # groups in a warning
@@ -104,9 +105,8 @@ class GradientMonitor:
         self.records = 0
         self._still = 0  # records in a row without a change
         groups: dict[str, list[nn.Parameter]] = {}
-        for name, parameter in _plain(model).named_parameters():
-            if hasattr(parameter, "device_mesh"):
-                raise TypeError(f"model must have plain tensors, got {type(parameter).__name__}, sharded, as {name}")
+        check_plain(model, "model")
+        for name, parameter in _unwrapped(model).named_parameters():
             own = name.replace("_orig_mod.", "")  # without what is in it where a part is compiled
             groups.setdefault(".".join(own.split(".")[:-1][:depth]) or own, []).append(parameter)
         self._groups = [_Group(name, parameters, decay) for name, parameters in groups.items()]
@@ -244,7 +244,7 @@ class _Group:
                 self.averages[index] = self._sums[index] / self._weights[index]
 
 
-def _plain(model: nn.Module) -> nn.Module:
+def _unwrapped(model: nn.Module) -> nn.Module:
     """The module in the wrappers of data parallelism and `torch.compile`, which stand in either order."""
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):

@@ -39,6 +39,16 @@ def places(module: nn.Module) -> dict[str, Place]:
     return found
 
 
+def check_plain(module: nn.Module, name: str) -> None:
+    """Refuse parameters and buffers that are spread over processes, of which each process would see another part."""
+    for each in module.modules():
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(each).__mro__):  # whose import is slow
+            raise TypeError(f"{name} must have plain tensors, got sharded ones in a {type(each).__name__}")
+    for key, place in places(module).items():
+        if hasattr(place.tensor, "device_mesh"):
+            raise TypeError(f"{name} must have plain tensors, got {type(place.tensor).__name__}, sharded, as {key}")
+
+
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Its parameters, in the order of the indices in its `state_dict`."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
