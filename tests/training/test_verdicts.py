@@ -1207,6 +1207,12 @@ CASES |= {
         1,
         "metrics/mAP50(G): never learnt: 0 in all",
     ),
+    "two metrics at 0, the first of them in every fifth row": (
+        "log.csv",
+        table(csv_text({"mAP50": [0.0 if row % 5 == 4 else "" for row in range(30)], "mAP50-95": [0.0] * 30})),
+        1,
+        "mAP50-95: never learnt: 0 in all 30 rows",
+    ),
     "tensors in the place of numbers, NaN": (
         "log.csv",
         table(csv_text({"loss": ["tensor(nan)"] * N, "val_loss": fall(N)})),

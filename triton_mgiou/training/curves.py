@@ -270,7 +270,8 @@ def _families(metrics: list[Column], table: Table, problems: list[str]) -> list[
             curve = curve_of(column, lower=False)
             word = "ap" if "ap" in match[0] else match[0]
             family = name[: match.start()] + word + "".join(re.findall(r"\(\w+\)", name))
-            if family not in highest or curve.best > highest[family].best:
+            known = highest.get(family)
+            if known is None or (curve.best, len(curve.values)) > (known.best, len(known.values)):
                 highest[family] = curve
         if highest:
             break
