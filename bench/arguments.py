@@ -24,6 +24,17 @@ def out_file(text: str) -> Path:
     return path
 
 
+def positive(text: str) -> int:
+    """A number of things, as `type` of an argument.
+
+    Raises:
+        argparse.ArgumentTypeError: It is no integer of 1 or above.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of 1 or above, got {text!r}")
+    return int(text)
+
+
 def need_packages(parser: argparse.ArgumentParser, program: str, names: Iterable[str]) -> None:
     """End the program with status 2 if a package cannot be imported."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]

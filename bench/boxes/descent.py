@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.arguments import out_file
+from bench.arguments import out_file, positive
 from bench.boxes import gaussian
 from bench.machine import machine
 from triton_mgiou import PAPER
@@ -304,7 +304,7 @@ def main() -> None:
     """Run every loss of every task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=out_file, required=True, help="results, JSON")
-    parser.add_argument("--seeds", type=int, default=2, help="seeds 0, 1, ... (default: 2)")
+    parser.add_argument("--seeds", type=positive, default=2, help="seeds 0, 1, ... (default: 2)")
     parser.add_argument("--task", choices=LOSSES, action="append", help="only this one; may be repeated")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -9,11 +9,12 @@ import sys
 import pytest
 import torch
 
-from bench import startup
-from bench.arguments import out_file
+from bench import against, report, startup
+from bench.arguments import out_file, positive
 from bench.boxes import graphs
 from bench.convergence import amp
 from bench.detectors import crops
+from bench.documents import RESULTS
 from tests.helpers import run_python
 
 
@@ -44,6 +45,30 @@ def test_crops_say_what_cannot_be_imported(tmp_path, monkeypatch, capsys):
         crops.main(["--out", str(tmp_path / "crops.json")])
     assert ended.value.code == 2
     assert "bench.detectors.crops cannot import ultralytics; all it needs: pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", ""])
+def test_numbers_of_things_are_1_or_above(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=rf"expected an integer of 1 or above, got '{text}'"):
+        positive(text)
+    assert positive("12") == 12
+
+
+@pytest.mark.parametrize("size", ["512", "4x", "axb", "0x4", "4x4x4"])
+def test_sizes_that_are_none_are_refused(size, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        against.main([str(tmp_path), "--sizes", size])
+    assert ended.value.code == 2
+    assert "argument --sizes: expected an integer of 1 or above" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["h200_pairs", "h200_boxes", "convergence_amp", "instructions"])
+def test_a_report_of_another_programs_results_is_refused(name, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text((RESULTS / f"{name}.json").read_text())
+    with pytest.raises(SystemExit, match=r"bench\.report: expected results of bench\.speed"):
+        report.main([str(path)])
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
