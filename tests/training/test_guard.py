@@ -620,6 +620,22 @@ def test_saving_in_between(folder):
     assert good["step"] == 2
 
 
+def test_a_file_is_read_safely_though_a_schedule_sets_numbers_of_numpy(folder):
+    """As the warm-up of Ultralytics does by `np.interp`."""
+    model, optimizer = make()
+    guard = TrainingGuard(model, optimizer, patience=1, checkpoint_dir=folder)
+    for group in optimizer.param_groups:
+        group["lr"] = np.interp(1, [0, 4], [0.0, 0.2])
+        group["betas"] = (np.float64(0.5), 0.75)
+    guard.step(backward(model, optimizer, batch(0)))
+    with pytest.raises(TrainingStoppedError):
+        guard.step(backward(model, optimizer, batch(0) * NAN))
+    for name in ("last-good.pt", "failed.pt"):
+        (group,) = torch.load(folder / name, weights_only=True)["optimizer"]["param_groups"]
+        assert (group["lr"], group["betas"]) == (0.05, (0.5, 0.75))
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
 class Inner(nn.Module):
     """A wrapper that `state_dict` leaves out, as that of checkpointed activations."""
 

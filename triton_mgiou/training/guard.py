@@ -26,6 +26,7 @@ from triton_mgiou.training.snapshot import (
     parameters_in,
     parameters_of,
     places,
+    plain_numbers,
     save_atomically,
 )
 
@@ -346,7 +347,7 @@ class TrainingGuard:
         extras = [extra.snapshot.state_dict(extra.module) for extra in self._extras]
         return {
             "model": self._model_snapshot.state_dict(self.model),
-            "optimizer": self._optimizer_snapshot.state_dict(),
+            "optimizer": plain_numbers(self._optimizer_snapshot.state_dict()),
             "scaler": self._kept_scaler,
             "step": self._kept_step,
             **({"extra_modules": extras} if extras else {}),
@@ -357,7 +358,7 @@ class TrainingGuard:
         extras = [extra.module.state_dict() for extra in self._extras]
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": plain_numbers(self.optimizer.state_dict()),
             "scaler": {} if self.scaler is None else self.scaler.state_dict(),
             "step": self.steps,
             "gradients": gradients_in(now),

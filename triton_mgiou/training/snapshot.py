@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -174,6 +175,15 @@ class OptimizerSnapshot:
         for (index, key), copied in self._copies.items():
             states[index][key] = copied
         return {"state": states, **self._packed}
+
+
+def plain_numbers(state: Any) -> Any:
+    """The same nesting with Python's numbers in the place of numpy's, which `torch.load` refuses to read safely."""
+    if isinstance(state, np.generic):
+        return state.item()
+    if isinstance(state, dict):
+        return {key: plain_numbers(value) for key, value in state.items()}
+    return type(state)(map(plain_numbers, state)) if type(state) in (list, tuple) else state
 
 
 @torch.no_grad()
