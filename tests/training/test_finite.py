@@ -97,6 +97,11 @@ def test_what_has_no_nan_is_fine():
         check_finite(torch.diag(torch.tensor([1.0, NAN])).to_sparse(), "x", "here")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_a_nested_tensor_without_parts_is_fine():
+    assert find_nonfinite({"cache": torch.nested.nested_tensor([])}) == []
+
+
 def test_a_mask_says_what_counts():
     values = torch.tensor([[[1.0, 2.0], [NAN, INF]], [[3.0, 4.0], [5.0, NAN]]])
     mask = torch.tensor([[True, False], [True, True]]).unsqueeze(2)
@@ -112,6 +117,9 @@ def test_wrong_arguments_of_check_finite():
         check_finite([1.0], "x", "here")
     with pytest.raises(TypeError, match=r"mask must be a bool tensor, got torch.float32"):
         check_finite(torch.zeros(2), "x", "here", mask=torch.ones(2))
+    for shape in ((3,), (2, 2)):
+        with pytest.raises(ValueError, match=r"mask must be broadcastable to the tensor's shape \(2,\), got \("):
+            check_finite(torch.zeros(2), "x", "here", mask=torch.ones(shape, dtype=torch.bool))
 
 
 def test_find_nonfinite_in_a_module():

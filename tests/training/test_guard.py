@@ -347,13 +347,14 @@ def dense(tensor):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
-@pytest.mark.parametrize("kind", ["nested", "meta"])
+@pytest.mark.parametrize("kind", ["nested", "no parts", "meta"])
 def test_buffers_without_a_norm(kind, folder):
     """PyTorch has no norm of these; a nested one is looked into all the same."""
 
     def remember(module, images):
         rows = images.detach()
-        module.cache = rows.to("meta") if kind == "meta" else torch.nested.nested_tensor([rows[0], rows[1, :2]])
+        parts = [] if kind == "no parts" else [rows[0], rows[1, :2]]
+        module.cache = rows.to("meta") if kind == "meta" else torch.nested.nested_tensor(parts)
 
     model = Cache(None, remember)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from triton_mgiou.training.finite import find_nonfinite
+from triton_mgiou.training.finite import find_nonfinite, values_of_nested
 
 
 class Place(NamedTuple):
@@ -213,7 +213,7 @@ def checkable(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
         return None
     if tensor.is_nested:
-        tensor = torch.cat([part.reshape(-1) for part in tensor.unbind()])
+        tensor = values_of_nested(tensor)
     if not tensor.numel():
         return None
     if tensor.is_complex():
