@@ -1306,3 +1306,11 @@ def test_zeros_before_the_first_validation(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "metrics/mAP_0.5: never learnt" in out
     assert "collapsed" not in out
+
+
+def test_metrics_once_more_as_text_are_not_mentioned(tmp_path, capsys):
+    """As mmdetection 2 has them, to be pasted elsewhere."""
+    path = tmp_path / "20260101_1200.log.json"
+    path.write_text(json_text(mmdetection(24)), encoding="utf-8")
+    assert main(["diagnose", str(path)]) == 0
+    assert "copypaste" not in capsys.readouterr().out

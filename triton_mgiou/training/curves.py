@@ -14,9 +14,11 @@ from triton_mgiou.training.tables import Column, Table
 LOWER_IS_BETTER = re.compile(r"loss|error|nll|perplexity|(?<![a-z])(mae|mse|rmse|wer|cer|ppl)(?![a-z])")
 LOSS_SCALE = re.compile(r"(loss|grad|amp|scaler?)[_/ .]*scaler?$|(^|/)scaler?$")
 SCALER_AT = 16.0  # a scale that never gets there is no GradScaler's, which begins at 65536
-# The last are detectron2's, of heads on their proposals, and DETR's number of objects, which it does not train
+# The last are detectron2's, of heads on their proposals, DETR's number of objects, which it does not train, and
+# mmdetection's, of all metrics once more as one text
 NO_CURVE = re.compile(
     r"(?<![a-z])(lr|weight|scaler?|coef|gain|time)\d*$|(^|/)best[_ ]|(fast|mask)_rcnn/.*accuracy|cardinality_error"
+    r"|_copypaste$"
 )
 TOTAL = re.compile(r"(train[/_. ])?(total_?loss|loss_?total|loss)")
 # By what they say of a run: each kind is judged where there is none of the kinds before. An accuracy beside mAP is
