@@ -109,6 +109,15 @@ def test_triton_cpu_wrong_values_of_options_are_named_before_anything_is_compile
         triton_mgiou.warmup(**{"vertices": (4,), "batch_sizes": (2,), "device": "cpu"} | arguments)
 
 
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.int8, 127), (torch.uint8, 255), (torch.int16, 300), (True, 300)])
+def test_lengths_of_few_bits_beside_many_vertices(dtype, largest):
+    types, options = (torch.float32, torch.float32), {"pred_lengths": dtype, "target_lengths": dtype}
+    variant = warmup_module._Variant(types, (300, 100), 2, True, torch.device("cpu"), options)
+    pred, target, given = variant.inputs()
+    assert (given["pred_lengths"].tolist(), given["target_lengths"].tolist()) == ([largest] * 2, [100] * 2)
+    triton_mgiou.mgiou_loss(pred, target, backend="eager", **given)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter or a GPU")
 def test_triton_cpu_arguments_as_tables_and_typed_configurations_have_them():
     """Integers of numpy, and names of an enumeration; options of boxes with an angle do not concern polygons."""

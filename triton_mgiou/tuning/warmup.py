@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from triton_mgiou.arguments import FLOATING, check_choice, plain_name
+from triton_mgiou.arguments import FLOATING, INTEGERS, check_choice, plain_name
 from triton_mgiou.backends import kernels_unavailable
 from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS, PAIR_FORMATS
 from triton_mgiou.functional import box_mgiou, box_mgiou_loss, mgiou_loss, polygon_mgiou
@@ -197,14 +197,16 @@ class _Variant(NamedTuple):
             if kind is not False:
                 vertices = self.size[name.startswith("target")]
                 shape = (self.batch, vertices) if name.endswith("mask") else (self.batch,)
-                value = vertices if name.endswith("lengths") else 1
                 dtype = usual if kind is True else kind
+                value = vertices if name.endswith("lengths") else 1
+                if dtype in INTEGERS:
+                    value = min(value, torch.iinfo(dtype).max)  # 8 bits may count fewer than there are
                 options[name] = torch.full(shape, value, dtype=dtype, device=self.device)
         return pred, target, options
 
     def check(self) -> None:
         """Refuse options that the loss refuses, before anything is compiled for them."""
-        pred, target, options = self._replace(batch=1).inputs()
+        pred, target, options = self._replace(batch=1, size=(3, 3)).inputs()
         mgiou_loss(pred, target, backend="eager", **options)
 
     def training_step(self) -> None:
