@@ -174,10 +174,9 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     problems += [f"{column.name}: {faults[column.name]}" for column in table.columns if column.name in faults]
     if stands_still:
         problems.append(NO_STEP)
-    notes = words
-    notes += [f"{c.name}: {note}" for c in (*losses, *curves) if c.name not in faults and (note := _converged(c))]
+    notes = [f"{c.name}: {note}" for c in (*losses, *curves) if c.name not in faults and (note := _converged(c))]
     notes += [f"{loss.name}: {note}" for loss in losses if (note := _oscillation(loss.values))]
-    return problems, notes
+    return problems, [*words, *notes]
 
 
 def _where_validated(table: Table) -> Table:
