@@ -368,6 +368,28 @@ def test_parameters_without_elements_are_left_out():
             monitor.record()
 
 
+def test_parameters_that_take_turns_in_a_group():
+    """As where a few random layers are trained at a time: the weights of others are no change of these."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(8, 8) for _ in range(4))})
+    monitor = GradientMonitor(model)
+    layers = list(model["layers"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for index in range(24):
+            for number, layer in enumerate(layers):
+                layer.requires_grad_(number == index // 3 % 4)
+            layer = layers[index // 3 % 4]
+            before = flat(layer)
+            layer.zero_grad()
+            layer(torch.ones(2, 8)).square().mean().backward()
+            torch.optim.SGD(layer.parameters(), lr=1e-3).step()
+            monitor.record()
+            ratio = float(monitor.summary().splitlines()[1].split()[5])  # the average
+            expected = ((flat(layer) - before).norm() / before.norm()).item()
+            assert math.isnan(ratio) if index == 0 else ratio < 2 * expected
+
+
 def test_frozen_and_half_parameters():
     model = make().to(torch.bfloat16)
     for parameter in model["backbone"].parameters():

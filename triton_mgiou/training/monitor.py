@@ -213,7 +213,8 @@ class _Group:
         self._sums = [0.0] * 4
         self._weights = [0.0] * 4
         self._count = 0
-        self._before: Tensor | None = None
+        self._before: Tensor | None = None  # the weights of these parameters, by their ids
+        self._measured: list[int] = []
 
     def measure(self) -> Tensor:
         """The measures, the change over the usual norm, and whether there is a change, on the device, shape (5,)."""
@@ -221,7 +222,8 @@ class _Group:
         gradient = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
         weights = _flat(parameters)
         ratio = growth = changed = gradient.new_full((), math.nan)
-        if self._before is not None and self._before.shape == weights.shape:
+        before, self._measured = self._measured, [id(parameter) for parameter in parameters]
+        if self._before is not None and before == self._measured and self._before.shape == weights.shape:
             norm = self._before.norm()
             change = (weights - self._before).norm()
             ratio = torch.where(norm > 0, change / norm, ratio)
