@@ -165,10 +165,17 @@ def line(row: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Compare, print, write the JSON; return the exit status."""
+    from bench.arguments import out_file, positive  # noqa: PLC0415 - not in a worker, whose tree may have none
+
+    def size(text: str) -> tuple[int, int]:
+        batch, _, vertices = text.partition("x")
+        return positive(batch), positive(vertices)
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="the root of another checkout")
-    parser.add_argument("--out", type=Path, help="a JSON to write")
-    parser.add_argument("--sizes", nargs="+", default=["512x4", "4096x8"], metavar="BxN", help="default: 512x4 4096x8")
+    parser.add_argument("--out", type=out_file, help="a JSON to write")
+    usual = [(512, 4), (4096, 8)]
+    parser.add_argument("--sizes", type=size, nargs="+", default=usual, metavar="BxN", help="default: 512x4 4096x8")
     parser.add_argument("--rounds", type=int, default=201, help="at least 2; default: 201")
     parser.add_argument("--limit", type=float, default=1.02, help="the ratio that is too slow; default: 1.02")
     parser.add_argument("--graphs", action="store_true", help="replay steps from CUDA graphs")
@@ -177,7 +184,6 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"expected the root of a checkout, got {arguments.other}")
     if arguments.rounds < 2:
         parser.error(f"--rounds: expected at least 2, got {arguments.rounds}")
-    sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes]
     import torch  # noqa: PLC0415 - not in a worker, which must import the package of its own tree
 
     from bench.machine import machine  # noqa: PLC0415 - as above
@@ -190,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     with tempfile.TemporaryDirectory() as cache:
         this, other = (Tree(root, f"{cache}/{k}", arguments.graphs) for k, root in enumerate((ROOT, arguments.other)))
-        for batch, vertices in sizes:
+        for batch, vertices in arguments.sizes:
             for loss in LOSSES:
                 rows.append(compare(this, other, loss, batch, vertices, arguments.rounds))
                 sys.stdout.write(line(rows[-1]) + "\n")

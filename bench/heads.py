@@ -14,7 +14,6 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from bench import measure
+from bench.arguments import out_file, positive
 from bench.machine import machine
 from bench.peers import polygons
 from triton_mgiou import PAPER, mgiou_loss
@@ -49,8 +49,8 @@ MODES: Mapping[str, Mapping[str, Any] | None] = {
 def main(argv: list[str] | None = None) -> None:
     """Measure, print each row, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
-    parser.add_argument("--batch", type=int, nargs="+", default=[512, 4096], help="batch sizes; 512 and 4096")
+    parser.add_argument("--out", type=out_file, required=True, help="the JSON to write")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[512, 4096], help="batch sizes; 512 and 4096")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     modes = [name for name in MODES if device.type == "cuda" or name != "CUDA graphs"]

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from bench.arguments import out_file
 from bench.machine import machine
 from bench.roofline import operations
 
@@ -88,7 +89,7 @@ def row_of(vertices: int) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile, count, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="results, JSON")
+    parser.add_argument("--out", type=out_file, required=True, help="results, JSON")
     arguments = parser.parse_args(argv)
     command = ["python -m bench.instructions", *(sys.argv[1:] if argv is None else argv)]
     result = {**machine(command, torch.device("cpu")), "rows": [row_of(vertices) for vertices in SIZES]}

@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
         result = merged([json.loads(file.read_text()) for file in files])
     except (OSError, ValueError) as error:
         sys.exit(f"bench.report: {error}")
+    except (KeyError, TypeError, IndexError):
+        sys.exit("bench.report: expected results of bench.speed, got those of another program")
     table = files[0].with_suffix(".md")
     table.write_text(markdown(result))
     written = [table, *figures(result, files[0].with_suffix(""))]

@@ -19,12 +19,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from bench import measure
+from bench.arguments import out_file
 from bench.machine import machine
 from bench.peers import TOLERANCE, Peer, errors, find_peers, polygons
 
@@ -66,7 +66,7 @@ LAUNCHES_SIZE = (4096, 8)
 def main(argv: list[str] | None = None) -> None:
     """Measure, print what was found, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
+    parser.add_argument("--out", type=out_file, required=True, help="the JSON to write")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     groups = groups_of(device)
     parser.add_argument("--only", nargs="+", choices=groups, default=list(groups), help="groups of sizes; all of them")

@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.arguments import need_gpu, out_file
+
 ROOT = Path(__file__).parent.parent
 CACHES = {"triton": "TRITON_CACHE_DIR", "mgiou": "TRITON_MGIOU_CACHE_DIR"}  # folder to variable
 WARMUP = ("-m", "triton_mgiou", "warmup", "--vertices", "8", "--batch", "512")
@@ -200,7 +202,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {"first": first, "host": host, 
 def main(argv: list[str] | None = None) -> None:
     """Measure the parts and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="the JSON to write")
+    parser.add_argument("--out", type=out_file, help="the JSON to write")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="all of them by default")
     parser.add_argument("--process", choices=("loss", "trivial"), help=argparse.SUPPRESS)  # one of `first`
     arguments = parser.parse_args(argv)
@@ -209,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if arguments.out is None:
         parser.error("the following arguments are required: --out")
+    need_gpu(parser, "bench.startup")
     content: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:  # the user's caches take no part
         os.environ |= {name: f"{folder}/{part}" for part, name in CACHES.items()}

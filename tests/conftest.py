@@ -115,6 +115,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch.jit")  # in the compiler's own code
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Have `-k triton-cpu` choose tests that need the interpreter but no `backend`: no function's name has a dash."""
+    if item.name.startswith("test_triton_cpu"):
+        item.extra_keyword_matches.add("triton-cpu")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what needs a GPU where there is none, and most of what would be slow in the interpreter.
 

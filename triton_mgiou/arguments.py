@@ -68,6 +68,11 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def plain_name(choice: str) -> str:
+    """The text of a choice that may be a member of an enumeration, of which `str` and formatting give another text."""
+    return str.__str__(choice)
+
+
 def check_bool(name: str, value: object) -> None:
     """Refuse what is no bool of Python's; numpy's is none."""
     if not isinstance(value, bool):

@@ -38,6 +38,15 @@ def is_empty(size: int) -> bool:
     return size == 0
 
 
+def may_be_empty(size: int) -> bool:
+    """Whether a size is 0. One that no compiler knows may be."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_or_true  # noqa: PLC0415 - slow
+
+        return guard_or_true(size == 0)
+    return size == 0
+
+
 _reasons: dict[torch.device, str | None] = {}
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
+from triton_mgiou.arguments import plain_name
 from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS
 from triton_mgiou.options import AXIS_WEIGHTS, Options, Reduction
 from triton_mgiou.tuning import layouts, store
@@ -495,5 +496,5 @@ def box_plan(key: BoxKey) -> Plan:
     if INTERPRETED:
         candidates = [layouts.BOX_INTERPRETER_LAYOUT]
     flags = (f"{key.pred_dtype} {key.target_dtype}", *(f"{name}={value}" for name, value in constants.items()))
-    case = f"boxes {key.fmt}, {' '.join(flags)}"
+    case = f"boxes {plain_name(key.fmt)}, {' '.join(flags)}"
     return Plan(box_kernel, tuple(constants.values()), case, candidates, dtype, key.device)

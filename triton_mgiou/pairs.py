@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from triton_mgiou import launch
+from triton_mgiou.arguments import plain_name
 from triton_mgiou.box_formats import KERNEL_FORMATS
 from triton_mgiou.kernels.pairs import box_pairs_kernel
 from triton_mgiou.kernels.pairs_gradient import box_pairs_gradient_kernel
@@ -200,7 +201,8 @@ def prepare_polygons(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -
     if plan is None:
         dtype = compute_dtype(polygons1, polygons2)
         constants = (COMPUTE[dtype], OVERS.index(call.over), AXIS_WEIGHTS.index(call.axis_weight), corners)
-        case = f"pairs of polygons {' '.join(map(str, fields[1:]))}"
+        names = plain_name(call.over), plain_name(call.axis_weight)
+        case = f"pairs of polygons {' '.join(map(str, (*fields[1:3], *kinds, *names, corners)))}"
         candidates = layouts.polygon_pair_candidates(corners, INTERPRETED)
         plan = launch.keep_plan(
             fields,
@@ -323,7 +325,7 @@ def pair_plan(key: PairKey) -> Plan:
     masks = f"masks {key.first_masked:d}{key.second_masked:d}"
     flags = (f"{key.first_dtype} {key.second_dtype} {masks}", *(f"{name}={value}" for name, value in constants.items()))
     kind = f"gradient of pairs to {layouts.how_many(key.many)}" if key.gradient else "pairs of"
-    case = f"{kind} boxes {key.call.fmt}, {' '.join(flags)}"
+    case = f"{kind} boxes {plain_name(key.call.fmt)}, {' '.join(flags)}"
     kernel = box_pairs_gradient_kernel if key.gradient else box_pairs_kernel
     return Plan(kernel, tuple(constants.values()), case, candidates, dtype, key.device)
 

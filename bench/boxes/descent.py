@@ -17,7 +17,6 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import shapely
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bench.arguments import out_file, positive
 from bench.boxes import gaussian
 from bench.machine import machine
 from triton_mgiou import PAPER
@@ -303,8 +303,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run every loss of every task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="results, JSON")
-    parser.add_argument("--seeds", type=int, default=2, help="seeds 0, 1, ... (default: 2)")
+    parser.add_argument("--out", type=out_file, required=True, help="results, JSON")
+    parser.add_argument("--seeds", type=positive, default=2, help="seeds 0, 1, ... (default: 2)")
     parser.add_argument("--task", choices=LOSSES, action="append", help="only this one; may be repeated")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 
 from bench import measure
+from bench.arguments import need_gpu, positive
 from bench.boxes.peers import pairs, peers, step
 from bench.speed import first_line
 
@@ -24,10 +25,14 @@ def main() -> None:
     """Capture and replay; the first failure ends the run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer")
-    parser.add_argument("batches", type=int, nargs="+")
+    parser.add_argument("batches", type=positive, nargs="+")
     arguments = parser.parse_args()
+    need_gpu(parser, "bench.boxes.graphs")
     device = torch.device("cuda")
-    loss = peers(device)[arguments.peer]
+    known = peers(device)
+    if arguments.peer not in known:
+        parser.error(f"peer: expected one of {', '.join(known)}, got {arguments.peer}")
+    loss = known[arguments.peer]
     with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
         for batch in arguments.batches:
             try:

@@ -13,13 +13,13 @@ import json
 import math
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bench.arguments import out_file
 from bench.convergence.losses import LOSSES, OURS, Loss, reported
 from bench.convergence.run import BATCH_SIZE, make_network
 from bench.machine import machine
@@ -90,7 +90,7 @@ def train(name: str, dtype: torch.dtype, steps: int = STEPS) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train every case and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="results, JSON")
+    parser.add_argument("--out", type=out_file, required=True, help="results, JSON")
     out = parser.parse_args(argv).out
     torch.set_num_threads(1)
     rows = [train(name, dtype) for name, dtype in tqdm(CASES, desc="trainings")]

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bench.arguments import out_file, positive
 from bench.convergence import report
 from bench.convergence.losses import LOSSES, Loss
 from bench.machine import machine
@@ -213,9 +214,9 @@ def run(job: Job) -> Rows:
 def main() -> None:
     """Run what is not in the file yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="results, JSON; continued if it exists")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default: 5)")
-    parser.add_argument("--processes", type=int, default=2, help="trainings at a time (default: 2)")
+    parser.add_argument("--out", type=out_file, required=True, help="results, JSON; continued if it exists")
+    parser.add_argument("--seeds", type=positive, default=5, help="seeds 0, 1, ... (default: 5)")
+    parser.add_argument("--processes", type=positive, default=2, help="trainings at a time (default: 2)")
     args = parser.parse_args()
 
     rows: Rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else []

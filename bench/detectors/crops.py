@@ -29,10 +29,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
-from ultralytics.utils.loss import DFLoss, KeypointLoss
-from ultralytics.utils.metrics import probiou
-from ultralytics.utils.tal import dist2rbox, rbox2dist
 
+from bench.arguments import need_packages, out_file
 from bench.detectors import plan, scenes
 from bench.detectors.losses import FewVisible
 from bench.machine import machine
@@ -47,6 +45,7 @@ RATE, DECAY, CLIP, WARM = 2e-3, 5e-4, 10.0, 8
 BOX_GAIN, DISTRIBUTION_GAIN, POSE_GAIN = 7.5, 1.5, 12.0
 BOX_OPTIONS: dict[str, Any] = {"boundary": plan.BOUNDARY["options"], "mgiou": PAPER}
 OUT = Path("bench/results/detectors/crops.json")
+NEEDED = ("ultralytics", "shapely", "sklearn", "skimage", "cv2")
 
 # Losses of boxes: which, its gain, below which value it is quadratic, whether the angle loss is added
 BOXES: dict[str, tuple[str, float, float, bool]] = {
@@ -82,6 +81,11 @@ BY_TASK = {
 }
 SEEDS = {"boxes": 4, "long": 4}  # where losses are close
 PLAN = [(task, name, seed) for task, names in BY_TASK.items() for seed in range(SEEDS.get(task, 2)) for name in names]
+
+
+def ultralytics(name: str) -> Any:
+    """A module of Ultralytics' `utils`; the program says by itself that it is not installed."""
+    return importlib.import_module(f"ultralytics.utils.{name}")
 
 
 @lru_cache(maxsize=2)
@@ -143,7 +147,7 @@ class Network(nn.Module):
         angle = (self.angle(features).sigmoid() - 0.25) * math.pi
         distances = places.view(len(images), 4, BINS)
         sides = distances.softmax(2) @ torch.arange(float(BINS))
-        return torch.cat((dist2rbox(sides, angle, anchor(len(images))), angle), 1), distances
+        return torch.cat((ultralytics("tal").dist2rbox(sides, angle, anchor(len(images))), angle), 1), distances
 
 
 def anchor(count: int) -> Tensor:
@@ -154,16 +158,16 @@ def anchor(count: int) -> Tensor:
 def box_loss(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The loss of boxes, distances and target boxes, in grid cells."""
     which, gain, smooth, has_angle = BOXES[name]
-    distribution = DFLoss(BINS)
+    distribution = ultralytics("loss").DFLoss(BINS)
 
     def loss(pred: Tensor, distances: Tensor, target: Tensor) -> Tensor:
         if which == "ProbIoU":
-            losses = 1 - probiou(pred, target, floor=0.01).squeeze(1)
+            losses = 1 - ultralytics("metrics").probiou(pred, target, floor=0.01).squeeze(1)
         else:
             losses = box_mgiou_loss(pred, target, reduction="none", **BOX_OPTIONS[which])
         if smooth:
             losses = torch.where(losses < smooth, losses.square() / (2 * smooth), losses - smooth / 2)
-        sides = rbox2dist(target[:, :4], anchor(len(target)), target[:, 4:5], reg_max=BINS - 1)
+        sides = ultralytics("tal").rbox2dist(target[:, :4], anchor(len(target)), target[:, 4:5], reg_max=BINS - 1)
         total: Tensor = BOX_GAIN * gain * losses.mean()
         total = total + DISTRIBUTION_GAIN * distribution(distances.reshape(-1, BINS), sides).mean()
         if has_angle:
@@ -176,7 +180,7 @@ def box_loss(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def polygon_loss(name: str, vertices: int) -> nn.Module:
     """The loss of vertices, as a pose head calls it."""
-    own: nn.Module = KeypointLoss(torch.full((vertices,), 1 / vertices))
+    own: nn.Module = ultralytics("loss").KeypointLoss(torch.full((vertices,), 1 / vertices))
     if name == "OKS":
         return own
     mode, _, few = name.partition(", ")
@@ -298,11 +302,14 @@ def corners(boxes: Tensor) -> NDArray[np.float64]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train what is not in the file yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help=f"results, continued if they exist (default: {OUT})")
+    parser.add_argument(
+        "--out", type=out_file, default=str(OUT), help=f"results, continued if they exist (default: {OUT})"
+    )
     parser.add_argument("--only", default="", help="only rows whose name, such as 'squares, ProbIoU, 0', has this")
     args = parser.parse_args(argv)
     if not any(args.only in ", ".join(map(str, job)) for job in PLAN):
         parser.error(f"--only: no row's name has {args.only!r} in it, as {', '.join(map(str, PLAN[0]))!r} has")
+    need_packages(parser, "bench.detectors.crops", NEEDED)
     torch.set_num_threads(1)
     rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else []
     done = {(row["task"], row["loss"], row["seed"]) for row in rows}
@@ -313,7 +320,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append({"task": task, "loss": name, "seed": seed, **found})
         rows.sort(key=lambda row: PLAN.index((row["task"], row["loss"], row["seed"])))
         about = machine(["python -m bench.detectors.crops"], torch.device("cpu"))
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         temporary = args.out.with_suffix(".tmp")
         temporary.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
         temporary.replace(args.out)

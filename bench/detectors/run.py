@@ -13,7 +13,7 @@ in a file NAME.failed.txt, and the rest goes on.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 import triton_mgiou
+from bench.arguments import need_packages
 from bench.detectors import plan, report
 from bench.detectors.plan import Job, Size
 from bench.detectors.scenes import BOXES, Scenes, make
@@ -76,10 +77,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.toy and not args.out:
         parser.error("--toy needs --out, so that its results do not lie among the real ones")
-    missing = [name for name in NEEDED[-1 if args.report else 0 :] if importlib.util.find_spec(name) is None]
-    if missing:
-        install = 'pip install "triton-mgiou[bench,ultralytics]"'
-        parser.exit(2, f"bench.detectors cannot import {', '.join(missing)}; all it needs: {install}\n")
+    need_packages(parser, "bench.detectors", NEEDED[-1 if args.report else 0 :])
     if args.processes is not None and args.processes < 1:
         parser.error(f"--processes must be 1 or above, got {args.processes}")
     out, size = args.out or OWN, plan.TOY if args.toy else plan.FULL

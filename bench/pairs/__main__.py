@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from bench import measure
+from bench.arguments import out_file
 from bench.machine import machine
 from tests.helpers import generator, rectangle_corners
 from tests.pairs import oracle
@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of the loops (default: {ROUNDS})")
     parser.add_argument("--seconds", type=float, default=120.0, help="after these nothing new begins (default: 120)")
-    parser.add_argument("--out", type=Path, help="written after each row")
+    parser.add_argument("--out", type=out_file, help="written after each row")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     reference.MEMORY = 2**30  # the checks in eager PyTorch

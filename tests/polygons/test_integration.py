@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.conftest import INTERPRETED
 from tests.helpers import (
     BOTH,
+    INF,
+    NAN,
     assert_close,
     assert_does_not_wait,
     assert_gradient_close,
@@ -149,6 +151,30 @@ def test_compile_with_a_batch_that_a_mask_selects(backend, reduction):
         for count in [3, 0, 1, 6]:
             given = sample(6, backend.device) | {"is_positive": torch.arange(6, device=backend.device) < count}
             assert_compiled_is_the_same(function, compiled, given)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("divisor", [-1.0, NAN, INF, 0.0])
+def test_an_empty_batch_is_0_beside_any_divisor_though_the_compiler_does_not_know_it(backend, divisor):
+    def function(pred, target, is_positive, divisor):
+        return backend.loss(pred[is_positive], target[is_positive], avg_factor=divisor)
+
+    given = sample(4, backend.device)
+    pred, target, divisor = (
+        given["pred"].requires_grad_(),
+        given["target"],
+        torch.tensor(divisor, device=backend.device),
+    )
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for count, expected in ((0, 0.0), (3, INF if divisor == 0 else NAN), (0, 0.0)):
+            is_positive = torch.arange(4, device=backend.device) < count
+            for each in (function, compiled):
+                loss = each(pred, target, is_positive, divisor)
+                (gradient,) = torch.autograd.grad(loss, pred)
+                torch.testing.assert_close(loss.item(), expected, equal_nan=True)
+                assert gradient[count:].eq(0).all()
+                assert gradient.shape == pred.shape
 
 
 @pytest.mark.usefixtures("fresh_compiler")

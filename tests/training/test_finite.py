@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,6 +97,11 @@ def test_what_has_no_nan_is_fine():
         check_finite(torch.diag(torch.tensor([1.0, NAN])).to_sparse(), "x", "here")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_a_nested_tensor_without_parts_is_fine():
+    assert find_nonfinite({"cache": torch.nested.nested_tensor([])}) == []
+
+
 def test_a_mask_says_what_counts():
     values = torch.tensor([[[1.0, 2.0], [NAN, INF]], [[3.0, 4.0], [5.0, NAN]]])
     mask = torch.tensor([[True, False], [True, True]]).unsqueeze(2)
@@ -111,6 +117,9 @@ def test_wrong_arguments_of_check_finite():
         check_finite([1.0], "x", "here")
     with pytest.raises(TypeError, match=r"mask must be a bool tensor, got torch.float32"):
         check_finite(torch.zeros(2), "x", "here", mask=torch.ones(2))
+    for shape in ((3,), (2, 2)):
+        with pytest.raises(ValueError, match=r"mask must be broadcastable to the tensor's shape \(2,\), got \("):
+            check_finite(torch.zeros(2), "x", "here", mask=torch.ones(shape, dtype=torch.bool))
 
 
 def test_find_nonfinite_in_a_module():
@@ -124,6 +133,25 @@ def test_find_nonfinite_in_a_module():
     assert found == {"0.weight": (1, 0), "1.running_var": (0, 1), "2.bias.grad": (1, 0)}
     in_state = {report.name for report in find_nonfinite(model.state_dict())}
     assert in_state == {"0.weight", "1.running_var"}
+
+
+def test_what_has_no_values_yet_is_passed_over():
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 1), nn.LazyBatchNorm1d())
+    with torch.no_grad():
+        model[1].bias.fill_(NAN)
+    assert [report.name for report in find_nonfinite(model)] == ["1.bias"]
+
+
+def test_this_process_part_of_a_tensor_that_is_spread():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        spread = distribute_tensor(torch.tensor([[1.0, 2.0], [INF, NAN]]), mesh, [Shard(0)])
+        (report,) = find_nonfinite({"w": spread})
+        assert find_nonfinite([distribute_tensor(torch.ones(2), mesh, [Replicate()])]) == []
+    finally:
+        distributed.destroy_process_group()
+    assert (report.name, report.nan, report.inf, report.first) == ("w", 1, 1, ((1, 0), (1, 1)))
 
 
 def test_find_nonfinite_in_a_checkpoint():

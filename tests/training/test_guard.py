@@ -8,9 +8,12 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from tests.helpers import INF, NAN, generator
 from triton_mgiou.cli import main
@@ -344,13 +347,14 @@ def dense(tensor):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
-@pytest.mark.parametrize("kind", ["nested", "meta"])
+@pytest.mark.parametrize("kind", ["nested", "no parts", "meta"])
 def test_buffers_without_a_norm(kind, folder):
     """PyTorch has no norm of these; a nested one is looked into all the same."""
 
     def remember(module, images):
         rows = images.detach()
-        module.cache = rows.to("meta") if kind == "meta" else torch.nested.nested_tensor([rows[0], rows[1, :2]])
+        parts = [] if kind == "no parts" else [rows[0], rows[1, :2]]
+        module.cache = rows.to("meta") if kind == "meta" else torch.nested.nested_tensor(parts)
 
     model = Cache(None, remember)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -617,6 +621,72 @@ def test_saving_in_between(folder):
     assert good["step"] == 2
 
 
+def test_a_file_is_read_safely_though_a_schedule_sets_numbers_of_numpy(folder):
+    """As the warm-up of Ultralytics does by `np.interp`."""
+    model, optimizer = make()
+    guard = TrainingGuard(model, optimizer, patience=1, checkpoint_dir=folder)
+    for group in optimizer.param_groups:
+        group["lr"] = np.interp(1, [0, 4], [0.0, 0.2])
+        group["betas"] = (np.float64(0.5), 0.75)
+    guard.step(backward(model, optimizer, batch(0)))
+    with pytest.raises(TrainingStoppedError):
+        guard.step(backward(model, optimizer, batch(0) * NAN))
+    for name in ("last-good.pt", "failed.pt"):
+        (group,) = torch.load(folder / name, weights_only=True)["optimizer"]["param_groups"]
+        assert (group["lr"], group["betas"]) == (0.05, (0.5, 0.75))
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+class Inner(nn.Module):
+    """A wrapper that `state_dict` leaves out, as that of checkpointed activations."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.inner = module
+        self._register_state_dict_hook(self._without_inner)
+
+    @staticmethod
+    def _without_inner(_module, state, prefix, _metadata):
+        for key in [key for key in state if key.startswith(prefix + "inner.")]:
+            state[prefix + key.removeprefix(prefix + "inner.")] = state.pop(key)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("wrap", [Inner, checkpoint_wrapper])
+def test_a_file_has_the_names_of_the_state_dict_and_the_good_values(wrap, folder):
+    torch.manual_seed(0)
+    model = nn.Sequential(wrap(nn.Linear(3, 8)), nn.BatchNorm1d(8), wrap(nn.Linear(8, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = TrainingGuard(model, optimizer, checkpoint_dir=folder)
+    backward(model, optimizer, batch(0))
+    good = {name: value.clone() for name, value in model.state_dict().items()}
+    assert guard.step()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(NAN)
+    plain = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    plain.load_state_dict(torch.load(guard.save(), weights_only=True)["model"])
+    assert plain.state_dict().keys() == good.keys()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, good[name]), name
+
+
+def test_what_a_state_dict_leaves_out_is_not_in_a_file(folder):
+    """As a frozen backbone that its model does not save."""
+    model, optimizer = make()
+
+    def leave_out(_module, state, *_):
+        del state["0.weight"]
+
+    model._register_state_dict_hook(leave_out)
+    guard = TrainingGuard(model, optimizer, checkpoint_dir=folder)
+    saved = torch.load(guard.save(), weights_only=True)["model"]
+    assert saved.keys() == model.state_dict().keys()
+    assert "0.weight" not in saved
+
+
 def scaler_of(scale):
     return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
 
@@ -842,6 +912,7 @@ def test_wrong_arguments(folder):
         ((nn.LazyLinear(2), optimizer), ValueError, "model must have been run once: weight, of a lazy module,"),
         ((model, optimizer, None, 1, 0), ValueError, "patience must be an integer of 1 or above, got 0"),
         ((model, optimizer, None, 1, True), ValueError, "patience must be an integer of 1 or above, got True"),
+        ((model, optimizer, None, 1, 1.5), ValueError, "patience must be an integer of 1 or above, got 1.5"),
         ((model[0], optimizer), ValueError, "optimizer must have parameters of model only, .* got 4 of another"),
     ]:
         with pytest.raises(error, match=message):
@@ -853,6 +924,74 @@ def test_wrong_arguments(folder):
         guard.step(0.5)
     with pytest.raises(ValueError, match=r"loss must have one element, got shape \(2,\)"):
         guard.step(torch.zeros(2))
+
+
+def test_integers_of_numpy_are_integers(folder):
+    model, optimizer = make()
+    guard = TrainingGuard(model, optimizer, patience=np.int64(2), checkpoint_dir=folder)
+    guard.step(backward(model, optimizer, batch(0) * NAN))
+    with pytest.raises(TrainingStoppedError, match="2 in a row"):
+        guard.step(backward(model, optimizer, batch(0) * NAN))
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_optimizer_that_is_spread_over_processes_is_refused(folder):
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: PLC0415 - needs the process group
+
+    model, _ = make()
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(TypeError, match="whole state in each process, got ZeroRedundancyOptimizer"):
+        TrainingGuard(model, optimizer, checkpoint_dir=folder)
+
+
+def fsdp(module):
+    return FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("shard", "words"),
+    [
+        (fsdp, "got sharded ones in a FullyShardedDataParallel"),
+        (lambda module: nn.Sequential(fsdp(module)), "got sharded ones in a FullyShardedDataParallel"),
+        (lambda module: fully_shard(module, mesh=distributed.init_device_mesh("cpu", (1,))), "sharded, as 0.weight"),
+    ],
+)
+def test_sharded_parameters_are_refused(shard, words, folder):
+    """Each process would see and clip another part; the gradients' norm would be another in each."""
+    model = shard(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=f"model must have plain tensors, .*{words}"):
+        TrainingGuard(model, optimizer, checkpoint_dir=folder)
+    with pytest.raises(TypeError, match=f"model must have plain tensors, .*{words}"):
+        GradientMonitor(model)
+    plain, its_optimizer = make()
+    with pytest.raises(TypeError, match=rf"extra_modules\[0\] must have plain tensors, .*{words}"):
+        TrainingGuard(plain, its_optimizer, checkpoint_dir=folder, extra_modules=[model])
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_process_group_of_a_model_that_is_compiled(folder, monkeypatch):
+    """As of several models that are trained at once, each on some of the processes."""
+    groups = []
+    reduce = distributed.all_reduce
+    monkeypatch.setattr(
+        distributed, "all_reduce", lambda *given, group=None: (groups.append(group), reduce(*given, group=group))
+    )
+    model, optimizer = make()
+    own = distributed.new_group([0])
+    ddp = nn.parallel.DistributedDataParallel(model, process_group=own)
+    guard = TrainingGuard(torch.compile(ddp, backend="eager"), optimizer, checkpoint_dir=folder)
+    assert guard.step(backward(model, optimizer, batch(0)))
+    assert groups == [own]
 
 
 def run(code, *arguments, timeout=60):

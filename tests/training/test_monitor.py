@@ -336,6 +336,60 @@ def test_a_warning_about_many_groups_is_short():
     assert monitor.summary().count("exploding") == 8
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.compile,
+        lambda model: nn.DataParallel(torch.compile(model)),
+        lambda model: torch.compile(nn.DataParallel(model)),
+        lambda model: nn.ModuleDict({name: torch.compile(part) for name, part in model.items()}),
+    ],
+)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_groups_of_a_compiled_model_are_those_of_the_model(wrap, depth):
+    model = make()
+    plain, wrapped = (GradientMonitor(each, depth=depth) for each in (model, wrap(model)))
+    backward(model, 0)
+    plain.record()
+    wrapped.record()
+    assert wrapped.summary() == plain.summary()
+
+
+def test_parameters_without_elements_are_left_out():
+    model = nn.ModuleDict({"head": nn.Linear(3, 1), "none": nn.Linear(0, 0)})
+    monitor = GradientMonitor(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(25):
+            optimizer.zero_grad()
+            model["head"](torch.ones(4, 3)).sum().backward()
+            optimizer.step()
+            monitor.record()
+
+
+def test_parameters_that_take_turns_in_a_group():
+    """As where a few random layers are trained at a time: the weights of others are no change of these."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(8, 8) for _ in range(4))})
+    monitor = GradientMonitor(model)
+    layers = list(model["layers"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for index in range(24):
+            for number, layer in enumerate(layers):
+                layer.requires_grad_(number == index // 3 % 4)
+            layer = layers[index // 3 % 4]
+            before = flat(layer)
+            layer.zero_grad()
+            layer(torch.ones(2, 8)).square().mean().backward()
+            torch.optim.SGD(layer.parameters(), lr=1e-3).step()
+            monitor.record()
+            ratio = float(monitor.summary().splitlines()[1].split()[5])  # the average
+            expected = ((flat(layer) - before).norm() / before.norm()).item()
+            assert math.isnan(ratio) if index == 0 else ratio < 2 * expected
+
+
 def test_frozen_and_half_parameters():
     model = make().to(torch.bfloat16)
     for parameter in model["backbone"].parameters():

@@ -1207,6 +1207,67 @@ CASES |= {
         1,
         "metrics/mAP50(G): never learnt: 0 in all",
     ),
+    "two metrics at 0, the first of them in every fifth row": (
+        "log.csv",
+        table(csv_text({"mAP50": [0.0 if row % 5 == 4 else "" for row in range(30)], "mAP50-95": [0.0] * 30})),
+        1,
+        "mAP50-95: never learnt: 0 in all 30 rows",
+    ),
+    "tensors in the place of numbers, NaN": (
+        "log.csv",
+        table(csv_text({"loss": ["tensor(nan)"] * N, "val_loss": fall(N)})),
+        1,
+        f"loss: {N} NaN",
+    ),
+    "tensors with their device": (
+        "log.csv",
+        table(
+            csv_text(
+                {
+                    "lr": [0.1] * 10,
+                    "loss": [f"\"tensor({v}, device='cuda:0', grad_fn=<MulBackward0>)\"" for v in (*fall(9), INF)],
+                }
+            )
+        ),
+        1,
+        "loss: 0 NaN and 1 Inf, the first at epoch 10",
+    ),
+    "a metric with its sign of percent": (
+        "log.csv",
+        table(csv_text({"loss": fall(N), "acc": ["0.0%"] * N})),
+        0,
+        "acc: holds no number, but '0.0%'",
+    ),
+    "words alone, but for the time": (
+        "log.csv",
+        table(csv_text({"time": range(N), "accuracy": ["0.0%"] * N})),
+        2,
+        "has nothing to judge: accuracy: holds no number, but '0.0%'",
+    ),
+    "JSON lines, words in the place of numbers": (
+        "log.json",
+        table(json_text([{"loss": 1 / (row + 1), "acc": "high"} for row in range(20)])),
+        0,
+        "acc: holds no number, but 'high'",
+    ),
+    "JSON lines, numbers as text, NaN": (
+        "log.json",
+        table(json_text([{"epoch": row, "lr": 0.1, "loss": f"{v:.4f}"} for row, v in enumerate((*fall(9), NAN))])),
+        1,
+        "loss: 1 NaN and 0 Inf, the first at epoch 9",
+    ),
+    "JSON lines, numbers as text, flat": (
+        "log.json",
+        table(json_text([{"loss": "0.7500", "lr": 0.1}] * 20)),
+        1,
+        "loss: never learnt: 0.75 in all 20 rows",
+    ),
+    "JSON lines, a name with what ends lines elsewhere": (
+        "log.json",
+        table("".join(f'{{"loss": {1 / (row + 1)}, "note": "a\u2028b\x85c"}}\n' for row in range(20))),
+        0,
+        "rows: 20",
+    ),
     "an empty file": ("last.pt", binary(b""), 2, "is empty"),
     "a shard that is not there": ("step_100", without_shard, 2, "__0_0.distcp: No such file"),
 }
@@ -1245,3 +1306,11 @@ def test_zeros_before_the_first_validation(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "metrics/mAP_0.5: never learnt" in out
     assert "collapsed" not in out
+
+
+def test_metrics_once_more_as_text_are_not_mentioned(tmp_path, capsys):
+    """As mmdetection 2 has them, to be pasted elsewhere."""
+    path = tmp_path / "20260101_1200.log.json"
+    path.write_text(json_text(mmdetection(24)), encoding="utf-8")
+    assert main(["diagnose", str(path)]) == 0
+    assert "copypaste" not in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import importlib
 import json
 import multiprocessing
@@ -14,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import assert_close, assert_gradient_close, convex, generator, star
+from tests.helpers import INF, NAN, assert_close, assert_gradient_close, convex, generator, star
 
 pytest.importorskip("triton")
 
-from triton_mgiou import PAPER, launch, mgiou_loss, warmup
+from triton_mgiou import PAPER, launch, mgiou_loss, pairs, warmup
 from triton_mgiou.options import Options, Reduction
 from triton_mgiou.tuning import layouts, measure, store
 from triton_mgiou.tuning.layouts import Layout
@@ -311,6 +312,8 @@ def test_the_hash_is_of_the_kernels(tmp_path, monkeypatch):
     [
         ({"TRITON_MGIOU_CACHE_DIR": "/a/b"}, "/a/b"),
         ({"XDG_CACHE_HOME": "/x", "HOME": "/home/me"}, "/x/triton_mgiou"),
+        ({"TRITON_MGIOU_CACHE_DIR": "~/a", "HOME": "/home/me"}, "/home/me/a"),  # of a file that no shell has read
+        ({"XDG_CACHE_HOME": "~/x", "HOME": "/home/me"}, "/home/me/x/triton_mgiou"),
         ({"HOME": "/home/me"}, "/home/me/.cache/triton_mgiou"),
     ],
 )
@@ -328,6 +331,7 @@ BAD_FIELDS = [
     ENTRY.layout | {"us": 1.0, "default_us": 1.0, "lanes": 2.5},
     ENTRY.layout | {"us": 1.0, "default_us": 1.0, "lanes": -2},
     ENTRY.layout | {"us": "fast", "default_us": 1.0},
+    *(ENTRY.layout | {"us": time, "default_us": 1.0} for time in (0, -1.0, NAN, INF, 10**400)),
     [1, 2],
 ]
 
@@ -345,6 +349,7 @@ BAD_FIELDS = [
         json.dumps(GOOD | {"chip": "Another GPU"}).encode(),
         json.dumps(GOOD | {"triton": "2.0.0"}).encode(),
         json.dumps(GOOD | {"configurations": []}).encode(),
+        b"[" * 100_000,
         *(json.dumps(GOOD | {"configurations": {store.source_hash(): {"key": bad}}}).encode() for bad in BAD_FIELDS),
     ],
 )
@@ -375,6 +380,13 @@ def test_a_file_damaged_while_in_use_is_built_anew_too(folder):
     with pytest.warns(RuntimeWarning, match="is not a tuning cache"):
         used.get_or_make("second", lambda: ENTRY)
     assert stored().get("first") == stored().get("second") == ENTRY
+
+
+def test_a_damaged_file_is_described_as_such(folder):
+    folder.mkdir()
+    for number, content in enumerate((b"[" * 100_000, b"{}", b"\xff")):
+        (folder / f"{number}.json").write_bytes(content)
+    assert [line.split(":")[1] for line in store.describe()[1:]] == [" unreadable"] * 3
 
 
 def contents(folder):
@@ -525,6 +537,35 @@ def test_there_is_no_cache_for_the_cpu(monkeypatch):
     remember(ENTRY)
     monkeypatch.undo()
     assert store.chosen_layout("case", CANDIDATES, -1) == DEFAULT
+
+
+class Name(str, enum.Enum):
+    """Names of options as a configuration with types has them; the text of a member is not its value."""
+
+    CXCYWHR = "cxcywhr"
+    UNIFORM = "uniform"
+    DEGREES = "degrees"
+    MIN = "min"
+
+
+def test_names_of_an_enumeration_have_the_same_entries():
+    """Whichever comes first decides what both are called, since the plan is the same."""
+    float32, box = torch.float32, ("cxcywhr", "degrees", "uniform", "min")
+
+    def cases(fmt, angle, axis_weight, over):
+        launch.forget_plans()
+        key = launch.BoxKey(-1, float32, float32, fmt, angle, True, None, True, axis_weight, False, True, True, True)
+        call = pairs.BoxPairs(fmt, angle, True, over, axis_weight)
+        keys = [pairs.PairKey(-1, float32, float32, call, False, False, True, True, *last) for last in LAST]
+        shapes = torch.zeros(3, 4, 2)
+        plan, *_ = pairs.prepare_polygons(shapes, shapes, pairs.PolygonPairs(None, None, None, None, over, axis_weight))
+        return [launch.box_plan(key).case, *(pairs.pair_plan(key).case for key in keys), plan.case]
+
+    assert cases(*map(Name, box)) == cases(*box)
+    launch.forget_plans()
+
+
+LAST = (False, True, False), (True, False, True)  # value and gradient
 
 
 def test_a_layout_that_is_no_candidate_is_not_used():

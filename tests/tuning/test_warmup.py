@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import enum
+import importlib
 import importlib.metadata
 import json
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 import triton_mgiou
+from tests.conftest import INTERPRETED
 from tests.helpers import run_python
 from triton_mgiou.cli import main, table
 from triton_mgiou.tuning import layouts, store
 from triton_mgiou.tuning.warmup import WarmupResult
+
+warmup_module = importlib.import_module("triton_mgiou.tuning.warmup")  # the package's attribute is the function
 
 RESULT = WarmupResult(
     pred_vertices=8,
@@ -65,6 +71,12 @@ def interpreted(*arguments):
         ({"pair_sizes": ((4, 0),)}, ValueError, "pair_sizes must hold integers of 1 or above, got 0"),
         ({"pair_options": {"weight": True}}, ValueError, "pair_options must hold options of box_mgiou and poly"),
         ({"pair_options": {"mask1": 1}}, TypeError, r"pair_options\['mask1'\] must be a dtype or a bool, got int"),
+        ({"vertices": 4}, TypeError, "vertices must be an iterable, such as a list, got int"),
+        ({"dtypes": torch.float16}, TypeError, "dtypes must be an iterable, such as a list, got dtype"),
+        ({"boxes": "xyxy"}, TypeError, "boxes must be an iterable, such as a list, got str"),
+        ({"pair_sizes": 100}, TypeError, "pair_sizes must be an iterable, such as a list, got int"),
+        ({"options": "soft"}, TypeError, "options must be a mapping, such as a dict, got str"),
+        ({"vertices": (True,)}, TypeError, "vertices must hold integers of 1 or above, got bool"),
         ({"device": "cpu"}, RuntimeError, "warmup cannot run: the tensors are on cpu.*; expected a GPU"),
         ({"device": "cuda:99"}, RuntimeError, r"PyTorch finds \d+ NVIDIA GPUs, and the device is cuda:99"),
     ],
@@ -75,6 +87,46 @@ def test_wrong_arguments(arguments, error, words):
         pytest.skip("the interpreter runs everywhere")
     with pytest.raises(error, match=words):
         triton_mgiou.warmup(**{"vertices": (4,), "batch_sizes": (4,), "device": "cpu"} | arguments)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter or a GPU")
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"options": {"axis_weight": "area"}}, ValueError, "axis_weight must be one of 'uniform'.*, got 'area'"),
+        ({"options": {"boundary_weight": "1"}}, TypeError, "boundary_weight must be a number, got str"),
+        ({"options": {"pred_mask": torch.int32}}, TypeError, "pred_mask must be torch.bool, got torch.int32"),
+        ({"boxes": ["xyxy"], "box_options": {"angle": "degrees"}}, ValueError, "fmt='xyxy' has no angle"),
+        ({"pairs": ["cxcywhr"], "pair_options": {"over": "max"}}, ValueError, "over must be one of .*, got 'max'"),
+        ({"pairs": ["polygons"], "pair_options": {"over": "max"}}, ValueError, "over must be one of .*, got 'max'"),
+        ({"pairs": ["xyxy"], "pair_options": {"mask1": torch.float32}}, TypeError, "mask1 must be torch.bool"),
+    ],
+    ids=str,
+)
+def test_triton_cpu_wrong_values_of_options_are_named_before_anything_is_compiled(arguments, error, words, monkeypatch):
+    monkeypatch.setattr(warmup_module, "_tune", None)
+    with pytest.raises(error, match=words):
+        triton_mgiou.warmup(**{"vertices": (4,), "batch_sizes": (2,), "device": "cpu"} | arguments)
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.int8, 127), (torch.uint8, 255), (torch.int16, 300), (True, 300)])
+def test_lengths_of_few_bits_beside_many_vertices(dtype, largest):
+    types, options = (torch.float32, torch.float32), {"pred_lengths": dtype, "target_lengths": dtype}
+    variant = warmup_module._Variant(types, (300, 100), 2, True, torch.device("cpu"), options)
+    pred, target, given = variant.inputs()
+    assert (given["pred_lengths"].tolist(), given["target_lengths"].tolist()) == ([largest] * 2, [100] * 2)
+    triton_mgiou.mgiou_loss(pred, target, backend="eager", **given)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter or a GPU")
+def test_triton_cpu_arguments_as_tables_and_typed_configurations_have_them():
+    """Integers of numpy, and names of an enumeration; options of boxes with an angle do not concern polygons."""
+    fmt = enum.Enum("Fmt", {"POLYGONS": "polygons", "XYXY": "xyxy"}, type=str)
+    (batch, size), options = np.unique([3, 2]), {"angle": "degrees"}
+    given = {"vertices": (), "batch_sizes": [batch], "device": "cpu"}
+    boxes = triton_mgiou.warmup(boxes=(fmt.XYXY,), **given)
+    pairs = triton_mgiou.warmup(pairs=[fmt.POLYGONS], pair_sizes=[(size, size)], pair_options=options, **given)
+    assert [each.fmt for each in (*boxes, *pairs)] == ["xyxy", "xyxy", "pairs of polygons"]
 
 
 def test_the_table_of_results():

@@ -14,9 +14,11 @@ from triton_mgiou.training.tables import Column, Table
 LOWER_IS_BETTER = re.compile(r"loss|error|nll|perplexity|(?<![a-z])(mae|mse|rmse|wer|cer|ppl)(?![a-z])")
 LOSS_SCALE = re.compile(r"(loss|grad|amp|scaler?)[_/ .]*scaler?$|(^|/)scaler?$")
 SCALER_AT = 16.0  # a scale that never gets there is no GradScaler's, which begins at 65536
-# The last are detectron2's, of heads on their proposals, and DETR's number of objects, which it does not train
+# The last are detectron2's, of heads on their proposals, DETR's number of objects, which it does not train, and
+# mmdetection's, of all metrics once more as one text
 NO_CURVE = re.compile(
     r"(?<![a-z])(lr|weight|scaler?|coef|gain|time)\d*$|(^|/)best[_ ]|(fast|mask)_rcnn/.*accuracy|cardinality_error"
+    r"|_copypaste$"
 )
 TOTAL = re.compile(r"(train[/_. ])?(total_?loss|loss_?total|loss)")
 # By what they say of a run: each kind is judged where there is none of the kinds before. An accuracy beside mAP is
@@ -51,6 +53,9 @@ NO_STEP = (
     "falls below 1 then. If it does not, the gradients may be 0: compare the units of predictions and targets. See "
     "triton_mgiou/training/README.md, When training goes wrong"
 )
+
+
+NO_RUN = "has neither a loss nor a metric by name"
 
 
 class NothingToJudgeError(Exception):
@@ -101,6 +106,8 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     and all losses of the validation are 0 does not count where the last row has numbers: Ultralytics and YOLOv5 write
     so what they do not validate.
 
+    Losses and metrics without a number, such as percentages with their sign, are named and not judged.
+
     - NaN or Inf in a loss, or in a metric after it had a number, is a fault; in other columns, as the norm of a
       gradient, if it stays so until the end. So is a loss or metric that is empty at the end while what was written
       beside it goes on, and the scale of a GradScaler that ends below 1.
@@ -147,8 +154,9 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     if any(column.name.endswith("(G)") for column in metrics):
         metrics = [column for column in metrics if not column.name.endswith("(P)")]
     curves = _families(metrics, table, problems)
+    words = [f"{name}: holds no number, but {word[:40]!r}" for name, word in table.words.items() if kind_of(name)]
     if not problems and not is_run:
-        raise NothingToJudgeError("has neither a loss nor a metric by name")
+        raise NothingToJudgeError(f"has nothing to judge: {words[0]}" if words else NO_RUN)
 
     falls = any(_falls(loss.values) for loss in losses)
     faults = {curve.name: fault for curve in curves if (fault := _fault_of_metric(curve, falls))}
@@ -168,7 +176,7 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
         problems.append(NO_STEP)
     notes = [f"{c.name}: {note}" for c in (*losses, *curves) if c.name not in faults and (note := _converged(c))]
     notes += [f"{loss.name}: {note}" for loss in losses if (note := _oscillation(loss.values))]
-    return problems, notes
+    return problems, [*words, *notes]
 
 
 def _where_validated(table: Table) -> Table:
@@ -263,7 +271,8 @@ def _families(metrics: list[Column], table: Table, problems: list[str]) -> list[
             curve = curve_of(column, lower=False)
             word = "ap" if "ap" in match[0] else match[0]
             family = name[: match.start()] + word + "".join(re.findall(r"\(\w+\)", name))
-            if family not in highest or curve.best > highest[family].best:
+            known = highest.get(family)
+            if known is None or (curve.best, len(curve.values)) > (known.best, len(known.values)):
                 highest[family] = curve
         if highest:
             break

@@ -85,11 +85,18 @@ def check_finite(tensor: Tensor, name: str, where: str, *, mask: Tensor | None =
         NonFiniteError: There is NaN or Inf. It tells name, place, shape, how many, the first indices, and minimum,
             maximum and mean of the finite rest.
         TypeError: `tensor` is no tensor, or `mask` is no bool tensor.
+        ValueError: `mask` has a shape that is not broadcastable to that of `tensor`.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"tensor must be a torch.Tensor, got {type(tensor).__name__}")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
         raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    if mask is not None:
+        try:
+            mask = mask.expand(tensor.shape)
+        except RuntimeError:
+            shapes = f"{tuple(tensor.shape)}, got {tuple(mask.shape)}"
+            raise ValueError(f"mask must be broadcastable to the tensor's shape {shapes}") from None
     report = describe(tensor, name, mask)
     if report is not None:
         raise NonFiniteError(report, where)
@@ -105,7 +112,7 @@ def find_nonfinite(model_or_state_dict: object) -> list[NonFinite]:
 
     Returns:
         One entry for each such tensor, in order; the name is the path to it, joined by dots. -Inf on purpose, as in an
-        attention mask, is among them.
+        attention mask, is among them. Of a tensor that is spread over processes (DTensor) it is this process's part.
 
     Raises:
         TypeError: The argument is none of the above.
@@ -159,13 +166,23 @@ def _sparse_places(tensor: Tensor, of_values: tuple[tuple[int, ...], ...]) -> tu
     return tuple((*tensor.indices()[:, number].tolist(), *rest) for number, *rest in of_values)
 
 
+def values_of_nested(tensor: Tensor) -> Tensor:
+    """All values of a nested tensor in one vector."""
+    none = torch.empty(0, dtype=tensor.dtype, device=tensor.device)  # there may be no parts
+    return torch.cat([none, *(part.reshape(-1) for part in tensor.unbind())])
+
+
 def describe(tensor: Tensor, name: str, mask: Tensor | None = None) -> NonFinite | None:
     """Describe NaN and Inf in a tensor where `mask` is True; None if there is none."""
+    if nn.parameter.is_lazy(tensor):  # has no values yet
+        return None
     tensor = tensor.detach()
+    if hasattr(tensor, "device_mesh"):  # a DTensor
+        tensor = tensor.to_local()  # type: ignore[attr-defined]
     if tensor.is_quantized:
         tensor = tensor.dequantize()  # a scale can be NaN
     if tensor.is_nested:
-        tensor = torch.cat([part.reshape(-1) for part in tensor.unbind()])
+        tensor = values_of_nested(tensor)
     if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()) or tensor.dtype in NO_NAN:
         return None
     if tensor.layout == torch.sparse_coo and mask is None:

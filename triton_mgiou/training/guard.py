@@ -7,7 +7,7 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -20,11 +20,13 @@ from triton_mgiou.training.snapshot import (
     ModuleSnapshot,
     OptimizerSnapshot,
     Place,
+    check_plain,
     checkable,
     gradients_in,
     parameters_in,
     parameters_of,
     places,
+    plain_numbers,
     save_atomically,
 )
 
@@ -110,7 +112,10 @@ class TrainingGuard:
 
     Under DistributedDataParallel, or wherever torch.distributed is initialised, all processes skip and raise together,
     and rank 0 writes. Each must call `step` equally often; `extra_modules` may differ, as an EMA on rank 0 does.
-    Sharded parameters (FSDP, DTensor) are not supported.
+    Sharded parameters (FSDP, DTensor) and optimizers (ZeroRedundancyOptimizer) are not supported.
+
+    Several optimizers of one model need a guard each. A GradScaler cannot serve two of them behind one backward pass:
+    the first guard updates the scale, by which the second would then unscale its gradients.
 
     Cost: one wait for the device a step (a GradScaler adds three of its own), two reductions over gradients and state,
     one small all-reduce between processes, and one more copy of weights, buffers and optimizer state in memory.
@@ -164,16 +169,19 @@ class TrainingGuard:
             raise TypeError(f"max_norm must be a number or None, got {type(max_norm).__name__}")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be above 0, or None for gradients as they are, got {max_norm}")
-        if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
+        if hasattr(optimizer, "consolidate_state_dict"):
+            raise TypeError(f"optimizer must have its whole state in each process, got {type(optimizer).__name__}")
+        if not isinstance(patience, (int, Integral)) or isinstance(patience, bool) or patience < 1:
             raise ValueError(f"patience must be an integer of 1 or above, got {patience!r}")
         self._group = None
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            self._group = model.process_group
+        inner = getattr(model, "_orig_mod", model)  # what `torch.compile` has compiled
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            self._group = inner.process_group
         self.model = _unwrapped(model)
         self.optimizer = optimizer
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.max_norm = math.inf if max_norm is None else float(max_norm)
-        self.patience = patience
+        self.patience = int(patience)
         self.checkpoint_dir = Path(checkpoint_dir)
         self.steps = 0
         self.skipped = 0
@@ -192,6 +200,9 @@ class TrainingGuard:
         if isinstance(extra_modules, nn.Module) or not isinstance(extra_modules, Iterable):
             extra_modules = (extra_modules,)
         self._extras = [_Extra(extra, f"extra_modules[{index}]") for index, extra in enumerate(extra_modules)]
+        check_plain(self.model, "model")
+        for extra in self._extras:
+            check_plain(extra.module, extra.name)
         now = places(self.model)
         extras = [places(extra.module) for extra in self._extras]
         for owner, found in (("model", now), *zip((extra.name for extra in self._extras), extras, strict=True)):
@@ -336,7 +347,7 @@ class TrainingGuard:
         extras = [extra.snapshot.state_dict(extra.module) for extra in self._extras]
         return {
             "model": self._model_snapshot.state_dict(self.model),
-            "optimizer": self._optimizer_snapshot.state_dict(),
+            "optimizer": plain_numbers(self._optimizer_snapshot.state_dict()),
             "scaler": self._kept_scaler,
             "step": self._kept_step,
             **({"extra_modules": extras} if extras else {}),
@@ -347,7 +358,7 @@ class TrainingGuard:
         extras = [extra.module.state_dict() for extra in self._extras]
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": plain_numbers(self.optimizer.state_dict()),
             "scaler": {} if self.scaler is None else self.scaler.state_dict(),
             "step": self.steps,
             "gradients": gradients_in(now),
@@ -522,8 +533,6 @@ def _check_places(found: Mapping[str, Place], owner: str) -> None:
     for name, place in found.items():
         if isinstance(place.tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ValueError(f"{owner} must have been run once: {name}, of a lazy module, has no shape yet")
-        if hasattr(place.tensor, "device_mesh"):
-            raise TypeError(f"{owner} must have plain tensors, got {type(place.tensor).__name__}, sharded, as {name}")
     for report in find_nonfinite(parameters_in(found)):
         raise NonFiniteError(report, f"TrainingGuard, before the first step, {owner}")
 

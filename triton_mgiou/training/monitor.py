@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_mgiou.arguments import check_integer, check_is_number
+from triton_mgiou.training.snapshot import check_plain
 
 WARM_UP = 10  # records before an average is trusted
 TOLD = 3  # groups in a warning
@@ -55,7 +56,7 @@ class GradientMonitor:
     Args:
         model: The module to follow. Parameters that do not require a gradient are left out.
         depth: How many components of a parameter's name make its group: with 1, "backbone.stem.conv.weight" is in
-            "backbone", with 2 in "backbone.stem".
+            "backbone", with 2 in "backbone.stem". What `torch.compile` and data parallelism put before it is left out.
         decay: Of the exponential averages, in 0..1 (1 excluded): 0.98 looks back about 50 records.
         exploding: See above, above 1.
         vanishing: See above, in 0..1.
@@ -64,7 +65,7 @@ class GradientMonitor:
             as "MEASURE/GROUP".
 
     Raises:
-        TypeError: An argument has the wrong type, or `writer` has no `add_scalar`.
+        TypeError: An argument has the wrong type, `writer` has no `add_scalar`, or a parameter is sharded.
         ValueError: A number is out of its range.
     """
 
@@ -96,8 +97,6 @@ class GradientMonitor:
         ):
             if not is_right:
                 raise ValueError(f"{name} must be {range_}, got {value}")
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
         self.decay = decay
         self.exploding = exploding
         self.vanishing = vanishing
@@ -106,8 +105,10 @@ class GradientMonitor:
         self.records = 0
         self._still = 0  # records in a row without a change
         groups: dict[str, list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            groups.setdefault(".".join(name.split(".")[:-1][:depth]) or name, []).append(parameter)
+        check_plain(model, "model")
+        for name, parameter in _unwrapped(model).named_parameters():
+            own = name.replace("_orig_mod.", "")  # without what is in it where a part is compiled
+            groups.setdefault(".".join(own.split(".")[:-1][:depth]) or own, []).append(parameter)
         self._groups = [_Group(name, parameters, decay) for name, parameters in groups.items()]
         self._history = array("d")  # step, group, the three measures, their averages
 
@@ -120,7 +121,7 @@ class GradientMonitor:
         """
         self.records += 1
         step = self.records if step is None else step
-        groups = [group for group in self._groups if any(p.requires_grad for p in group.parameters)]
+        groups = [group for group in self._groups if any(p.requires_grad and p.numel() for p in group.parameters)]
         if not groups:
             return
         measured = [group.measure() for group in groups]
@@ -212,7 +213,8 @@ class _Group:
         self._sums = [0.0] * 4
         self._weights = [0.0] * 4
         self._count = 0
-        self._before: Tensor | None = None
+        self._before: Tensor | None = None  # the weights of these parameters, by their ids
+        self._measured: list[int] = []
 
     def measure(self) -> Tensor:
         """The measures, the change over the usual norm, and whether there is a change, on the device, shape (5,)."""
@@ -220,7 +222,8 @@ class _Group:
         gradient = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
         weights = _flat(parameters)
         ratio = growth = changed = gradient.new_full((), math.nan)
-        if self._before is not None and self._before.shape == weights.shape:
+        before, self._measured = self._measured, [id(parameter) for parameter in parameters]
+        if self._before is not None and before == self._measured and self._before.shape == weights.shape:
             norm = self._before.norm()
             change = (weights - self._before).norm()
             ratio = torch.where(norm > 0, change / norm, ratio)
@@ -241,6 +244,17 @@ class _Group:
                 self._sums[index] += (1 - self._decay) * (value - self._sums[index])
                 self._weights[index] += (1 - self._decay) * (1 - self._weights[index])
                 self.averages[index] = self._sums[index] / self._weights[index]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module in the wrappers of data parallelism and `torch.compile`, which stand in either order."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def _usual_norm(parameters: list[nn.Parameter]) -> float:

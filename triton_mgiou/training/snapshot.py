@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from triton_mgiou.training.finite import find_nonfinite
+from triton_mgiou.training.finite import find_nonfinite, values_of_nested
 
 
 class Place(NamedTuple):
@@ -37,6 +38,16 @@ def places(module: nn.Module) -> dict[str, Place]:
         children = [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
         waiting += reversed(children)
     return found
+
+
+def check_plain(module: nn.Module, name: str) -> None:
+    """Refuse parameters and buffers that are spread over processes, of which each process would see another part."""
+    for each in module.modules():
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(each).__mro__):  # whose import is slow
+            raise TypeError(f"{name} must have plain tensors, got sharded ones in a {type(each).__name__}")
+    for key, place in places(module).items():
+        if hasattr(place.tensor, "device_mesh"):
+            raise TypeError(f"{name} must have plain tensors, got {type(place.tensor).__name__}, sharded, as {key}")
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -99,12 +110,24 @@ class ModuleSnapshot:
                     del place.module._buffers[place.key]
 
     def state_dict(self, module: nn.Module) -> dict[str, Any]:
-        """Return what `module.state_dict()` would have given then."""
-        state = {name: self.copies.get(name, value) for name, value in module.state_dict().items()}
+        """Return what `module.state_dict()` would have given then.
+
+        A tensor may have another name there than in `places`: checkpointed activations leave out their wrapper.
+        """
+        now = {name: place.tensor for name, place in places(module).items() if place.tensor is not None}
+        names = {id(tensor): name for name, tensor in now.items()}
+        state = {
+            key: self.copies.get(names.get(id(value), key), value)
+            for key, value in module.state_dict(keep_vars=True).items()
+        }
         for name, place in self.places.items():
-            if name not in state and place.key not in place.module._non_persistent_buffers_set:
+            if name not in now and place.key not in place.module._non_persistent_buffers_set:
                 state[name] = self.copies[name]
-        return {name: value for name, value in state.items() if value is not None}
+        return {
+            key: value.detach() if isinstance(value, Tensor) else value
+            for key, value in state.items()
+            if value is not None
+        }
 
 
 class OptimizerSnapshot:
@@ -154,6 +177,15 @@ class OptimizerSnapshot:
         return {"state": states, **self._packed}
 
 
+def plain_numbers(state: Any) -> Any:
+    """The same nesting with Python's numbers in the place of numpy's, which `torch.load` refuses to read safely."""
+    if isinstance(state, np.generic):
+        return state.item()
+    if isinstance(state, dict):
+        return {key: plain_numbers(value) for key, value in state.items()}
+    return type(state)(map(plain_numbers, state)) if type(state) in (list, tuple) else state
+
+
 @torch.no_grad()
 def copies_of(tensors: Mapping[Any, Tensor | None], before: Mapping[Any, Tensor | None]) -> dict[Any, Tensor | None]:
     """Copies of tensors, in the memory of earlier copies of the same name where these fit."""
@@ -181,7 +213,7 @@ def checkable(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
         return None
     if tensor.is_nested:
-        tensor = torch.cat([part.reshape(-1) for part in tensor.unbind()])
+        tensor = values_of_nested(tensor)
     if not tensor.numel():
         return None
     if tensor.is_complex():

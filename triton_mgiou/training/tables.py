@@ -20,6 +20,7 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # What the libraries of C write: nan(ind), nan(0x8000), 1.#QNAN, -1.#IND, 1.#INF
 C_NAN = re.compile(r"[-+]?(nan\(\w*\)|1\.#(QNAN|SNAN|IND)\d*)", re.IGNORECASE)
 C_INF = re.compile(r"[-+]?1\.#INF\d*", re.IGNORECASE)
+TENSOR = re.compile(r"tensor\(([^,()]*)(,.*)?\)")  # as PyTorch prints a scalar that was logged without `item()`
 YOLO = re.compile(r"\d+/\d+|[\d.,]+[GM]")  # the epoch as `0/299`, then the memory as `7.37G`
 LARGEST = 1e300  # a finite number beyond it counts as this
 BROKEN_SHARE = 0.02  # of the rows may be broken, as a kill leaves them
@@ -48,11 +49,15 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The columns of a table, without its clocks; how many rows it has, and what was left out of it."""
+    """The columns of a table, without its clocks; how many rows it has, and what was left out of it.
+
+    `words` are the columns without a number, each with the first of its words.
+    """
 
     columns: list[Column]
     rows: int
     notes: list[str]
+    words: dict[str, str]
 
 
 def read_table(path: Path) -> Table:
@@ -67,16 +72,19 @@ def read_table(path: Path) -> Table:
         text = content.decode(encoding).rstrip("\0")  # a crash of the machine leaves zeros at the end
     except UnicodeDecodeError:
         raise TableError("is no table: it is not UTF-8 text") from None
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]  # names may hold what else ends lines
     if lines and re.fullmatch("sep=.", lines[0]):  # for Excel
         lines.pop(0)
     if not lines:
         raise TableError("is empty")
     notes: list[str] = []
+    words: dict[str, str] = {}
     lines[0] = lines[0].lstrip("# ") or lines[0]  # numpy.savetxt
     is_json = lines[0].lstrip().startswith(("{", "["))
-    rows = _json_rows(lines, notes) if is_json else _text_rows(lines, notes, _tag(path))
-    return Table(list(_columns(rows)), len(rows), notes)
+    rows = _json_rows(lines, notes, words) if is_json else _text_rows(lines, notes, words, _tag(path))
+    columns = list(_columns(rows))
+    known = {column.name for column in columns}
+    return Table(columns, len(rows), notes, {name: word for name, word in words.items() if name not in known})
 
 
 def _columns(rows: list[Row]) -> Iterator[Column]:
@@ -98,7 +106,7 @@ def _first(row: Row, names: list[str], default: float) -> float:
     return next((value for name in names if (value := row.get(name)) is not None), default)
 
 
-def _json_rows(lines: list[str], notes: list[str]) -> list[Row]:
+def _json_rows(lines: list[str], notes: list[str], words: dict[str, str]) -> list[Row]:
     """The objects of a file that has one a line, or of a list, alone or as `log_history` of Transformers."""
     objects: Any = _json("\n".join(lines))
     if objects is None:
@@ -116,12 +124,12 @@ def _json_rows(lines: list[str], notes: list[str]) -> list[Row]:
         prefix = f"{mode}/" if isinstance(mode, str) and mode != "train" else ""
         row: Row = {}
         for name, value in each.items():
-            number = value
-            if isinstance(value, str) and (read := _number(value)) is not None and not math.isfinite(read):
-                number = read  # some write NaN as text
+            full = name if CLOCK.fullmatch(name.lower()) else prefix + name
+            number = _number(value) if isinstance(value, str) else value  # some write numbers as text
             if isinstance(number, (int, float)) and not isinstance(number, bool):
-                clock = CLOCK.fullmatch(name.lower())
-                row[name if clock else prefix + name] = float(number)
+                row[full] = float(number)
+            elif isinstance(value, str) and value.lower() not in MISSING:
+                words.setdefault(full, value)
         if "env_info" not in each and row:
             rows.append(row)
     if not rows:
@@ -144,7 +152,7 @@ def _json(text: str) -> Any:
         return None
 
 
-def _text_rows(lines: list[str], notes: list[str], tag: str) -> list[Row]:
+def _text_rows(lines: list[str], notes: list[str], words: dict[str, str], tag: str) -> list[Row]:
     delimiter = max((";", "\t", ","), key=lines[0].count)  # 1;0,5 has as many of both
     spaced = lines[0].split()
     if len(spaced) > 1 and all(YOLO.fullmatch(cell) or _number(cell) is not None for cell in spaced):
@@ -176,18 +184,20 @@ def _text_rows(lines: list[str], notes: list[str], tag: str) -> list[Row]:
         else:
             broken.append(f"row {number} has {len(cells)} cells instead of {len(head)}")
     _refuse_or_note(broken, len(split), notes)
-    return _numbers(rows, notes)
+    return _numbers(rows, notes, words)
 
 
-def _numbers(rows: list[dict[str, str]], notes: list[str]) -> list[Row]:
-    """The numbers of the cells; a column of nothing but words is left out, a word among numbers is damage."""
+def _numbers(rows: list[dict[str, str]], notes: list[str], words: dict[str, str]) -> list[Row]:
+    """The numbers of the cells; a column of nothing but words goes to `words`, a word among numbers is damage."""
     numbers = [{name: _number(cell) for name, cell in row.items()} for row in rows]
     has_numbers = {name for row in numbers for name, value in row.items() if value is not None}
     for index, (row, cells) in enumerate(zip(numbers, rows, strict=True)):
-        for name in [name for name, value in row.items() if value is None]:
-            if name in has_numbers and cells[name].lower() not in MISSING:
-                if index < len(rows) - 1 or name != list(row)[-1] or index == 0:
-                    raise TableError(f"is damaged: {cells[name]!r} in the column {name!r} is no number")
+        for name in [name for name, value in row.items() if value is None and cells[name].lower() not in MISSING]:
+            if name not in has_numbers:
+                words.setdefault(name, cells[name])
+            elif index < len(rows) - 1 or name != list(row)[-1] or index == 0:
+                raise TableError(f"is damaged: {cells[name]!r} in the column {name!r} is no number")
+            else:
                 notes.append(f"left out: the last row, which ends in {cells[name]!r}")
                 return numbers[:-1]
     return numbers
@@ -246,6 +256,8 @@ def _number(cell: str) -> float | None:
         return math.nan
     if C_INF.fullmatch(cell):
         return -math.inf if cell.startswith("-") else math.inf
+    if tensor := TENSOR.fullmatch(cell):
+        cell = tensor[1]
     if re.fullmatch(r"[-+]?\d+,\d+([eE][-+]?\d+)?", cell):
         cell = cell.replace(",", ".")
     try:

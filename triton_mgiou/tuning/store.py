@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -77,12 +78,12 @@ def directory() -> Path:
         OSError: The user has no home directory.
     """
     given = os.environ.get("TRITON_MGIOU_CACHE_DIR")
-    if given:
-        return Path(given)
     variable, below = ("LOCALAPPDATA", "AppData/Local") if sys.platform == "win32" else ("XDG_CACHE_HOME", ".cache")
-    if os.environ.get(variable):
-        return Path(os.environ[variable]) / "triton_mgiou"
     try:
+        if given:
+            return Path(given).expanduser()  # no shell has seen the tilde of a file of settings
+        if os.environ.get(variable):
+            return Path(os.environ[variable]).expanduser() / "triton_mgiou"
         return Path.home() / below / "triton_mgiou"
     except RuntimeError as error:
         raise OSError(f"{error} Set TRITON_MGIOU_CACHE_DIR.") from None
@@ -200,7 +201,9 @@ class TuningCache:
             self._entries = {key: _entry(fields) for key, fields in ours.items()} | self._entries
         except FileNotFoundError:
             return {}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # what damage leads to
             raise _DamagedError(f"{type(error).__name__}: {error}") from error
         return content
 
@@ -255,7 +258,7 @@ def _describe(path: Path) -> list[str]:
         others = sum(map(len, hashes.values())) - len(ours)
         lines = [f"  {path.name}: {content['chip']}, Triton {content['triton']}"]
         lines += [f"    {key}: {', '.join(f'{n} {v}' for n, v in fields.items())}" for key, fields in ours.items()]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # what damage leads to
         return [f"  {path.name}: unreadable: {type(error).__name__}: {error}"]
     return [*lines, f"    and {others} for other versions of the kernels"] if others else lines
 
@@ -270,4 +273,7 @@ def _entry(fields: dict[str, Any]) -> Entry:
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be an integer of 1 or above, got {value!r}")
+    for time in times:
+        if time is not None and not 0 < time < math.inf:
+            raise ValueError(f"a time must be above 0 and finite, got {time}")
     return Entry(sizes, *times)

@@ -6,12 +6,13 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from triton_mgiou.arguments import FLOATING, check_choice
+from triton_mgiou.arguments import FLOATING, INTEGERS, check_choice, plain_name
 from triton_mgiou.backends import kernels_unavailable
 from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS, PAIR_FORMATS
 from triton_mgiou.functional import box_mgiou, box_mgiou_loss, mgiou_loss, polygon_mgiou
@@ -111,24 +112,17 @@ def warmup(
     device = torch.device("cuda" if device is None else device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    positive = int, "integers of 1 or above", lambda number: number >= 1
-    sizes = [_checked("vertices", _pair(each), *positive) for each in vertices]
-    batches = [_checked("batch_sizes", (each,), *positive)[0] for each in batch_sizes]
+    positive = Integral, "integers of 1 or above", lambda number: number >= 1
+    sizes = [_integers(_checked("vertices", _pair(each), *positive)) for each in _each("vertices", vertices)]
+    batches = [*_integers(_checked("batch_sizes", tuple(_each("batch_sizes", batch_sizes)), *positive))]
     floating = torch.dtype, "float16, bfloat16, float32 or float64", lambda dtype: dtype in FLOATING
-    types = [_checked("dtypes", _pair(each), *floating) for each in dtypes]
-    given = {} if options is None else dict(options)
-    _check_options("options", given, "mgiou_loss", _OPTIONS)
-    box_given = {} if box_options is None else dict(box_options)
-    _check_options("box_options", box_given, "box_mgiou_loss", _BOX_OPTIONS)
-    formats = list(boxes)
-    for fmt in formats:
-        check_choice("boxes", fmt, KERNEL_FORMATS)
-    pair_given = {} if pair_options is None else dict(pair_options)
-    _check_options("pair_options", pair_given, "box_mgiou and polygon_mgiou", _PAIR_OPTIONS)
-    pair_formats = list(pairs)
-    for fmt in pair_formats:
-        check_choice("pairs", fmt, (*PAIR_FORMATS, *_POLYGONS))
-    matrices = [_checked("pair_sizes", _pair(each), *positive) for each in pair_sizes]
+    types = [_checked("dtypes", _pair(each), *floating) for each in _each("dtypes", dtypes)]
+    given = _options("options", options, "mgiou_loss", _OPTIONS)
+    box_given = _options("box_options", box_options, "box_mgiou_loss", _BOX_OPTIONS)
+    formats = [_format("boxes", fmt, KERNEL_FORMATS) for fmt in _each("boxes", boxes)]
+    pair_given = _options("pair_options", pair_options, "box_mgiou and polygon_mgiou", _PAIR_OPTIONS)
+    pair_formats = [_format("pairs", fmt, (*PAIR_FORMATS, *_POLYGONS)) for fmt in _each("pairs", pairs)]
+    matrices = [_integers(_checked("pair_sizes", _pair(each), *positive)) for each in _each("pair_sizes", pair_sizes)]
     reason = kernels_unavailable(device)
     if reason is not None:
         raise RuntimeError(f"warmup cannot run: {reason}; expected a GPU that can")
@@ -147,6 +141,8 @@ def warmup(
     for dtype, fmt, size in itertools.product(types, pair_formats, matrices):
         pair = _PairVariant(dtype, fmt, size, False, device, pair_given)
         variants += [pair] if fmt in _POLYGONS else [pair, *(pair.gradient_to(side) for side in (0, 1))]
+    for variant in variants:
+        variant.check()
     results: dict[str, WarmupResult] = {}
     launch.forget_plans()  # their layouts may have been looked up before they were tuned
     for variant in tqdm(variants, desc="warm-up", unit="variant", disable=None):
@@ -201,10 +197,17 @@ class _Variant(NamedTuple):
             if kind is not False:
                 vertices = self.size[name.startswith("target")]
                 shape = (self.batch, vertices) if name.endswith("mask") else (self.batch,)
-                value = vertices if name.endswith("lengths") else 1
                 dtype = usual if kind is True else kind
+                value = vertices if name.endswith("lengths") else 1
+                if dtype in INTEGERS:
+                    value = min(value, torch.iinfo(dtype).max)  # 8 bits may count fewer than there are
                 options[name] = torch.full(shape, value, dtype=dtype, device=self.device)
         return pred, target, options
+
+    def check(self) -> None:
+        """Refuse options that the loss refuses, before anything is compiled for them."""
+        pred, target, options = self._replace(batch=1, size=(3, 3)).inputs()
+        mgiou_loss(pred, target, backend="eager", **options)
 
     def training_step(self) -> None:
         """Compute the loss, and its gradient if asked for."""
@@ -263,6 +266,11 @@ class _BoxVariant(NamedTuple):
             dtype = torch.float32 if kind is True else kind
             options["weight"] = torch.ones(self.batch, dtype=dtype, device=self.device)
         return pred, target, options
+
+    def check(self) -> None:
+        """Refuse options that the loss refuses, before anything is compiled for them."""
+        pred, target, options = self._replace(batch=1).inputs()
+        box_mgiou_loss(pred, target, fmt=self.fmt, backend="eager", **options)
 
     def training_step(self) -> None:
         """Compute the loss, and its gradient if asked for."""
@@ -350,6 +358,15 @@ class _PairVariant(NamedTuple):
                 value = _POLYGONS["polygons"] if name.startswith("lengths") else 1
                 options[name] = torch.full((self.size[name.endswith("2")],), value, dtype=dtype, device=self.device)
         return sets[0], sets[1], options
+
+    def check(self) -> None:
+        """Refuse options that the matrix refuses, but for those of boxes where it is that of polygons."""
+        first, second, options = self._replace(size=(1, 1)).inputs()
+        if self.fmt in _POLYGONS:
+            kept = {name: value for name, value in options.items() if name not in ("angle", "clockwise")}
+            polygon_mgiou(first, second, backend="eager", **kept)
+        else:
+            box_mgiou(first, second, fmt=self.fmt, backend="eager", **options)
 
     def training_step(self) -> None:
         """Compute the matrix, or the gradient to the first set."""
@@ -453,19 +470,40 @@ def _checked(
     name: str, values: tuple[Any, ...], kind: type, what: str, valid: Callable[[Any], bool]
 ) -> tuple[Any, ...]:
     for value in values:
-        if type(value) is not kind:
+        if not isinstance(value, kind) or isinstance(value, bool):
             raise TypeError(f"{name} must hold {what}, got {type(value).__name__}")
         if not valid(value):
             raise ValueError(f"{name} must hold {what}, got {value}")
     return values
 
 
-def _check_options(argument: str, options: Mapping[str, Any], function: str, names: list[str]) -> None:
+def _each(name: str, values: object) -> list[Any]:
+    """What an argument lists; a string lists letters."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be an iterable, such as a list, got {type(values).__name__}")
+    return list(values)
+
+
+def _integers(values: Iterable[Any]) -> tuple[int, ...]:
+    """Integers of Python's, of which numpy's are none."""
+    return tuple(map(int, values))
+
+
+def _format(argument: str, fmt: Any, choices: tuple[str, ...]) -> str:
+    check_choice(argument, fmt, choices)
+    return plain_name(fmt)
+
+
+def _options(argument: str, given: Mapping[str, Any] | None, function: str, names: list[str]) -> dict[str, Any]:
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"{argument} must be a mapping, such as a dict, got {type(given).__name__}")
+    options = dict(given or {})
     for name, value in options.items():
         if name not in names:
             raise ValueError(f"{argument} must hold options of {function} ({', '.join(names)}), got {name!r}")
         if name in _TENSORS and not isinstance(value, bool | torch.dtype):
             raise TypeError(f"{argument}[{name!r}] must be a dtype or a bool, got {type(value).__name__}")
+    return options
 
 
 def _polygons(batch: int, vertices: int, device: torch.device, seed: int) -> Tensor:

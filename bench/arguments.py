@@ -1,0 +1,51 @@
+"""What the command lines of the programs here have in common. It imports no PyTorch, whose import one of them times."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def out_file(text: str) -> Path:
+    """A file of results, as `type` of an argument. Its folder is made at once: the results may take hours.
+
+    Raises:
+        argparse.ArgumentTypeError: It is a folder, or its folder cannot be made.
+    """
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot make the folder of {text}: {error.strerror}") from None
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder, expected a file")
+    return path
+
+
+def positive(text: str) -> int:
+    """A number of things, as `type` of an argument.
+
+    Raises:
+        argparse.ArgumentTypeError: It is no integer of 1 or above.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of 1 or above, got {text!r}")
+    return int(text)
+
+
+def need_packages(parser: argparse.ArgumentParser, program: str, names: Iterable[str]) -> None:
+    """End the program with status 2 if a package cannot be imported."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        install = 'pip install "triton-mgiou[bench,ultralytics]"'
+        parser.exit(2, f"{program} cannot import {', '.join(missing)}; all it needs: {install}\n")
+
+
+def need_gpu(parser: argparse.ArgumentParser, program: str) -> None:
+    """End the program with status 2 where there is no GPU."""
+    import torch  # noqa: PLC0415 - see above
+
+    if not torch.cuda.is_available():
+        parser.exit(2, f"{program} needs a GPU, and PyTorch finds none\n")

@@ -1,0 +1,88 @@
+"""The command lines of `bench`: what ends a program at once, and with which words."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from bench import against, report, startup
+from bench.arguments import out_file, positive
+from bench.boxes import graphs
+from bench.convergence import amp
+from bench.detectors import crops
+from bench.documents import RESULTS
+from tests.helpers import run_python
+
+
+def test_the_folder_of_results_is_made_before_anything_is_measured(tmp_path, monkeypatch):
+    path = tmp_path / "a" / "b" / "amp.json"
+    monkeypatch.setattr(amp, "CASES", [])
+    monkeypatch.setattr(
+        amp, "tqdm", lambda cases, **_: list(cases) if path.parent.is_dir() else pytest.fail("no folder")
+    )
+    amp.main(["--out", str(path)])
+    assert path.is_file()
+
+
+def test_files_that_cannot_be_written_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(argparse.ArgumentTypeError, match="is a folder, expected a file"):
+        out_file(str(tmp_path))
+    with pytest.raises(
+        argparse.ArgumentTypeError, match=r"cannot make the folder of .*x.json: (Not a dir|File exists)"
+    ):
+        out_file(str(tmp_path / "file" / "x.json"))
+
+
+def test_crops_say_what_cannot_be_imported(tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ultralytics" else find(name))
+    with pytest.raises(SystemExit) as ended:
+        crops.main(["--out", str(tmp_path / "crops.json")])
+    assert ended.value.code == 2
+    assert "bench.detectors.crops cannot import ultralytics; all it needs: pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", ""])
+def test_numbers_of_things_are_1_or_above(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=rf"expected an integer of 1 or above, got '{text}'"):
+        positive(text)
+    assert positive("12") == 12
+
+
+@pytest.mark.parametrize("size", ["512", "4x", "axb", "0x4", "4x4x4"])
+def test_sizes_that_are_none_are_refused(size, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        against.main([str(tmp_path), "--sizes", size])
+    assert ended.value.code == 2
+    assert "argument --sizes: expected an integer of 1 or above" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["h200_pairs", "h200_boxes", "convergence_amp", "instructions"])
+def test_a_report_of_another_programs_results_is_refused(name, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text((RESULTS / f"{name}.json").read_text())
+    with pytest.raises(SystemExit, match=r"bench\.report: expected results of bench\.speed"):
+        report.main([str(path)])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("program", [startup, graphs])
+def test_programs_for_a_gpu_say_so(program, tmp_path, monkeypatch, capsys):
+    arguments = ["--out", str(tmp_path / "a.json")] if program is startup else ["smooth L1", "512"]
+    monkeypatch.setattr(sys, "argv", [program.__name__, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"{program.__name__} needs a GPU, and PyTorch finds none\n"
+
+
+def test_the_arguments_import_no_pytorch():
+    """One program times that import."""
+    done = run_python("-c", "import sys, bench.startup; assert 'torch' not in sys.modules")
+    assert done.returncode == 0, done.stderr
