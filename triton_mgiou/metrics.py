@@ -17,6 +17,7 @@ from torch import Tensor
 from triton_mgiou.arguments import check_real_numbers
 
 COCO_THRESHOLDS = tuple(threshold / 100 for threshold in range(50, 100, 5))
+HIGHEST_THRESHOLD = 1 - 1e-10  # as COCO's: the IoU of what is the same may be less than 1 by rounding
 LARGEST = 1e100  # a coordinate above it counts as not finite, since products of coordinates would overflow
 SMALLEST = 1e-80  # a polygon whose bounding box is smaller counts as a point, since they would underflow
 MOST_NUMBERS = 2**20  # that are computed at once
@@ -96,16 +97,16 @@ def average_precision(
     """COCO's average precision of one class.
 
     In each image the predictions choose in the order of their scores, each the free target with the highest IoU that
-    reaches the threshold. Then all predictions of all images are ranked by score, and the precision, made
-    non-increasing from the right, is averaged over the recalls 0, 0.01 .. 1. Unlike COCO's, the number of predictions
-    in an image is not limited, and a recall of exactly 0.35 or 0.7 is reached: in pycocotools these steps and some more
-    are larger by rounding.
+    reaches the threshold, the last of several. Then all predictions of all images are ranked by score, and the
+    precision, made non-increasing from the right, is averaged over the recalls 0, 0.01 .. 1. Unlike COCO's, the number
+    of predictions in an image is not limited, and a recall of exactly 0.35 or 0.7 is reached: in pycocotools these
+    steps and some more are larger by rounding.
 
     Args:
         images: For each image the IoUs of its predictions with its targets, shape (P, T), and the predictions'
             scores, shape (P,). An image without predictions is given as (0, T): its targets count as missed. An IoU
             that is NaN reaches no threshold, and a score that is NaN comes last.
-        thresholds: IoUs from which on a prediction is right, each in 0..1.
+        thresholds: IoUs from which on a prediction is right, each in 0..1. A threshold of 1 is 1 - 1e-10, as COCO's.
 
     Returns:
         The average precision at each threshold, in 0..1; NaN if there is no target at all.
@@ -130,7 +131,7 @@ def average_precision(
                 f"got {ious.shape} and {scores.shape}"
             )
         all_scores.append(scores)
-        all_correct.append(_match(ious, scores, limits))
+        all_correct.append(_match(ious, scores, np.minimum(limits, HIGHEST_THRESHOLD)))
         total += ious.shape[1]
     if total == 0:
         return np.full(len(limits), np.nan)
@@ -158,7 +159,7 @@ def _match(ious: Floats, scores: Floats, limits: Floats) -> NDArray[np.bool_]:
             candidates = free & (ious[row] >= limit)
             if candidates.any():
                 correct[row, k] = True
-                free[np.where(candidates, ious[row], -1.0).argmax()] = False
+                free[-1 - np.where(candidates, ious[row], -1.0)[::-1].argmax()] = False
     return correct
 
 
