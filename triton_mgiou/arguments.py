@@ -64,7 +64,7 @@ def check_real_numbers(name: str, value: Tensor) -> None:
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Refuse what is not among the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:  # an array is equal to each, or to none
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 

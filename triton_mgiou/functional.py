@@ -398,12 +398,12 @@ def box_mgiou(
         fmt,
     )
     check_matrix_options(over, axis_weight, kind.axis_weights, backend)
-    if fmt == "xyxyxyxy":
-        corners = (each.reshape(*each.shape[:-1], 4, 2) for each in (boxes1, boxes2))
-        return polygon_mgiou(*corners, mask1=mask1, mask2=mask2, over=over, axis_weight=axis_weight, backend=backend)
     sizes = len(kind.shape)
     mask1 = check_set_mask("mask1", mask1, "boxes1", boxes1, sizes)
     mask2 = check_set_mask("mask2", mask2, "boxes2", boxes2, sizes)
+    if fmt == "xyxyxyxy":
+        corners = (each.reshape(*each.shape[:-1], 4, 2) for each in (boxes1, boxes2))
+        return polygon_mgiou(*corners, mask1=mask1, mask2=mask2, over=over, axis_weight=axis_weight, backend=backend)
     checks = debugging.on and debug_checks("box_mgiou", boxes1, boxes2)
     if checks:
         in_radians = kind.has_angle and angle == "radians"

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -212,10 +213,18 @@ ERRORS = {
     "batches": (ValueError, "batch size 1, got 2", (BOXES[None], BOXES[None].repeat(2, 1, 1)), {}),
     "over": (ValueError, "over must be one of .*'depth', got 'max'", (BOXES, BOXES), {"over": "max"}),
     "weights": (ValueError, "axis_weight must be one of", (BOXES, BOXES), {"axis_weight": "none"}),
+    "array": (ValueError, r"over must be one of .* got array\(", (BOXES, BOXES), {"over": np.array(["min", "max"])}),
+    "array of one": (ValueError, r"fmt must be one of .* got array\(", (BOXES, BOXES), {"fmt": np.array("cxcywhr")}),
     "backend": (ValueError, "backend must be one of", (BOXES, BOXES), {"backend": "cuda"}),
     "format": (ValueError, "fmt must say which of two", (BOXES, BOXES), {"fmt": "xywhr"}),
     "mask of floats": (TypeError, "mask1 must be torch.bool", (BOXES, BOXES), {"mask1": torch.ones(3)}),
     "long mask": (ValueError, r"mask2 must have shape \(3,\)", (BOXES, BOXES), {"mask2": torch.ones(4).bool()}),
+    "mask elsewhere": (
+        ValueError,
+        "mask1 must be on boxes1's device cpu, got meta",
+        (torch.ones(3, 8), torch.ones(3, 8)),
+        {"fmt": "xyxyxyxy", "mask1": torch.ones(3, dtype=torch.bool, device="meta")},
+    ),
     "space": (
         ValueError,
         "axis_weight must be one of 'uniform', got 'length'",
