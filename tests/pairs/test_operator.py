@@ -77,6 +77,28 @@ def test_compiles_a_set_that_a_mask_selects(backend, function):
                 assert_close(actual, want, atol=1e-6)
 
 
+@pytest.mark.parametrize("fmt", ["cxcywhr", "xyxyxyxy"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_an_exported_program_takes_any_number_of_boxes(backend, fmt, batched):
+    """As many as there are sets too, whether each set has a mask or all have one."""
+
+    class Matrix(torch.nn.Module):
+        def forward(self, first, second, mask):
+            return box_mgiou(first, second, fmt=fmt, mask2=mask, backend=backend.name)
+
+    def given(rows, columns):
+        rng = generator(rows)
+        first, second = (random_boxes(2 * n, fmt, rng).float().unflatten(0, (2, n)) for n in (rows, columns))
+        mask = torch.rand(2, columns, generator=rng) > 0.3
+        return [each.to(backend.device) for each in (first, second, mask if batched else mask[0])]
+
+    rows, columns = torch.export.Dim("rows"), torch.export.Dim("columns")
+    shapes = {1: rows}, {1: columns}, {1: columns} if batched else {0: columns}
+    program = torch.export.export(Matrix(), tuple(given(5, 7)), dynamic_shapes=shapes).module()
+    for sizes in ((5, 7), (3, 2), (2, 1)):
+        assert_close(program(*given(*sizes)), Matrix()(*given(*sizes)), atol=1e-6)
+
+
 def test_the_operators_are_sound(backend):
     if backend.name != "triton":
         pytest.skip("eager has no operator of its own")
