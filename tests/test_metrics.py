@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import tracemalloc
 from fractions import Fraction
 from itertools import combinations, pairwise
 
@@ -128,6 +129,22 @@ def test_any_polygons_on_a_grid(pred, target, parts):
     pred, target = (np.array(polygon) / parts for polygon in (pred, target))
     assert polygon_iou(pred, target) == pytest.approx(expected, abs=1e-10)
     assert polygon_iou_matrix([pred], [target]).item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_outlines_of_many_vertices_take_little_memory(monkeypatch):
+    """As those of masks have: not the square of their number, for whatever is computed at once."""
+    monkeypatch.setattr(metrics, "MOST_NUMBERS", 2**12)
+    turn = np.arange(400) * (math.tau / 400)
+    outline = (1 + 0.3 * np.sin(40 * turn))[:, None] * np.stack((np.cos(turn), np.sin(turn)), axis=1)
+    pred = outline * [1.1, 0.9] + 0.1
+    tracemalloc.start()
+    try:
+        found = polygon_iou(pred, outline)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 2e6  # one number for each pair of edges takes 5e6
+    assert found == pytest.approx(polygon_iou_matrix([pred], [outline]).item(), abs=1e-12)
 
 
 def test_far_from_the_origin_no_digit_is_lost():

@@ -7,7 +7,7 @@ Numbers are taken as lists, arrays and tensors, those of any device and with a g
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -179,8 +179,8 @@ def _iou(p: Floats, g: Floats) -> float:
     rise = np.where(start[:, 1] == end[:, 1], 1.0, end[:, 1] - start[:, 1])  # a level edge spans no strip
     width = end[:, 0] - start[:, 0]
     inter = only_one = 0.0
-    for at in range(0, len(middles), rows := max(MOST_NUMBERS // len(start), 1)):
-        y = middles[at : at + rows, None]  # (S, 1), against (E,) edges
+    for rows in _rows(len(middles), len(start)):
+        y = middles[rows, None]  # (S, 1), against (E,) edges
         spans = (start[:, 1] > y) != (end[:, 1] > y)
         with np.errstate(over="ignore", invalid="ignore"):  # of edges that do not span it
             x = np.where(spans, start[:, 0] + (y - start[:, 1]) / rise * width, np.inf)
@@ -189,7 +189,7 @@ def _iou(p: Floats, g: Floats) -> float:
         in_p, in_g = ((spans & own).cumsum(1)[:, :-1] % 2 == 1 for own in (is_p, ~is_p))
         x = np.take_along_axis(x, order, 1)
         left, right = (np.where(in_p | in_g, side, 0.0) for side in (x[:, :-1], x[:, 1:]))
-        areas = (right - left) * heights[at : at + rows, None]
+        areas = (right - left) * heights[rows, None]
         inter += areas[in_p & in_g].sum()
         only_one += areas[in_p ^ in_g].sum()
     union = inter + only_one
@@ -205,14 +205,29 @@ def _rounding(polygon: Floats) -> float:
 def _crossings(start: Floats, end: Floats) -> Floats:
     """The heights at which edges, (E, 2) each, cross each other."""
     step = end - start
-    away = start - start[:, None]  # from the start of the first to that of the second
-    turn = step[:, None, 0] * step[:, 1] - step[:, None, 1] * step[:, 0]
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # of parallel edges
-        share = (away[..., 0] * step[:, 1] - away[..., 1] * step[:, 0]) / turn  # of the first, before they cross
-    within = (share > 0) & (share < 1)
-    first, second = np.nonzero(np.triu(within & within.T))
-    heights: Floats = start[first, 1] + share[first, second] * step[first, 1]
-    return heights
+    found = [np.zeros(0)]
+    for rows in _rows(len(start), len(start)):
+        own = step[rows, None]
+        away = start - start[rows, None]  # from the start of the first to that of the second
+        turn = _cross(own, step)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # of parallel edges
+            share, other_share = _cross(away, step) / turn, _cross(away, own) / turn  # of each, before they cross
+        first, second = np.nonzero((share > 0) & (share < 1) & (other_share > 0) & (other_share < 1))
+        once = first + rows.start < second
+        first, second = first[once], second[once]
+        found.append(start[rows][first, 1] + share[first, second] * step[rows][first, 1])
+    return np.concatenate(found)
+
+
+def _cross(a: Floats, b: Floats) -> Floats:
+    product: Floats = a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+    return product
+
+
+def _rows(count: int, size: int) -> Iterator[slice]:
+    """All of `count` rows of `size` numbers, as many at once as MOST_NUMBERS allow."""
+    step = max(MOST_NUMBERS // size, 1)
+    return (slice(at, at + step) for at in range(0, count, step))
 
 
 def _geometries(polygons: list[Floats], needed: NDArray[np.intp]) -> tuple[NDArray[Any], Floats]:
