@@ -325,15 +325,17 @@ def box_mgiou(
     """MGIoU of every box of one set with every box of another: for matching, assignment and keeping boxes apart.
 
     MGIoU is 1 for boxes that coincide, exactly so for equal numbers, and falls towards -1 for boxes far apart. It is
-    1 - 2 `box_mgiou_loss` without terms, entry by entry, except for pairs whose axes cannot tell them apart: two
-    points and two segments on one line are compared along the line that joins them, in space plates also along their
-    normals, so that only what coincides has 1. A box of zeros, as padding has, is a point: with any box that has an
-    extent its MGIoU is 0 at most. Swapped sets give the transposed matrix, to the bit.
+    1 - 2 `box_mgiou_loss` without terms, entry by entry, with the same `axis_weight` (its default for "xyxyxyxy" is
+    another one), except for pairs whose axes cannot tell them apart: two points and two segments on one line are
+    compared along the line that joins them, in space plates also along their normals, so that only what coincides has
+    1. A box of zeros, as padding has, is a point: with any box that has an extent its MGIoU is 0 at most. Swapped sets
+    give the transposed matrix, to the bit.
 
     A pair of which one is not there (`mask1`, `mask2`) has -1 and no gradient. A solver of assignments takes it for a
     number like any other, and may choose it where too few columns are there, so drop these choices:
 
-        rows, columns = scipy.optimize.linear_sum_assignment(box_mgiou(pred, gt, mask2=mask).cpu(), maximize=True)
+        matrix = box_mgiou(pred.detach(), gt, mask2=mask).cpu()
+        rows, columns = scipy.optimize.linear_sum_assignment(matrix, maximize=True)
         kept = mask.cpu()[columns]
         rows, columns = rows[kept], columns[kept]
 
