@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import tracemalloc
 from fractions import Fraction
 from itertools import combinations, pairwise
 
@@ -128,6 +129,22 @@ def test_any_polygons_on_a_grid(pred, target, parts):
     pred, target = (np.array(polygon) / parts for polygon in (pred, target))
     assert polygon_iou(pred, target) == pytest.approx(expected, abs=1e-10)
     assert polygon_iou_matrix([pred], [target]).item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_outlines_of_many_vertices_take_little_memory(monkeypatch):
+    """As those of masks have: not the square of their number, for whatever is computed at once."""
+    monkeypatch.setattr(metrics, "MOST_NUMBERS", 2**12)
+    turn = np.arange(400) * (math.tau / 400)
+    outline = (1 + 0.3 * np.sin(40 * turn))[:, None] * np.stack((np.cos(turn), np.sin(turn)), axis=1)
+    pred = outline * [1.1, 0.9] + 0.1
+    tracemalloc.start()
+    try:
+        found = polygon_iou(pred, outline)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 2e6  # one number for each pair of edges takes 5e6
+    assert found == pytest.approx(polygon_iou_matrix([pred], [outline]).item(), abs=1e-12)
 
 
 def test_far_from_the_origin_no_digit_is_lost():
@@ -292,10 +309,12 @@ def literal_average_precision(images, threshold):
         taken = set()
         total += ious.shape[1]
         for row in sorted(range(len(scores)), key=lambda row: -scores[row]):
-            candidates = [j for j in range(ious.shape[1]) if j not in taken and ious[row, j] >= threshold]
-            if candidates:
-                taken.add(max(candidates, key=lambda j: ious[row, j]))
-            ranked.append((scores[row], bool(candidates)))
+            best, least = None, min(threshold, 1 - 1e-10)
+            for j in range(ious.shape[1]):  # as in pycocotools: of equal ones the last
+                if j not in taken and ious[row, j] >= least:
+                    best, least = j, ious[row, j]
+            taken.add(best)
+            ranked.append((scores[row], best is not None))
     ranked.sort(key=lambda pair: -pair[0])
     points, hits = [], 0
     for rank, (_, correct) in enumerate(ranked, 1):
@@ -305,16 +324,33 @@ def literal_average_precision(images, threshold):
     return sum(levels) / 101
 
 
+@pytest.mark.parametrize("steps", [None, 20])
 @pytest.mark.parametrize("seed", range(5))
-def test_average_precision_against_its_definition(seed):
+def test_average_precision_against_its_definition(seed, steps):
+    """With a few IoUs and scores, of which many are equal, too."""
     rng = np.random.default_rng(seed)
     images = []
     for _ in range(12):
         shape = rng.integers(0, 9), rng.integers(0, 5)
-        images.append((rng.random(shape) ** 0.5, rng.permutation(1000)[: shape[0]] / 1000))
+        ious, scores = rng.random(shape) ** 0.5, rng.permutation(1000)[: shape[0]] / 1000
+        images.append((ious, scores) if steps is None else (np.round(ious * steps) / steps, np.round(scores * 5)))
     found = average_precision(images)
     np.testing.assert_allclose(found, [literal_average_precision(images, t) for t in COCO_THRESHOLDS], atol=1e-12)
     assert found[0] > found[-1]
+
+
+def test_of_equal_ious_the_last_target_is_taken():
+    """As in pycocotools 2.0.11: the first target is left for the second prediction, which reaches no other."""
+    ious = np.array([[0.75, 0.75], [0.6, 0.0]])
+    np.testing.assert_array_equal(average_precision([(ious, [0.9, 0.8])], (0.5,)), 1)
+    np.testing.assert_allclose(average_precision([(ious[:, ::-1], [0.9, 0.8])], (0.5,)), 51 / 101)
+
+
+def test_what_is_the_same_reaches_a_threshold_of_one():
+    """Whatever rounding makes of its IoU."""
+    images = [([[1 - 4e-16]], [0.5]), ([[1.0]], [0.5])]
+    np.testing.assert_array_equal(average_precision(images, (0.95, 1.0)), 1)
+    np.testing.assert_array_equal(average_precision([([[1 - 1e-9]], [0.5])], (0.95, 1.0)), [1, 0])
 
 
 def test_average_precision_by_hand():

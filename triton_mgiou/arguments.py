@@ -64,7 +64,7 @@ def check_real_numbers(name: str, value: Tensor) -> None:
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Refuse what is not among the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:  # an array is equal to each, or to none
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
@@ -300,7 +300,7 @@ def check_set_mask(name: str, mask: Tensor | None, side: str, shapes: Tensor, di
     shape = shapes.shape[:-dimensions]
     if mask is not None and len(shape) == 2:
         check_tensor(name, mask)
-        if mask.shape == shape[1:]:
+        if mask.dim() == 1 and mask.shape == shape[1:]:
             mask = mask.expand(shape)
     check_mask(name, mask, side, shapes, dimensions)
     return mask

@@ -117,6 +117,8 @@ def info() -> str:
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in (torch.device("cpu"), *gpus):
         reason = kernels_unavailable(device)
+        if reason is None and device.type != "cuda":
+            reason = 'Triton interprets the kernels there, for backend "triton" only'
         name = ""
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)

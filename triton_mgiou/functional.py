@@ -325,15 +325,17 @@ def box_mgiou(
     """MGIoU of every box of one set with every box of another: for matching, assignment and keeping boxes apart.
 
     MGIoU is 1 for boxes that coincide, exactly so for equal numbers, and falls towards -1 for boxes far apart. It is
-    1 - 2 `box_mgiou_loss` without terms, entry by entry, except for pairs whose axes cannot tell them apart: two
-    points and two segments on one line are compared along the line that joins them, in space plates also along their
-    normals, so that only what coincides has 1. A box of zeros, as padding has, is a point: with any box that has an
-    extent its MGIoU is 0 at most. Swapped sets give the transposed matrix, to the bit.
+    1 - 2 `box_mgiou_loss` without terms, entry by entry, with the same `axis_weight` (its default for "xyxyxyxy" is
+    another one), except for pairs whose axes cannot tell them apart: two points and two segments on one line are
+    compared along the line that joins them, in space plates also along their normals, so that only what coincides has
+    1. A box of zeros, as padding has, is a point: with any box that has an extent its MGIoU is 0 at most. Swapped sets
+    give the transposed matrix, to the bit.
 
     A pair of which one is not there (`mask1`, `mask2`) has -1 and no gradient. A solver of assignments takes it for a
     number like any other, and may choose it where too few columns are there, so drop these choices:
 
-        rows, columns = scipy.optimize.linear_sum_assignment(box_mgiou(pred, gt, mask2=mask).cpu(), maximize=True)
+        matrix = box_mgiou(pred.detach(), gt, mask2=mask).cpu()
+        rows, columns = scipy.optimize.linear_sum_assignment(matrix, maximize=True)
         kept = mask.cpu()[columns]
         rows, columns = rows[kept], columns[kept]
 
@@ -398,12 +400,12 @@ def box_mgiou(
         fmt,
     )
     check_matrix_options(over, axis_weight, kind.axis_weights, backend)
-    if fmt == "xyxyxyxy":
-        corners = (each.reshape(*each.shape[:-1], 4, 2) for each in (boxes1, boxes2))
-        return polygon_mgiou(*corners, mask1=mask1, mask2=mask2, over=over, axis_weight=axis_weight, backend=backend)
     sizes = len(kind.shape)
     mask1 = check_set_mask("mask1", mask1, "boxes1", boxes1, sizes)
     mask2 = check_set_mask("mask2", mask2, "boxes2", boxes2, sizes)
+    if fmt == "xyxyxyxy":
+        corners = (each.reshape(*each.shape[:-1], 4, 2) for each in (boxes1, boxes2))
+        return polygon_mgiou(*corners, mask1=mask1, mask2=mask2, over=over, axis_weight=axis_weight, backend=backend)
     checks = debugging.on and debug_checks("box_mgiou", boxes1, boxes2)
     if checks:
         in_radians = kind.has_angle and angle == "radians"

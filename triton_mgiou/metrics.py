@@ -7,7 +7,7 @@ Numbers are taken as lists, arrays and tensors, those of any device and with a g
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from triton_mgiou.arguments import check_real_numbers
 
 COCO_THRESHOLDS = tuple(threshold / 100 for threshold in range(50, 100, 5))
+HIGHEST_THRESHOLD = 1 - 1e-10  # as COCO's: the IoU of what is the same may be less than 1 by rounding
 LARGEST = 1e100  # a coordinate above it counts as not finite, since products of coordinates would overflow
 SMALLEST = 1e-80  # a polygon whose bounding box is smaller counts as a point, since they would underflow
 MOST_NUMBERS = 2**20  # that are computed at once
@@ -96,16 +97,16 @@ def average_precision(
     """COCO's average precision of one class.
 
     In each image the predictions choose in the order of their scores, each the free target with the highest IoU that
-    reaches the threshold. Then all predictions of all images are ranked by score, and the precision, made
-    non-increasing from the right, is averaged over the recalls 0, 0.01 .. 1. Unlike COCO's, the number of predictions
-    in an image is not limited, and a recall of exactly 0.35 or 0.7 is reached: in pycocotools these steps and some more
-    are larger by rounding.
+    reaches the threshold, the last of several. Then all predictions of all images are ranked by score, and the
+    precision, made non-increasing from the right, is averaged over the recalls 0, 0.01 .. 1. Unlike COCO's, the number
+    of predictions in an image is not limited, and a recall of exactly 0.35 or 0.7 is reached: in pycocotools these
+    steps and some more are larger by rounding.
 
     Args:
         images: For each image the IoUs of its predictions with its targets, shape (P, T), and the predictions'
             scores, shape (P,). An image without predictions is given as (0, T): its targets count as missed. An IoU
             that is NaN reaches no threshold, and a score that is NaN comes last.
-        thresholds: IoUs from which on a prediction is right, each in 0..1.
+        thresholds: IoUs from which on a prediction is right, each in 0..1. A threshold of 1 is 1 - 1e-10, as COCO's.
 
     Returns:
         The average precision at each threshold, in 0..1; NaN if there is no target at all.
@@ -130,7 +131,7 @@ def average_precision(
                 f"got {ious.shape} and {scores.shape}"
             )
         all_scores.append(scores)
-        all_correct.append(_match(ious, scores, limits))
+        all_correct.append(_match(ious, scores, np.minimum(limits, HIGHEST_THRESHOLD)))
         total += ious.shape[1]
     if total == 0:
         return np.full(len(limits), np.nan)
@@ -158,7 +159,7 @@ def _match(ious: Floats, scores: Floats, limits: Floats) -> NDArray[np.bool_]:
             candidates = free & (ious[row] >= limit)
             if candidates.any():
                 correct[row, k] = True
-                free[np.where(candidates, ious[row], -1.0).argmax()] = False
+                free[-1 - np.where(candidates, ious[row], -1.0)[::-1].argmax()] = False
     return correct
 
 
@@ -178,8 +179,8 @@ def _iou(p: Floats, g: Floats) -> float:
     rise = np.where(start[:, 1] == end[:, 1], 1.0, end[:, 1] - start[:, 1])  # a level edge spans no strip
     width = end[:, 0] - start[:, 0]
     inter = only_one = 0.0
-    for at in range(0, len(middles), rows := max(MOST_NUMBERS // len(start), 1)):
-        y = middles[at : at + rows, None]  # (S, 1), against (E,) edges
+    for rows in _rows(len(middles), len(start)):
+        y = middles[rows, None]  # (S, 1), against (E,) edges
         spans = (start[:, 1] > y) != (end[:, 1] > y)
         with np.errstate(over="ignore", invalid="ignore"):  # of edges that do not span it
             x = np.where(spans, start[:, 0] + (y - start[:, 1]) / rise * width, np.inf)
@@ -188,7 +189,7 @@ def _iou(p: Floats, g: Floats) -> float:
         in_p, in_g = ((spans & own).cumsum(1)[:, :-1] % 2 == 1 for own in (is_p, ~is_p))
         x = np.take_along_axis(x, order, 1)
         left, right = (np.where(in_p | in_g, side, 0.0) for side in (x[:, :-1], x[:, 1:]))
-        areas = (right - left) * heights[at : at + rows, None]
+        areas = (right - left) * heights[rows, None]
         inter += areas[in_p & in_g].sum()
         only_one += areas[in_p ^ in_g].sum()
     union = inter + only_one
@@ -204,14 +205,29 @@ def _rounding(polygon: Floats) -> float:
 def _crossings(start: Floats, end: Floats) -> Floats:
     """The heights at which edges, (E, 2) each, cross each other."""
     step = end - start
-    away = start - start[:, None]  # from the start of the first to that of the second
-    turn = step[:, None, 0] * step[:, 1] - step[:, None, 1] * step[:, 0]
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # of parallel edges
-        share = (away[..., 0] * step[:, 1] - away[..., 1] * step[:, 0]) / turn  # of the first, before they cross
-    within = (share > 0) & (share < 1)
-    first, second = np.nonzero(np.triu(within & within.T))
-    heights: Floats = start[first, 1] + share[first, second] * step[first, 1]
-    return heights
+    found = [np.zeros(0)]
+    for rows in _rows(len(start), len(start)):
+        own = step[rows, None]
+        away = start - start[rows, None]  # from the start of the first to that of the second
+        turn = _cross(own, step)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # of parallel edges
+            share, other_share = _cross(away, step) / turn, _cross(away, own) / turn  # of each, before they cross
+        first, second = np.nonzero((share > 0) & (share < 1) & (other_share > 0) & (other_share < 1))
+        once = first + rows.start < second
+        first, second = first[once], second[once]
+        found.append(start[rows][first, 1] + share[first, second] * step[rows][first, 1])
+    return np.concatenate(found)
+
+
+def _cross(a: Floats, b: Floats) -> Floats:
+    product: Floats = a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+    return product
+
+
+def _rows(count: int, size: int) -> Iterator[slice]:
+    """All of `count` rows of `size` numbers, as many at once as MOST_NUMBERS allow."""
+    step = max(MOST_NUMBERS // size, 1)
+    return (slice(at, at + step) for at in range(0, count, step))
 
 
 def _geometries(polygons: list[Floats], needed: NDArray[np.intp]) -> tuple[NDArray[Any], Floats]:

@@ -2,12 +2,14 @@
 
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import (
     AXIS_WEIGHTS,
@@ -272,6 +274,20 @@ def test_blocks_change_nothing_and_keep_to_their_memory(fmt, monkeypatch):
         assert_same(value, whole)
         for grad, expected in zip(grads, whole_grads, strict=True):
             assert_close(grad, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_blocks_under_a_checkpoint(fmt, use_reentrant, monkeypatch):
+    rng = generator(18)
+    first, second = (random_boxes(n, fmt, rng).requires_grad_() for n in (5, 6))
+    upstream = uniform((5, 6), -1, 1, rng)
+    expected = torch.autograd.grad(box_mgiou(first, second, fmt=fmt), (first, second), upstream)
+    monkeypatch.setattr(pairs, "MEMORY", 2**12)
+    value = checkpoint(partial(box_mgiou, fmt=fmt), first, second, use_reentrant=use_reentrant)
+    value.backward(upstream)
+    for leaf, want in zip((first, second), expected, strict=True):
+        assert_close(leaf.grad, want, atol=1e-12, rtol=1e-12)
 
 
 def test_blocks_refuse_a_second_derivative_and_a_batch_of_gradients(monkeypatch):

@@ -1,5 +1,7 @@
 """Matching by the matrix: padded ground truth with a Hungarian solver, and inside the matcher of transformers' DETR."""
 
+import textwrap
+
 import pytest
 import torch
 
@@ -9,18 +11,21 @@ from triton_mgiou import box_mgiou
 
 
 def test_padded_ground_truth_is_filtered_after_the_solver():
-    """The example of `box_mgiou`'s docstring: with more predictions than objects the solver takes padding too."""
-    scipy_optimize = pytest.importorskip("scipy.optimize")
+    """By the example of `box_mgiou`'s docstring, in a step of training: the solver takes padding too."""
+    scipy = pytest.importorskip("scipy")
+    solve = pytest.importorskip("scipy.optimize").linear_sum_assignment
     rng = generator(0)
     truth = random_boxes(6, "cxcywhr", rng).float()
     order = torch.tensor([4, 1, 5, 0])
-    pred = torch.cat((truth[order] + 0.01, random_boxes(5, "cxcywhr", rng).float() + 20))
+    pred = torch.cat((truth[order] + 0.01, random_boxes(5, "cxcywhr", rng).float() + 20)).requires_grad_()
     padded = torch.cat((truth, torch.zeros(4, 5)))
     mask = torch.arange(10) < 6
-    rows, columns = scipy_optimize.linear_sum_assignment(box_mgiou(pred, padded, mask2=mask), maximize=True)
+    _, columns = solve(box_mgiou(pred.detach(), padded, mask2=mask), maximize=True)
     assert not mask[columns].all()
-    kept = mask[columns].numpy()
-    matched = dict(zip(rows[kept].tolist(), columns[kept].tolist(), strict=True))
+    _, _, text = box_mgiou.__doc__.partition("drop these choices:\n\n")
+    names = {"scipy": scipy, "box_mgiou": box_mgiou, "pred": pred, "gt": padded, "mask": mask}
+    exec(textwrap.dedent(text.partition("\n\n")[0]), names, found := {})
+    matched = dict(zip(found["rows"].tolist(), found["columns"].tolist(), strict=True))
     assert set(matched.values()) == set(range(6))
     assert [matched[row] for row in range(4)] == order.tolist()
 

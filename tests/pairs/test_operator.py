@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -74,6 +75,28 @@ def test_compiles_a_set_that_a_mask_selects(backend, function):
             if has_gradient:
                 actual, want = (torch.autograd.grad(each, first)[0] for each in (value, expected))
                 assert_close(actual, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("fmt", ["cxcywhr", "xyxyxyxy"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_an_exported_program_takes_any_number_of_boxes(backend, fmt, batched):
+    """As many as there are sets too, whether each set has a mask or all have one."""
+
+    class Matrix(torch.nn.Module):
+        def forward(self, first, second, mask):
+            return box_mgiou(first, second, fmt=fmt, mask2=mask, backend=backend.name)
+
+    def given(rows, columns):
+        rng = generator(rows)
+        first, second = (random_boxes(2 * n, fmt, rng).float().unflatten(0, (2, n)) for n in (rows, columns))
+        mask = torch.rand(2, columns, generator=rng) > 0.3
+        return [each.to(backend.device) for each in (first, second, mask if batched else mask[0])]
+
+    rows, columns = torch.export.Dim("rows"), torch.export.Dim("columns")
+    shapes = {1: rows}, {1: columns}, {1: columns} if batched else {0: columns}
+    program = torch.export.export(Matrix(), tuple(given(5, 7)), dynamic_shapes=shapes).module()
+    for sizes in ((5, 7), (3, 2), (2, 1)):
+        assert_close(program(*given(*sizes)), Matrix()(*given(*sizes)), atol=1e-6)
 
 
 def test_the_operators_are_sound(backend):
@@ -212,10 +235,18 @@ ERRORS = {
     "batches": (ValueError, "batch size 1, got 2", (BOXES[None], BOXES[None].repeat(2, 1, 1)), {}),
     "over": (ValueError, "over must be one of .*'depth', got 'max'", (BOXES, BOXES), {"over": "max"}),
     "weights": (ValueError, "axis_weight must be one of", (BOXES, BOXES), {"axis_weight": "none"}),
+    "array": (ValueError, r"over must be one of .* got array\(", (BOXES, BOXES), {"over": np.array(["min", "max"])}),
+    "array of one": (ValueError, r"fmt must be one of .* got array\(", (BOXES, BOXES), {"fmt": np.array("cxcywhr")}),
     "backend": (ValueError, "backend must be one of", (BOXES, BOXES), {"backend": "cuda"}),
     "format": (ValueError, "fmt must say which of two", (BOXES, BOXES), {"fmt": "xywhr"}),
     "mask of floats": (TypeError, "mask1 must be torch.bool", (BOXES, BOXES), {"mask1": torch.ones(3)}),
     "long mask": (ValueError, r"mask2 must have shape \(3,\)", (BOXES, BOXES), {"mask2": torch.ones(4).bool()}),
+    "mask elsewhere": (
+        ValueError,
+        "mask1 must be on boxes1's device cpu, got meta",
+        (torch.ones(3, 8), torch.ones(3, 8)),
+        {"fmt": "xyxyxyxy", "mask1": torch.ones(3, dtype=torch.bool, device="meta")},
+    ),
     "space": (
         ValueError,
         "axis_weight must be one of 'uniform', got 'length'",

@@ -269,6 +269,16 @@ def test_info_without_triton(monkeypatch, capsys):
     assert 'cpu: backend "auto" takes eager: Triton is not installed\n' in out
 
 
+def test_info_in_the_interpreter(monkeypatch, capsys):
+    """There the kernels run on a CPU, but "auto" does not take them."""
+    from triton_mgiou import backends  # noqa: PLC0415
+
+    monkeypatch.setattr(backends, "_reasons", {torch.device("cpu"): None})
+    assert not backends.takes_kernel("auto", torch.ones(1))
+    assert main(["info"]) == 0
+    assert 'cpu: backend "auto" takes eager: Triton interprets the kernels there' in capsys.readouterr().out
+
+
 def test_info_with_a_triton_of_another_distribution(monkeypatch, capsys):
     """On Windows it is triton-windows, with PyTorch for ROCm pytorch-triton-rocm."""
     triton = pytest.importorskip("triton")

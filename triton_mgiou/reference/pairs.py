@@ -197,7 +197,8 @@ class _InBlocks(torch.autograd.Function):
                     f"blocks: expected {argument}=False, got {argument}=True; triton_mgiou.reference.pairs.MEMORY says "
                     "how many bytes may be taken"
                 )
-        first, second = _Shapes(*ctx.saved_tensors[:4]), _Shapes(*ctx.saved_tensors[4:])
+        tensors = ctx.saved_tensors  # once: under a checkpoint there is no second time
+        first, second = _Shapes(*tensors[:4]), _Shapes(*tensors[4:])
         grads = torch.zeros_like(first.numbers), torch.zeros_like(second.numbers)
         asked = ctx.needs_input_grad[2], ctx.needs_input_grad[6]
         for place in _places(upstream.shape, ctx.pairs):
