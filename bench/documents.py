@@ -22,6 +22,7 @@ from bench import report
 from bench.boxes import report as boxes_report
 from bench.convergence.losses import OURS
 from bench.pairs import report as pairs_report
+from triton_mgiou.tuning.layouts import is_large
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -137,6 +138,26 @@ def speed_summary() -> str:
     return "\n".join(lines)
 
 
+def speed_layouts() -> str:
+    """Small batches of many vertices before and with the layouts of today."""
+    losses = {
+        "PAPER": "paper",
+        "defaults": "default",
+        "defaults, lengths on both sides": "with lengths",
+        "defaults, masks on both sides": "with masks",
+        "axis_grad=True, convexity_weight=0.1, boundary_weight=0.25": "both terms",
+    }
+    at: dict[tuple[int, int], dict[str, str]] = {}
+    for found in results("h200_layouts")["comparisons"].values():  # the later ones replace the earlier
+        for row in found["rows"]:
+            n, batch = row["vertices"], row["batch"]
+            if n >= 16 and not is_large(batch, n, n) and "superseded" not in row:
+                name = losses[row["loss"].removesuffix(", with gradient")]
+                at.setdefault((n, batch), {})[name] = f"{row['us before']:.1f} → {row['us after']:.1f}"
+    rows = [[f"{b} x {n}", *(at[n, b].get(name, "") for name in losses.values())] for n, b in sorted(at)]
+    return report.table(" | ".join(["B x N", *losses.values()]), rows)
+
+
 def startup_first() -> str:
     """The first call."""
     first = results("h200_startup")["first"]["result"]
@@ -153,11 +174,9 @@ def startup_first() -> str:
 
 def startup_host() -> str:
     """The host's part of a call."""
-    measured = [part["result"]["us"] for name, part in results("h200_startup").items() if name.startswith("host")]
-    quoted = {name: f"`{name}`" if re.search(r"[_(]", name) else name for name in measured[0]}
-    rows = [[text, *(f"{each[name]:.1f}" for each in measured)] for name, text in quoted.items()]
-    columns = [f"machine {k + 1}" for k in range(len(measured))]
-    return report.table(" | ".join(["host's microseconds of a warm call, 512 x 8", *columns]), rows)
+    measured = results("h200_startup")["host"]["result"]["us"]
+    rows = [[re.sub(r"\S*_\w+", r"`\g<0>`", name), f"{us:.1f}"] for name, us in measured.items()]
+    return report.table("the host's part of a warm call, 512 x 8 | microseconds", rows)
 
 
 def tuning_gains() -> str:
@@ -321,6 +340,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "speed large": speed_large,
     "speed instructions": speed_instructions,
     "speed default": speed_default,
+    "speed layouts": speed_layouts,
     "startup first": startup_first,
     "startup host": startup_host,
     "startup training": startup_training,
