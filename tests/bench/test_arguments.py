@@ -39,8 +39,8 @@ def test_files_that_cannot_be_written_are_refused(tmp_path):
 
 
 def test_crops_say_what_cannot_be_imported(tmp_path, monkeypatch, capsys):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ultralytics" else find(name))
+    there = importlib.util.find_spec("bench")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ultralytics" else there)
     with pytest.raises(SystemExit) as ended:
         crops.main(["--out", str(tmp_path / "crops.json")])
     assert ended.value.code == 2

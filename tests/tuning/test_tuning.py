@@ -456,7 +456,7 @@ def test_eight_processes_measure_once_and_agree(folder, tmp_path):
             with (tmp_path / "measured").open("a") as log:
                 log.write(f"{number}\n")
             time.sleep(0.3)
-            return Entry(OTHERS[number % len(OTHERS)]._asdict(), float(number), 100.0)
+            return Entry(OTHERS[number % len(OTHERS)]._asdict(), 1.0 + number, 100.0)
 
         _, entry = mine.get_or_make("key", make)
         (tmp_path / f"result-{number}").write_text(str(entry))
