@@ -29,21 +29,12 @@ def takes_kernel(backend: str, tensor: Tensor, missing: str | None = None) -> bo
     return reason is None
 
 
-def is_empty(size: int) -> bool:
-    """Whether a size is 0. One that no compiler knows, as that of `boxes[mask]`, is taken for another number."""
+def is_empty(size: int, *, unknown: bool = False) -> bool:
+    """Whether a size is 0; `unknown` of one that no compiler knows, as that of `boxes[mask]`."""
     if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import guard_or_false  # noqa: PLC0415 - slow
+        from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true  # noqa: PLC0415 - slow
 
-        return guard_or_false(size == 0)
-    return size == 0
-
-
-def may_be_empty(size: int) -> bool:
-    """Whether a size is 0. One that no compiler knows may be."""
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import guard_or_true  # noqa: PLC0415 - slow
-
-        return guard_or_true(size == 0)
+        return (guard_or_true if unknown else guard_or_false)(size == 0)
     return size == 0
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from triton_mgiou.backends import is_empty, may_be_empty
+from triton_mgiou.backends import is_empty
 from triton_mgiou.options import Reduction
 from triton_mgiou.reference.polygons import compute_dtype
 
@@ -62,7 +62,7 @@ def reduce(loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: floa
     if avg_factor is None:
         return total / max(loss.shape[0], 1)
     quotient = _divide(total, avg_factor)
-    if may_be_empty(loss.shape[0]):  # then it is 0, whatever the divisor
+    if is_empty(loss.shape[0], unknown=True):  # then it is 0, whatever the divisor
         quotient = torch.where(torch.ones_like(loss, dtype=torch.bool).any(), quotient, total)
     return quotient
 
