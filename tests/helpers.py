@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
+import enum
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed import device_mesh
 
 NAN, INF = math.nan, math.inf
 BOTH = ("pred", "target")
 AXIS_WEIGHTS = ("uniform", "length", "soft")
 axis_weights = pytest.mark.parametrize("axis_weight", AXIS_WEIGHTS)
 axis_grads = pytest.mark.parametrize("axis_grad", [True, False])
+
+
+class Name(str, enum.Enum):
+    """Names of options as a configuration with types has them; the text of a member is not its value."""
+
+    CXCYWHR = "cxcywhr"
+    XYXY = "xyxy"
+    POLYGONS = "polygons"
+    DEGREES = "degrees"
+    UNIFORM = "uniform"
+    LENGTH = "length"
+    SUM = "sum"
+    MIN = "min"
+
+
+@contextmanager
+def one_process() -> Iterator[device_mesh.DeviceMesh]:
+    """A process group of this process alone, and its device mesh."""
+    store = distributed.HashStore()  # type: ignore[attr-defined]
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        distributed.destroy_process_group()
 
 
 def generator(seed: int) -> torch.Generator:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import math
 import pickle
 import warnings
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from tests.boxes.helpers import FORMATS, SPACE, random_boxes
-from tests.helpers import assert_close, assert_same, generator, rectangle_corners
+from tests.helpers import Name, assert_close, assert_same, generator, rectangle_corners
 from triton_mgiou import PAPER, BoxMGIoULoss, box_mgiou, box_mgiou_loss
 from triton_mgiou.box_formats import FORMATS as ALL_FORMATS
 from triton_mgiou.training import NonFiniteError, debug
@@ -239,13 +238,6 @@ def test_free_corners_are_polygons_in_debug_mode_too():
 @pytest.mark.parametrize("fmt", SPACE)
 def test_boxes_in_space_take_a_term_of_zero(fmt):
     assert_same(loss_of(fmt, boundary_weight=0.0, convexity_weight=0), loss_of(fmt))
-
-
-class Name(str, enum.Enum):
-    XYXY = "xyxy"
-    LENGTH = "length"
-    SUM = "sum"
-    MIN = "min"
 
 
 def test_names_of_an_enumeration_are_names():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from fractions import Fraction
 
 import pytest
 import torch
 
 from tests.conftest import INTERPRETED
-from tests.helpers import BOTH, assert_close, assert_same, convex, generator, star, uniform
+from tests.helpers import BOTH, assert_close, assert_same, convex, generator, one_process, star, uniform
 from triton_mgiou import (
     BoxMGIoULoss,
     MGIoULoss,
@@ -159,16 +159,6 @@ def test_messages(backend, name):
     assert message.startswith(f"{begin} "), message
     for part in parts:
         assert (device if part == "DEVICE" else part) in message, message
-
-
-@contextmanager
-def one_process():
-    """A device mesh of this process alone."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def distributed_tensor(tensor, mesh):

@@ -9,13 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers import INF, NAN, convex, generator
+from tests.helpers import INF, NAN, convex, generator, one_process
 from triton_mgiou import MGIoULoss, PolygonLoss, box_mgiou, box_mgiou_loss, debugging, mgiou_loss, polygon_mgiou
 from triton_mgiou.training import NonFinite, NonFiniteError, check_finite, debug, debug_enabled, find_nonfinite
 
@@ -143,14 +143,10 @@ def test_what_has_no_values_yet_is_passed_over():
 
 
 def test_this_process_part_of_a_tensor_that_is_spread():
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = distributed.init_device_mesh("cpu", (1,))
+    with one_process() as mesh:
         spread = distribute_tensor(torch.tensor([[1.0, 2.0], [INF, NAN]]), mesh, [Shard(0)])
         (report,) = find_nonfinite({"w": spread})
         assert find_nonfinite([distribute_tensor(torch.ones(2), mesh, [Replicate()])]) == []
-    finally:
-        distributed.destroy_process_group()
     assert (report.name, report.nan, report.inf, report.first) == ("w", 1, 1, ((1, 0), (1, 1)))
 
 

@@ -15,7 +15,7 @@ from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from tests.helpers import INF, NAN, generator
+from tests.helpers import INF, NAN, generator, one_process
 from triton_mgiou.cli import main
 from triton_mgiou.training import (
     GradientMonitor,
@@ -936,10 +936,8 @@ def test_integers_of_numpy_are_integers(folder):
 
 @pytest.fixture
 def alone():
-    """A process group of this process."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
+    with one_process():
+        yield
 
 
 @pytest.mark.usefixtures("alone")

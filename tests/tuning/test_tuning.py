@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import importlib
 import json
 import multiprocessing
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import INF, NAN, assert_close, assert_gradient_close, convex, generator, star
+from tests.helpers import INF, NAN, Name, assert_close, assert_gradient_close, convex, generator, star
 
 pytest.importorskip("triton")
 
@@ -537,15 +536,6 @@ def test_there_is_no_cache_for_the_cpu(monkeypatch):
     remember(ENTRY)
     monkeypatch.undo()
     assert store.chosen_layout("case", CANDIDATES, -1) == DEFAULT
-
-
-class Name(str, enum.Enum):
-    """Names of options as a configuration with types has them; the text of a member is not its value."""
-
-    CXCYWHR = "cxcywhr"
-    UNIFORM = "uniform"
-    DEGREES = "degrees"
-    MIN = "min"
 
 
 def test_names_of_an_enumeration_have_the_same_entries():

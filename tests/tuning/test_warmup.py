@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import importlib
 import importlib.metadata
 import json
@@ -15,7 +14,7 @@ import torch
 
 import triton_mgiou
 from tests.conftest import INTERPRETED
-from tests.helpers import run_python
+from tests.helpers import Name, run_python
 from triton_mgiou.cli import main, table
 from triton_mgiou.tuning import layouts, store
 from triton_mgiou.tuning.warmup import WarmupResult
@@ -121,11 +120,10 @@ def test_lengths_of_few_bits_beside_many_vertices(dtype, largest):
 @pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter or a GPU")
 def test_triton_cpu_arguments_as_tables_and_typed_configurations_have_them():
     """Integers of numpy, and names of an enumeration; options of boxes with an angle do not concern polygons."""
-    fmt = enum.Enum("Fmt", {"POLYGONS": "polygons", "XYXY": "xyxy"}, type=str)
     (batch, size), options = np.unique([3, 2]), {"angle": "degrees"}
     given = {"vertices": (), "batch_sizes": [batch], "device": "cpu"}
-    boxes = triton_mgiou.warmup(boxes=(fmt.XYXY,), **given)
-    pairs = triton_mgiou.warmup(pairs=[fmt.POLYGONS], pair_sizes=[(size, size)], pair_options=options, **given)
+    boxes = triton_mgiou.warmup(boxes=(Name.XYXY,), **given)
+    pairs = triton_mgiou.warmup(pairs=[Name.POLYGONS], pair_sizes=[(size, size)], pair_options=options, **given)
     assert [each.fmt for each in (*boxes, *pairs)] == ["xyxy", "xyxy", "pairs of polygons"]
 
 
