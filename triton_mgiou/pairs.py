@@ -16,9 +16,6 @@ from triton.runtime import driver
 from triton_mgiou import launch
 from triton_mgiou.arguments import plain_name
 from triton_mgiou.box_formats import KERNEL_FORMATS
-from triton_mgiou.kernels.pairs import box_pairs_kernel
-from triton_mgiou.kernels.pairs_gradient import box_pairs_gradient_kernel
-from triton_mgiou.kernels.polygon_pairs import polygon_pairs_kernel
 from triton_mgiou.launch import COMPUTE, INTERPRETED, Plan
 from triton_mgiou.ops import check_backward, define, needs_dispatcher
 from triton_mgiou.options import AXIS_WEIGHTS, OVERS
@@ -199,6 +196,8 @@ def prepare_polygons(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -
     fields = (polygons1.get_device(), polygons1.dtype, polygons2.dtype, *kinds, *options)
     plan = launch.known_plan(fields)
     if plan is None:
+        from triton_mgiou.kernels.polygon_pairs import polygon_pairs_kernel  # noqa: PLC0415 - who needs losses only
+
         dtype = compute_dtype(polygons1, polygons2)
         constants = (COMPUTE[dtype], OVERS.index(call.over), AXIS_WEIGHTS.index(call.axis_weight), corners)
         names = plain_name(call.over), plain_name(call.axis_weight)
@@ -326,7 +325,10 @@ def pair_plan(key: PairKey) -> Plan:
     flags = (f"{key.first_dtype} {key.second_dtype} {masks}", *(f"{name}={value}" for name, value in constants.items()))
     kind = f"gradient of pairs to {layouts.how_many(key.many)}" if key.gradient else "pairs of"
     case = f"{kind} boxes {plain_name(key.call.fmt)}, {' '.join(flags)}"
-    kernel = box_pairs_gradient_kernel if key.gradient else box_pairs_kernel
+    if key.gradient:
+        from triton_mgiou.kernels.pairs_gradient import box_pairs_gradient_kernel as kernel  # noqa: PLC0415 - as above
+    else:
+        from triton_mgiou.kernels.pairs import box_pairs_kernel as kernel  # noqa: PLC0415
     return Plan(kernel, tuple(constants.values()), case, candidates, dtype, key.device)
 
 

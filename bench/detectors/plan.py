@@ -94,7 +94,7 @@ KEYPOINT_LOSSES: dict[str, Mapping[str, Any] | None] = {
 }
 
 # ---- losses of boxes: attributes of `MGIoUOBBTrainer`, and the bench's own "quadratic", "saturating", "centre" and
-# "assigner": "squared" for the trainer's own, "ProbIoU", or MGIoU unsquared where it is not given; None for ProbIoU
+# "assigner": "squared" for the trainer's own, "ProbIoU", or a power of MGIoU, 1 where it is not given; None for ProbIoU
 
 BOUNDARY: dict[str, Any] = {"options": PAPER | {"boundary_weight": 0.25}}
 BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
@@ -109,6 +109,7 @@ BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
     "mgiou, squared assigns, centre .5 + angle": {"assigner": "squared", "centre": 0.5},
     "mgiou, squared assigns, saturating + angle": {"assigner": "squared", "saturating": True},
     "mgiou, squared assigns, saturating": {"assigner": "squared", "saturating": True},
+    "mgiou, power 1.5 assigns": {"assigner": 1.5},
     "mgiou, ProbIoU assigns + angle": {"assigner": "ProbIoU"},
     "mgiou, quadratic + angle": {"quadratic": True},
     "mgiou, quadratic": {"quadratic": True},
@@ -142,6 +143,7 @@ BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
 
 TRIED = {  # losses of boxes, looking for a better one; tasks, and with how many seeds
     "mgiou": {"squares": 3, "boxes": 3, "long": 3},
+    "mgiou, power 1.5 assigns": {"squares": 3, "boxes": 6, "long": 6},
     "boundary + angle": {"boxes": 3, "squares": 1, "long": 1},
     "boundary": {"boxes": 1, "squares": 3, "long": 1},
     "boundary, gain 1 + angle": {"boxes": 1},
@@ -208,7 +210,7 @@ def jobs(size: Size) -> list[Job]:
         _job("tried", task, name, seed, size)
         for name, places in TRIED.items()
         for task, count in places.items()
-        for seed in size.seeds[:count]
+        for seed in (*size.seeds, *size.more_seeds)[:count]
     ]
     return [job for job in found if size.all_losses or job.part in {"speed", "table"} or (job.part, job.loss) in KINDS]
 

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,9 +242,9 @@ class BoxVariant(adapter.MGIoUBoxLoss):
         return self.gain * loss, distribution
 
 
-def plain_overlap(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
-    """MGIoU of paired boxes (P, 5), and 0 where it is negative: what the package's assigner takes the square of."""
-    return adapter._overlap(box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER))
+def overlap_to_the(power: float, gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
+    """A power of the MGIoU of paired boxes (P, 5), and 0 where that is negative; the package's assigner squares it."""
+    return adapter._overlap(box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER)) ** power
 
 
 def _boxes(job: Job) -> Any:
@@ -253,7 +254,7 @@ def _boxes(job: Job) -> Any:
     options: Mapping[str, Any] = given
 
     class Trainer(adapter.MGIoUOBBTrainer):
-        assigner = "plain"
+        assigner: float | str = 1.0
 
         def make_loss(self, reg_max: int) -> adapter.MGIoUBoxLoss:
             changes = {name: options[name] for name in ("quadratic", "saturating", "centre") if name in options}
@@ -263,8 +264,8 @@ def _boxes(job: Job) -> Any:
 
         def set_loss(self, criterion: Any) -> None:
             super().set_loss(criterion)
-            if self.assigner == "plain":
-                criterion.assigner.iou_calculation = plain_overlap
+            if isinstance(self.assigner, float):
+                criterion.assigner.iou_calculation = partial(overlap_to_the, self.assigner)
             if self.assigner == "ProbIoU":
                 vars(criterion.assigner).pop("iou_calculation", None)  # the class has Ultralytics' own
 
