@@ -37,15 +37,19 @@ STEPS = 2000
 LARGEST_BATCH = 70_000
 
 
+def variables(folder: str, caches: str) -> dict[str, str]:
+    """The environment of a process with caches of its own; all in a folder share the bytecode of the modules."""
+    bytecode = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": f"{folder}/bytecode"}
+    return bytecode | {name: f"{folder}/{caches}/{part}" for part, name in CACHES.items()}
+
+
 def first() -> dict[str, dict[str, float]]:
-    """Fresh processes; every first call has a backward with it. All find the bytecode that an installation leaves."""
+    """Fresh processes; every first call has a backward with it. Modules are compiled before, as by an installation."""
     result: dict[str, dict[str, float]] = {}
-    usual = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryDirectory() as folder:
-        usual["PYTHONPYCACHEPREFIX"] = f"{folder}/bytecode"
 
         def run(caches: str, *arguments: str) -> str:
-            environment = usual | {name: f"{folder}/{caches}/{part}" for part, name in CACHES.items()}
+            environment = os.environ | variables(folder, caches)
             command = (sys.executable, *arguments)
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300

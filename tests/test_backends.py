@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.helpers import run_python
 from triton_mgiou import backends, box_mgiou_loss, mgiou_loss
 from triton_mgiou.backends import kernels_unavailable
 
@@ -57,3 +58,24 @@ def test_versions_of_triton(machine, version, reason):
     machine.setattr(pytest.importorskip("triton"), "__version__", version)
     found = kernels_unavailable(GPU)
     assert (found is None) if reason is None else found == f"the kernels need Triton 3.4, {reason}"
+
+
+@pytest.mark.parametrize(
+    ("call", "kernel"),
+    [
+        ("mgiou_loss(torch.rand(1, 4, 2), torch.rand(1, 4, 2)", "polygons"),
+        ("box_mgiou_loss(torch.rand(1, 5), torch.rand(1, 5)", "boxes"),
+        ("box_mgiou(torch.rand(1, 5), torch.rand(1, 5)", "pairs"),
+        ("polygon_mgiou(torch.rand(1, 4, 2), torch.rand(1, 4, 2)", "polygon_pairs"),
+    ],
+)
+def test_a_call_imports_no_kernel_but_its_own(call, kernel):
+    """Triton reads a kernel's source when that is imported, which takes a tenth of a second for some."""
+    code = (
+        f"import sys, torch, triton_mgiou; triton_mgiou.{call}, backend='triton'); "
+        "print(*(name.rpartition('.')[2] for name in sys.modules if name.startswith('triton_mgiou.kernels.')))"
+    )
+    done = run_python("-c", code, environment={"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr
+    kernels = {"polygons", "boxes", "pairs", "pairs_gradient", "polygon_pairs"}
+    assert kernels & set(done.stdout.split()) == {kernel}

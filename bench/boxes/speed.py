@@ -33,6 +33,7 @@ from bench.boxes.peers import BLOCK, Loss, disagreement, pairs, peers, step
 from bench.boxes.report import table
 from bench.machine import machine
 from bench.speed import first_line
+from bench.startup import variables
 from triton_mgiou import box_mgiou_loss
 
 ROOT = Path(__file__).parents[2]
@@ -175,12 +176,12 @@ def graphs(run: Run) -> None:
 
 
 def first_call(run: Run) -> None:
-    """Seconds of the first step in a fresh process with empty caches."""
+    """Seconds of the first step in a fresh process with empty caches, the second one, which finds modules compiled."""
     if not run.has_time("first call"):
         return
     with tempfile.TemporaryDirectory() as folder:
-        caches = {"TRITON_CACHE_DIR": f"{folder}/triton", "TRITON_MGIOU_CACHE_DIR": f"{folder}/mgiou"}
-        lines, reason = _lines_of(["-c", FIRST_CALL], run.left(), caches)
+        for caches in ("first", "second"):
+            lines, reason = _lines_of(["-c", FIRST_CALL], run.left(), variables(folder, caches))
     if reason is None:
         run.results["first_call_s"] = float(lines[-1])
         run.write()
@@ -189,11 +190,11 @@ def first_call(run: Run) -> None:
 
 
 def _lines_of(
-    arguments: list[str], seconds: float, variables: dict[str, str] | None = None
+    arguments: list[str], seconds: float, own: dict[str, str] | None = None
 ) -> tuple[list[str], str | None]:
     """What another process of Python prints, and why it failed, if it did."""
     command = [sys.executable, *arguments]
-    environment = os.environ | (variables or {})
+    environment = os.environ | (own or {})
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
