@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -138,10 +139,22 @@ def signed_area(polygon: Polygon) -> float:
 
 
 def in_order(polygon: Polygon) -> Polygon:
-    """Return the vertices by their angle about their mean: the outline of a convex polygon, however they are listed."""
-    mean_x = math.fsum(x for x, _ in polygon) / len(polygon)
-    mean_y = math.fsum(y for _, y in polygon) / len(polygon)
-    return sorted(polygon, key=lambda vertex: math.atan2(vertex[1] - mean_y, vertex[0] - mean_x))
+    """Return the vertices by their angle about their mean: the outline of a convex polygon, however they are listed.
+
+    In exact fractions, relative to that mean. Those at one angle are their own mean, and one without an angle is
+    straight along y.
+    """
+    vertices = [(Fraction(x), Fraction(y)) for x, y in polygon]
+    mean_x, mean_y = (sum(numbers) / len(polygon) for numbers in zip(*vertices, strict=True))
+    rays: dict[tuple[Fraction, Fraction], list[tuple[Fraction, Fraction]]] = {}
+    for vertex_x, vertex_y in vertices:
+        x, y = vertex_x - mean_x, vertex_y - mean_y
+        size = abs(x) + abs(y)
+        rays.setdefault((x / size, y / size) if size else (Fraction(0), Fraction(1)), []).append((x, y))
+    return [
+        (float(sum(x for x, _ in ray)) / len(ray), float(sum(y for _, y in ray)) / len(ray))
+        for _, ray in sorted(rays.items(), key=lambda each: math.atan2(each[0][1], each[0][0]))
+    ]
 
 
 def boundary_term(pred: Polygon, target: Polygon) -> float:

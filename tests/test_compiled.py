@@ -81,6 +81,19 @@ def test_a_target_whose_vertices_are_sorted(turns):
         assert_gradient_close(gradient, expected[1], rtol=1e-4)
 
 
+@pytest.mark.parametrize("place", range(12))
+def test_a_target_with_vertices_at_one_angle(place):
+    """An H, whose arms' ends are at the angle of its inner corners, and each vertex as the last of another order."""
+    quarter = torch.tensor([(3, 3), (1, 3), (1, 1)], dtype=torch.float32)
+    target = torch.cat([quarter * torch.tensor(signs) for signs in [(1, 1), (-1, 1), (-1, -1), (1, -1)]])
+    target = target[[5 * (k + place) % 12 for k in range(12)]].unsqueeze(0)
+    pred = 3 * star(1, 6, generator(place)).float()
+    value, gradient = polygons_compiled(pred, target, **DEFAULTS)
+    expected = reference(mgiou_loss, pred, target, **DEFAULTS)
+    assert_close(value, expected[0], atol=2e-6)
+    assert_gradient_close(gradient, expected[1], rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("fmt", ["cxcywhr", "cxcyczlwhr", "cxcywh", "xyxy", "corners3d"])
 @pytest.mark.parametrize(("batch", "packed"), [(1, True), (63, True), (150, True), (150, False)])

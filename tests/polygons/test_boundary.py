@@ -241,6 +241,28 @@ def test_a_quadrangle_in_any_order(backend, order):
     assert_zero(gradient)
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        [(3, 3), (1, 3), (1, 1), (-1, 1), (-1, 3), (-3, 3), (-3, -3), (-1, -3), (-1, -1), (1, -1), (1, -3), (3, -3)],
+        [(3, 0), (3, 3), (0, 1), (-3, 3), (-3, 0), (-3, -3), (0, -1), (3, -3), (1, 0), (2, 0)],
+        [(4, 2), (0, 0), (-4, 2), (-4, -4), (4, 0)],
+        [(1, 3), (0, 0), (-1, 1), (-1, -1), (1, -3)],
+    ],
+    ids=["an H", "along x", "a vertex at the mean", "the same in a trapezoid"],
+)
+def test_vertices_at_one_angle_in_any_order(backend, target):
+    """They count as their mean, and a vertex at the mean of all as one along y."""
+    rng = generator(232)
+    target = shuffled(torch.tensor(target, dtype=torch.float32).expand(16, -1, -1), rng)
+    pred = (either_way(star(16, 5, rng), rng) * 3).float()
+    value = backend.loss(pred, target, reduction="none", boundary_weight=1.0)
+    assert_close(value, oracle.loss(numpy64(pred), numpy64(target), reduction="none", boundary_weight=1.0), atol=4e-6)
+    same = pred[:1].expand(16, -1, -1), target
+    term = backend.loss(*same, reduction="none", boundary_weight=1.0) - backend.loss(*same, reduction="none")
+    assert_close(term, numpy64(term[:1].expand(16)), atol=2e-6)
+
+
 @pytest.mark.parametrize("turns", [2, 3, 5])
 def test_a_target_that_goes_around_more_than_once(backend, turns):
     """Its area in its own order counts every turn: that of a star polygon exceeds its hull's."""

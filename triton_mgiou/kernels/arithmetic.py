@@ -44,6 +44,17 @@ def inverse(values):
 
 
 @triton.jit
+def quotient(dividend, divisor):
+    """The quotient, rounded right, for divisors in 2^-100 to 2^100: equal fractions have equal ones."""
+    if divisor.dtype == tl.float64 or INTERPRETED:
+        return dividend / divisor
+    else:
+        per_divisor = inverse(divisor)
+        guess = dividend * per_divisor
+        return tl.fma(tl.fma(minus(guess), divisor, dividend), per_divisor, guess)
+
+
+@triton.jit
 def reciprocal(values):
     """1 / values in one instruction, of which the last bit may be wrong. A power of two times them gives its bits."""
     if values.dtype == tl.float64 or INTERPRETED:

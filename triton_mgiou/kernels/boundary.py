@@ -12,7 +12,7 @@ the area with the vertices of G sorted by their angle about their mean.
 import triton
 import triton.language as tl
 
-from triton_mgiou.kernels.arithmetic import inverse, minus, sign
+from triton_mgiou.kernels.arithmetic import inverse, minus, quotient, sign
 from triton_mgiou.kernels.axis import SHORTEST, near_ends, project
 from triton_mgiou.kernels.slots import dot, highest, lowest, over_axes, total
 from triton_mgiou.kernels.types import Addresses, Area, BoundaryTerm, Interval, Point, Reach
@@ -62,7 +62,7 @@ def put_in_order(
 
 @triton.jit
 def _area_in_order(source, vertices, lanes, scale, REAL: tl.constexpr, VARIANT: tl.constexpr):
-    """Twice the area with the vertices sorted by their angle about their mean.
+    """Twice the area with the vertices sorted by their angle about their mean; those at one angle count as their mean.
 
     Vertices are loaded again each time: the few that need this pay for it, and no register is kept for it.
     """
@@ -76,7 +76,7 @@ def _area_in_order(source, vertices, lanes, scale, REAL: tl.constexpr, VARIANT: 
         y += vertex.y
         at = _further(source, at, VARIANT.LANES, REAL)
     number = tl.maximum(vertices.count.to(scale.dtype), 1.0)
-    origin = Point(origin.x + total((x,)) / number, origin.y + total((y,)) / number)
+    origin = Point(origin.x + quotient(total((x,)), number), origin.y + quotient(total((y,)), number))
     doubled = tl.zeros_like(scale)
     here_at = _address(source, lanes.axis, REAL)
     for k in range(0, source.size, VARIANT.AXES):
@@ -86,6 +86,7 @@ def _area_in_order(source, vertices, lanes, scale, REAL: tl.constexpr, VARIANT: 
         nearest = scale * 0.0 + tl.full(lanes.lane.shape, float("inf"), scale.dtype)
         x = tl.zeros_like(nearest)
         y = x
+        held = x
         copies = x
         at = _address(source, lanes.lane, REAL)
         for first in range(0, source.size, VARIANT.LANES):
@@ -94,13 +95,16 @@ def _area_in_order(source, vertices, lanes, scale, REAL: tl.constexpr, VARIANT: 
             to_other = _turn(other)
             copies += tl.where(counts & (to_other == turn), 1.0, 0.0)
             to_other = tl.where(to_other > turn, to_other, to_other + 4.0)
-            nearer = counts & (to_other < nearest)
-            nearest = tl.where(nearer, to_other, nearest)
-            x = tl.where(nearer, other.x, x)
-            y = tl.where(nearer, other.y, y)
+            is_next = counts & (to_other <= nearest)
+            kept = tl.where(to_other < nearest, 0.0, 1.0)
+            nearest = tl.where(is_next, to_other, nearest)
+            x = tl.where(is_next, tl.fma(kept, x, other.x), x)
+            y = tl.where(is_next, tl.fma(kept, y, other.y), y)
+            held = tl.where(is_next, tl.fma(kept, held, 1.0), held)
         following = (nearest == lowest((nearest,))).to(scale.dtype)
         cross = tl.fma(here.x, dot((following,), (y,)), minus(here.y * dot((following,), (x,))))
-        doubled += tl.where(real, cross / (total((following,)) * tl.maximum(total((copies,)), 1.0)), 0.0)
+        held = dot((following,), (held,))
+        doubled += tl.where(real, cross / (held * tl.maximum(total((copies,)), 1.0)), 0.0)
     return over_axes(doubled)
 
 
@@ -131,9 +135,9 @@ def _vertex(
 
 @triton.jit
 def _turn(vector):
-    """A number that grows with the angle of a vector, from -2 to 2."""
+    """A number that grows with the angle of a vector, from -2 to 2, as in the reference."""
     size = tl.abs(vector.x) + tl.abs(vector.y)
-    turn = 1.0 - vector.x * inverse(tl.where(size > 0, size, 1.0))
+    turn = 1.0 - quotient(vector.x, tl.where(size > 0, size, 1.0))
     return tl.where(vector.y < 0, minus(turn), turn)
 
 

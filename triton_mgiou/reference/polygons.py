@@ -361,11 +361,15 @@ def _boundary(p: _Polygons, g: _Polygons, extent: Tensor, *, up_to_rounding: boo
 def _area_in_order(polygons: _Polygons, extent: Tensor) -> Tensor:
     """Twice the area with the vertices sorted by their angle about their mean, (B,), without a gradient.
 
-    Where that is the area in their own order but for rounding it is that one, to the bit: `_outward` says why.
+    Those at one angle count as their mean. Where the area is that in their own order but for rounding it is that one,
+    to the bit: `_outward` says why.
     """
     shape, real = polygons.shape.detach(), polygons.real
     x, y = (shape - shape.sum(1, keepdim=True) / real.sum(1)[:, None, None]).unbind(-1)
-    order = torch.atan2(y, x).masked_fill(~real, torch.inf).argsort(1)
+    turn = _turn(x, y).masked_fill(~real, torch.inf)
+    order = turn.argsort(1)
+    alike = turn.unsqueeze(2) == turn.unsqueeze(1)
+    x, y = (torch.where(alike, each.unsqueeze(1), 0.0).sum(2) / alike.sum(2).clamp(min=1) for each in (x, y))
     x, y = x.masked_fill(~real, 0.0).gather(1, order), y.masked_fill(~real, 0.0).gather(1, order)
     last = real.sum(1, keepdim=True) - 1
     cross = (x[:, :-1] * y[:, 1:] - y[:, :-1] * x[:, 1:]).sum(1)
@@ -373,6 +377,13 @@ def _area_in_order(polygons: _Polygons, extent: Tensor) -> Tensor:
     area = _outward(polygons)[1].detach()
     rounding = _RESOLUTION[area.dtype] * extent.squeeze(1) * polygons.edges.detach().abs().sum((1, 2))
     return torch.where((ordered - area).abs() > rounding, ordered, area)
+
+
+def _turn(x: Tensor, y: Tensor) -> Tensor:
+    """A number that grows with the angle of a vector, from -2 to 2: 0 along x, 1 along y and where it has no length."""
+    size = x.abs() + y.abs()
+    turn = 1.0 - x / torch.where(size > 0, size, 1.0)
+    return torch.where(y < 0, -turn, turn)
 
 
 def _outward(polygons: _Polygons) -> tuple[Tensor, Tensor]:
