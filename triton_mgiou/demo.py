@@ -133,8 +133,11 @@ def run(*, epochs: int, seed: int, device: str, batch_size: int, out: Path) -> d
     if rank > 0:
         return result
     picture, numbers = out / "demo.png", out / "result.json"
-    draw(picture, test_data, scores, losses, epochs)
-    numbers.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    try:
+        draw(picture, test_data, scores, losses, epochs)
+        numbers.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DemoError(f"cannot write to {error.filename or out}: {error.strerror}") from None
     sys.stdout.write(table(result, loss_at(losses, 1 / 3)) + f"\nwritten: {picture}, {numbers}\n")
     return result
 
@@ -332,8 +335,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]  # PyTorch's may go on for pages
         raise DemoError(f"device {name!r} is not available: {reason}") from None
     return device
 
