@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from triton_mgiou.functional import box_mgiou_loss, debug_checks, mgiou_loss
 from triton_mgiou.options import BACKENDS, PAPER, REDUCTIONS, Options
 from triton_mgiou.reduction import as_divisor, factor_for, reduce
 from triton_mgiou.reference.polygons import compute_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MODES = ("mgiou", "l2", "hybrid")
 MIN_AREA = 1e-6
@@ -86,7 +89,7 @@ class MGIoULoss(nn.Module):
         return Options(**{name: value for name, value in self.options.items() if name in Options._fields})
 
     @classmethod
-    def paper(cls, **arguments: Any) -> MGIoULoss:
+    def paper(cls, **arguments: Any) -> Self:
         """Make the module with the paper's loss.
 
         Args:
