@@ -17,12 +17,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from mmengine.registry import MODELS, TASK_UTILS  # type: ignore[import-not-found, unused-ignore]
 from torch import Tensor
 
 from triton_mgiou.arguments import check_bool, check_box_format, check_box_numbers, check_factor
 from triton_mgiou.functional import box_mgiou
 from triton_mgiou.modules import BoxMGIoULoss, MGIoULoss
+
+try:
+    from mmengine.registry import MODELS, TASK_UTILS  # type: ignore[import-not-found, unused-ignore]
+except ModuleNotFoundError as error:
+    raise ImportError('this adapter needs mmengine; install it with: pip install "triton-mgiou[openmmlab]"') from error
 
 
 class MGIoUCost:
