@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 
 import pytest
 import torch
 
 from bench import against, report, startup
-from bench.arguments import out_file, positive
+from bench.arguments import earlier_rows, out_file, positive
 from bench.boxes import graphs
-from bench.convergence import amp
+from bench.convergence import amp, run
 from bench.detectors import crops
 from bench.documents import RESULTS
 from tests.helpers import run_python
@@ -26,6 +27,29 @@ def test_the_folder_of_results_is_made_before_anything_is_measured(tmp_path, mon
     )
     amp.main(["--out", str(path)])
     assert path.is_file()
+
+
+@pytest.mark.parametrize("program", [run, crops])
+@pytest.mark.parametrize(
+    "text", ["", "nope", "[1]", "{}", '{"rows": 3}', '{"rows": [1]}', '{"rows": [{"task": "digits"}]}']
+)
+def test_another_programs_file_is_not_continued(program, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(crops, "need_packages", lambda *_: None)
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        program.main(["--out", str(path)])
+    assert ended.value.code == 2
+    assert f"argument --out: expected a new file or one of this program's, got {path}" in capsys.readouterr().err
+    assert path.read_text() == text
+
+
+def test_rows_of_an_earlier_run_are_kept(tmp_path):
+    path, row = tmp_path / "runs.json", {"task": "digits", "seed": 0}
+    parser = argparse.ArgumentParser()
+    assert earlier_rows(parser, path, ("task", "seed")) == []
+    path.write_text(json.dumps({"rows": [row]}))
+    assert earlier_rows(parser, path, ("task", "seed")) == [row]
 
 
 def test_files_that_cannot_be_written_are_refused(tmp_path):
