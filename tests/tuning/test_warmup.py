@@ -228,6 +228,11 @@ def test_unknown_options_are_told_for_what_is_left_out_too(name, capsys):
     assert f"{name} must hold options of " in capsys.readouterr().err
 
 
+def test_tune_is_a_bool():
+    with pytest.raises(TypeError, match="tune must be a bool, got str"):
+        triton_mgiou.warmup(tune="no")
+
+
 @pytest.mark.parametrize(
     ("device", "error"), [("nonsense", ValueError), ("", ValueError), ("cuda:-1", ValueError), (1.5, TypeError)]
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from triton_mgiou.arguments import FLOATING, INTEGERS, check_choice, plain_name
+from triton_mgiou.arguments import FLOATING, INTEGERS, check_bool, check_choice, plain_name
 from triton_mgiou.backends import kernels_unavailable
 from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS, PAIR_FORMATS
 from triton_mgiou.functional import box_mgiou, box_mgiou_loss, mgiou_loss, polygon_mgiou
@@ -109,6 +109,7 @@ def warmup(
         ValueError: An argument has the wrong value.
         RuntimeError: The kernels cannot run on the device.
     """
+    check_bool("tune", tune)
     device = _device("cuda" if device is None else device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
