@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typing
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ def test_the_paper_s_loss_is_of_its_own_class() -> None:
     polygons = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].view(2, 4, 2)
     of_boxes: BoxMGIoULoss = BoxMGIoULoss.paper(fmt="xyxy")
     of_polygons: MGIoULoss = MGIoULoss.paper(loss_weight=2)
+    assert typing.get_type_hints(BoxMGIoULoss.paper)  # names that there are at run time too
     want: Tensor = mgiou_loss(polygons, polygons.flip(0), **PAPER)
     assert torch.allclose(of_boxes(boxes, boxes.flip(0)), want)
     assert torch.allclose(of_polygons(polygons, polygons.flip(0)), 2 * want)
