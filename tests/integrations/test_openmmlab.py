@@ -139,6 +139,13 @@ def test_wrong_boxes_are_told_by_the_names_of_the_protocol(config, sets, is_alig
             cost(SimpleNamespace(bboxes=wrong), InstanceData(bboxes=sets[1]))
         with pytest.raises(error, match=f"^gt_instances.bboxes {message}"):
             cost(InstanceData(bboxes=sets[1]), SimpleNamespace(bboxes=wrong))
+    elsewhere = sets[0].to("meta")
+    with pytest.raises(ValueError, match=r"^bboxes2 must be on bboxes1's device cpu, got meta"):
+        overlaps(sets[0], elsewhere, is_aligned=is_aligned)
+    with pytest.raises(
+        ValueError, match=r"^gt_instances\.bboxes must be on pred_instances\.bboxes's device cpu, got meta"
+    ):
+        cost(InstanceData(bboxes=sets[0]), InstanceData(bboxes=elsewhere))
 
 
 def test_boxes_in_space_by_their_bottom(config):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_mgiou.arguments import check_bool, check_box_format, check_box_numbers, check_factor
+from triton_mgiou.arguments import check_bool, check_box_format, check_box_numbers, check_device, check_factor
 from triton_mgiou.functional import box_mgiou
 from triton_mgiou.modules import BoxMGIoULoss, MGIoULoss
 
@@ -75,6 +75,7 @@ class MGIoUCost:
         """
         pred = _tensor("pred_instances.bboxes", pred_instances.bboxes, self.options["fmt"])
         truth = _tensor("gt_instances.bboxes", gt_instances.bboxes, self.options["fmt"])
+        check_device("gt_instances.bboxes", truth, "pred_instances.bboxes", pred)
         mgiou = box_mgiou(pred, truth, **self.options)
         return self.weight * -torch.where(mgiou.isnan(), -1.0, mgiou)
 
@@ -125,6 +126,7 @@ class MGIoUOverlaps2D:
             raise ValueError(f"mode must be 'iou' or 'giou', got {mode!r}")
         first = _tensor("bboxes1", bboxes1, self.options["fmt"], self.bottom_center)
         second = _tensor("bboxes2", bboxes2, self.options["fmt"], self.bottom_center)
+        check_device("bboxes2", second, "bboxes1", first)
         if is_aligned:
             if first.shape[0] != second.shape[0]:
                 raise ValueError(
