@@ -16,6 +16,7 @@ import triton_mgiou
 from triton_mgiou import demo
 from triton_mgiou.arguments import FLOATING
 from triton_mgiou.backends import kernels_unavailable
+from triton_mgiou.console import print_out
 from triton_mgiou.training import diagnose
 from triton_mgiou.tuning import store
 from triton_mgiou.tuning.warmup import TENSORS, WarmupResult
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "diagnose":
         return _diagnose(args.path)
     if args.command == "info":
-        sys.stdout.write(f"{info()}\n")
+        print_out(info())
         return 0
     if args.command == "warmup":
         return _warmup(args)
@@ -65,7 +66,7 @@ def _warmup(args: argparse.Namespace) -> int:
             pair_sizes=args.pair_sizes,
             pair_options=args.pair_options,
         )
-        sys.stdout.write(f"{table(results)}\n")
+        print_out(table(results))
         if args.json is not None:
             text = json.dumps([result._asdict() for result in results], indent=1)
             args.json.write_text(f"{text}\n", encoding="utf-8")
