@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,19 @@ def out_file(text: str) -> Path:
     return path
 
 
-def earlier_rows(parser: argparse.ArgumentParser, path: Path, names: Iterable[str]) -> list[dict[str, Any]]:
-    """The rows of a file of results that is to be continued, each with these names; none where there is no file.
+def earlier_rows(
+    parser: argparse.ArgumentParser, path: Path, names: Sequence[str], known: Collection[tuple[Any, ...]]
+) -> list[dict[str, Any]]:
+    """The rows of a file of results that is to be continued; none where there is no file.
 
-    Ends the program with status 2 if the file is another one.
+    Ends the program with status 2 if the file is another one: what its rows have under `names` is among the `known`,
+    and each has a seed.
     """
     if not path.exists():
         return []
     try:
         rows: list[dict[str, Any]] = list(json.loads(path.read_text(encoding="utf-8"))["rows"])
-        if all(name in row for row in rows for name in names):
+        if all(tuple(row[name] for name in names) in known and "seed" in row for row in rows):
             return rows
     except (KeyError, TypeError, ValueError):
         pass

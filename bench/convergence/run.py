@@ -219,7 +219,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=positive, default=2, help="trainings at a time (default: 2)")
     args = parser.parse_args(argv)
 
-    rows: Rows = earlier_rows(parser, args.out, ("task", "start", "loss_name", "seed"))
+    order = [(task, start, name) for task, start in PLACES for name in LOSSES]
+    rows: Rows = earlier_rows(parser, args.out, ("task", "start", "loss_name"), order)
     done = {(row["task"], row["start"], row["loss_name"], row["seed"]) for row in rows}
     jobs = [
         (task, start, name, seeds)
@@ -241,7 +242,6 @@ def main(argv: list[str] | None = None) -> None:
         for new in tqdm(pool.imap_unordered(run, jobs), total=len(jobs), desc="trainings"):
             rows += new
             write(args.out, {**head, "rows": rows})
-    order = [(task, start, name) for task, start in PLACES for name in LOSSES]
     rows.sort(key=lambda row: (order.index((row["task"], row["start"], row["loss_name"])), row["seed"]))
     write(args.out, {**head, "rows": rows})
     report.draw(args.out.with_suffix(".png"), rows)

@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--only: no row's name has {args.only!r} in it, as {', '.join(map(str, PLAN[0]))!r} has")
     need_packages(parser, "bench.detectors.crops", NEEDED)
     torch.set_num_threads(1)
-    rows = earlier_rows(parser, args.out, ("task", "loss", "seed"))
+    rows = earlier_rows(parser, args.out, ("task", "loss", "seed"), PLAN)
     done = {(row["task"], row["loss"], row["seed"]) for row in rows}
     left = [job for job in PLAN if job not in done and args.only in ", ".join(map(str, job))]
     for task, name, seed in (progress := tqdm(left)):

@@ -47,9 +47,22 @@ def test_another_programs_file_is_not_continued(program, text, tmp_path, monkeyp
 def test_rows_of_an_earlier_run_are_kept(tmp_path):
     path, row = tmp_path / "runs.json", {"task": "digits", "seed": 0}
     parser = argparse.ArgumentParser()
-    assert earlier_rows(parser, path, ("task", "seed")) == []
+    assert earlier_rows(parser, path, ["task"], [("digits",)]) == []
     path.write_text(json.dumps({"rows": [row]}))
-    assert earlier_rows(parser, path, ("task", "seed")) == [row]
+    assert earlier_rows(parser, path, ["task"], [("digits",)]) == [row]
+    with pytest.raises(SystemExit):  # as of a loss that is gone
+        earlier_rows(parser, path, ["task"], [("letters",)])
+
+
+@pytest.mark.parametrize(("program", "name"), [(run, "convergence.json"), (crops, "detectors/crops.json")])
+def test_the_results_of_a_program_are_continued(program, name, tmp_path, monkeypatch):
+    """Of both there is nothing left to train."""
+    path = tmp_path / "results.json"
+    path.write_text((RESULTS / name).read_text())
+    monkeypatch.setattr(crops, "need_packages", lambda *_: None)
+    monkeypatch.setattr(run, "unrelated", lambda *_: 0.0)
+    program.main(["--out", str(path)])
+    assert json.loads(path.read_text())["rows"] == json.loads((RESULTS / name).read_text())["rows"]
 
 
 def test_files_that_cannot_be_written_are_refused(tmp_path):
