@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from bench import against, report, startup
+from bench import against, documents, report, startup
 from bench.arguments import earlier_rows, out_file, positive
 from bench.boxes import graphs
 from bench.convergence import amp, run
@@ -63,6 +63,15 @@ def test_the_results_of_a_program_are_continued(program, name, tmp_path, monkeyp
     monkeypatch.setattr(run, "unrelated", lambda *_: 0.0)
     program.main(["--out", str(path)])
     assert json.loads(path.read_text())["rows"] == json.loads((RESULTS / name).read_text())["rows"]
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("README.md", 2)])
+def test_the_documents_are_not_written_for_a_question(argument, status, monkeypatch, capsys):
+    monkeypatch.setattr(documents, "rendered", lambda: pytest.fail("written"))
+    with pytest.raises(SystemExit) as ended:
+        documents.main([argument])
+    assert ended.value.code == status
+    capsys.readouterr()
 
 
 def test_files_that_cannot_be_written_are_refused(tmp_path):
