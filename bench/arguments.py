@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Iterable
+import json
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def out_file(text: str) -> Path:
@@ -22,6 +24,25 @@ def out_file(text: str) -> Path:
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder, expected a file")
     return path
+
+
+def earlier_rows(
+    parser: argparse.ArgumentParser, path: Path, names: Sequence[str], known: Collection[tuple[Any, ...]]
+) -> list[dict[str, Any]]:
+    """The rows of a file of results that is to be continued; none where there is no file.
+
+    Ends the program with status 2 if the file is another one: what its rows have under `names` is among the `known`,
+    and each has a seed.
+    """
+    if not path.exists():
+        return []
+    try:
+        rows: list[dict[str, Any]] = list(json.loads(path.read_text(encoding="utf-8"))["rows"])
+        if all(tuple(row[name] for name in names) in known and "seed" in row for row in rows):
+            return rows
+    except (KeyError, TypeError, ValueError):
+        pass
+    parser.error(f"argument --out: expected a new file or one of this program's, got {path}")
 
 
 def positive(text: str) -> int:

@@ -8,6 +8,7 @@ bench/results/h200.md is written as a whole. A test holds that this changes noth
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -373,8 +374,9 @@ def rendered() -> dict[Path, str]:
     return {**filled, RESULTS / "h200.md": report.markdown(speed())}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Write what has changed and say which."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     for path, text in rendered().items():
         if path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")

@@ -95,6 +95,34 @@ def test_a_demo_that_cannot_run_is_one_line(monkeypatch, capsys):
     assert (captured.out, captured.err) == ("", "triton-mgiou demo: no paper left\n")
 
 
+@pytest.mark.parametrize("command", ["info", "diagnose", "demo"])
+def test_letters_that_the_console_lacks(command, tmp_path):
+    """As those of a folder's name in a console of Windows."""
+    name = "\N{GREEK SMALL LETTER OMEGA}"
+    table = tmp_path / f"{name}.csv"
+    table.write_text("epoch,train/loss\n0,1.0\n1,0.5\n", encoding="utf-8")
+    rest = {"info": [], "diagnose": [str(table)], "demo": ["--epochs", "1", "--out", str(tmp_path / name)]}[command]
+    environment = {"PYTHONIOENCODING": "ascii", "TRITON_MGIOU_CACHE_DIR": str(tmp_path / name)}
+    done = run_python("-m", "triton_mgiou", command, *rest, environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert "\\u03c9" in done.stdout
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    """As `head`; the exit status stays that of the command."""
+    table = tmp_path / "results.csv"
+    table.write_text("epoch,train/loss\n0,1.0\n1,nan\n", encoding="utf-8")
+    code = """
+import os, subprocess, sys
+reading, writing = os.pipe()
+os.close(reading)
+done = subprocess.run([sys.executable, "-m", "triton_mgiou", *sys.argv[1:]], stdout=writing, stderr=subprocess.PIPE)
+print(done.returncode, done.stderr)
+"""
+    assert run_python("-c", code, "info").stdout == "0 b''\n"
+    assert run_python("-c", code, "diagnose", str(table)).stdout == "1 b''\n"
+
+
 def test_imports_stay_light():
     """Neither Triton nor the compiler, which take as long as PyTorch itself, no command, no library of the extras.
 

@@ -226,6 +226,22 @@ def test_out_that_is_a_file(tmp_path, capsys):
     assert capsys.readouterr().err == f"triton-mgiou demo: cannot write to {path}: File exists\n"
 
 
+@pytest.mark.parametrize("name", ["demo.png", "result.json"])
+def test_a_file_that_cannot_be_written(name, tmp_path, capsys):
+    """As where the disk is full; here a folder has its name."""
+    (tmp_path / name).mkdir()
+    assert main(["demo", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines()[-1] == f"triton-mgiou demo: cannot write to {tmp_path / name}: Is a directory"
+
+
+def test_a_device_without_a_module_in_this_pytorch(capsys):
+    assert main(["demo", "--device", "privateuseone"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("triton-mgiou demo: device 'privateuseone' is not available: ")
+
+
 def test_missing_libraries(tmp_path):
     code = """
 import sys

@@ -209,14 +209,14 @@ def check_box_options(fmt: str, options: Options) -> None:
 
 def check_boxes(pred: Tensor, target: Tensor, fmt: str) -> None:
     """Refuse what are no two batches of boxes of this format and of the same size, on the same device."""
-    batch = _check_box_numbers("pred", pred, fmt)
-    target_batch = _check_box_numbers("target", target, fmt)
+    batch = check_box_numbers("pred", pred, fmt)
+    target_batch = check_box_numbers("target", target, fmt)
     check_not_traced("box_mgiou_loss", batch)
     _check_same_batch(pred, target, batch, target_batch)
 
 
-def _check_box_numbers(name: str, value: Tensor, fmt: str) -> int:
-    """The batch size."""
+def check_box_numbers(name: str, value: Tensor, fmt: str) -> int:
+    """Refuse what is no batch of boxes of this format; its size."""
     is_usual = _is_usual(value)
     if not is_usual:
         check_tensor(name, value)

@@ -16,9 +16,10 @@ import triton_mgiou
 from triton_mgiou import demo
 from triton_mgiou.arguments import FLOATING
 from triton_mgiou.backends import kernels_unavailable
+from triton_mgiou.console import print_out
 from triton_mgiou.training import diagnose
 from triton_mgiou.tuning import store
-from triton_mgiou.tuning.warmup import WarmupResult
+from triton_mgiou.tuning.warmup import TENSORS, WarmupResult
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,17 +29,17 @@ def main(argv: list[str] | None = None) -> int:
         argv: The arguments behind the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0, or 1 if the command cannot run here, with the reason in one line on stderr. `diagnose`
-        returns 1 if something is wrong with the file and 2 if it cannot be read.
+        The exit status: 0, or 1 if the command cannot run here or with these values, with the reason in one line on
+        stderr. `diagnose` returns 1 if something is wrong with the file and 2 if it cannot be read.
 
     Raises:
-        SystemExit: Status 2 for wrong arguments, 0 after `--help` and `--version`.
+        SystemExit: Status 2 for arguments that cannot be read, 0 after `--help` and `--version`.
     """
     args = _parser().parse_args(argv)
     if args.command == "diagnose":
         return _diagnose(args.path)
     if args.command == "info":
-        sys.stdout.write(f"{info()}\n")
+        print_out(info())
         return 0
     if args.command == "warmup":
         return _warmup(args)
@@ -51,14 +52,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _warmup(args: argparse.Namespace) -> int:
-    more = {"boxes": args.boxes, "box_options": args.box_options} if args.boxes else {}
-    if args.pairs:
-        more |= {"pairs": args.pairs, "pair_sizes": args.pair_sizes, "pair_options": args.pair_options}
     try:
         results = triton_mgiou.warmup(
-            args.vertices, args.batch, args.dtype, args.device, args.options, tune=not args.no_tune, **more
+            args.vertices,
+            args.batch,
+            args.dtype,
+            args.device,
+            args.options,
+            tune=not args.no_tune,
+            boxes=args.boxes,
+            box_options=args.box_options,
+            pairs=args.pairs,
+            pair_sizes=args.pair_sizes,
+            pair_options=args.pair_options,
         )
-        sys.stdout.write(f"{table(results)}\n")
+        print_out(table(results))
         if args.json is not None:
             text = json.dumps([result._asdict() for result in results], indent=1)
             args.json.write_text(f"{text}\n", encoding="utf-8")
@@ -168,40 +176,42 @@ def _parser() -> argparse.ArgumentParser:
         "warmup",
         help="compile and tune the kernels before training",
         description="Compile the kernels that training will use, tune them, and keep the result for later processes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    )  # the defaults are in the words that the command line takes
     command.add_argument(
         "--vertices", type=_pair_of(_integer_from(1)), nargs="*", default=[4, 8, 16], metavar="N[:M]",
-        help="vertex counts of polygons; N:M where the target has another count; none leaves polygons out",
+        help="vertex counts of polygons; N:M where the target has another count; none leaves polygons out "
+        "(default: 4 8 16)",
     )  # fmt: skip
-    command.add_argument("--batch", type=_integer_from(1), nargs="+", default=[512, 65536], help="batch sizes")
+    command.add_argument(
+        "--batch", type=_integer_from(1), nargs="+", default=[512, 65536], help="batch sizes (default: 512 65536)"
+    )
     command.add_argument(
         "--dtype", type=_pair_of(_dtype), nargs="+", default=[torch.float32], metavar="T[:T]",
-        help="input types, such as float32; T:T where the target has another type",
+        help="input types, such as float16; T:T where the target has another type (default: float32)",
     )  # fmt: skip
-    command.add_argument("--device", help="torch device; None takes the current GPU")
+    command.add_argument("--device", help="torch device (default: the current GPU)")
     command.add_argument(
         "--options", type=_options, default="{}", metavar="JSON",
         help='options of mgiou_loss; for a tensor its dtype or true: {"target_lengths": true}',
     )  # fmt: skip
     command.add_argument(
         "--boxes", nargs="+", default=[], metavar="FMT",
-        help='formats of box_mgiou_loss; "xyxyxyxy" is polygons of four vertices',
+        help='formats of box_mgiou_loss; not "xyxyxyxy", which is polygons of four vertices',
     )  # fmt: skip
     command.add_argument(
         "--box-options", type=_options, default="{}", metavar="JSON", help="options of box_mgiou_loss, as --options"
     )
     command.add_argument("--pairs", nargs="+", default=[], metavar="FMT", help='formats of box_mgiou, or "polygons"')
     command.add_argument(
-        "--pair-sizes", type=_pair_of(_integer_from(1)), nargs="+", default=[(8400, 100)], metavar="P:T",
-        help="sizes of matrices to measure with",
+        "--pair-sizes", type=_pair_of(_integer_from(1)), nargs="+", default=[(8400, 100)], metavar="P[:T]",
+        help="sizes of matrices to measure with; P alone where T is as large (default: 8400:100)",
     )  # fmt: skip
     command.add_argument(
         "--pair-options", type=_options, default="{}", metavar="JSON",
         help="options of box_mgiou and polygon_mgiou, as --options",
     )  # fmt: skip
     command.add_argument("--no-tune", action="store_true", help="compile only")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    command.add_argument("--json", type=_new_file, metavar="FILE", help="write the results there too")
 
     commands.add_parser("info", help="versions, devices, backend and tuning cache", description=info.__doc__)
     return parser
@@ -230,9 +240,18 @@ def _options(text: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
     for name, value in options.items():
-        if isinstance(value, str) and isinstance(dtype := getattr(torch, value, None), torch.dtype):
-            options[name] = dtype
+        if name in TENSORS and isinstance(value, str):
+            options[name] = getattr(torch, value, None)
+            if not isinstance(options[name], torch.dtype):
+                raise argparse.ArgumentTypeError(f"expected a dtype or true for {name}, got {value!r}")
     return options
+
+
+def _new_file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that is there, got {text!r}")
+    return path
 
 
 def _diagnose(path: Path) -> int:

@@ -19,7 +19,6 @@ import inspect
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from triton_mgiou.backends import kernels_unavailable
+from triton_mgiou.console import print_out
 from triton_mgiou.functional import mgiou_loss
 from triton_mgiou.metrics import polygon_iou
 from triton_mgiou.modules import MGIoULoss
@@ -133,9 +133,12 @@ def run(*, epochs: int, seed: int, device: str, batch_size: int, out: Path) -> d
     if rank > 0:
         return result
     picture, numbers = out / "demo.png", out / "result.json"
-    draw(picture, test_data, scores, losses, epochs)
-    numbers.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    sys.stdout.write(table(result, loss_at(losses, 1 / 3)) + f"\nwritten: {picture}, {numbers}\n")
+    try:
+        draw(picture, test_data, scores, losses, epochs)
+        numbers.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DemoError(f"cannot write to {error.filename or out}: {error.strerror}") from None
+    print_out(f"{table(result, loss_at(losses, 1 / 3))}\nwritten: {picture}, {numbers}")
     return result
 
 
@@ -332,8 +335,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]  # PyTorch's may go on for pages
         raise DemoError(f"device {name!r} is not available: {reason}") from None
     return device
 

@@ -205,9 +205,9 @@ def box_mgiou_loss(
     ============================================== ============ ========= =========== ==============
 
     Mind the first row: torchvision's plain "cxcywhr" has our default's name, but degrees and the other direction.
-    mmdet3d's `.tensor` has the centre of the bottom: put `.gravity_center` in the place of its first three
-    numbers. nuScenes' `corners()` is (3, 8), and its sizes are width, length, height. KITTI's camera boxes, whose angle
-    turns about another axis, are not covered.
+    mmdet3d's `.tensor` (from 1.0 on; before, sizes and yaw were others) has the centre of the bottom: put
+    `.gravity_center` in the place of its first three numbers. nuScenes' `corners()` is (3, 8), and its sizes are width,
+    length, height. KITTI's camera boxes, whose angle turns about another axis, are not covered.
 
     A `tv_tensors.BoundingBoxes` knows its own format, angle and direction: it is converted to what the arguments say,
     each side by itself, in float32 or float64, which numbers near the largest one may overflow. The arguments speak of

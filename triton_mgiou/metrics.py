@@ -50,7 +50,9 @@ def polygon_iou(pred: ArrayLike, target: ArrayLike) -> float:
     return _iou(p, g) if _may_overlap([p], [g]).all() else 0.0
 
 
-def polygon_iou_matrix(pred: Sequence[ArrayLike] | NDArray[Any], target: Sequence[ArrayLike] | NDArray[Any]) -> Floats:
+def polygon_iou_matrix(
+    pred: Sequence[ArrayLike] | NDArray[Any] | Tensor, target: Sequence[ArrayLike] | NDArray[Any] | Tensor
+) -> Floats:
     """`polygon_iou` of every polygon of one set with every one of another, for the many pairs of a validation.
 
     Args:
@@ -91,9 +93,7 @@ def polygon_iou_matrix(pred: Sequence[ArrayLike] | NDArray[Any], target: Sequenc
     return ious
 
 
-def average_precision(
-    images: Iterable[tuple[ArrayLike, ArrayLike]], thresholds: Sequence[float] = COCO_THRESHOLDS
-) -> Floats:
+def average_precision(images: Iterable[tuple[ArrayLike, ArrayLike]], thresholds: ArrayLike = COCO_THRESHOLDS) -> Floats:
     """COCO's average precision of one class.
 
     In each image the predictions choose in the order of their scores, each the free target with the highest IoU that
@@ -117,7 +117,7 @@ def average_precision(
     """
     limits = _numbers("thresholds", thresholds)
     if limits.ndim != 1 or not ((limits >= 0) & (limits <= 1)).all():
-        raise ValueError(f"thresholds must be a sequence of numbers in 0..1, got {thresholds}")
+        raise ValueError(f"thresholds must be a sequence of numbers in 0..1, got {thresholds!r}")
     all_scores, all_correct, total = [np.zeros(0)], [np.zeros((0, len(limits)), dtype=bool)], 0
     if not isinstance(images, Iterable):
         raise TypeError(f"images must be pairs (IoUs, scores), got {type(images).__name__}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from triton_mgiou.options import BACKENDS, PAPER, REDUCTIONS, Options
 from triton_mgiou.reduction import as_divisor, factor_for, reduce
 from triton_mgiou.reference.polygons import compute_dtype
 
+_Loss = TypeVar("_Loss", bound="MGIoULoss")
 MODES = ("mgiou", "l2", "hybrid")
 MIN_AREA = 1e-6
 
@@ -86,7 +87,7 @@ class MGIoULoss(nn.Module):
         return Options(**{name: value for name, value in self.options.items() if name in Options._fields})
 
     @classmethod
-    def paper(cls, **arguments: Any) -> MGIoULoss:
+    def paper(cls: type[_Loss], **arguments: Any) -> _Loss:
         """Make the module with the paper's loss.
 
         Args:

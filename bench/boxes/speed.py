@@ -189,9 +189,7 @@ def first_call(run: Run) -> None:
         run.leave_out("first call", reason)
 
 
-def _lines_of(
-    arguments: list[str], seconds: float, own: dict[str, str] | None = None
-) -> tuple[list[str], str | None]:
+def _lines_of(arguments: list[str], seconds: float, own: dict[str, str] | None = None) -> tuple[list[str], str | None]:
     """What another process of Python prints, and why it failed, if it did."""
     command = [sys.executable, *arguments]
     environment = os.environ | (own or {})

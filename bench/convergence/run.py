@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.arguments import out_file, positive
+from bench.arguments import earlier_rows, out_file, positive
 from bench.convergence import report
 from bench.convergence.losses import LOSSES, Loss
 from bench.machine import machine
@@ -211,15 +211,16 @@ def run(job: Job) -> Rows:
     return rows
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run what is not in the file yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=out_file, required=True, help="results, JSON; continued if it exists")
     parser.add_argument("--seeds", type=positive, default=5, help="seeds 0, 1, ... (default: 5)")
     parser.add_argument("--processes", type=positive, default=2, help="trainings at a time (default: 2)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
-    rows: Rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else []
+    order = [(task, start, name) for task, start in PLACES for name in LOSSES]
+    rows: Rows = earlier_rows(parser, args.out, ("task", "start", "loss_name"), order)
     done = {(row["task"], row["start"], row["loss_name"], row["seed"]) for row in rows}
     jobs = [
         (task, start, name, seeds)
@@ -227,7 +228,7 @@ def main() -> None:
         for name in LOSSES
         if (seeds := [seed for seed in range(args.seeds) if (task, start, name, seed) not in done])
     ]
-    about = machine(["python -m bench.convergence.run", *sys.argv[1:]], torch.device("cpu"))
+    about = machine(["python -m bench.convergence.run", *(sys.argv[1:] if argv is None else argv)], torch.device("cpu"))
     about["versions"] |= {name: metadata.version(name) for name in ("numpy", "scikit-learn", "shapely")}
     head = {
         "what": "Trainings of bench.convergence.run; its docstring says what the tasks are, losses.py the losses. "
@@ -241,7 +242,6 @@ def main() -> None:
         for new in tqdm(pool.imap_unordered(run, jobs), total=len(jobs), desc="trainings"):
             rows += new
             write(args.out, {**head, "rows": rows})
-    order = [(task, start, name) for task, start in PLACES for name in LOSSES]
     rows.sort(key=lambda row: (order.index((row["task"], row["start"], row["loss_name"])), row["seed"]))
     write(args.out, {**head, "rows": rows})
     report.draw(args.out.with_suffix(".png"), rows)

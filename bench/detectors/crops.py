@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bench.arguments import need_packages, out_file
+from bench.arguments import earlier_rows, need_packages, out_file
 from bench.detectors import plan, scenes
 from bench.detectors.losses import FewVisible
 from bench.machine import machine
@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--only: no row's name has {args.only!r} in it, as {', '.join(map(str, PLAN[0]))!r} has")
     need_packages(parser, "bench.detectors.crops", NEEDED)
     torch.set_num_threads(1)
-    rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else []
+    rows = earlier_rows(parser, args.out, ("task", "loss", "seed"), PLAN)
     done = {(row["task"], row["loss"], row["seed"]) for row in rows}
     left = [job for job in PLAN if job not in done and args.only in ", ".join(map(str, job))]
     for task, name, seed in (progress := tqdm(left)):

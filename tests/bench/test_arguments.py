@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 
 import pytest
 import torch
 
-from bench import against, report, startup
-from bench.arguments import out_file, positive
+from bench import against, documents, report, startup
+from bench.arguments import earlier_rows, out_file, positive
 from bench.boxes import graphs
-from bench.convergence import amp
+from bench.convergence import amp, run
 from bench.detectors import crops
 from bench.documents import RESULTS
 from tests.helpers import run_python
@@ -26,6 +27,51 @@ def test_the_folder_of_results_is_made_before_anything_is_measured(tmp_path, mon
     )
     amp.main(["--out", str(path)])
     assert path.is_file()
+
+
+@pytest.mark.parametrize("program", [run, crops])
+@pytest.mark.parametrize(
+    "text", ["", "nope", "[1]", "{}", '{"rows": 3}', '{"rows": [1]}', '{"rows": [{"task": "digits"}]}']
+)
+def test_another_programs_file_is_not_continued(program, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(crops, "need_packages", lambda *_: None)
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        program.main(["--out", str(path)])
+    assert ended.value.code == 2
+    assert f"argument --out: expected a new file or one of this program's, got {path}" in capsys.readouterr().err
+    assert path.read_text() == text
+
+
+def test_rows_of_an_earlier_run_are_kept(tmp_path):
+    path, row = tmp_path / "runs.json", {"task": "digits", "seed": 0}
+    parser = argparse.ArgumentParser()
+    assert earlier_rows(parser, path, ["task"], [("digits",)]) == []
+    path.write_text(json.dumps({"rows": [row]}))
+    assert earlier_rows(parser, path, ["task"], [("digits",)]) == [row]
+    with pytest.raises(SystemExit):  # as of a loss that is gone
+        earlier_rows(parser, path, ["task"], [("letters",)])
+
+
+@pytest.mark.parametrize(("program", "name"), [(run, "convergence.json"), (crops, "detectors/crops.json")])
+def test_the_results_of_a_program_are_continued(program, name, tmp_path, monkeypatch):
+    """Of both there is nothing left to train."""
+    path = tmp_path / "results.json"
+    path.write_text((RESULTS / name).read_text())
+    monkeypatch.setattr(crops, "need_packages", lambda *_: None)
+    monkeypatch.setattr(run, "unrelated", lambda *_: 0.0)
+    program.main(["--out", str(path)])
+    assert json.loads(path.read_text())["rows"] == json.loads((RESULTS / name).read_text())["rows"]
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("README.md", 2)])
+def test_the_documents_are_not_written_for_a_question(argument, status, monkeypatch, capsys):
+    monkeypatch.setattr(documents, "rendered", lambda: pytest.fail("written"))
+    with pytest.raises(SystemExit) as ended:
+        documents.main([argument])
+    assert ended.value.code == status
+    capsys.readouterr()
 
 
 def test_files_that_cannot_be_written_are_refused(tmp_path):

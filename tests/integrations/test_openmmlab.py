@@ -37,6 +37,20 @@ class RotatedBoxes:
         return len(self.tensor)
 
 
+class LiDARBoxes(RotatedBoxes):
+    """As mmdetection3d's: the tensor has the centre of the bottom."""
+
+    YAW_AXIS = 2
+
+    @property
+    def bottom_center(self):
+        return self.tensor[:, :3]
+
+
+class CameraBoxes(LiDARBoxes):
+    YAW_AXIS = 1
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     sys.modules.pop("triton_mgiou.integrations.openmmlab", None)
@@ -106,8 +120,61 @@ def test_overlaps_are_those_of_an_assigner(config, sets):
         overlaps(first, second, mode="iof")
     with pytest.raises(ValueError, match=r"bboxes2 must be as many as bboxes1 .* got shapes \(4, 5\) and \(7, 5\)"):
         overlaps(first, second, is_aligned=True)
-    with pytest.raises(TypeError, match=r"bboxes2 must be a torch.Tensor, got list"):
-        overlaps(first, second.tolist(), is_aligned=True)
+
+
+@pytest.mark.parametrize("is_aligned", [False, True])
+def test_wrong_boxes_are_told_by_the_names_of_the_protocol(config, sets, is_aligned):
+    overlaps, cost = TASK_UTILS.build(config.iou_calculator), TASK_UTILS.build(config.match_cost)
+    for wrong, error, message in (
+        (sets[0].tolist(), TypeError, "must be a torch.Tensor, got list"),
+        (sets[0].int(), TypeError, "must be floating .*, got torch.int32"),
+        (sets[0][:, :4], ValueError, r"must have shape \(B, 5\) for fmt='cxcywhr' .*, got \(7, 4\)"),
+        (sets[0][0, 0], ValueError, r"must have shape \(B, 5\) for fmt='cxcywhr' .*, got \(\)"),
+    ):
+        with pytest.raises(error, match=f"^bboxes1 {message}"):
+            overlaps(wrong, sets[0], is_aligned=is_aligned)
+        with pytest.raises(error, match=f"^bboxes2 {message}"):
+            overlaps(sets[0], wrong, is_aligned=is_aligned)
+        with pytest.raises(error, match=f"^pred_instances.bboxes {message}"):
+            cost(SimpleNamespace(bboxes=wrong), InstanceData(bboxes=sets[1]))
+        with pytest.raises(error, match=f"^gt_instances.bboxes {message}"):
+            cost(InstanceData(bboxes=sets[1]), SimpleNamespace(bboxes=wrong))
+    elsewhere = sets[0].to("meta")
+    with pytest.raises(ValueError, match=r"^bboxes2 must be on bboxes1's device cpu, got meta"):
+        overlaps(sets[0], elsewhere, is_aligned=is_aligned)
+    with pytest.raises(
+        ValueError, match=r"^gt_instances\.bboxes must be on pred_instances\.bboxes's device cpu, got meta"
+    ):
+        cost(InstanceData(bboxes=sets[0]), InstanceData(bboxes=elsewhere))
+
+
+def test_boxes_in_space_by_their_bottom(config):
+    """Mmdetection3d's boxes and the tensors of its assigners: half a height lower than the gravity centre."""
+    rng = generator(3)
+    gravity = random_boxes(7, "cxcyczlwhr", rng).float(), random_boxes(4, "cxcyczlwhr", rng).float()
+    bottom = [boxes.clone() for boxes in gravity]
+    for boxes in bottom:
+        boxes[:, 2] -= boxes[:, 5] / 2
+    want = box_mgiou(*gravity, fmt="cxcyczlwhr").clamp(min=0)
+    spatial = dict(config.iou_calculator, fmt="cxcyczlwhr")
+    plain, by_bottom = TASK_UTILS.build(spatial), TASK_UTILS.build(dict(spatial, bottom_center=True))
+    assert_close(plain(*gravity), want, atol=0)
+    assert (plain(*bottom) - want).abs().max() > 0.01
+    assert_close(plain(*map(LiDARBoxes, bottom)), want, atol=1e-5)
+    assert_close(by_bottom(*bottom), want, atol=1e-5)
+    assert_close(by_bottom(LiDARBoxes(bottom[0]), bottom[1]), want, atol=1e-5)
+    assert_close(by_bottom(bottom[0][:4], bottom[1], is_aligned=True), want[:4].diagonal(), atol=1e-5)
+    half = [boxes.half() for boxes in bottom]
+    assert torch.equal(by_bottom(*half), by_bottom(*(boxes.float() for boxes in half)))
+    cost = TASK_UTILS.build(dict(config.match_cost, fmt="cxcyczlwhr"))
+    costs = cost(SimpleNamespace(bboxes=LiDARBoxes(bottom[0])), InstanceData(bboxes=gravity[1]))
+    assert_close(costs, -3 * box_mgiou(*gravity, fmt="cxcyczlwhr"), atol=1e-5)
+    with pytest.raises(ValueError, match=r"bboxes2 must turn about z, .* got CameraBoxes"):
+        plain(bottom[0], CameraBoxes(bottom[1]))
+    with pytest.raises(ValueError, match=r"bottom_center must be False but for fmt='cxcyczlwhr', .* fmt='cxcywhr'"):
+        TASK_UTILS.build(dict(config.iou_calculator, bottom_center=True))
+    with pytest.raises(TypeError, match="bottom_center must be a bool, got int"):
+        TASK_UTILS.build(dict(spatial, bottom_center=1))
 
 
 def test_a_child_registry_builds_them_too(config):
@@ -157,12 +224,6 @@ def test_a_wrong_format_is_told_when_the_config_is_built(config):
             MODELS.build(dict(loss, boundary_weight=-1))
         with pytest.raises(TypeError, match=r"options must be among .*, got eps"):
             MODELS.build(dict(loss, eps=1e-6))
-
-
-def test_boxes_that_are_no_tensor_are_named(config, sets):
-    truth = SimpleNamespace(bboxes=sets[1].numpy())
-    with pytest.raises(TypeError, match=r"boxes2 must be a torch\.Tensor, got ndarray"):
-        TASK_UTILS.build(config.match_cost)(InstanceData(bboxes=sets[0]), truth)
 
 
 @pytest.mark.parametrize("columns", [None, 1, 4, 5])

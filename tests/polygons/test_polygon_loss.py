@@ -625,6 +625,8 @@ def test_sigmas_of_another_number(mode):
         ({"total_steps": 2.5}, TypeError, "total_steps must be an integer, got float"),
         ({"total_steps": True}, TypeError, "total_steps must be an integer, got bool"),
         ({"total_steps": 0}, ValueError, "total_steps must be 1 or above, got 0"),
+        ({"total_steps": 10**30}, ValueError, r"total_steps must be below 2\^63, got 10+"),
+        ({"kind": np.array(["linear", "step"])}, ValueError, r"kind must be one of .*, got array\(.*"),
         ({"kind": "exponential"}, ValueError, "kind must be one of 'cosine', 'linear', 'step', got 'exponential'"),
         ({"start": 1.5}, ValueError, r"start must be in 0\.\.1, got 1\.5"),
         ({"end": NAN}, ValueError, r"end must be in 0\.\.1, got nan"),

@@ -282,6 +282,8 @@ def test_debug_is_a_switch():
     assert not debug_enabled()
     with debug():
         assert debug_enabled()
+        with pytest.raises(TypeError, match="enabled must be a bool, got str"), debug("off"):
+            pass
         with debug(False):
             assert not debug_enabled()
             assert mgiou_loss(pair()[0] * NAN, pair()[1]).isnan()

@@ -908,6 +908,7 @@ def test_wrong_arguments(folder):
         ((model, optimizer, None, NAN), ValueError, "max_norm must be above 0, or None .*, got nan"),
         ((model, optimizer, None, "1"), TypeError, "max_norm must be a number or None, got str"),
         ((model, torch.optim.LBFGS(model.parameters())), TypeError, "without a closure, got LBFGS"),
+        ((model, optimizer, None, 1, 3, None), TypeError, "checkpoint_dir must be a str or os.PathLike, got NoneType"),
         ((model, optimizer, None, 1, 3, folder, [3]), TypeError, r"extra_modules\[0\] must be a torch.nn.Module or"),
         ((nn.LazyLinear(2), optimizer), ValueError, "model must have been run once: weight, of a lazy module,"),
         ((model, optimizer, None, 1, 0), ValueError, "patience must be an integer of 1 or above, got 0"),

@@ -420,6 +420,9 @@ def test_wrong_arguments():
     ]:
         with pytest.raises(error, match=message):
             GradientMonitor(**{"model": model, **options})
+    for step, kind in (("1", "str"), (1.5, "float"), (True, "bool")):
+        with pytest.raises(TypeError, match=f"step must be an integer, got {kind}"):
+            GradientMonitor(model).record(step)
 
 
 def test_the_table_has_its_columns_one_below_the_other():

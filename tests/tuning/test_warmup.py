@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import re
 import sys
 
 import numpy as np
@@ -34,6 +35,9 @@ RESULT = WarmupResult(
     gain=0.25,
     source="tuned",
 )  # fmt: skip
+REST = {  # of the command line's arguments, by default
+    "tune": True, "boxes": [], "box_options": {}, "pairs": [], "pair_sizes": [(8400, 100)], "pair_options": {},
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +191,7 @@ def warmup_calls(monkeypatch):
 
 def test_defaults_of_the_command_line(warmup_calls, capsys):
     assert main(["warmup"]) == 0
-    assert warmup_calls == [(([4, 8, 16], [512, 65536], [torch.float32], None, {}), {"tune": True})]
+    assert warmup_calls == [(([4, 8, 16], [512, 65536], [torch.float32], None, {}), REST)]
     assert capsys.readouterr().out == table([RESULT]) + "\n"
 
 
@@ -197,7 +201,45 @@ def test_arguments_reach_the_warm_up(warmup_calls):
     assert main(["warmup", *arguments, "--device", "cuda:1", "--options", options, "--no-tune"]) == 0
     given = {"axis_weight": "soft", "reduction": "sum", "weight": torch.float64, "convexity_weight": 0.5}
     types = [torch.float16, (torch.bfloat16, torch.float32)]
-    assert warmup_calls == [(([4, (12, 16)], [7], types, "cuda:1", given), {"tune": False})]
+    assert warmup_calls == [(([4, (12, 16)], [7], types, "cuda:1", given), REST | {"tune": False})]
+
+
+def test_only_what_stands_for_a_tensor_is_a_dtype(warmup_calls):
+    assert main(["warmup", "--options", '{"axis_weight": "double", "target_lengths": "int"}']) == 0
+    assert warmup_calls[0][0][-1] == {"axis_weight": "double", "target_lengths": torch.int32}
+
+
+def test_the_help_says_the_defaults_in_words_that_the_command_line_takes(warmup_calls, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        main(["warmup", "--help"])
+    blocks = re.split(r"^  (?=-)", capsys.readouterr().out, flags=re.MULTILINE)
+    said = {each.split()[0]: each.partition("(default: ")[2].strip()[:-1] for each in blocks if "(default: " in each}
+    assert said.pop("--device") == "the current GPU"
+    assert set(said) == {"--vertices", "--batch", "--dtype", "--pair-sizes"}
+    main(["warmup"])
+    main(["warmup", *(word for name, values in said.items() for word in (name, *values.split()))])
+    assert warmup_calls[0] == warmup_calls[1]
+
+
+@pytest.mark.parametrize("name", ["options", "box_options", "pair_options"])
+def test_unknown_options_are_told_for_what_is_left_out_too(name, capsys):
+    assert main(["warmup", "--vertices", "--" + name.replace("_", "-"), '{"nonsense": 1}', "--device", "cpu"]) == 1
+    assert f"{name} must hold options of " in capsys.readouterr().err
+
+
+def test_tune_is_a_bool():
+    with pytest.raises(TypeError, match="tune must be a bool, got str"):
+        triton_mgiou.warmup(tune="no")
+
+
+@pytest.mark.parametrize(
+    ("device", "error"), [("nonsense", ValueError), ("", ValueError), ("cuda:-1", ValueError), (1.5, TypeError)]
+)
+def test_a_wrong_device_is_named(device, error):
+    got = re.escape(repr(device)) if error is ValueError else "float"
+    with pytest.raises(error, match=f"device must be a torch device or its name, got {got}"):
+        triton_mgiou.warmup(device=device)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +256,12 @@ def test_arguments_reach_the_warm_up(warmup_calls):
         (["--dtype", "load"], "argument --dtype: expected float16, bfloat16, float32 or float64, got 'load'"),
         (["--options", "{"], "argument --options: expected a JSON object, got '{'"),
         (["--options", "[]"], "argument --options: expected a JSON object, got '[]'"),
+        (
+            ["--options", '{"target_lengths": "int99"}'],
+            "argument --options: expected a dtype or true for target_lengths, got 'int99'",
+        ),
+        (["--json", "."], "argument --json: expected a file in a folder that is there, got '.'"),
+        (["--json", "nowhere/a.json"], "argument --json: expected a file in a folder that is there, got 'nowhere/a"),
     ],
 )
 def test_wrong_arguments_of_the_command_line(arguments, words, warmup_calls, capsys):

@@ -1,4 +1,4 @@
-"""MGIoU in mmengine's registries, for configs of mmdetection, mmrotate and mmdetection3d.
+"""MGIoU in mmengine's registries, for configs of mmdetection 3, mmrotate 1 and mmdetection3d 1.1 and later.
 
 One line of a config registers the names below; no code is needed:
 
@@ -7,6 +7,9 @@ One line of a config registers the names below; no code is needed:
     loss_bbox = dict(type="BoxMGIoULoss", fmt="cxcywhr", loss_weight=2.0)              # a head's
     match_costs = [dict(type="MGIoUCost", fmt="cxcywhr", weight=2.0)]                  # of a HungarianAssigner
     iou_calculator = dict(type="MGIoUOverlaps2D", fmt="cxcywhr")                       # of a MaxIoUAssigner
+
+mmdetection 2 and mmrotate 0 have no mmengine. Their registry takes the losses in a line of code, without this module:
+`mmdet.models.builder.LOSSES.register_module(module=BoxMGIoULoss)`. Their costs and overlaps are called otherwise.
 """
 
 from __future__ import annotations
@@ -14,12 +17,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from mmengine.registry import MODELS, TASK_UTILS  # type: ignore[import-not-found, unused-ignore]
 from torch import Tensor
 
-from triton_mgiou.arguments import check_box_format, check_factor, check_tensor
+from triton_mgiou.arguments import check_bool, check_box_format, check_box_numbers, check_device, check_factor
 from triton_mgiou.functional import box_mgiou
 from triton_mgiou.modules import BoxMGIoULoss, MGIoULoss
+
+try:
+    from mmengine.registry import MODELS, TASK_UTILS  # type: ignore[import-not-found, unused-ignore]
+except ModuleNotFoundError as error:
+    raise ImportError('this adapter needs mmengine; install it with: pip install "triton-mgiou[openmmlab]"') from error
 
 
 class MGIoUCost:
@@ -61,8 +68,15 @@ class MGIoUCost:
 
         Returns:
             Shape (num_preds, num_gts). A pair with NaN has the highest cost, since no solver takes a NaN.
+
+        Raises:
+            TypeError: Boxes that are no floating tensors.
+            ValueError: Boxes of a wrong shape, or on two devices; mmdetection3d's camera boxes.
         """
-        mgiou = box_mgiou(_tensor(pred_instances.bboxes), _tensor(gt_instances.bboxes), **self.options)
+        pred = _tensor("pred_instances.bboxes", pred_instances.bboxes, self.options["fmt"])
+        truth = _tensor("gt_instances.bboxes", gt_instances.bboxes, self.options["fmt"])
+        check_device("gt_instances.bboxes", truth, "pred_instances.bboxes", pred)
+        mgiou = box_mgiou(pred, truth, **self.options)
         return self.weight * -torch.where(mgiou.isnan(), -1.0, mgiou)
 
 
@@ -73,14 +87,22 @@ class MGIoUOverlaps2D:
         fmt: As in `MGIoUCost`.
         angle: "radians" or "degrees".
         clockwise: As in `box_mgiou`.
+        bottom_center: Whether a plain tensor of "cxcyczlwhr" has the centre of the bottom in the place of the gravity
+            centre, as those of mmdetection3d's assigners have.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: There is no such format.
+        ValueError: There is no such format, or it has no bottom.
     """
 
-    def __init__(self, fmt: str = "xyxy", angle: str = "radians", clockwise: bool = True) -> None:
+    def __init__(
+        self, fmt: str = "xyxy", angle: str = "radians", clockwise: bool = True, bottom_center: bool = False
+    ) -> None:
         check_box_format(fmt, angle, clockwise)
+        check_bool("bottom_center", bottom_center)
+        if bottom_center and fmt != "cxcyczlwhr":
+            raise ValueError(f"bottom_center must be False but for fmt='cxcyczlwhr', got True and fmt={fmt!r}")
+        self.bottom_center = bottom_center
         self.options: dict[str, Any] = {"fmt": fmt, "angle": angle, "clockwise": clockwise}
 
     def __call__(self, bboxes1: Any, bboxes2: Any, mode: str = "iou", is_aligned: bool = False) -> Tensor:
@@ -97,15 +119,16 @@ class MGIoUOverlaps2D:
 
         Raises:
             TypeError: Boxes that are no floating tensors.
-            ValueError: Another mode: MGIoU is no share of one of the boxes. Or boxes of a wrong shape or number.
+            ValueError: Another mode: MGIoU is no share of one of the boxes. Or boxes of a wrong shape or number, or on
+                two devices; mmdetection3d's camera boxes.
         """
         if mode not in ("iou", "giou"):
             raise ValueError(f"mode must be 'iou' or 'giou', got {mode!r}")
-        first, second = _tensor(bboxes1), _tensor(bboxes2)
+        first = _tensor("bboxes1", bboxes1, self.options["fmt"], self.bottom_center)
+        second = _tensor("bboxes2", bboxes2, self.options["fmt"], self.bottom_center)
+        check_device("bboxes2", second, "bboxes1", first)
         if is_aligned:
-            check_tensor("bboxes1", first)
-            check_tensor("bboxes2", second)
-            if first.shape[:1] != second.shape[:1]:
+            if first.shape[0] != second.shape[0]:
                 raise ValueError(
                     f"bboxes2 must be as many as bboxes1 if is_aligned, got shapes {tuple(second.shape)} and "
                     f"{tuple(first.shape)}"
@@ -116,9 +139,16 @@ class MGIoUOverlaps2D:
         return torch.where(mgiou > 0, mgiou, 0.0)
 
 
-def _tensor(boxes: Any) -> Tensor:
-    """The tensor of mmdetection's `BaseBoxes`."""
+def _tensor(name: str, boxes: Any, fmt: str, bottom_center: bool = False) -> Tensor:
+    """The tensor of mmdetection's `BaseBoxes`; with the gravity centre, where mmdetection3d's boxes have another."""
     tensor: Tensor = getattr(boxes, "tensor", boxes)
+    check_box_numbers(name, tensor, fmt)
+    if fmt == "cxcyczlwhr" and (bottom_center or hasattr(boxes, "bottom_center")):
+        if getattr(boxes, "YAW_AXIS", 2) != 2:
+            raise ValueError(f"{name} must turn about z, as LiDAR and depth boxes do, got {type(boxes).__name__}")
+        numbers = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        x, y, z, length, width, height, yaw = numbers.unbind(-1)
+        tensor = torch.stack((x, y, z + height / 2, length, width, height, yaw), dim=-1)
     return tensor
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from triton_mgiou.console import print_out
 from triton_mgiou.training import checkpoints, curves, tables
 
 READ = f"{tables.READ}, and {checkpoints.READ}"
@@ -52,6 +52,5 @@ def diagnose(path: Path) -> bool:
     except Exception as error:  # a script that calls this wants a status, whatever the file holds
         raise DiagnoseError(f"cannot read {path}: {type(error).__name__} {error}") from None
     lines = [f"{path}: {summary}, problems: {len(problems)}", *(f"  {line}" for line in (*problems, *notes))]
-    encoding = sys.stdout.encoding or "utf-8"  # a name may have letters that it lacks
-    sys.stdout.write(("\n".join(lines) + "\n").encode(encoding, "backslashreplace").decode(encoding))
+    print_out("\n".join(lines))
     return not problems

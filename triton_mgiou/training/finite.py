@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_mgiou import debugging
+from triton_mgiou.arguments import check_bool
 
 SHOWN = 3  # indices in a message
 DENSE = 2**28  # elements; a larger sparse tensor is not made dense
@@ -232,7 +233,11 @@ def debug(enabled: bool = True) -> Iterator[None]:
 
     Yields:
         Nothing.
+
+    Raises:
+        TypeError: `enabled` is no bool.
     """
+    check_bool("enabled", enabled)
     before = debugging.on
     debugging.on = enabled
     try:

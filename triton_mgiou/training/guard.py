@@ -173,6 +173,8 @@ class TrainingGuard:
             raise TypeError(f"optimizer must have its whole state in each process, got {type(optimizer).__name__}")
         if not isinstance(patience, (int, Integral)) or isinstance(patience, bool) or patience < 1:
             raise ValueError(f"patience must be an integer of 1 or above, got {patience!r}")
+        if not isinstance(checkpoint_dir, (str, os.PathLike)):
+            raise TypeError(f"checkpoint_dir must be a str or os.PathLike, got {type(checkpoint_dir).__name__}")
         self._group = None
         inner = getattr(model, "_orig_mod", model)  # what `torch.compile` has compiled
         if isinstance(inner, nn.parallel.DistributedDataParallel):

@@ -118,7 +118,12 @@ class GradientMonitor:
 
         Args:
             step: Its number for the table, TensorBoard and warnings; by default records are counted from 1.
+
+        Raises:
+            TypeError: `step` is not an integer.
         """
+        if step is not None:
+            check_integer("step", step)
         self.records += 1
         step = self.records if step is None else step
         groups = [group for group in self._groups if any(p.requires_grad and p.numel() for p in group.parameters)]

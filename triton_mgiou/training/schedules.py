@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from triton_mgiou.arguments import check_integer, check_is_number
+from triton_mgiou.arguments import check_choice, check_integer, check_is_number
 
 KINDS = ("cosine", "linear", "step")
 
@@ -42,8 +42,9 @@ class AlphaSchedule(nn.Module):
         check_integer("total_steps", total_steps)
         if total_steps < 1:
             raise ValueError(f"total_steps must be 1 or above, got {total_steps}")
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+        if total_steps >= 2**63:
+            raise ValueError(f"total_steps must be below 2^63, got {total_steps}")
+        check_choice("kind", kind, KINDS)
         for name, value in (("start", start), ("end", end)):
             check_is_number(name, value)
             if not 0 <= value <= 1:

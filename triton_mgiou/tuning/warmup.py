@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from triton_mgiou.arguments import FLOATING, INTEGERS, check_choice, plain_name
+from triton_mgiou.arguments import FLOATING, INTEGERS, check_bool, check_choice, plain_name
 from triton_mgiou.backends import kernels_unavailable
 from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS, PAIR_FORMATS
 from triton_mgiou.functional import box_mgiou, box_mgiou_loss, mgiou_loss, polygon_mgiou
@@ -36,7 +36,7 @@ _PAIR_OPTIONS = [
     for name in {**inspect.signature(box_mgiou).parameters, **inspect.signature(polygon_mgiou).parameters}
     if name not in ("boxes1", "boxes2", "polygons1", "polygons2", "fmt", "backend")
 ]
-_TENSORS = {
+TENSORS = {
     "pred_lengths": torch.int64,
     "target_lengths": torch.int64,
     "pred_mask": torch.bool,
@@ -109,7 +109,8 @@ def warmup(
         ValueError: An argument has the wrong value.
         RuntimeError: The kernels cannot run on the device.
     """
-    device = torch.device("cuda" if device is None else device)
+    check_bool("tune", tune)
+    device = _device("cuda" if device is None else device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     positive = Integral, "integers of 1 or above", lambda number: number >= 1
@@ -192,7 +193,7 @@ class _Variant(NamedTuple):
             for seed, (n, dtype) in enumerate(zip(self.size, self.dtype, strict=True))
         )
         options = dict(self.options)
-        for name, usual in _TENSORS.items():
+        for name, usual in TENSORS.items():
             kind = options.pop(name, False)
             if kind is not False:
                 vertices = self.size[name.startswith("target")]
@@ -354,7 +355,7 @@ class _PairVariant(NamedTuple):
         for name in ("lengths1", "lengths2", "mask1", "mask2"):
             kind = options.pop(name, False)
             if kind is not False and not (name.startswith("lengths") and self.fmt != "polygons"):
-                dtype = _TENSORS[name] if kind is True else kind
+                dtype = TENSORS[name] if kind is True else kind
                 value = _POLYGONS["polygons"] if name.startswith("lengths") else 1
                 options[name] = torch.full((self.size[name.endswith("2")],), value, dtype=dtype, device=self.device)
         return sets[0], sets[1], options
@@ -462,6 +463,16 @@ def _from_first_rank(find: Callable[[], tuple[str, Entry | None]]) -> tuple[str,
     return source if distributed.get_rank() == 0 or source == "default" else "rank", entry
 
 
+def _device(device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except TypeError:
+        raise TypeError(f"device must be a torch device or its name, got {type(device).__name__}") from None
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device must be a torch device or its name, got {device!r}: {reason}") from None
+
+
 def _pair(value: Any) -> tuple[Any, Any]:
     return value if isinstance(value, tuple) and len(value) == 2 else (value, value)
 
@@ -501,7 +512,7 @@ def _options(argument: str, given: Mapping[str, Any] | None, function: str, name
     for name, value in options.items():
         if name not in names:
             raise ValueError(f"{argument} must hold options of {function} ({', '.join(names)}), got {name!r}")
-        if name in _TENSORS and not isinstance(value, bool | torch.dtype):
+        if name in TENSORS and not isinstance(value, bool | torch.dtype):
             raise TypeError(f"{argument}[{name!r}] must be a dtype or a bool, got {type(value).__name__}")
     return options
 
