@@ -53,7 +53,7 @@ def test_tangent_is_the_slope(sample, options):
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("options", OPTIONS[1:3], ids=str)
 def test_compiled_derivatives_are_the_slope(sample, options):
-    """Of both modes, taken inside and, of forward mode, outside of compiled code."""
+    """Of both modes, taken inside and, of forward mode where PyTorch can, outside of compiled code."""
     pred, target, tangent = sample
     loss, step = loss_of(target, options), 1e-6
     slope = (loss(pred + step * tangent) - loss(pred - step * tangent)) / (2 * step)
@@ -68,8 +68,13 @@ def test_compiled_derivatives_are_the_slope(sample, options):
     without_a_tangent = compiled(loss)
     without_a_tangent(pred)
     with forward_ad.dual_level():
-        dual = without_a_tangent(forward_ad.make_dual(pred, tangent))
-        helpers.assert_close(forward_ad.unpack_dual(dual).tangent, slope, atol=1e-7)
+        dual = forward_ad.make_dual(pred, tangent)
+        if torch.__version__ >= (2, 14):  # there PyTorch refuses it
+            with pytest.raises(RuntimeError, match="dual tensor"):
+                without_a_tangent(dual)
+        else:
+            value = without_a_tangent(dual)
+            helpers.assert_close(forward_ad.unpack_dual(value).tangent, slope, atol=1e-7)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
