@@ -141,17 +141,52 @@ def messages(monitor, model, steps, **options):
     return [str(each.message) for each in caught]
 
 
-def test_gradients_that_jump():
+@pytest.mark.parametrize("scale", [1.0, 1e-9])
+def test_gradients_that_jump(scale):
+    """Whatever the unit of the loss."""
     model = make()
 
     def jump(index):
+        for parameter in model.parameters():
+            parameter.grad.mul_(scale)
         for parameter in model["head"].parameters():
             parameter.grad.mul_(1e4 if index == 15 else 1)
 
     monitor = GradientMonitor(model)
-    (message,) = messages(monitor, model, 20, lr=1e-4, change=jump)
+    (message,) = messages(monitor, model, 20, lr=1e-4 / scale, change=jump)
     assert message.startswith("step 16: head: exploding: gradient norm ")
     assert "exploding" not in monitor.summary(), "it is over"
+
+
+@pytest.mark.parametrize("jump", [9, 10])
+def test_ten_records_are_the_measure_of_a_jump(jump):
+    model = nn.Linear(1, 1, bias=False)
+    monitor = GradientMonitor(model)
+    found = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for index in range(11):
+            model.weight.grad = torch.full((1, 1), 1e3 if index == jump else 1.0)
+            with torch.no_grad():
+                model.weight *= 1.001
+            monitor.record()
+            found += [index for _ in caught]
+            caught.clear()
+    assert found == ([10] if jump == 10 else [])
+
+
+def test_gradients_that_begin_late_do_not_explode():
+    model = nn.Linear(1, 1, bias=False)
+    monitor = GradientMonitor(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for index in range(20):
+            model.weight.grad = torch.full((1, 1), float(index >= 15))
+            with torch.no_grad():
+                model.weight *= 1.001
+            monitor.record()
+    (message,) = (str(each.message) for each in caught)
+    assert message.startswith("step 10: weight: vanishing: gradient norm 0 on average")
 
 
 def test_gradients_that_grow_steadily():
@@ -269,7 +304,7 @@ def without_start(kind):
     return model
 
 
-def fit(model, monitor, lr, steps):
+def fit(model, monitor, lr, steps, scale=1.0):
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     for index in range(steps):
         inputs = torch.randn(32, 3, generator=generator(index))
@@ -279,7 +314,7 @@ def fit(model, monitor, lr, steps):
         if "offset" in model:
             output = output + model["offset"][0]
         optimizer.zero_grad()
-        (output - inputs.sum(1, keepdim=True) - 1).square().mean().backward()
+        (scale * (output - inputs.sum(1, keepdim=True) - 1).square().mean()).backward()
         monitor.record()
         optimizer.step()
 
@@ -290,7 +325,20 @@ def test_weights_that_start_at_zero_may_grow(kind, lr):
     model = without_start(kind)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fit(model, GradientMonitor(model), lr, 120)
+        fit(model, GradientMonitor(model), lr, 120, scale=1e-3 if lr == 1e-3 else 1.0)
+
+
+def test_a_group_behind_a_layer_of_zeros_may_wake_up_late():
+    """As in a warm-up of the learning rate: its gradient is far below the head's at first, and grows by 10000."""
+    model = without_start("head of zeros")
+    monitor = GradientMonitor(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*exploding")
+        warnings.filterwarnings("ignore", message=".*vanishing")  # which it does at first
+        fit(model, monitor, 1e-7, 12)
+        start = float(monitor.summary().splitlines()[1].split()[3])
+        fit(model, monitor, 1e-2, 40)
+    assert float(monitor.summary().splitlines()[1].split()[2]) > 1e4 * start
 
 
 @pytest.mark.parametrize("kind", ["head of zeros", "scale of zeros", "offset of zeros"])
@@ -323,17 +371,19 @@ def test_no_parameter_has_changed(zero):
     assert "scaler.get_scale()" in found[0][1]
 
 
-def test_a_warning_about_many_groups_is_short():
-    model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(8)])
+@pytest.mark.parametrize(("groups", "end"), [(3, " inf"), (8, "; and 5 more, see summary()")])
+def test_a_warning_about_many_groups_is_short(groups, end):
+    model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(groups)])
     monitor = GradientMonitor(model)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, INF)
     with pytest.warns(RuntimeWarning) as caught:
         monitor.record()
-    (message,) = (str(each.message) for each in caught)
-    assert message.count("exploding") == 3
-    assert message.endswith("; and 5 more, see summary()")
-    assert monitor.summary().count("exploding") == 8
+    (warning,) = caught
+    assert warning.filename == __file__, "the place of the call"
+    assert str(warning.message).count("exploding") == 3
+    assert str(warning.message).endswith(end)
+    assert monitor.summary().count("exploding") == groups
 
 
 @pytest.mark.parametrize(
@@ -425,6 +475,15 @@ def test_wrong_arguments():
             GradientMonitor(model).record(step)
 
 
+def test_the_ends_of_the_ranges():
+    model = nn.Linear(2, 1, bias=False)
+    monitor = GradientMonitor(model, decay=0, vanishing=0)
+    for norm in (3.0, 4.0):
+        model.weight.grad = torch.tensor([[norm, 0.0]])
+        monitor.record()
+    assert monitor.summary().splitlines()[1].split()[2:4] == ["4", "4"], "the average is the last one"
+
+
 def test_the_table_has_its_columns_one_below_the_other():
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "a_name_longer_than_the_title": nn.Linear(2, 2)})
     monitor = GradientMonitor(model)
@@ -442,6 +501,30 @@ def test_a_usual_norm_is_that_of_pytorchs_weights_at_the_start(layer):
     layer.reset_parameters()
     usual = monitor_module._usual_norm([layer.weight])
     assert usual == pytest.approx(layer.weight.norm().item(), rel=0.03)
+
+
+def test_the_usual_norm_of_biases_is_that_of_numbers_of_a_tenth():
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (4, 5)]
+    assert monitor_module._usual_norm(parameters) == pytest.approx(0.1 * 9**0.5)
+
+
+def test_sparse_gradients_have_the_norm_and_the_zeros_of_dense_ones():
+    model = nn.Embedding(4, 2, sparse=True)
+    monitor = GradientMonitor(model)
+    (model(torch.tensor([1, 1])) * torch.tensor([3.0, 4.0])).sum().backward()  # twice the same row
+    monitor.record()
+    assert [float(each) for each in monitor.summary().splitlines()[1].split()[2:5]] == [10, 10, 0.75]
+
+
+def test_a_change_of_weights_of_0_has_no_ratio(tmp_path):
+    model = nn.Linear(2, 1, bias=False)
+    monitor = GradientMonitor(model)
+    for weight in (0.0, 1.0, 1.5):
+        nn.init.constant_(model.weight, weight)
+        model.weight.grad = torch.ones(1, 2)
+        monitor.record()
+    monitor.to_csv(tmp_path / "gradients.csv")
+    assert [row["update_ratio"] for row in read(tmp_path / "gradients.csv")] == ["", "", "0.5"]
 
 
 def test_complex_weights_have_the_norms_of_their_parts():

@@ -132,15 +132,15 @@ class GradientMonitor:
         measured = [group.measure() for group in groups]
         numbers = torch.stack([each.to(measured[0].device) for each in measured]).tolist()
         self._still = self._still + 1 if all(changed == 0 for *_, changed in numbers) else 0
-        strongest = max((group.averages[0] for group in groups if group.averages[0] > 0), default=0.0)  # not NaN
+        least = WEAK * _strongest(groups)
         for group, (*values, _) in zip(groups, numbers, strict=True):
-            group.add(values, WEAK * strongest)
+            group.add(values, least)
             self._history.extend((step, self._groups.index(group), *group.last[:3], *group.averages[:3]))
             if self.writer is not None:
                 for measure, value in zip(MEASURES, group.last[:3], strict=True):
                     if not math.isnan(value) or measure == "grad_norm":
                         self.writer.add_scalar(f"{measure}/{group.name}", value, step)
-        strongest = max((group.averages[0] for group in groups if group.averages[0] > 0), default=0.0)  # not NaN
+        strongest = _strongest(groups)
         news = []
         if self._still == STILL:
             news.append(
@@ -249,6 +249,11 @@ class _Group:
                 self._sums[index] += (1 - self._decay) * (value - self._sums[index])
                 self._weights[index] += (1 - self._decay) * (1 - self._weights[index])
                 self.averages[index] = self._sums[index] / self._weights[index]
+
+
+def _strongest(groups: list[_Group]) -> float:
+    """The highest average norm; 0 where there is none yet."""
+    return max((group.averages[0] for group in groups if group.averages[0] > 0), default=0.0)  # not NaN
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
