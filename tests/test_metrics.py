@@ -195,7 +195,7 @@ def test_matrix_of_polygons_of_several_sizes_and_without_an_area():
 
 @pytest.mark.parametrize("far", [1e15, 1e20, 3e38, 1e200])
 def test_a_prediction_that_diverged_overlaps_nothing(far):
-    """Whichever vertices went away, it is a point or far larger than the target, and its IoU next to 0."""
+    """Whichever vertices went away, it is a point or far larger than the target."""
     rng = np.random.default_rng(0)
     target = SQUARE * 100
     preds = []
@@ -204,8 +204,28 @@ def test_a_prediction_that_diverged_overlaps_nothing(far):
             pred = rng.random((size, 2)) * 100
             pred[rng.permutation(size)[: rng.integers(1, size + 1)]] = rng.standard_normal(2) * far
             preds.append(pred)
-    assert max(polygon_iou(pred, target) for pred in preds) < 1e-9
-    assert polygon_iou_matrix(preds, [target, BOW_TIE]).max() < 1e-9
+    assert not any(polygon_iou(pred, target) or polygon_iou(target, pred) for pred in preds)
+    assert not polygon_iou_matrix(preds, [target, BOW_TIE]).any()
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(40, 2.0**-40), (41, 0.0)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_how_much_larger_a_polygon_may_be(axis, bits, expected):
+    long = SQUARE.copy()
+    long[:, axis] *= 2.0**bits
+    for first, second in ((long, SQUARE), (SQUARE, long)):
+        assert polygon_iou(first, second) == expected
+        assert polygon_iou_matrix([first], [second]).item() == expected
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_polygon_may_be_as_thin_as_it_likes(axis):
+    """Its longer side decides whether it is a point."""
+    thin = SQUARE.copy()
+    thin[:, axis] *= 1e-90
+    half = thin * 0.5
+    assert polygon_iou(thin, half) == pytest.approx(0.25)
+    np.testing.assert_allclose(polygon_iou_matrix([thin, half], [thin, half]), [[1, 0.25], [0.25, 1]])
 
 
 @pytest.mark.parametrize("scale", [1e-79, 1e-30, 1e30, 1e90])
@@ -387,7 +407,7 @@ def test_a_score_that_is_nan_comes_last():
     assert average_precision([(ious, [np.nan, -3.0])], (0.5,)) == pytest.approx([1.0])
 
 
-@pytest.mark.parametrize("thresholds", [0.5, [50, 75], [0.5, np.nan], [-0.1], [[0.5]], None])
+@pytest.mark.parametrize("thresholds", [0.5, [50, 75], [1.01], [0.5, np.nan], [-0.1], [[0.5]], None])
 def test_thresholds_are_shares(thresholds):
     with pytest.raises(ValueError, match=r"thresholds must be a sequence of numbers in 0\.\.1, got"):
         average_precision([([[0.6]], [0.9])], thresholds)
