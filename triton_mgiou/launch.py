@@ -29,6 +29,7 @@ from triton.runtime import driver
 from triton_mgiou.arguments import plain_name
 from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS
 from triton_mgiou.options import AXIS_WEIGHTS, Options, Reduction
+from triton_mgiou.reference.polygons import compute_dtype
 from triton_mgiou.tuning import layouts, store
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides it for each kernel when that is imported
@@ -328,7 +329,7 @@ def polygon_plan(key: PolygonKey) -> Plan:
         and key.pred_real is key.target_real is None
         and key.pred_size == key.target_size == buckets[0]
     )
-    dtype = torch.promote_types(torch.promote_types(key.pred_dtype, key.target_dtype), torch.float32)
+    dtype = compute_dtype(key.pred_dtype, key.target_dtype)
     constants = {
         "COMPUTE": COMPUTE[dtype],
         "GRAD": key.gradient,
@@ -478,7 +479,7 @@ def box_plan(key: BoxKey) -> Plan:
     """The variant of the kernel, not yet compiled."""
     from triton_mgiou.kernels.boxes import box_kernel  # noqa: PLC0415 - who needs polygons only does not wait for it
 
-    dtype = torch.promote_types(torch.promote_types(key.pred_dtype, key.target_dtype), torch.float32)
+    dtype = compute_dtype(key.pred_dtype, key.target_dtype)
     constants = {
         "COMPUTE": COMPUTE[dtype],
         "GRAD": key.gradient,

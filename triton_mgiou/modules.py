@@ -289,7 +289,7 @@ class PolygonLoss(nn.Module):
             target = checks.input("gt_kpts", target, mask=visible)
             checks.input("area", area, mask=visible.any(1))
             checks.factors(weight=weight, avg_factor=avg_factor)
-        dtype = compute_dtype(pred, target)
+        dtype = compute_dtype(pred.dtype, target.dtype)
         sides = {"pred_kpts": pred, "gt_kpts": target}
         pred, target = pred.to(dtype), target.to(dtype)
         if weight is not None:

@@ -212,7 +212,7 @@ def _define_loss(name: str, launch: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
     def fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         pred, target, *_, pred_grad, target_grad = inputs
-        dtype = compute_dtype(pred, target)
+        dtype = compute_dtype(pred.dtype, target.dtype)
         return (
             pred.new_empty(pred.shape[:1] if inputs[reduction] == "none" else (), dtype=dtype),
             pred.new_empty(pred.shape if pred_grad else (0,), dtype=dtype),

@@ -198,7 +198,7 @@ def prepare_polygons(polygons1: Tensor, polygons2: Tensor, call: PolygonPairs) -
     if plan is None:
         from triton_mgiou.kernels.polygon_pairs import polygon_pairs_kernel  # noqa: PLC0415 - who needs losses only
 
-        dtype = compute_dtype(polygons1, polygons2)
+        dtype = compute_dtype(polygons1.dtype, polygons2.dtype)
         constants = (COMPUTE[dtype], OVERS.index(call.over), AXIS_WEIGHTS.index(call.axis_weight), corners)
         names = plain_name(call.over), plain_name(call.axis_weight)
         case = f"pairs of polygons {' '.join(map(str, (*fields[1:3], *kinds, *names, corners)))}"
@@ -303,7 +303,7 @@ def _plan(
 
 def pair_plan(key: PairKey) -> Plan:
     """The variant of a kernel, not yet compiled."""
-    dtype = torch.promote_types(torch.promote_types(key.first_dtype, key.second_dtype), torch.float32)
+    dtype = compute_dtype(key.first_dtype, key.second_dtype)
     constants = {
         "COMPUTE": COMPUTE[dtype],
         "FORMAT": KERNEL_FORMATS.index(key.call.fmt),
@@ -376,11 +376,11 @@ def _polygon_launch(
 
 
 def _box_matrix_like(first: Tensor, second: Tensor, *_: Any) -> Tensor:
-    return first.new_empty((*first.shape[:-1], second.shape[-2]), dtype=compute_dtype(first, second))
+    return first.new_empty((*first.shape[:-1], second.shape[-2]), dtype=compute_dtype(first.dtype, second.dtype))
 
 
 def _polygon_matrix_like(first: Tensor, second: Tensor, *_: Any) -> Tensor:
-    return first.new_empty((*first.shape[:-2], second.shape[-3]), dtype=compute_dtype(first, second))
+    return first.new_empty((*first.shape[:-2], second.shape[-3]), dtype=compute_dtype(first.dtype, second.dtype))
 
 
 def _gradient_like(own: Tensor, *_: Any) -> Tensor:

@@ -44,7 +44,7 @@ def kernel_reduction(
     if weight is not None:
         if weight.requires_grad:
             return None
-        weight = _per_sample(weight, compute_dtype(pred, target)).resolve_neg()  # the kernel reads memory
+        weight = _per_sample(weight, compute_dtype(pred.dtype, target.dtype)).resolve_neg()  # the kernel reads memory
     if reduction == "mean":
         return Reduction(weight, "mean" if avg_factor is None else "sum", avg_factor)
     return Reduction(weight, reduction, None)

@@ -23,8 +23,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_mgiou.options import MIN_AXIS_LENGTH, RESOLUTION, SOFT_AXIS_LENGTH, TIE, TINY, WIDEST_TIE
-from triton_mgiou.reference.polygons import _extreme, _inverse_power_of_two, _quotient, _scale, compute_dtype
+from triton_mgiou.options import MIN_AXIS_LENGTH, SOFT_AXIS_LENGTH, WIDEST_TIE
+from triton_mgiou.reference.polygons import (
+    _RESOLUTION,
+    _TIE,
+    _TINY,
+    _extreme,
+    _inverse_power_of_two,
+    _quotient,
+    _scale,
+    compute_dtype,
+)
 
 
 class _Pair(NamedTuple):
@@ -55,7 +64,7 @@ def per_sample_loss(
 
     `fmt` is one that has a closed form, or "corners3d".
     """
-    dtype = compute_dtype(pred, target)
+    dtype = compute_dtype(pred.dtype, target.dtype)
     pred, target = pred.to(dtype), target.to(dtype)
     if fmt == "corners3d":
         return _corners_loss(pred, target, axis_grad)
@@ -206,7 +215,7 @@ def _boundary(pair: _Pair, unit: str) -> Tensor:
     reach = _half_lengths(g, _cos_sin(pair.p_angle - pair.g_angle.detach(), unit))
     # Not `prod`, whose derivative asks the host whether there is a 0.
     p_area, g_area, mixed = 2.0 * p[:, 0] * p[:, 1], 2.0 * g[:, 0] * g[:, 1], (p.flip(1) * reach).sum(1)
-    tiny = _tiny(p)
+    tiny = _TINY[p.dtype]
     flat = g_area <= (2.0 * MIN_AXIS_LENGTH * g.square().sum(1)).clamp(min=tiny)
     shrunk = mixed <= tiny
     one = torch.where(flat, 1.0, torch.maximum(mixed, g_area)).detach()
@@ -214,16 +223,12 @@ def _boundary(pair: _Pair, unit: str) -> Tensor:
     denominator = torch.where(shrunk, 1.0, mixed) * (mixed.square() + g_area.square())
     match = 2.0 * p_area * g_area.square() / torch.where(flat, 1.0, denominator)
     term = 1.0 - torch.where(shrunk, 0.0, match)
-    return torch.where(flat | (term <= RESOLUTION[torch.finfo(term.dtype).bits]), 0.0, term)
-
-
-def _tiny(values: Tensor) -> float:
-    return TINY[torch.finfo(values.dtype).bits]
+    return torch.where(flat | (term <= _RESOLUTION[term.dtype]), 0.0, term)
 
 
 def _no_length(values: Tensor) -> float:
     """The longest length that counts as 0: its square does in section 6."""
-    return math.sqrt(_tiny(values))
+    return math.sqrt(_TINY[values.dtype])
 
 
 def _corners_loss(pred: Tensor, target: Tensor, axis_grad: bool) -> Tensor:
@@ -254,7 +259,7 @@ def _scaled_corners(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tenso
 def _is_axis(edges: Tensor, extent: Tensor) -> Tensor:
     """1 where an edge is long enough to be an axis, else 0, (B, 3)."""
     squared = edges.square().sum(2)
-    floor = torch.maximum((MIN_AXIS_LENGTH * extent).square(), torch.full_like(extent, _tiny(extent)))
+    floor = torch.maximum((MIN_AXIS_LENGTH * extent).square(), torch.full_like(extent, _TINY[extent.dtype]))
     return (~(squared <= floor)).to(edges.dtype)
 
 
@@ -272,6 +277,6 @@ def _interval(corners: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
     values = projections.detach()
     low, high = values.amin(2, keepdim=True), values.amax(2, keepdim=True)
     extent = (corners.detach().amax(1) - corners.detach().amin(1)).amax(1, keepdim=True)
-    widest = (WIDEST_TIE * extent).clamp(max=TIE[torch.finfo(values.dtype).bits]).unsqueeze(2)
+    widest = (WIDEST_TIE * extent).clamp(max=_TIE[values.dtype]).unsqueeze(2)
     slack = widest * axes.detach().abs().sum(2, keepdim=True)
     return _extreme(low, values <= low + slack, projections), _extreme(high, values >= high - slack, projections)

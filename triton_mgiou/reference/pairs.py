@@ -61,7 +61,7 @@ def box_matrix(
     axis_weight: str,
 ) -> Tensor:
     """The matrix (B, P, T) of boxes (B, P, ...) and (B, T, ...) of any format but that of four free corners."""
-    dtype = compute_dtype(boxes1, boxes2)
+    dtype = compute_dtype(boxes1.dtype, boxes2.dtype)
 
     def values(first: _Shapes, second: _Shapes) -> Tensor:
         if fmt == "corners3d":
@@ -85,7 +85,7 @@ def polygon_matrix(
     axis_weight: str,
 ) -> Tensor:
     """The matrix (B, P, T) of polygons (B, P, N, 2) and (B, T, M, 2)."""
-    dtype = compute_dtype(polygons1, polygons2)
+    dtype = compute_dtype(polygons1.dtype, polygons2.dtype)
     first = _polygons(polygons1.to(dtype), lengths1, mask1)
     second = _polygons(polygons2.to(dtype), lengths2, mask2)
 
@@ -298,7 +298,7 @@ def _axes_of_polygons(first: _Shapes, second: _Shapes, axis_weight: str) -> tupl
         weight, counts = polygons._axis_weights(own.edges, extent, axis_weight)
         normals = polygons._axes(own.edges)
         ends = _ends(own, other, normals, is_own=True)
-        own_limit = (limit * own.edges.detach().norm(dim=2)).clamp(min=boxes._tiny(limit))
+        own_limit = (limit * own.edges.detach().norm(dim=2)).clamp(min=polygons._TINY[limit.dtype])
         side = _axes_by_ends(*ends, own_limit, weight)
         sides.append(side)
         is_flat.append(counts & (side.hull <= own_limit))
@@ -327,7 +327,7 @@ def _axes_of_corners(first: Tensor, second: Tensor) -> tuple[_Axes, ...]:
     sides, limits = [], []
     for edges in (p_edges, g_edges, between):
         p_ends, g_ends = (boxes._interval(each - low, edges) for each in (p, g))
-        limits.append((limit * edges.detach().norm(dim=2)).clamp(min=boxes._tiny(limit)))
+        limits.append((limit * edges.detach().norm(dim=2)).clamp(min=polygons._TINY[limit.dtype]))
         sides.append(_axes_by_ends(*p_ends, *g_ends, limits[-1], boxes._is_axis(edges, extent)))
     joins = (sides[2].halves <= limits[2]) & (sides[2].hull > limits[2])
     return sides[0], sides[1], sides[2]._replace(weight=joins.to(limit.dtype))

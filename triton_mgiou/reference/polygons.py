@@ -37,9 +37,9 @@ class _Polygons(NamedTuple):
     edges: Tensor  # (B, N, 2), edge k runs from vertex k to the next real one; 0 behind the real ones
 
 
-def compute_dtype(pred: Tensor, target: Tensor) -> torch.dtype:
-    """The type that the loss is computed and returned in: float64 if either input has it, else float32."""
-    return torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)
+def compute_dtype(first: torch.dtype, second: torch.dtype) -> torch.dtype:
+    """The type that two inputs are computed and returned in: float64 if either has it, else float32."""
+    return torch.promote_types(torch.promote_types(first, second), torch.float32)
 
 
 def per_sample_loss(
@@ -56,7 +56,7 @@ def per_sample_loss(
     boundary_weight: float,
 ) -> Tensor:
     """The loss of every sample, shape (B,), before weights and reduction; arguments as in `mgiou_loss`."""
-    dtype = compute_dtype(pred, target)
+    dtype = compute_dtype(pred.dtype, target.dtype)
     p, p_count = _real_first(pred.to(dtype), pred_lengths, pred_mask)
     g, g_count = _real_first(target.to(dtype), target_lengths, target_mask)
 

@@ -18,6 +18,7 @@ from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS, PAIR_FORMATS
 from triton_mgiou.functional import box_mgiou, box_mgiou_loss, mgiou_loss, polygon_mgiou
 from triton_mgiou.options import Options, Reduction
 from triton_mgiou.reduction import kernel_reduction
+from triton_mgiou.reference.polygons import compute_dtype
 from triton_mgiou.tuning import layouts, store
 from triton_mgiou.tuning.store import Entry
 
@@ -400,7 +401,7 @@ class _PairVariant(NamedTuple):
         if not self.gradient:
             return pairs.prepare_values(first, second, mask1, mask2, call)
         generator = torch.Generator(self.device).manual_seed(2)
-        dtype = torch.promote_types(torch.promote_types(*self.dtype), torch.float32)
+        dtype = compute_dtype(*self.dtype)
         upstream = torch.rand(1, *self.size, device=self.device, generator=generator, dtype=dtype)
         return pairs.prepare_gradient(first, second, mask1, mask2, upstream, call)
 
