@@ -155,6 +155,7 @@ def test_what_is_not_given_is_the_formats_default(fmt):
 def test_the_module_is_the_function(boxes, fmt):
     pred, target = (side.to(boxes.device) for side in (BOXES[fmt], BOXES[fmt].flip(0)))
     weight = torch.tensor([0.5, 0.0, 2.0], device=boxes.device)
+    assert_same(BoxMGIoULoss(fmt=fmt, backend=boxes.name)(pred, target), boxes.loss(pred, target, fmt=fmt))
     module = BoxMGIoULoss("sum", 3.0, fmt, backend=boxes.name)
     assert_close(
         module(pred, target, weight), 3 * boxes.loss(pred, target, fmt=fmt, weight=weight, reduction="sum"), atol=1e-6

@@ -373,7 +373,7 @@ def test_the_l2_term_is_checked_too(mode):
         bad[2] = NAN
         with debug():
             loss(**good | {name: bad})  # no vertex of the third is visible
-        bad[1] = INF
+        bad[0] = INF  # of which three of four vertices are visible
         with debug(), pytest.raises(NonFiniteError, match=f"PolygonLoss, input: {name}: 0 NaN and . Inf"):
             loss(**good | {name: bad})
     with debug():

@@ -63,7 +63,7 @@ def assert_same_state(actual, expected):
 
 @pytest.fixture
 def folder(tmp_path):
-    return tmp_path / "guard"
+    return tmp_path / "runs" / "guard"
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
@@ -555,8 +555,11 @@ def test_an_average_that_is_poisoned_alone_is_mended_and_the_step_taken(folder):
         good = {name: value.clone() for name, value in ema.ema.state_dict().items()}
         ema.update(model)
     ema.ema[1].running_mean.fill_(NAN)
-    with pytest.warns(RuntimeWarning, match=r"step 3: extra_modules\[0\] is put back: 1.running_mean: 8 NaN"):
+    with pytest.warns(RuntimeWarning) as caught:
         assert guard.step(backward(model, optimizer, batch(2)))
+    (warning,) = caught
+    assert str(warning.message).startswith("step 3: extra_modules[0] is put back: 1.running_mean: 8 NaN")
+    assert warning.filename == __file__, "the place of the call"
     assert_same_state(ema.ema.state_dict(), good)
     assert (guard.skipped, ema.updates) == (0, 1)
 
@@ -594,6 +597,19 @@ def test_before_the_first_good_step(folder):
     ):
         guard.step(backward(model, optimizer, batch(0) * NAN))
     assert_same_state(state_of(model, optimizer), first)
+
+
+@pytest.mark.parametrize("count", [10, 12])
+def test_the_story_names_ten_tensors(count, folder):
+    model = nn.ParameterList([nn.Parameter(torch.ones(1)) for _ in range(count)])
+    guard = TrainingGuard(model, torch.optim.SGD(model.parameters()), patience=1, checkpoint_dir=folder)
+    for parameter in model:
+        parameter.grad = torch.tensor([NAN])
+    with pytest.raises(TrainingStoppedError) as caught:
+        guard.step()
+    story = str(caught.value)
+    assert story.count("\ngradient of ") == 10
+    assert ("\nand 2 more\n" in story, " more\n" in story) == (count == 12, count == 12)
 
 
 def test_a_full_disk_does_not_swallow_the_story(folder):
@@ -789,21 +805,26 @@ def overflow(model, optimizer, scaler):
     return loss
 
 
-def test_a_scaler_that_skips_for_ever_is_no_search(folder):
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_scaler_that_skips_for_ever_is_no_search(good, folder):
     """From a high scale the twentieth skip in a row speaks up, and counts; `patience` ends the run."""
     model, optimizer = make()
     scaler = scaler_of(2.0**30)
     guard = TrainingGuard(model, optimizer, scaler, patience=2, checkpoint_dir=folder)
+    for _ in range(good):
+        assert guard.step(backward(model, optimizer, batch(0), scaler))
     for count in range(1, 20):
-        with pytest.warns(RuntimeWarning, match=f"step {count} skipped, to lower the scale") as caught:
+        with pytest.warns(RuntimeWarning, match=f"step {good + count} skipped, to lower the scale") as caught:
             guard.step(overflow(model, optimizer, scaler))
         assert "no search" not in str(caught[0].message)
-    with pytest.warns(RuntimeWarning, match="step 20 skipped: gradient of 0.weight: 0 NaN and 1 Inf") as caught:
+    words = f"step {good + 20} skipped: gradient of 0.weight: 0 NaN and 1 Inf"
+    with pytest.warns(RuntimeWarning, match=words) as caught:
         guard.step(overflow(model, optimizer, scaler))
+    assert caught[0].filename == __file__, "the place of the call"
     assert "the GradScaler has skipped 20 steps in a row, its scale is 2.05e+03" in str(caught[0].message)
     assert "no search for a scale any more" in str(caught[0].message)
     assert "Compute the loss in float32" in str(caught[0].message)
-    assert (guard.search_skips, guard.scaler_skips, guard.skipped) == (19, 1, 20)
+    assert (guard.search_skips, guard.scaler_skips, guard.skipped) == ((0, 20, 20) if good else (19, 1, 20))
     loss = overflow(model, optimizer, scaler)
     with pytest.raises(TrainingStoppedError, match="has skipped 21 steps in a row"):
         guard.step(loss)
@@ -856,8 +877,10 @@ def test_how_many_samples_have_a_bad_gradient(folder):
 def test_a_dead_scaler_is_told_of_at_once(folder):
     """1e-10 is where the scale of the reported runs ended; a checkpoint brings it back."""
     model, optimizer = make()
-    with pytest.warns(RuntimeWarning, match="step 0: the GradScaler's scale is 1e-10, below what its search reaches"):
+    words = "step 0: the GradScaler's scale is 1e-10, below what its search reaches"
+    with pytest.warns(RuntimeWarning, match=words) as caught:
         TrainingGuard(model, optimizer, scaler_of(1e-10), checkpoint_dir=folder)
+    assert caught[0].filename == __file__, "the place of the call"
     scaler = scaler_of(0.0)
     with pytest.warns(RuntimeWarning, match="scale is 0"):
         guard = TrainingGuard(model, optimizer, scaler, patience=1, checkpoint_dir=folder)
@@ -874,8 +897,9 @@ def test_a_scale_that_falls_below_one_in_good_steps(folder):
         warnings.simplefilter("error")
         guard.step(backward(model, optimizer, batch(0), scaler))
         scaler.update(0.25)
-        with pytest.warns(RuntimeWarning, match="step 2: the GradScaler's scale is 0.25, below"):
+        with pytest.warns(RuntimeWarning, match="step 2: the GradScaler's scale is 0.25, below") as caught:
             guard.step(backward(model, optimizer, batch(1), scaler))
+        assert caught[0].filename == __file__, "the place of the call"
         guard.step(backward(model, optimizer, batch(2), scaler))
 
 
