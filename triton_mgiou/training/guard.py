@@ -157,24 +157,7 @@ class TrainingGuard:
         checkpoint_dir: str | os.PathLike[str] = "guard",
         extra_modules: Iterable[Any] = (),
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError("optimizer must take a step without a closure, got LBFGS")
-        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
-        if max_norm is not None and (not isinstance(max_norm, Real) or isinstance(max_norm, bool)):
-            raise TypeError(f"max_norm must be a number or None, got {type(max_norm).__name__}")
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm must be above 0, or None for gradients as they are, got {max_norm}")
-        if hasattr(optimizer, "consolidate_state_dict"):
-            raise TypeError(f"optimizer must have its whole state in each process, got {type(optimizer).__name__}")
-        if not isinstance(patience, (int, Integral)) or isinstance(patience, bool) or patience < 1:
-            raise ValueError(f"patience must be an integer of 1 or above, got {patience!r}")
-        if not isinstance(checkpoint_dir, (str, os.PathLike)):
-            raise TypeError(f"checkpoint_dir must be a str or os.PathLike, got {type(checkpoint_dir).__name__}")
+        _check_arguments(model, optimizer, scaler, max_norm, patience, checkpoint_dir)
         self._group = None
         inner = getattr(model, "_orig_mod", model)  # what `torch.compile` has compiled
         if isinstance(inner, nn.parallel.DistributedDataParallel):
@@ -312,23 +295,36 @@ class TrainingGuard:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
             return True
+        found_bad = self._skip(loss, now, extras, overflow=overflow, is_search=is_search, scale=scale)
+        warnings.warn(f"step {self.steps} {outcome}: {found_bad}", RuntimeWarning, stacklevel=2)
+        return False
+
+    def _skip(
+        self,
+        loss: Tensor | None,
+        now: Mapping[str, Place],
+        extras: list[dict[str, Place]],
+        *,
+        overflow: bool,
+        is_search: bool,
+        scale: float,
+    ) -> str:
+        """Count a step that is not taken, and drop it, or stop the training; returns what was not finite."""
         self.skipped += 1
         at_start = is_search and not self._was_taken
         self.search_skips += at_start
         self.scaler_skips += overflow and not at_start
         self._bad_in_a_row += not is_search
-        found_bad, hint = self._find(loss, now)
+        found, hint = self._find(loss, now)
         speaks_up = overflow and not is_search
         if speaks_up:
             hint = self._no_search(scale)
         self._bad_rows.clear()
         if self._bad_in_a_row == self.patience:
-            self._stop(now, extras, found_bad, hint)
+            self._stop(now, extras, found, hint)
         self._model_snapshot.put_back(now, parameters=False)
         self._drop_gradients()
-        told = f"; {hint}" if speaks_up else ""
-        warnings.warn(f"step {self.steps} {outcome}: {found_bad[0]}{told}", RuntimeWarning, stacklevel=2)
-        return False
+        return f"{found[0]}; {hint}" if speaks_up else found[0]
 
     def save(self) -> Path:
         """Write the last good state to `last-good.pt`, at once or not at all.
@@ -514,6 +510,30 @@ class TrainingGuard:
 
     def _writes(self) -> bool:
         return not _is_distributed() or distributed.get_rank(self._group) == 0
+
+
+def _check_arguments(
+    model: Any, optimizer: Any, scaler: Any, max_norm: float | None, patience: int, checkpoint_dir: Any
+) -> None:
+    """Refuse arguments of a wrong type or out of range."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("optimizer must take a step without a closure, got LBFGS")
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
+    if max_norm is not None and (not isinstance(max_norm, Real) or isinstance(max_norm, bool)):
+        raise TypeError(f"max_norm must be a number or None, got {type(max_norm).__name__}")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm must be above 0, or None for gradients as they are, got {max_norm}")
+    if hasattr(optimizer, "consolidate_state_dict"):
+        raise TypeError(f"optimizer must have its whole state in each process, got {type(optimizer).__name__}")
+    if not isinstance(patience, (int, Integral)) or isinstance(patience, bool) or patience < 1:
+        raise ValueError(f"patience must be an integer of 1 or above, got {patience!r}")
+    if not isinstance(checkpoint_dir, (str, os.PathLike)):
+        raise TypeError(f"checkpoint_dir must be a str or os.PathLike, got {type(checkpoint_dir).__name__}")
 
 
 def _unscale(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
