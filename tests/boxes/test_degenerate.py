@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from tests.boxes import oracle
-from tests.boxes.helpers import ANGLED, SPACE, closed_formats, formats, options_of, oracle_options, random_boxes
+from tests.boxes.helpers import (
+    ANGLED,
+    SPACE,
+    closed_formats,
+    corners3d,
+    formats,
+    options_of,
+    oracle_options,
+    random_boxes,
+)
 from tests.helpers import (
     AXIS_WEIGHTS,
     BOTH,
@@ -122,6 +131,39 @@ def test_segments(boxes, axis_weight, axis_grad):
         assert_close(value, [expected], atol=1e-7, what=str(target))
         for gradient in gradients:
             assert torch.isfinite(gradient).all()
+
+
+@formats
+@pytest.mark.parametrize("height", [1.5e-6, 2.5e-6])
+def test_an_edge_below_a_millionth_of_the_extent_is_no_axis(boxes, fmt, height):
+    """Two boxes whose other sides are 2, one above the other: equal on all axes but the one along the distance.
+
+    In the plane that is the normal of the long edges, in space the short edge itself.
+    """
+    sides = []
+    for place in (0.0, 1.0):
+        if fmt in SPACE:
+            numbers = rotated((0, 0, place, 2, 2, height, 0))
+            sides.append(numbers if fmt != "corners3d" else corners3d(numbers).float())
+        elif fmt == "xyxy":
+            sides.append(rotated((-1, place - height / 2, 1, place + height / 2)))
+        else:
+            sides.append(rotated((0, place, 2, height, 0)[: ALL_FORMATS[fmt].shape[0]]))
+    value = boxes.loss(*(side.to(boxes.device) for side in sides), fmt=fmt, boundary_weight=0.0)
+    without, with_it = (0, 1 / 3) if fmt in SPACE else (1, 1 / 2)
+    assert_close(value, with_it if height > 2e-6 else without, atol=2e-6)
+
+
+@pytest.mark.parametrize(("thinness", "term"), [(0.95e-6, 0.0), (1.05e-6, 1.0)])
+@pytest.mark.parametrize("fmt", ["cxcywhr", "cxcywh", "xyxy"])
+def test_a_target_thinner_than_a_millionth_has_no_boundary_term(boxes, fmt, thinness, term):
+    """And a little thicker, against a box that is not thin, it is 1 but for the quotient of the areas."""
+    pred, target = rotated((1, 1, 2, 1, 0)), rotated((1, 1, 2, 2 * thinness, 0))
+    if fmt == "xyxy":
+        pred, target = rotated((0, 0.5, 2, 1.5)), rotated((0, -thinness, 2, thinness))
+    sides = [side[:, : ALL_FORMATS[fmt].shape[0]].to(boxes.device) for side in (pred, target)]
+    plain, value = (boxes.loss(*sides, fmt=fmt, boundary_weight=weight) for weight in (0.0, 0.25))
+    assert_close(value - plain, 0.25 * term, atol=1e-6)
 
 
 @closed_formats

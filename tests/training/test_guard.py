@@ -135,8 +135,10 @@ def test_gradients_whose_squares_overflow_are_clipped(folder):
 def test_patience_ends_a_run_and_tells_the_story(folder):
     model, optimizer = make()
     guard = TrainingGuard(model, optimizer, patience=3, checkpoint_dir=folder)
+    losses = []
     for index in range(4):
         loss = backward(model, optimizer, batch(index))
+        losses.append(loss.item())
         verified = state_of(model, optimizer)
         guard.step(loss)
     for index in range(2):
@@ -150,6 +152,7 @@ def test_patience_ends_a_run_and_tells_the_story(folder):
     rows = [line.split() for line in story.splitlines()[2:9]]
     assert [row[0] for row in rows] == list("1234567")
     assert [row[3] for row in rows] == ["taken"] * 4 + ["skipped"] * 3
+    assert [float(row[1]) for row in rows[:4]] == pytest.approx(losses, rel=1e-5)
     assert [row[1] for row in rows[4:]] == ["nan"] * 3
     assert "1.running_mean: 8 NaN" in story
     assert story.splitlines()[-2] == f"the state that failed, with its gradients: {folder / 'failed.pt'}"
@@ -850,18 +853,21 @@ def test_the_search_is_counted_apart(folder):
 
 
 def test_how_many_samples_have_a_bad_gradient(folder):
-    """The root of 0 has a finite value and an infinite slope: NaN times 0 in the gradient of two samples a head."""
+    """The root of 0 has a finite value and an infinite slope: NaN times 0 in the gradient of two samples a head.
+
+    In one of them the gradient to one of two numbers is bad.
+    """
     model, optimizer = make()
     scaler = scaler_of(1.0)
     guard = TrainingGuard(model, optimizer, scaler, checkpoint_dir=folder)
-    factors = torch.ones(16, 1)
-    factors[[3, 11]] = 0
+    factors = torch.ones(16, 2)
+    factors[3] = factors[11, 0] = 0
     for _ in range(2):  # the counts start anew in each step
         optimizer.zero_grad()
         heads = [model(batch(index)) for index in range(2)]
         for predictions in heads:
             guard.watch(predictions)
-        loss = sum((predictions * factors).square().sum(1).sqrt().mean() for predictions in heads)
+        loss = sum((predictions * factors).square().sqrt().mean() for predictions in heads)
         scaler.scale(loss).backward()
         scaler.update(1.0)
         with pytest.warns(RuntimeWarning, match="; 4 of 32 watched samples have a bad gradient; the GradScaler has "):
@@ -939,6 +945,7 @@ def test_wrong_arguments(folder):
         ((model, optimizer, None, 1, True), ValueError, "patience must be an integer of 1 or above, got True"),
         ((model, optimizer, None, 1, 1.5), ValueError, "patience must be an integer of 1 or above, got 1.5"),
         ((model[0], optimizer), ValueError, "optimizer must have parameters of model only, .* got 4 of another"),
+        ((model, torch.optim.SGD([nn.Parameter(torch.ones(1))])), ValueError, "model only, .* got 1 of another"),
     ]:
         with pytest.raises(error, match=message):
             TrainingGuard(*arguments)
