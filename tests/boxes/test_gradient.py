@@ -12,6 +12,7 @@ from tests.boxes.helpers import (
     ANGLED,
     SPACE,
     closed_formats,
+    corners3d,
     formats,
     in_degrees,
     options_of,
@@ -268,3 +269,18 @@ def test_a_square_turned_by_45_degrees_is_at_a_point_of_symmetry(boxes):
     near = pred + torch.tensor([0.0, 0.0, 0.0, 0.0, -1.0])
     _, gradient = boxes.value_and_gradient(near, target, angle="degrees", **PAPER)
     assert (gradient[:, 4] > 1e-5).all()
+
+
+@pytest.mark.parametrize("size", [2.0**-10, 1.0])
+def test_near_ties_in_space_that_are_real_are_not_merged(boxes, size, monkeypatch):
+    """One corner stands out by 2^-13 of the edges, more than rounding, and gets all that a face would have shared.
+
+    Of a box that is small beside the extent too.
+    """
+    monkeypatch.setattr(oracle, "STEP", 1e-9)
+    pred = size * corners3d(torch.tensor([[0.5, 0.5, 0.5, 1.0, 1.0, 1.0, 0.0]], dtype=torch.float64))
+    pred[:, 6] += 2.0**-13 * (pred[:, 6] - pred[:, 0])
+    target = corners3d(torch.tensor([[1.9, 1.7, 1.8, 1.0, 0.8, 0.6, 0.2]], dtype=torch.float64)).float()
+    _, gradient = boxes.value_and_gradient(pred.float(), target, fmt="corners3d", axis_grad=False)
+    expected = oracle.gradient(numpy64(pred), numpy64(target), "corners3d", axis_grad=False)
+    assert_gradient_close(gradient[:, 6], expected[:, 6], rtol=1e-3)
