@@ -28,6 +28,7 @@ from tests.helpers import (
     axis_weights,
     generator,
     numpy64,
+    rectangle_corners,
     uniform,
 )
 from triton_mgiou import PAPER, box_mgiou, box_mgiou_loss
@@ -273,14 +274,33 @@ def test_a_square_turned_by_45_degrees_is_at_a_point_of_symmetry(boxes):
 
 @pytest.mark.parametrize("size", [2.0**-10, 1.0])
 def test_near_ties_in_space_that_are_real_are_not_merged(boxes, size, monkeypatch):
-    """One corner stands out by 2^-13 of the edges, more than rounding, and gets all that a face would have shared.
+    """One corner stands out by 2^-11 of the edges, more than rounding, and gets all that a face would have shared.
 
     Of a box that is small beside the extent too.
     """
     monkeypatch.setattr(oracle, "STEP", 1e-9)
-    pred = size * corners3d(torch.tensor([[0.5, 0.5, 0.5, 1.0, 1.0, 1.0, 0.0]], dtype=torch.float64))
-    pred[:, 6] += 2.0**-13 * (pred[:, 6] - pred[:, 0])
-    target = corners3d(torch.tensor([[1.9, 1.7, 1.8, 1.0, 0.8, 0.6, 0.2]], dtype=torch.float64)).float()
+    pred = 0.25 + size * corners3d(torch.tensor([[0.5, 0.5, 0.5, 1.0, 1.0, 1.0, 0.0]], dtype=torch.float64))
+    pred[:, 6] += 2.0**-11 * (pred[:, 6] - pred[:, 0])
+    target = corners3d(torch.tensor([[-0.9, -0.7, -0.8, 1.0, 0.8, 0.6, 0.2]], dtype=torch.float64)).float()
     _, gradient = boxes.value_and_gradient(pred.float(), target, fmt="corners3d", axis_grad=False)
     expected = oracle.gradient(numpy64(pred), numpy64(target), "corners3d", axis_grad=False)
     assert_gradient_close(gradient[:, 6], expected[:, 6], rtol=1e-3)
+
+
+def test_the_gradient_of_corners_in_space_does_not_change_when_the_pair_moves(boxes):
+    """The corners of a face are tied on its normal, and rounding is another at each place."""
+    numbers = torch.tensor([[20.3, 31.1, 12.4, 40.7, 21.9, 15.2, 0.37], [26.2, 27.4, 9.6, 44.1, 18.3, 17.7, 0.52]])
+    pairs = numbers.repeat(24, 1, 1)
+    pairs[1:, :, :3] += torch.randint(0, 600, (23, 1, 3), generator=generator(37))
+
+    def corners(each):
+        flat = rectangle_corners(each[:, (0, 1, 3, 4, 6)])
+        heights = (each[:, 2] + each[:, 5] * sign / 2 for sign in (-1, 1))
+        return torch.cat([torch.cat((flat, z[:, None, None].expand(-1, 4, 1)), dim=2) for z in heights], dim=1)
+
+    pred, target = (side.to(boxes.device) for side in pairs.unbind(1))
+    pred.requires_grad_()
+    loss = boxes.loss(corners(pred), corners(target), fmt="corners3d", reduction="sum")
+    gradient = torch.autograd.grad(loss, pred)[0].cpu()
+    assert gradient[0, 6].abs() > 1e-2
+    assert_close(gradient, gradient[:1].expand_as(gradient), atol=2e-5, rtol=1e-3)
