@@ -23,6 +23,7 @@ PLANE = {
     "two points at the origin": ([0, 0, 0, 0, 0], [0, 0, 0, 0, 0], 1),
     "a point in a box": ([0, 0, 2, 4, A], [0, 0, 0, 0, 0], 0),
     "a point outside a box": ([0, 0, 2, 2, 0], [9, 0, 0, 0, 0], (2 / 10 - 1 + 0) / 2),
+    "a point outside a box, with an angle": ([0, 0, 2, 2, 0], [9, 0, 0, 0, 1], (2 / 10 - 1 + 0) / 2),
     "zero padding and a box far away": ([0, 0, 0, 0, 0], [1e4, 1e4, 2, 2, 0], 2 / 10001 - 1),
     "collinear segments apart": ([0, 0, 2, 0, 0], [8, 0, 2, 0, 0], 4 / 10 - 1),
     "collinear segments apart, upwards": ([0, 0, 0, 2, 0], [0, 8, 0, 2, 0], 4 / 10 - 1),
