@@ -218,10 +218,12 @@ def test_polygons_without_a_vertex_are_not_there(backend):
     first, second = (random_boxes(n, "xyxyxyxy", rng).reshape(n, 4, 2).float() for n in (3, 4))
     lengths1, lengths2 = torch.tensor([4, 0, -3]), torch.tensor([4, 3, 0, 4])
     first[1] = NAN
-    value = matrix(backend, first, second, lengths1=lengths1, lengths2=lengths2)
-    assert_close(value[1:], -np.ones((2, 4)), atol=0)
-    assert value[0, 2] == -1
-    assert (value[0, [0, 1, 3]] > -1).all()
+    all_there = {"mask1": torch.ones(3, dtype=torch.bool), "mask2": torch.ones(4, dtype=torch.bool)}
+    for masks in ({}, all_there):
+        value = matrix(backend, first, second, lengths1=lengths1, lengths2=lengths2, **masks)
+        assert_close(value[1:], -np.ones((2, 4)), atol=0)
+        assert value[0, 2] == -1
+        assert (value[0, [0, 1, 3]] > -1).all()
 
 
 def value_and_gradients(backend, first, second, upstream, fmt, **options):
