@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from bench.detectors.nms import provide_nms
+from tests.boxes import oracle
 from tests.boxes.helpers import random_boxes
 from tests.helpers import assert_close, assert_zero, generator
 from triton_mgiou import box_mgiou, box_mgiou_loss, mgiou_loss
@@ -24,6 +26,8 @@ def imported(name):
     if importlib.util.find_spec(name.partition(".")[0]) is None:
         pytest.skip(f"{name} is not installed")
     try:
+        if name.startswith("torchvision") and importlib.util.find_spec("ultralytics") is not None:
+            provide_nms()
         return importlib.import_module(name)
     except Exception as error:  # torchvision without its operators
         pytest.skip(f"{name} does not load: {error}")
@@ -91,13 +95,60 @@ def test_torchvision_plain_tensors():
     assert_close(got, box_mgiou_loss(*ends, fmt="xyxy", **OPTIONS), atol=1e-12)
 
 
-@pytest.fixture
-def tv_tensors():
-    return imported("torchvision.tv_tensors")
+ROTATED = ("CXCYWHR", "XYWHR", "XYXYXYXY")
+UPRIGHT = ("CXCYWH", "XYWH", "XYXY")
 
 
-def bounding(tv_tensors, boxes, fmt):
-    return tv_tensors.BoundingBoxes(boxes, format=fmt, canvas_size=(100, 100))
+def converted(boxes, own):
+    """Boxes of centre, sizes and, where `own` has an angle, degrees as torchvision turns them, in another format."""
+    if own.startswith("CXCYWH"):
+        return boxes
+    rows = []
+    for x, y, w, h, *turn in boxes.tolist():
+        corners = oracle.corners((x, y, w, h, *(turn or [0.0])), "cxcywhr", "degrees", clockwise=False)
+        first, _, opposite, _ = corners  # the upper left one at no turn
+        if own == "XYXYXYXY":
+            rows.append([number for corner in corners for number in corner])
+        else:
+            rows.append([*first, *opposite] if own == "XYXY" else [*first, w, h, *turn])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("own", [*ROTATED, *UPRIGHT])
+def test_the_formats_are_those_of_torchvision(own):
+    convert = imported("torchvision.ops").box_convert
+    boxes = pixels(generator(83))[0][:, : 5 if own in ROTATED else 4]
+    theirs = convert(boxes, "cxcywhr" if own in ROTATED else "cxcywh", own.lower())
+    assert_close(converted(boxes, own), theirs, atol=1e-12)
+
+
+Format = enum.Enum("Format", [*ROTATED, *UPRIGHT])
+
+
+class BoundingBoxes(torch.Tensor):
+    """What our code sees of torchvision's: a format, and operations that forget the class."""
+
+    format = Format.CXCYWHR
+
+    @classmethod
+    def __torch_function__(cls, function, _types, arguments=(), keywords=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*arguments, **keywords or {})
+
+
+def stand_in(boxes, own):
+    made = boxes.clone().as_subclass(BoundingBoxes)
+    made.format = Format[own]
+    return made
+
+
+@pytest.fixture(params=["stand-in", "torchvision"])
+def bounding(request):
+    """Makes `BoundingBoxes` of numbers and the name of their format."""
+    if request.param == "stand-in":
+        return stand_in
+    tv_tensors = imported("torchvision.tv_tensors")
+    return lambda boxes, own: tv_tensors.BoundingBoxes(boxes, format=own, canvas_size=(100, 100))
 
 
 CONVENTIONS = [
@@ -109,18 +160,14 @@ CONVENTIONS = [
 ]
 
 
-@pytest.mark.parametrize("own", ["CXCYWHR", "XYWHR", "XYXYXYXY"])
+@pytest.mark.parametrize("own", ROTATED)
 @pytest.mark.parametrize(("fmt", "convention"), CONVENTIONS, ids=str)
-def test_rotated_bounding_boxes_know_their_own_format(tv_tensors, own, fmt, convention):
+def test_rotated_bounding_boxes_know_their_own_format(bounding, own, fmt, convention):
     """Each side by itself: the plain one keeps the convention of the arguments."""
-    convert = imported("torchvision.ops").box_convert
     pred, target = pixels(generator(85))
-    corners = [convert(side, "cxcywhr", "xyxyxyxy") for side in (pred, target)]
+    corners = [converted(side, "XYXYXYXY") for side in (pred, target)]
     want = of_corners(*(side.view(-1, 4, 2) for side in corners))
-    theirs = [
-        bounding(tv_tensors, side if own == "CXCYWHR" else convert(side, "cxcywhr", own.lower()), own)
-        for side in (pred, target)
-    ]
+    theirs = [bounding(converted(side, own), own) for side in (pred, target)]
     options = OPTIONS | convention
     assert_close(box_mgiou_loss(*theirs, fmt=fmt, **options), want, atol=1e-11)
     if fmt == "xyxyxyxy":
@@ -135,50 +182,48 @@ def test_rotated_bounding_boxes_know_their_own_format(tv_tensors, own, fmt, conv
     assert loss.requires_grad
 
 
-@pytest.mark.parametrize("own", ["XYXY", "XYWH", "CXCYWH"])
+@pytest.mark.parametrize("own", UPRIGHT)
 @pytest.mark.parametrize("fmt", ["xyxy", "cxcywh", "cxcywhr", "xyxyxyxy"])
-def test_upright_bounding_boxes_know_their_own_format(tv_tensors, own, fmt):
-    convert = imported("torchvision.ops").box_convert
-    sides = [side[:, :4] * torch.tensor([1.0, 1, 1, 1]) for side in pixels(generator(86))]
-    want = box_mgiou_loss(*sides, fmt="cxcywh", **OPTIONS)
-    theirs = [
-        bounding(tv_tensors, side if own == "CXCYWH" else convert(side, "cxcywh", own.lower()), own) for side in sides
-    ]
+def test_upright_bounding_boxes_know_their_own_format(bounding, own, fmt):
+    sides = [side[:, :4] for side in pixels(generator(86))]
+    corners = ([oracle.corners(box, "cxcywh") for box in side] for side in sides)
+    want = of_corners(*(torch.tensor(side, dtype=torch.float64) for side in corners))
+    theirs = [bounding(converted(side, own), own) for side in sides]
     assert_close(box_mgiou_loss(*theirs, fmt=fmt, **OPTIONS), want, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("fmt", ["cxcywh", "cxcywhr", "xyxyxyxy"])
-def test_bounding_boxes_in_half_precision_lose_nothing(tv_tensors, fmt, dtype):
+def test_bounding_boxes_in_half_precision_lose_nothing(bounding, fmt, dtype):
     """The sum of two pixels may be above what float16 holds, and has more digits than either type."""
     sides = [
         torch.tensor(rows, dtype=dtype)
         for rows in ([[40000, 20, 40960, 35], [1001, 7, 1013, 2000]], [[40064, 22, 41024, 33], [997, 9, 1009, 2010]])
     ]
     want = box_mgiou_loss(*(side.double() for side in sides), fmt="xyxy", **OPTIONS)
-    theirs = [bounding(tv_tensors, side, "XYXY").requires_grad_() for side in sides]
+    theirs = [bounding(side, "XYXY").requires_grad_() for side in sides]
     loss = box_mgiou_loss(*theirs, fmt=fmt, **OPTIONS)
     assert_close(loss, want, atol=1e-5)
     assert torch.autograd.grad(loss.sum(), theirs[0])[0].dtype == dtype
 
 
-@pytest.mark.parametrize("own", ["XYXY", "XYWH", "CXCYWH", "CXCYWHR", "XYWHR", "XYXYXYXY"])
+@pytest.mark.parametrize("own", [*UPRIGHT, *ROTATED])
 @pytest.mark.parametrize("place", [0.0, 7.0, 3e38])
-def test_bounding_boxes_without_a_size_have_a_finite_gradient(tv_tensors, own, place):
+def test_bounding_boxes_without_a_size_have_a_finite_gradient(bounding, own, place):
     """Padding, which is zeros, and points elsewhere."""
     numbers = {"XYXY": [1.0] * 4, "XYXYXYXY": [1.0] * 8}.get(own, [1.0, 1, 0, 0, 0][: 5 if own.endswith("R") else 4])
-    point = bounding(tv_tensors, place * torch.tensor([numbers]), own).requires_grad_()
+    point = bounding(place * torch.tensor([numbers]), own).requires_grad_()
     for fmt in ("cxcywhr", "xyxyxyxy"):
-        target = bounding(tv_tensors, torch.tensor([[1.0, 2, 3, 4]]), "CXCYWH")
+        target = bounding(torch.tensor([[1.0, 2, 3, 4]]), "CXCYWH")
         loss = box_mgiou_loss(point, target, fmt=fmt, axis_weight="uniform")
         assert torch.isfinite(loss)
         assert torch.isfinite(torch.autograd.grad(loss, point)[0]).all()
 
 
-def test_a_side_without_a_length_has_no_direction_to_learn(tv_tensors):
+def test_a_side_without_a_length_has_no_direction_to_learn(bounding):
     """Its first corner then moves the centre only, as the last one does, of which no side is measured."""
     corners = torch.tensor([[5.0, 5, 5, 5, 5, 9, 5, 9]])
-    segment = bounding(tv_tensors, corners, "XYXYXYXY").requires_grad_()
+    segment = bounding(corners, "XYXYXYXY").requires_grad_()
     target = torch.tensor([[6.0, 8, 3, 5, 0.3]])
     (gradient,) = torch.autograd.grad(box_mgiou_loss(segment, target), segment)
     assert_close(gradient[:, :2], gradient[:, 6:], atol=1e-7, what="gradient to the first corner")
@@ -186,35 +231,20 @@ def test_a_side_without_a_length_has_no_direction_to_learn(tv_tensors):
 
 
 @pytest.mark.parametrize("fmt", ["xyxy", "cxcywh", "cxcywhr", "xyxyxyxy"])
-def test_bounding_boxes_of_integers_are_refused_whatever_they_become(tv_tensors, fmt):
-    whole = bounding(tv_tensors, torch.tensor([[1, 2, 3, 4]]), "XYXY")
+def test_bounding_boxes_of_integers_are_refused_whatever_they_become(bounding, fmt):
+    whole = bounding(torch.tensor([[1, 2, 3, 4]]), "XYXY")
     with pytest.raises(TypeError, match=r"target must be floating.*int64"):
-        box_mgiou_loss(bounding(tv_tensors, torch.tensor([[1.0, 2, 3, 4]]), "XYXY"), whole, fmt=fmt)
+        box_mgiou_loss(bounding(torch.tensor([[1.0, 2, 3, 4]]), "XYXY"), whole, fmt=fmt)
 
 
 @pytest.mark.parametrize(("own", "size"), [("XYXY", 5), ("XYWH", 8), ("CXCYWHR", 4), ("XYWHR", 6), ("XYXYXYXY", 5)])
-def test_bounding_boxes_with_other_numbers_than_their_format_has(tv_tensors, own, size):
+def test_bounding_boxes_with_other_numbers_than_their_format_has(bounding, own, size):
     """Torchvision makes them; a fifth number of upright boxes may be an angle, and must not be dropped."""
-    wrong, right = bounding(tv_tensors, torch.rand(3, size), own), torch.rand(3, 5)
+    wrong, right = bounding(torch.rand(3, size), own), torch.rand(3, 5)
     with pytest.raises(ValueError, match=rf"target must have . numbers.*{own}.*got \(3, {size}\)"):
         box_mgiou_loss(right, wrong)
     with pytest.raises(ValueError, match=rf"boxes1 must have . numbers.*{own}.*got \(3, {size}\)"):
         box_mgiou(wrong, right)
-
-
-class Format(enum.Enum):
-    CXCYWHR = "CXCYWHR"
-
-
-class BoundingBoxes(torch.Tensor):
-    """What our code sees of torchvision's: a format, and operations that forget the class."""
-
-    format = Format.CXCYWHR
-
-    @classmethod
-    def __torch_function__(cls, function, _types, arguments=(), keywords=None):
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*arguments, **keywords or {})
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -230,8 +260,8 @@ def test_bounding_boxes_in_compiled_code(function):
     assert_close(got.detach(), want, atol=1e-6)
 
 
-def test_bounding_boxes_that_a_format_has_no_place_for(tv_tensors):
-    rotated = bounding(tv_tensors, pixels(generator(87))[0], "CXCYWHR")
+def test_bounding_boxes_that_a_format_has_no_place_for(bounding):
+    rotated = bounding(pixels(generator(87))[0], "CXCYWHR")
     for fmt in ("xyxy", "cxcywh", "cxcyczlwhr", "corners3d"):
         with pytest.raises(ValueError, match=f"pred is a BoundingBoxes of format CXCYWHR.*{fmt}"):
             box_mgiou_loss(rotated, rotated, fmt=fmt)
