@@ -52,6 +52,13 @@ def test_a_bad_vertex_is_named_unless_it_is_padding(batched):
             assert caught.value.report.first[0][-3:] == (1, 4, 0)
         for given in ({"lengths1": lengths}, {"mask1": mask}, {"lengths1": lengths, "mask1": mask}):
             assert polygon_mgiou(first, second, **given).isfinite().all()
+        second.view(-1, 6, 2)[3, 5] = NAN  # padding of one that is there, and a real vertex of one that is not
+        second.view(-1, 6, 2)[0, 0] = NAN
+        given = {"lengths2": torch.tensor([6, 6, 6, 5]), "mask2": torch.tensor([False, True, True, True])}
+        given |= {"mask1": mask}
+        if batched:
+            given |= {name: each.unsqueeze(0) for name, each in given.items() if name != "mask1"}
+        assert polygon_mgiou(first, second, **given).isfinite().all()
 
 
 @pytest.mark.parametrize("fmt", ["cxcywhr", "cxcyczlwhr"])

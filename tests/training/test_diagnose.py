@@ -21,8 +21,9 @@ from torch import nn
 
 from tests.helpers import INF, NAN
 from triton_mgiou.cli import main
-from triton_mgiou.training import checkpoints, find_nonfinite
+from triton_mgiou.training import checkpoints, curves, find_nonfinite
 from triton_mgiou.training import diagnose as module
+from triton_mgiou.training.tables import Column
 
 
 @pytest.fixture
@@ -443,6 +444,34 @@ def test_empty_cells(tmp_path, diagnose):
     status, out, _ = diagnose(write(tmp_path / "log.csv", {"val_loss": sparse, "loss": ends}))
     assert status == 1
     assert out[1:] == ["  loss: empty in the last 3 rows, after epoch 9 (some libraries write NaN so)"]
+
+
+@pytest.mark.parametrize(("end", "status"), [(3, 0), (4, 1)])
+def test_cells_are_empty_at_the_end_for_longer_than_before(end, status, tmp_path, diagnose):
+    columns = {"loss": falling(15 + end), "val_loss": [*falling(6), *[""] * 3, *falling(12)[6:], *[""] * end]}
+    code, out, _ = diagnose(write(tmp_path / "log.csv", columns))
+    assert code == status
+    assert status == 0 or out[1].startswith("  val_loss: empty in the last 4 rows, after epoch 15")
+
+
+@pytest.mark.parametrize(("last", "status"), [(1.0, 0), (NAN, 1)])
+def test_a_column_of_another_kind_that_is_not_finite_until_the_end(last, status, tmp_path, diagnose):
+    columns = {"loss": falling(20), "ratio": [*[1.0] * 15, *[NAN] * 4, last]}
+    code, out, _ = diagnose(write(tmp_path / "log.csv", columns))
+    assert code == status
+    assert status == 0 or out[1:] == ["  ratio: 5 NaN and 0 Inf, the first at epoch 16"]
+
+
+@pytest.mark.parametrize(("rows", "status"), [(4, 0), (5, 1)])
+def test_how_many_numbers_a_metric_must_have(rows, status, tmp_path, diagnose):
+    columns = {"loss": falling(rows), "mAP": [0.5, 0.6, 0.7, 0.0, 0.0][-rows:]}
+    assert diagnose(write(tmp_path / "log.csv", columns))[0] == status
+
+
+def test_the_noise_of_a_curve_is_its_standard_deviation():
+    values = (3 + 0.02 * np.random.default_rng(0).standard_normal(20000)).tolist()
+    rows = list(range(len(values)))
+    assert curves.curve_of(Column("loss", rows, rows, values), lower=True).noise == pytest.approx(0.02, rel=0.03)
 
 
 @pytest.mark.parametrize(
