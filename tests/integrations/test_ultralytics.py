@@ -336,6 +336,10 @@ def test_the_assigner_of_yolo26_takes_mgiou_where_the_first_vertex_is_arbitrary(
         pred_far = pred + 1000
         far = part.assigner.pair_overlaps(indices, boxes, boxes, pd_kpts=pred_far, gt_kpts=target)
         torch.testing.assert_close(far, torch.tensor([0.0, 1.0]), atol=1e-5, rtol=0)
+        three = target.clone()
+        three[0, 0, 0, 2] = 0
+        far = part.assigner.pair_overlaps(indices, boxes, boxes, pd_kpts=pred_far, gt_kpts=three)
+        torch.testing.assert_close(far, torch.tensor([0.0, 1.0]), atol=1e-5, rtol=0)
     loss, _ = model.loss(batch)
     assert loss.sum().isfinite()
     assert trainer.polygon_loss is parts[0].keypoint_loss is parts[1].keypoint_loss

@@ -455,6 +455,52 @@ def test_all_kinds_of_optimizers_come_back(scaled, options, folder):
     assert guard.step(backward(model, optimizer, batch(3), scaler))
 
 
+class Counting(torch.optim.SGD):
+    """Keeps numbers among its state: one of its own, and one of each parameter."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.state["calls"] = self.state.get("calls", 0) + 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["size"] = float(parameter.detach().norm())
+
+
+def test_numbers_among_an_optimizers_state_come_back(folder):
+    model, optimizer = make(Counting, momentum=0.9)
+    guard = TrainingGuard(model, optimizer, patience=1, checkpoint_dir=folder)
+    for index in range(3):
+        loss = backward(model, optimizer, batch(index))
+        good = copy.deepcopy(optimizer.state_dict()["state"])
+        guard.step(loss)
+    assert (good["calls"], optimizer.state["calls"]) == (2, 3)
+    loss = backward(model, optimizer, batch(3) * NAN)
+    with pytest.raises(TrainingStoppedError):
+        guard.step(loss)
+    saved = torch.load(folder / "last-good.pt", weights_only=True)["optimizer"]["state"]
+    for state in (optimizer.state_dict()["state"], saved):
+        assert state.keys() == good.keys()
+        assert state["calls"] == 2
+        for index in range(len(good) - 1):
+            assert state[index]["size"] == good[index]["size"]
+            assert torch.equal(state[index]["momentum_buffer"], good[index]["momentum_buffer"])
+
+
+def test_parameters_of_another_type_are_what_they_were(folder):
+    """As where a model is made float64 between two steps."""
+    model, optimizer = make(torch.optim.SGD)
+    guard = TrainingGuard(model, optimizer, patience=1, checkpoint_dir=folder)
+    loss = backward(model, optimizer, batch(0))
+    good = state_of(model, optimizer)
+    guard.step(loss)
+    model.double()
+    loss = backward(model, optimizer, batch(1).double() * NAN)
+    with pytest.raises(TrainingStoppedError):
+        guard.step(loss)
+    assert {value.dtype for name, value in model.state_dict().items() if "num_b" not in name} == {torch.float32}
+    assert_same_state(state_of(model, optimizer), good)
+
+
 def test_groups_and_modules_that_come_later(folder):
     """A new head, trained from the second step on; a rescue to before it leaves its weights and takes its state."""
     model, optimizer = make()
