@@ -150,7 +150,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="triton-mgiou", description=triton_mgiou.__doc__)
     parser.add_argument("--version", action="version", version=triton_mgiou.__version__)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    _add_demo(commands)
+    _add_diagnose(commands)
+    _add_warmup(commands)
+    commands.add_parser("info", help="versions, devices, backend and tuning cache", description=info.__doc__)
+    return parser
 
+
+def _add_demo(commands: Any) -> None:
     command = commands.add_parser(
         "demo",
         help="train on real images and show the result",
@@ -163,6 +170,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=_integer_from(1), default=64, help="images per step")
     command.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="folder for the files")
 
+
+def _add_diagnose(commands: Any) -> None:
     command = commands.add_parser(
         "diagnose",
         help="say what is wrong with a checkpoint or with the table of a run",
@@ -172,6 +181,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("path", type=Path, metavar="PATH", help="the file, or a distributed checkpoint's folder")
 
+
+def _add_warmup(commands: Any) -> None:
     command = commands.add_parser(
         "warmup",
         help="compile and tune the kernels before training",
@@ -212,9 +223,6 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     command.add_argument("--no-tune", action="store_true", help="compile only")
     command.add_argument("--json", type=_new_file, metavar="FILE", help="write the results there too")
-
-    commands.add_parser("info", help="versions, devices, backend and tuning cache", description=info.__doc__)
-    return parser
 
 
 def _pair_of(parse: Callable[[str], Any]) -> Callable[[str], Any]:

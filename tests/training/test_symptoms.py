@@ -197,13 +197,12 @@ def bad_batches(_):
     return "\n".join(str(each.message) for each in caught)
 
 
-def amp_step(loss_of, model, batch, optimizer, scaler, watch=None):
+def amp_step(loss_of, model, batch, optimizer, scaler, watch):
     """A step as detectors take it: the network and the loss under autocast to float16, then GradScaler."""
     optimizer.zero_grad()
     with torch.autocast("cpu", dtype=torch.float16):
         predictions = model(batch[0])
-        if watch is not None:
-            watch(predictions)
+        watch(predictions)
         loss = loss_of(predictions, batch[1])
     scaler.scale(loss).backward()
     return loss
