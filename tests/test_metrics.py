@@ -407,6 +407,11 @@ def test_a_score_that_is_nan_comes_last():
     assert average_precision([(ious, [np.nan, -3.0])], (0.5,)) == pytest.approx([1.0])
 
 
+def test_the_thresholds_are_cocos():
+    """As pycocotools makes them."""
+    np.testing.assert_allclose(COCO_THRESHOLDS, np.linspace(0.5, 0.95, 10), rtol=0, atol=1e-15)
+
+
 @pytest.mark.parametrize("thresholds", [0.5, [50, 75], [1.01], [0.5, np.nan], [-0.1], [[0.5]], None])
 def test_thresholds_are_shares(thresholds):
     with pytest.raises(ValueError, match=r"thresholds must be a sequence of numbers in 0\.\.1, got"):

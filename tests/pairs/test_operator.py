@@ -241,6 +241,12 @@ ERRORS = {
     "format": (ValueError, "fmt must say which of two", (BOXES, BOXES), {"fmt": "xywhr"}),
     "mask of floats": (TypeError, "mask1 must be torch.bool", (BOXES, BOXES), {"mask1": torch.ones(3)}),
     "long mask": (ValueError, r"mask2 must have shape \(3,\)", (BOXES, BOXES), {"mask2": torch.ones(4).bool()}),
+    "long mask beside batches": (
+        ValueError,
+        r"mask2 must have shape \(1, 3\), got \(4,\)",
+        (BOXES[None], BOXES[None]),
+        {"mask2": torch.ones(4).bool()},
+    ),
     "mask elsewhere": (
         ValueError,
         "mask1 must be on boxes1's device cpu, got meta",

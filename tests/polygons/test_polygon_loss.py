@@ -522,6 +522,7 @@ def test_repr_and_copies():
     for part in ("mode='hybrid'", "AlphaSchedule(total_steps=10, kind='linear', start=0.9, end=0.1)", "'soft'"):
         assert part in repr(loss)
     assert "mode='hybrid', alpha=0.5" in repr(PolygonLoss("hybrid", alpha=0.5))
+    assert "mode='l2', reduction='sum'" in repr(PolygonLoss("l2", reduction="sum"))
     loss.alpha.step()
     for again in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert repr(again) == repr(loss)

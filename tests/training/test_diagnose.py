@@ -10,6 +10,7 @@ import pickle
 import random
 import subprocess
 import sys
+import warnings
 import zipfile
 from itertools import pairwise
 
@@ -466,6 +467,60 @@ def test_a_column_of_another_kind_that_is_not_finite_until_the_end(last, status,
 def test_how_many_numbers_a_metric_must_have(rows, status, tmp_path, diagnose):
     columns = {"loss": falling(rows), "mAP": [0.5, 0.6, 0.7, 0.0, 0.0][-rows:]}
     assert diagnose(write(tmp_path / "log.csv", columns))[0] == status
+
+
+def test_a_metric_that_is_not_finite_after_it_had_a_number(tmp_path, diagnose):
+    """And one of another kind that never had one, as what is not defined for the data."""
+    columns = {"loss": falling(20), "mAP": [*rising(15), *[NAN] * 5], "ratio": [NAN] * 20}
+    status, out, _ = diagnose(write(tmp_path / "log.csv", columns))
+    assert (status, out[1:]) == (1, ["  mAP: 5 NaN and 0 Inf, the first at epoch 16"])
+
+
+def test_a_table_like_yolov5s_without_sizes_of_images(tmp_path, diagnose):
+    path = tmp_path / "results.txt"
+    path.write_text("".join(f"{i}/9 7.37G {' '.join(['0.5'] * 12)}\n" for i in range(10)))
+    status, _, (line,) = diagnose(path)
+    assert status == 2
+    assert "is no results.txt of YOLOv5: it has no column of image sizes" in line
+
+
+def test_bytes_that_are_no_text_are_no_table(tmp_path, diagnose):
+    path = tmp_path / "weights.h5"
+    path.write_bytes(b"\x89HDF\r\n\x1a\n" + b"\xff" * 600)
+    status, _, (line,) = diagnose(path)
+    assert status == 2
+    assert f"{path} is no checkpoint, or a damaged one: " in line
+
+
+def test_names_that_two_tensors_have(tmp_path, diagnose):
+    path = tmp_path / "weights.pt"
+    torch.save({"a": {"b": torch.ones(1)}, "a.b": torch.tensor([NAN])}, path)
+    status, out, _ = diagnose(path)
+    assert status == 1
+    assert out[1].startswith("  a.b (2): 1 NaN")
+
+
+class Kept(list):
+    """A list of another class, which a checkpoint names."""
+
+
+def test_tensors_in_lists_of_a_class_of_their_own(tmp_path, diagnose):
+    path = tmp_path / "weights.pt"
+    torch.save({"one": Kept([torch.tensor([NAN])]), "two": Kept([torch.ones(1), torch.tensor([INF])])}, path)
+    status, out, _ = diagnose(path)
+    assert status == 1
+    assert [line.split(":")[0].strip() for line in out[1:3]] == ["one", "two (2)"]
+    assert "not run, only looked into: tests.training.test_diagnose.Kept" in out[3]
+
+
+def test_a_shard_is_judged_by_what_it_holds(tmp_path, diagnose):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        writer = torch.distributed.checkpoint.FileSystemWriter(tmp_path, single_file_per_rank=False)
+        content = {"good": torch.ones(2), "bad": torch.tensor([NAN])}
+        torch.distributed.checkpoint.save(content, storage_writer=writer, no_dist=True)
+    shards = sorted(tmp_path.glob("*.distcp"))
+    assert sorted(diagnose(shard)[0] for shard in shards) == [0, 1]
 
 
 def test_the_noise_of_a_curve_is_its_standard_deviation():

@@ -440,6 +440,14 @@ def test_parameters_that_take_turns_in_a_group():
             assert math.isnan(ratio) if index == 0 else ratio < 2 * expected
 
 
+def test_a_model_without_anything_to_train():
+    monitor = GradientMonitor(nn.Linear(2, 2).requires_grad_(False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(25):
+            monitor.record()
+
+
 def test_frozen_and_half_parameters():
     model = make().to(torch.bfloat16)
     for parameter in model["backbone"].parameters():
