@@ -208,6 +208,11 @@ def amp_step(loss_of, model, batch, optimizer, scaler, watch):
     return loss
 
 
+# `clamp(min=1e-9)` of a 0 in float16 is at its bound. There its derivative is 0 from PyTorch 2.14 on, and was 1 before.
+CLAMP_STOPS_NAN = torch.__version__ >= (2, 14)
+no_nan_gradient = pytest.mark.skipif(CLAMP_STOPS_NAN, reason="from PyTorch 2.14 on this loss has no NaN gradient")
+
+
 def reported_loss(predictions, targets, **options):
     """Triangles padded to four vertices with the first one, as the reports pad."""
     lengths = torch.full((len(targets),), 3)
@@ -219,6 +224,8 @@ def all_losses_flat(diagnose):
 
     A box head beside the polygon head sees its gradients dropped with the others, so that its loss is flat too.
     """
+    if CLAMP_STOPS_NAN:
+        pytest.skip(no_nan_gradient.kwargs["reason"])
     boxes, targets = make_data()
     data = [(boxes[i : i + BATCH], targets[i : i + BATCH]) for i in range(0, 512, BATCH)]
 
@@ -292,7 +299,10 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_reported_loss_hides_a_nan_gradient_in_float16_only(dtype):
-    """Zero-length axes have a hull of 1e-9, which is 0 in float16: 0 / 0. nan_to_num hides it in the value."""
+    """Zero-length axes have a hull of 1e-9, which is 0 in float16: 0 / 0. nan_to_num hides it in the value.
+
+    From PyTorch 2.14 on `clamp` stops the NaN, but an epsilon that is added does not.
+    """
     _, targets = make_data()
     pred = (targets + 0.05).requires_grad_()
     padded = torch.cat((targets[:, :3], targets[:, :1]), dim=1)
@@ -306,11 +316,15 @@ def test_the_reported_loss_hides_a_nan_gradient_in_float16_only(dtype):
 
     loss, is_bad = gradient()
     assert torch.isfinite(loss)
-    assert bool(is_bad.all() if dtype == torch.float16 else not is_bad.any())
+    assert bool(is_bad.all() if dtype == torch.float16 and not CLAMP_STOPS_NAN else not is_bad.any())
+    length = torch.zeros(1, dtype=dtype, requires_grad=True)
+    (length / (length + 1e-9)).backward()
+    assert length.grad.isfinite() == (dtype != torch.float16)
     loss, _ = gradient(nan_to_num=False)
     assert torch.isfinite(loss) == (dtype != torch.float16), "without it, this was the first report"
 
 
+@no_nan_gradient
 def test_the_guard_speaks_up_where_the_scaler_skips_every_step(tmp_path):
     boxes, targets = make_data()
     model = make_model()
