@@ -275,7 +275,15 @@ def box_mgiou_loss(
     if fmt == "xyxyxyxy":
         vertices = [side.reshape(side.shape[0], 4, 2) for side in (pred, target)]
         return mgiou_loss(
-            *vertices, weight=weight, avg_factor=avg_factor, reduction=reduction, backend=backend, **options._asdict()
+            *vertices,
+            weight=weight,
+            avg_factor=avg_factor,
+            reduction=reduction,
+            axis_weight=options.axis_weight,
+            axis_grad=options.axis_grad,
+            convexity_weight=options.convexity_weight,
+            boundary_weight=options.boundary_weight,
+            backend=backend,
         )
     if avg_factor is not None:
         avg_factor = as_divisor(avg_factor)

@@ -286,7 +286,12 @@ def _axes_of_boxes(pair: boxes._Pair, unit: str, axis_weight: str) -> tuple[_Axe
 
 def _else_seen(side: _Axes, other: Tensor, limit: Tensor) -> _Axes:
     """Where `other` is True, all axes count on which the pair is more than a point."""
-    return side._replace(weight=torch.where(other, (side.hull > limit).to(side.weight.dtype), side.weight))
+    return _weighted(side, torch.where(other, (side.hull > limit).to(side.weight.dtype), side.weight))
+
+
+def _weighted(side: _Axes, weight: Tensor) -> _Axes:
+    """With another weight; not by `_replace`, which PyTorch 2.8 cannot compile."""
+    return _Axes(side.gap, side.apart, side.halves, side.hull, weight)
 
 
 def _axes_of_polygons(first: _Shapes, second: _Shapes, axis_weight: str) -> tuple[_Axes, ...]:
@@ -306,7 +311,7 @@ def _axes_of_polygons(first: _Shapes, second: _Shapes, axis_weight: str) -> tupl
     degenerate = torch.cat(is_flat, dim=1).any(1, keepdim=True) | ~torch.cat(is_axis, dim=1).any(1, keepdim=True)
     x_and_y = torch.eye(2, dtype=extent.dtype, device=extent.device).expand(extent.shape[0], 2, 2)
     coordinates = _axes_by_ends(*_ends(p, g, x_and_y, is_own=False), limit, torch.zeros_like(extent))
-    sides = [side._replace(weight=torch.where(degenerate, 0.0, side.weight)) for side in sides]
+    sides = [_weighted(side, torch.where(degenerate, 0.0, side.weight)) for side in sides]
     return *sides, _else_seen(coordinates, degenerate, limit)
 
 
@@ -330,4 +335,4 @@ def _axes_of_corners(first: Tensor, second: Tensor) -> tuple[_Axes, ...]:
         limits.append((limit * edges.detach().norm(dim=2)).clamp(min=polygons._TINY[limit.dtype]))
         sides.append(_axes_by_ends(*p_ends, *g_ends, limits[-1], boxes._is_axis(edges, extent)))
     joins = (sides[2].halves <= limits[2]) & (sides[2].hull > limits[2])
-    return sides[0], sides[1], sides[2]._replace(weight=joins.to(limit.dtype))
+    return sides[0], sides[1], _weighted(sides[2], joins.to(limit.dtype))
