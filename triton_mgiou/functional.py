@@ -274,16 +274,10 @@ def box_mgiou_loss(
     check_box_options(fmt, options)
     if fmt == "xyxyxyxy":
         vertices = [side.reshape(side.shape[0], 4, 2) for side in (pred, target)]
+        # Not `_asdict`, which PyTorch 2.8 cannot compile.
+        given: dict[str, Any] = dict(zip(Options._fields, options, strict=True))
         return mgiou_loss(
-            *vertices,
-            weight=weight,
-            avg_factor=avg_factor,
-            reduction=reduction,
-            axis_weight=options.axis_weight,
-            axis_grad=options.axis_grad,
-            convexity_weight=options.convexity_weight,
-            boundary_weight=options.boundary_weight,
-            backend=backend,
+            *vertices, weight=weight, avg_factor=avg_factor, reduction=reduction, backend=backend, **given
         )
     if avg_factor is not None:
         avg_factor = as_divisor(avg_factor)
