@@ -79,7 +79,8 @@ PRECISIONS: dict[str, str] = {
     "reported, no loss scale": "fp16 without scaler",
 }
 
-# ---- losses of keypoints: attributes of `MGIoUPoseTrainer`, and the bench's own "few"; None for Ultralytics' own
+# ---- losses of keypoints: attributes of `MGIoUPoseTrainer`, and the bench's own "few" and, for YOLO26, "assigner":
+# "squared" for the square of the trainer's own, or "OKS"; None for Ultralytics' own
 
 KEYPOINT_LOSSES: dict[str, Mapping[str, Any] | None] = {
     "OKS": None,
@@ -91,10 +92,14 @@ KEYPOINT_LOSSES: dict[str, Mapping[str, Any] | None] = {
     "hybrid, alpha .5": {"mode": "hybrid", "alpha": 0.5},
     "hybrid, sigma .35": {"mode": "hybrid", "sigmas": 0.35},
     "mgiou, boundary .5": {"mode": "mgiou", "options": {"boundary_weight": 0.5}},
+    "YOLO26, mgiou": {"mode": "mgiou"},
+    "YOLO26, mgiou, squared assigns": {"mode": "mgiou", "assigner": "squared"},
+    "YOLO26, mgiou, OKS assigns": {"mode": "mgiou", "assigner": "OKS"},
 }
 
 # ---- losses of boxes: attributes of `MGIoUOBBTrainer`, and the bench's own "quadratic", "saturating", "centre" and
-# "assigner": "squared" for the trainer's own, "ProbIoU", or a power of MGIoU, 1 where it is not given; None for ProbIoU
+# "assigner": "squared" for the trainer's own, "Jaccard", "ProbIoU", or a power of MGIoU, 1 where it is not given; None
+# for ProbIoU
 
 BOUNDARY: dict[str, Any] = {"options": PAPER | {"boundary_weight": 0.25}}
 BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
@@ -110,6 +115,7 @@ BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
     "mgiou, squared assigns, saturating + angle": {"assigner": "squared", "saturating": True},
     "mgiou, squared assigns, saturating": {"assigner": "squared", "saturating": True},
     "mgiou, power 1.5 assigns": {"assigner": 1.5},
+    "mgiou, Jaccard assigns": {"assigner": "Jaccard"},
     "mgiou, ProbIoU assigns + angle": {"assigner": "ProbIoU"},
     "mgiou, quadratic + angle": {"quadratic": True},
     "mgiou, quadratic": {"quadratic": True},
@@ -141,9 +147,13 @@ BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
     "boundary, saturating + angle": {**BOUNDARY, "saturating": True},
 }
 
-TRIED = {  # losses of boxes, looking for a better one; tasks, and with how many seeds
+TRIED = {  # looking for a better loss or assigner; tasks, and with how many seeds
+    "YOLO26, mgiou": {"hulls": 3},
+    "YOLO26, mgiou, squared assigns": {"hulls": 3},
+    "YOLO26, mgiou, OKS assigns": {"hulls": 3},
     "mgiou": {"squares": 3, "boxes": 3, "long": 3},
     "mgiou, power 1.5 assigns": {"squares": 3, "boxes": 6, "long": 6},
+    "mgiou, Jaccard assigns": {"boxes": 9, "long": 9},
     "boundary + angle": {"boxes": 3, "squares": 1, "long": 1},
     "boundary": {"boxes": 1, "squares": 3, "long": 1},
     "boundary, gain 1 + angle": {"boxes": 1},

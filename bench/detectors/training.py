@@ -95,7 +95,7 @@ def by_epoch(values: list[float], epochs: int) -> list[float]:
 
 def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: str, folder: Path) -> Any:
     """An Ultralytics trainer with the loss of a job, with batches that lie on the device, that saves nothing."""
-    is_boxes = job.task in BOXES
+    is_boxes, is_26 = job.task in BOXES, job.loss.startswith("YOLO26")
     precision = PRECISIONS.get(job.loss, "fp16")
     base: Any = _boxes(job) if is_boxes else _keypoints(job)
 
@@ -146,7 +146,7 @@ def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: st
 
     trainer = BenchTrainer(
         overrides={
-            "model": f"yolo11n-{'obb' if is_boxes else 'pose'}.yaml",
+            "model": f"{'yolo26n' if is_26 else 'yolo11n'}-{'obb' if is_boxes else 'pose'}.yaml",
             "project": str(folder),
             "imgsz": size.side,
             "batch": size.batch_size,
@@ -156,6 +156,7 @@ def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: st
             "device": device,
             "amp": precision.split()[0],
             "angle": 1.0 if "+ angle" in job.loss else 0.0,
+            "rle": 0.0,  # of YOLO26, which compares vertex i with vertex i
             "conf": CONFIDENCE,
             "max_det": MOST,
             "seed": job.seed,
@@ -193,6 +194,16 @@ def _keypoints(job: Job) -> Any:
     class Trainer(adapter.MGIoUPoseTrainer):
         few = False
 
+        assigner: str | None = None
+
+        def set_loss(self, criterion: Any) -> None:
+            super().set_loss(criterion)
+            overlaps = vars(criterion.assigner)
+            if self.assigner == "squared":
+                overlaps["pair_overlaps"] = partial(squared_polygon_overlap, criterion.assigner)
+            if self.assigner == "OKS":
+                overlaps.pop("pair_overlaps", None)  # the class has Ultralytics' own
+
         def make_loss(self, sigmas: Tensor) -> nn.Module:
             loss = Reported(**REPORTED.get(name, {})) if is_reported else super().make_loss(sigmas)
             if self.few:
@@ -204,6 +215,11 @@ def _keypoints(job: Job) -> Any:
     for attribute, value in options.items():
         setattr(Trainer, attribute, value)
     return Trainer
+
+
+def squared_polygon_overlap(*arguments: Any, **polygons: Tensor) -> Tensor:
+    """The square of what the package's assigner takes for the polygons of YOLO26."""
+    return adapter._polygon_overlap(*arguments, **polygons).square()
 
 
 class BoxVariant(adapter.MGIoUBoxLoss):
@@ -247,6 +263,12 @@ def overlap_to_the(power: float, gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor
     return adapter._overlap(box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER)) ** power
 
 
+def overlap_as_jaccard(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
+    """For a MGIoU of m, m / (2 - m): near 1 it falls as the square does, and far from it more slowly."""
+    overlap = overlap_to_the(1.0, gt_bboxes, pd_bboxes)
+    return overlap / (2 - overlap)
+
+
 def _boxes(job: Job) -> Any:
     given = BOX_LOSSES[job.loss]
     if given is None:
@@ -266,6 +288,8 @@ def _boxes(job: Job) -> Any:
             super().set_loss(criterion)
             if isinstance(self.assigner, float):
                 criterion.assigner.iou_calculation = partial(overlap_to_the, self.assigner)
+            if self.assigner == "Jaccard":
+                criterion.assigner.iou_calculation = overlap_as_jaccard
             if self.assigner == "ProbIoU":
                 vars(criterion.assigner).pop("iou_calculation", None)  # the class has Ultralytics' own
 

@@ -254,8 +254,8 @@ def test_a_quadrangle_in_any_order(backend, order):
 def test_vertices_at_one_angle_in_any_order(backend, target):
     """They count as their mean, and a vertex at the mean of all as one along y."""
     rng = generator(232)
-    target = shuffled(torch.tensor(target, dtype=torch.float32).expand(16, -1, -1), rng)
-    pred = (either_way(star(16, 5, rng), rng) * 3).float()
+    target = shuffled(torch.tensor(target, dtype=torch.float32).expand(16, -1, -1), rng).to(backend.device)
+    pred = (either_way(star(16, 5, rng), rng) * 3).float().to(backend.device)
     value = backend.loss(pred, target, reduction="none", boundary_weight=1.0)
     assert_close(value, oracle.loss(numpy64(pred), numpy64(target), reduction="none", boundary_weight=1.0), atol=4e-6)
     same = pred[:1].expand(16, -1, -1), target
