@@ -33,6 +33,7 @@ ROOT = Path(__file__).parent.parent
 CACHES = {"triton": "TRITON_CACHE_DIR", "mgiou": "TRITON_MGIOU_CACHE_DIR"}  # folder to variable
 WARMUP = ("-m", "triton_mgiou", "warmup", "--vertices", "8", "--batch", "512")
 SIZES = [(vertices, batch) for vertices in (4, 8, 16, 32) for batch in (512, 65536)]
+PROCESSES = 7  # whose median is taken
 STEPS = 2000
 LARGEST_BATCH = 70_000
 
@@ -44,7 +45,10 @@ def variables(folder: str, caches: str) -> dict[str, str]:
 
 
 def first() -> dict[str, dict[str, float]]:
-    """Fresh processes; every first call has a backward with it. Modules are compiled before, as by an installation."""
+    """Fresh processes; every first call has a backward with it. Modules are compiled before, as by an installation.
+
+    Where the caches are filled, the medians of some processes, in turns: one alone says little about a few hundredths.
+    """
     result: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
 
@@ -58,20 +62,25 @@ def first() -> dict[str, dict[str, float]]:
                 raise SystemExit(f"{' '.join(command)}: {done.stderr}")
             return done.stdout
 
+        def measured(caches: str, call: str) -> dict[str, float]:
+            times: dict[str, float] = json.loads(run(caches, "-m", "bench.startup", "--process", call))
+            return times
+
         for call in ("loss", "trivial"):
-            run("bytecode", "-m", "bench.startup", "--process", call)
-        for name, caches, call in [
-            ("empty caches", "loss", "loss"),
-            ("Triton's cache", "loss", "loss"),
-            ("trivial kernel, empty cache", "trivial", "trivial"),
-            ("trivial kernel, Triton's cache", "trivial", "trivial"),
-            ("after a warm-up", "warm", "loss"),
-        ]:
-            if caches == "warm":
-                start = time.perf_counter()
-                run(caches, *WARMUP)
-                result["the warm-up's process"] = {"total": time.perf_counter() - start}
-            result[name] = json.loads(run(caches, "-m", "bench.startup", "--process", call))
+            measured("bytecode", call)
+        result["empty caches"] = measured("loss", "loss")
+        result["trivial kernel, empty cache"] = measured("trivial", "trivial")
+        start = time.perf_counter()
+        run("warm", *WARMUP)
+        result["the warm-up's process"] = {"total": time.perf_counter() - start}
+        filled = {
+            "Triton's cache": ("loss", "loss"),
+            "after a warm-up": ("warm", "loss"),
+            "trivial kernel, Triton's cache": ("trivial", "trivial"),
+        }
+        rounds = [{name: measured(*each) for name, each in filled.items()} for _ in range(PROCESSES)]
+        for name in filled:
+            result[name] = {part: statistics.median(each[name][part] for each in rounds) for part in rounds[0][name]}
     return result
 
 
@@ -207,6 +216,17 @@ def _files(folder: str) -> set[tuple[Path, int]]:
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {"first": first, "host": host, "tuning": tuning, "training": training}
 
 
+def earlier_parts(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
+    """What a file of results holds that is to be continued; ends the program with status 2 if it is another one."""
+    if not path.exists():
+        return {}
+    with contextlib.suppress(AttributeError, ValueError):
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if content.keys() & PARTS:
+            return content
+    parser.error(f"argument --out: expected a new file or one of this program's, got {path}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure the parts and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -219,8 +239,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if arguments.out is None:
         parser.error("the following arguments are required: --out")
+    content = earlier_parts(parser, arguments.out)
     need_gpu(parser, "bench.startup")
-    content: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:  # the user's caches take no part
         os.environ |= {name: f"{folder}/{part}" for part, name in CACHES.items()}
         for part in arguments.parts:

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,38 @@ def test_a_report_of_another_programs_results_is_refused(name, tmp_path):
     with pytest.raises(SystemExit, match=r"bench\.report: expected results of bench\.speed"):
         report.main([str(path)])
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", sorted({path.stem for path in RESULTS.glob("*.json")} - {"h200_startup", "h200_tuning"}))
+def test_startup_leaves_another_programs_results_alone(name, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(text := (RESULTS / f"{name}.json").read_text())
+    with pytest.raises(SystemExit) as ended:
+        startup.main(["--out", str(path)])
+    assert ended.value.code == 2
+    assert f"argument --out: expected a new file or one of this program's, got {path}" in capsys.readouterr().err
+    assert path.read_text() == text
+
+
+def test_the_first_call_is_the_median_of_processes_in_turns(monkeypatch):
+    """Each process takes as many seconds as there were processes before it."""
+    count = iter(range(100))
+    called = []
+
+    def run(command, env, **_):
+        called.append((command[-1], env["TRITON_CACHE_DIR"].split("/")[-2]))
+        return SimpleNamespace(returncode=0, stdout=json.dumps({"first call": next(count)}))
+
+    monkeypatch.setattr(startup.subprocess, "run", run)
+    measured = startup.first()
+    assert called[:5] == [
+        ("loss", "bytecode"), ("trivial", "bytecode"), ("loss", "loss"), ("trivial", "trivial"), ("512", "warm"),
+    ]  # fmt: skip
+    assert called[5:] == [("loss", "loss"), ("loss", "warm"), ("trivial", "trivial")] * 7
+    assert {name: times["first call"] for name, times in measured.items() if "total" not in times} == {
+        "empty caches": 2, "trivial kernel, empty cache": 3,
+        "Triton's cache": 14, "after a warm-up": 15, "trivial kernel, Triton's cache": 16,
+    }  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
