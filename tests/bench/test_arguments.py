@@ -118,7 +118,9 @@ def test_a_report_of_another_programs_results_is_refused(name, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("name", sorted({path.stem for path in RESULTS.glob("*.json")} - {"h200_startup", "h200_tuning"}))
+@pytest.mark.parametrize(
+    "name", sorted({path.stem for path in RESULTS.glob("*.json")} - {"h200_startup", "h200_tuning"})
+)
 def test_startup_leaves_another_programs_results_alone(name, tmp_path, capsys):
     path = tmp_path / "results.json"
     path.write_text(text := (RESULTS / f"{name}.json").read_text())

@@ -6,10 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import AXIS_WEIGHTS, assert_close, assert_same, convex, generator, star
+from tests.helpers import AXIS_WEIGHTS, assert_close, assert_same, convex, generator, rectangle_corners, star
 from tests.pairs import oracle
 from tests.pairs.helpers import FORMATS, OVER, PLANE, ULP, needs_kernel, random_boxes
 from triton_mgiou import PAPER, box_mgiou, box_mgiou_loss, mgiou_loss, polygon_mgiou
+from triton_mgiou.metrics import polygon_iou
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -19,6 +20,25 @@ def matrix(backend, first, second, **options):
     function = polygon_mgiou if first.dim() > 2 and first.shape[-1] == 2 else box_mgiou
     needs_kernel(backend, options.get("fmt"))
     return function(first.to(backend.device), second.to(backend.device), backend=backend.name, **options)
+
+
+@pytest.mark.parametrize("iou", [0.3, 0.5, 0.7])
+def test_mgiou_is_about_the_root_of_the_iou(iou):
+    """As the adapter of assigners says of thresholds: exactly so of a box in another size, else in the median."""
+    rng = generator(66)
+    upright = torch.tensor([[0.0, 0.0, 3.0, 1.0, 0.0]])
+    smaller = upright * iou**0.5
+    assert_close(box_mgiou(upright, smaller), [[iou**0.5]], atol=1e-6)
+    moved = torch.tensor([[0.0, (1 - iou) / (1 + iou), 3.0, 1.0, 0.0]])
+    assert_close(box_mgiou(upright, moved), [[(1 + iou) / 2]], atol=1e-6)
+    target = torch.cat((torch.zeros(4000, 2), (1 + 2 * torch.rand(4000, 2, generator=rng)), torch.zeros(4000, 1)), 1)
+    noise = torch.randn(4000, 5, generator=rng) * torch.tensor([0.2, 0.2, 0.3, 0.3, 0.2])
+    pred = torch.cat((noise[:, :2] * target[:, 2:4], target[:, 2:4] * noise[:, 2:4].exp(), noise[:, 4:]), 1)
+    ious = [polygon_iou(*pair) for pair in zip(*map(rectangle_corners, (pred, target)), strict=True)]
+    near = torch.tensor([abs(each - iou) < 0.02 for each in ious])
+    assert near.sum() > 50
+    mgiou = 1 - 2 * box_mgiou_loss(pred, target, reduction="none", **PAPER)
+    assert_close(mgiou[near].median(), iou**0.5, atol=0.03)
 
 
 @pytest.mark.parametrize("over", OVER)
