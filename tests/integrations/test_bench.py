@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from ultralytics.cfg import get_cfg
-from ultralytics.nn.tasks import OBBModel
+from ultralytics.nn.tasks import OBBModel, PoseModel
 from ultralytics.utils.metrics import probiou
 
 from bench.detectors import crops, losses, plan, training
@@ -84,8 +84,8 @@ def test_the_quadratic_loss_of_boxes_is_over_the_directions_of_both():
 
 
 def test_the_assigner_takes_what_the_name_of_a_loss_of_boxes_says():
-    """A box of 12 x 5 that is shifted by 3 along its 12: a power of its MGIoU (9 / 15 + 1) / 2, or ProbIoU."""
-    powers = {"squared assigns": 2, "power 1.5 assigns": 1.5}
+    """A box of 12 x 5 that is shifted by 3 along its 12: a function of its MGIoU (9 / 15 + 1) / 2, or ProbIoU."""
+    values = {"squared assigns": 0.8**2, "power 1.5 assigns": 0.8**1.5, "Jaccard assigns": 0.8 / 1.2}
     target = torch.tensor([[50.0, 40, 12, 5, math.pi / 2]])
     pred = target + torch.tensor([0.0, 3, 0, 0, 0])
     model = OBBModel("yolo11n-obb.yaml", nc=1, verbose=False)
@@ -100,8 +100,38 @@ def test_the_assigner_takes_what_the_name_of_a_loss_of_boxes_says():
         if "ProbIoU assigns" in name:
             assert torch.equal(found, probiou(target, pred).squeeze(1))
         else:
-            power = next((power for words, power in powers.items() if words in name), 1)
-            assert found.item() == pytest.approx(0.8**power, rel=1e-5)
+            expected = next((value for words, value in values.items() if words in name), 0.8)
+            assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_assigner_of_yolo26_takes_what_the_name_of_a_loss_says():
+    """A polygon of 12 x 5 read from another vertex is the same; shifted by 3 along its 12 it has a MGIoU of .8."""
+    target = torch.tensor([[4.0, 5], [16, 5], [16, 10], [4, 10]])
+    polygons = torch.stack((target.roll(1, 0), target + torch.tensor([3.0, 0])))[None]
+    indices = (torch.tensor([0, 0]), torch.tensor([0, 0]), torch.tensor([0, 1]))
+    boxes = torch.tensor([[[4.0, 5, 16, 10]]])
+    seen = torch.cat((target, torch.ones(4, 1)), 1)[None, None]
+    model = PoseModel("yolo26n-pose.yaml", nc=1, data_kpt_shape=[4, 3], verbose=False)
+    model.args = get_cfg()
+    distance = (target.roll(1, 0) - target).square().sum(1) / (12 * 5 * 0.53)
+    oks = (-distance / (2 * 0.25) ** 2 / 2).exp().mean().item()  # a sigma of one over the number of vertices
+    names = {
+        "YOLO26, mgiou": (1, 0.8),
+        "YOLO26, mgiou, squared assigns": (1, 0.64),
+        "YOLO26, mgiou, OKS assigns": (oks, ...),
+    }
+    for name, expected in names.items():
+        trainer_class = training._keypoints(plan.Job("speed", "hulls", name, 0, 1))
+        trainer = trainer_class.__new__(trainer_class)
+        trainer.model, trainer.ema, trainer.data, trainer.epoch = model, None, {}, 0
+        model.criterion = None
+        set_losses(trainer)
+        for criterion in (model.criterion.one2many, model.criterion.one2one):
+            found = criterion.assigner.pair_overlaps(
+                indices, boxes, boxes.expand(1, 2, 4), pd_kpts=polygons, gt_kpts=seen
+            )
+            for value, wanted in zip(found.tolist(), expected, strict=True):
+                assert wanted is ... or value == pytest.approx(wanted, rel=1e-4)
 
 
 def test_crops_that_are_on_file_are_in_the_plan():
