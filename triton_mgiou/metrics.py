@@ -119,7 +119,7 @@ def average_precision(images: Iterable[tuple[ArrayLike, ArrayLike]], thresholds:
     if limits.ndim != 1 or not ((limits >= 0) & (limits <= 1)).all():
         raise ValueError(f"thresholds must be a sequence of numbers in 0..1, got {thresholds!r}")
     all_scores, all_correct, total = [np.zeros(0)], [np.zeros((0, len(limits)), dtype=bool)], 0
-    if not isinstance(images, Iterable):
+    if not _is_iterable(images):
         raise TypeError(f"images must be pairs (IoUs, scores), got {type(images).__name__}")
     for index, image in enumerate(images):
         if not isinstance(image, Sequence) or len(image) != 2:
@@ -151,8 +151,6 @@ def average_precision(images: Iterable[tuple[ArrayLike, ArrayLike]], thresholds:
 def _match(ious: Floats, scores: Floats, limits: Floats) -> NDArray[np.bool_]:
     """Whether each prediction is right at each limit, (P, L)."""
     correct = np.zeros((len(ious), len(limits)), dtype=bool)
-    if not ious.size:
-        return correct
     for k, limit in enumerate(limits):
         free = np.ones(ious.shape[1], dtype=bool)
         for row in np.argsort(-scores, kind="stable"):
@@ -256,13 +254,16 @@ def _bounds(polygons: list[Floats]) -> tuple[Floats, Floats]:
     return bounds[:, 0], bounds[:, 1]
 
 
-def _polygons(name: str, polygons: Any) -> Sequence[ArrayLike]:
+def _polygons(name: str, polygons: Any) -> Iterable[ArrayLike]:
     """The polygons of a set; those of a tensor are copied from its device at once."""
-    if isinstance(polygons, Tensor):
-        polygons = _numbers(name, polygons)
-    if not isinstance(polygons, Iterable):
+    if not _is_iterable(polygons):
         raise TypeError(f"{name} must be polygons, got {type(polygons).__name__}")
-    return list(polygons)
+    return _numbers(name, polygons) if isinstance(polygons, Tensor) else polygons
+
+
+def _is_iterable(value: Any) -> bool:
+    """Whether it can be iterated over; arrays and tensors of a single number only look so."""
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
 
 
 def _numbers(name: str, value: Any) -> Floats:
@@ -271,7 +272,7 @@ def _numbers(name: str, value: Any) -> Floats:
         check_real_numbers(name, value)
         value = value.detach().cpu().double().numpy()
     try:
-        if not np.iscomplexobj(value):
+        if np.asarray(value).dtype.kind in "biufO":
             return np.asarray(value, dtype=np.float64)
     except (RuntimeError, TypeError, ValueError):  # a RuntimeError of a list of tensors with a gradient
         pass

@@ -524,6 +524,46 @@ def test_groups_and_modules_that_come_later(folder):
         guard.step(backward(model, optimizer, batch(2)))
 
 
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_a_group_that_has_gone(gone, folder):
+    """A rescue gives each of the others its own hyperparameters and state, and brings none of what has gone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    rates = [0.03, 0.02, 0.01]
+    groups = [{"params": part.parameters(), "lr": rate} for part, rate in zip(model, rates, strict=True)]
+    optimizer = torch.optim.AdamW(groups)
+    guard = TrainingGuard(model, optimizer, patience=1, checkpoint_dir=folder)
+    guard.step(backward(model, optimizer, batch(0)))
+    good = {p: {key: value.clone() for key, value in state.items()} for p, state in optimizer.state.items()}
+    guard.step(backward(model, optimizer, batch(1)))  # what is kept is from before this step
+    for parameter in optimizer.param_groups.pop(gone)["params"]:
+        parameter.requires_grad_(False).grad = None
+        del optimizer.state[parameter], good[parameter]
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+    loss = backward(model, optimizer, batch(2) * NAN)
+    with pytest.raises(TrainingStoppedError):
+        guard.step(loss)
+    assert [group["lr"] for group in optimizer.param_groups] == rates[:gone] + rates[gone + 1 :]
+    assert optimizer.state.keys() == good.keys()
+    for parameter, state in good.items():
+        assert_same_state(optimizer.state[parameter], state)
+    assert guard.step(backward(model, optimizer, batch(3)))
+    assert len(optimizer.state_dict()["state"]) == 4
+
+
+def test_a_group_of_another_module_in_the_place_of_one(folder):
+    """It has as many parameters as the one that has gone."""
+    model, optimizer = make()
+    guard = TrainingGuard(model, optimizer, checkpoint_dir=folder)
+    guard.step(backward(model, optimizer, batch(0)))
+    other, _ = make()
+    backward(other, optimizer, batch(1))
+    optimizer.param_groups[0]["params"] = list(other.parameters())
+    with pytest.raises(ValueError, match="got 6 of another module"):
+        guard.step()
+
+
 class ModelEMA:
     """The shape of Ultralytics': a copy in `ema`, and how often it was updated."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 import warnings
 from collections import deque
@@ -108,7 +109,8 @@ class TrainingGuard:
     is put back at once, and the step counts as if nothing had happened.
 
     Modules may get, lose, replace and resize buffers at any time, and groups of parameters may be added to the
-    optimizer. Sparse gradients are taken as they are (coalesced), if the optimizer takes them.
+    optimizer, or taken from it together with their state. Sparse gradients are taken as they are (coalesced), if the
+    optimizer takes them.
 
     Under DistributedDataParallel, or wherever torch.distributed is initialised, all processes skip and raise together,
     and rank 0 writes. Each must call `step` equally often; `extra_modules` may differ, as an EMA on rank 0 does.
@@ -192,7 +194,7 @@ class TrainingGuard:
         extras = [places(extra.module) for extra in self._extras]
         for owner, found in (("model", now), *zip((extra.name for extra in self._extras), extras, strict=True)):
             _check_places(found, owner)
-        self._trained_count = -1
+        self._trained: list[nn.Parameter] = []
         self._check_owners(now, extras)
         if self._writes():
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
@@ -443,7 +445,7 @@ class TrainingGuard:
     def _check_owners(self, now: Mapping[str, Place], extras: list[dict[str, Place]]) -> None:
         """Refuse parameters of other modules, which could not be restored."""
         trained = parameters_of(self.optimizer)
-        if len(trained) == self._trained_count:
+        if len(trained) == len(self._trained) and all(map(operator.is_, trained, self._trained)):
             return
         known = {id(place.tensor) for found in (now, *extras) for place in found.values()}
         strange = sum(id(parameter) not in known for parameter in trained)
@@ -451,7 +453,7 @@ class TrainingGuard:
             raise ValueError(
                 f"optimizer must have parameters of model only, or of extra_modules, got {strange} of another module"
             )
-        self._trained_count = len(trained)
+        self._trained = trained
 
     def _learned(self, now: Mapping[str, Place]) -> dict[str, Tensor]:
         """What the optimizer changes."""

@@ -160,14 +160,21 @@ class OptimizerSnapshot:
         self._copies = copies_of(tensors, self._copies)
 
     def put_back(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make its state what it was; parameters that have come since stay, without state."""
+        """Make state and hyperparameters of the parameters that it has now what they were.
+
+        Groups are known by their parameters, so that any may have gone. What has come since stays, without state.
+        """
         kept = self.state_dict()
-        for group, before in zip(optimizer.param_groups, kept["param_groups"], strict=False):
+        present = {id(parameter) for parameter in parameters_of(optimizer)}
+        group_of = {id(self._parameters[k]): group for group in kept["param_groups"] for k in group["params"]}
+        for group in optimizer.param_groups:
+            before: dict[str, Any] = next((group_of[id(p)] for p in group["params"] if id(p) in group_of), {})
             group.update({key: copy.deepcopy(value) for key, value in before.items() if key != "params"})
         optimizer.state.clear()
         for index, state in kept["state"].items():
             owner = self._parameters[index] if isinstance(index, int) else index
-            optimizer.state[owner] = copy.deepcopy(state)
+            if not isinstance(owner, Tensor) or id(owner) in present:
+                optimizer.state[owner] = copy.deepcopy(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `optimizer.state_dict()` would have given then, with the copies themselves."""
