@@ -217,6 +217,15 @@ def test_an_avg_factor_is_the_same_as_a_number_and_as_a_tensor(backend, pair, na
     assert LOSSES[name](*pair, weight, torch.tensor(-3.0, device=device), backend.name).isnan()
 
 
+def test_no_digit_of_an_avg_factor_is_lost(backend, pair):
+    """It is an integer that float32 does not have, and the loss is computed in float64."""
+    pred, target = (each.double() for each in pair)
+    total = mgiou_loss(pred, target, reduction="sum", backend=backend.name).item()
+    for factor in (2**24 + 1, torch.tensor(2**24 + 1), torch.tensor(2**24 + 1.0, dtype=torch.float64)):
+        actual = mgiou_loss(pred, target, avg_factor=factor, backend=backend.name)
+        assert actual.item() == pytest.approx(total / (2**24 + 1), rel=1e-14)
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0])
 @pytest.mark.parametrize("shape", [(5,), (5, 3)])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
