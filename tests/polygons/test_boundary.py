@@ -186,6 +186,26 @@ def test_exactly_zero_at_the_target(backend, dtype):
     assert_zero(gradient)
 
 
+@pytest.mark.parametrize("size", [3, 4, 5, 7, 12, 33])
+@pytest.mark.parametrize(("dtype", "weight"), [(torch.float32, 2.0**29), (torch.float64, 2.0**60)])
+def test_a_convex_target_in_order_keeps_its_own_area_to_the_bit(backend, dtype, weight, size):
+    """A target k times as large has the areas A and k^2 A and the mixed area k A, from the same products.
+
+    So for a power of two only the last quotient rounds: one number for all polygons, in a kernel two neighbours, as it
+    multiplies by an inverse. An area by other sums moves it by some units in its last place. Beside the weight the rest
+    of the loss, at most 1, is lost.
+    """
+    rng = generator(240 + size)
+    target = either_way(convex(backend.batch(256), size, rng), rng).to(dtype)
+    rounding = {"eager cpu": 0, "triton cpu": 1}.get(f"{backend.name} {backend.device}", 8)
+    one = torch.ones((), dtype=dtype)
+    for k in (2.0, 0.5, 4.0):
+        options = {"reduction": "none", "boundary_weight": weight}
+        value = backend.loss((k * target).to(backend.device), target.to(backend.device), **options) / weight
+        expected = 1 - one / ((k * k + 1) / (2 * k))
+        assert_close(value, expected.expand(len(target)), atol=rounding * torch.finfo(dtype).eps)
+
+
 def shuffled(polygons, rng):
     """Each polygon's vertices in an order of its own."""
     order = torch.rand(polygons.shape[:2], generator=rng).argsort(1)
