@@ -6,6 +6,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 import warnings
@@ -326,33 +327,43 @@ def test_directory(variables, expected, monkeypatch):
 
 GOOD = {"format": store.FORMAT, "chip": CHIP, "triton": "3.6.0", "configurations": {}}
 BAD_FIELDS = [
-    {"polygons": 16},
-    ENTRY.layout | {"us": 1.0, "default_us": 1.0, "lanes": 2.5},
-    ENTRY.layout | {"us": 1.0, "default_us": 1.0, "lanes": -2},
-    ENTRY.layout | {"us": "fast", "default_us": 1.0},
-    *(ENTRY.layout | {"us": time, "default_us": 1.0} for time in (0, -1.0, NAN, INF, 10**400)),
-    [1, 2],
+    ({"polygons": 16}, "KeyError: 'us'"),
+    *(
+        (ENTRY.layout | {"us": 1.0, "default_us": 1.0, "lanes": lanes}, f"lanes must be an integer .*, got {lanes}")
+        for lanes in (2.5, -2, 0)
+    ),
+    (ENTRY.layout | {"us": "fast", "default_us": 1.0}, "'fast'"),
+    *(
+        (ENTRY.layout | {"us": time, "default_us": 1.0}, f"a time must be above 0 and finite, got {time}")
+        for time in (0.0, -1.0, NAN, INF)
+    ),
+    (ENTRY.layout | {"us": 1.0, "default_us": 10**400}, "OverflowError"),
+    ([1, 2], "TypeError"),
 ]
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "reason"),
     [
-        b"",
-        b"not JSON",
-        b"\xff\xfe",
-        json.dumps(GOOD).encode()[:-20],
-        b"[]",
-        b"{}",
-        json.dumps(GOOD | {"format": "another program's"}).encode(),
-        json.dumps(GOOD | {"chip": "Another GPU"}).encode(),
-        json.dumps(GOOD | {"triton": "2.0.0"}).encode(),
-        json.dumps(GOOD | {"configurations": []}).encode(),
-        b"[" * 100_000,
-        *(json.dumps(GOOD | {"configurations": {store.source_hash(): {"key": bad}}}).encode() for bad in BAD_FIELDS),
+        (b"", "JSONDecodeError"),
+        (b"not JSON", "JSONDecodeError"),
+        (b"\xff\xfe", "UnicodeDecodeError"),
+        (json.dumps(GOOD).encode()[:-20], "JSONDecodeError"),
+        (b"[]", "AttributeError"),
+        (b"{}", "expected {'format': .*, got {'format': None"),
+        *(
+            (json.dumps(GOOD | {name: other}).encode(), f"expected {{'format': .*, got {{.*'{other}'")
+            for name, other in {"format": "another", "chip": "Another GPU", "triton": "2.0.0"}.items()
+        ),
+        (json.dumps(GOOD | {"configurations": []}).encode(), "AttributeError"),
+        (b"[" * 100_000, "RecursionError"),
+        *(
+            (json.dumps(GOOD | {"configurations": {store.source_hash(): {"key": bad}}}).encode(), reason)
+            for bad, reason in BAD_FIELDS
+        ),
     ],
 )
-def test_a_damaged_file_is_named_set_aside_and_built_anew(content, folder):
+def test_a_damaged_file_is_named_set_aside_and_built_anew(content, reason, folder):
     folder.mkdir()
     path = folder / "fake-gpu-sm90-triton-3.6.0.json"
     path.write_bytes(content)
@@ -363,8 +374,8 @@ def test_a_damaged_file_is_named_set_aside_and_built_anew(content, folder):
         assert damaged.get_or_make("key", lambda: ENTRY) == (True, ENTRY)
     (message,) = warned(recorded)
     aside = path.with_suffix(".damaged")
-    assert str(path) in message
-    assert str(aside) in message
+    assert message.startswith(f"{path} is not a tuning cache (")
+    assert re.search(rf"\(.*{reason}.*\): it is kept as {re.escape(str(aside))}", message)
     assert aside.read_bytes() == content
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -386,6 +397,42 @@ def test_a_damaged_file_is_described_as_such(folder):
     for number, content in enumerate((b"[" * 100_000, b"{}", b"\xff")):
         (folder / f"{number}.json").write_bytes(content)
     assert [line.split(":")[1] for line in store.describe()[1:]] == [" unreadable"] * 3
+
+
+def test_what_the_cache_has_is_described(folder, monkeypatch):
+    for names, source in ((("a", "b"), "one"), (("c",), "two"), (("d",), "three")):
+        monkeypatch.setattr(store, "source_hash", lambda source=source: source)
+        for name in names:
+            stored().get_or_make(name, lambda: ENTRY)
+    fields = ", ".join(f"{name} {value}" for name, value in (ENTRY.layout | {"us": 5.0, "default_us": 6.5}).items())
+    head = [f"tuning cache: {folder}", f"  fake-gpu-sm90-triton-3.6.0.json: {CHIP}, Triton 3.6.0"]
+    for source, names, others in (("one", "ab", 2), ("two", "c", 3), ("none", "", 4)):
+        monkeypatch.setattr(store, "source_hash", lambda source=source: source)
+        ours = [f"    {name}: {fields}" for name in names]
+        assert store.describe() == [*head, *ours, f"    and {others} for other versions of the kernels"]
+    (path,) = folder.glob("*.json")
+    path.unlink()
+    assert store.describe() == [f"tuning cache: {folder}, empty"]
+    stored().get_or_make("e", lambda: ENTRY)
+    assert store.describe() == [*head, f"    e: {fields}"]
+
+
+def test_an_entry_that_is_replaced(folder):
+    """As by that of the first rank; where that one has none, it is dropped in memory only."""
+    used, other = stored(), Entry(DEFAULT._asdict(), 1.5, None)
+    used.put("key", None)
+    assert not folder.exists()
+    used.put("key", ENTRY)
+    assert stored().entries() == used.entries() == {"key": ENTRY}
+    (path,) = folder.glob("*.json")
+    before = path.stat().st_mtime_ns, path.stat().st_ino
+    used.put("key", ENTRY._replace(layout=dict(ENTRY.layout)))  # nothing new
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == before
+    used.put("key", other)
+    assert stored().entries() == used.entries() == {"key": other}
+    used.put("key", None)
+    assert used.entries() == {}
+    assert stored().entries() == {"key": other}
 
 
 def contents(folder):
@@ -410,7 +457,26 @@ def no_replacement(folder):
     path.with_suffix(".new").mkdir()
 
 
-@pytest.mark.parametrize("obstacle", [in_the_way, no_lock, no_replacement])
+def no_file(folder):
+    (folder / "fake-gpu-sm90-triton-3.6.0.json").mkdir(parents=True)
+
+
+def no_place_aside(folder):
+    no_file(folder)
+    (path,) = folder.iterdir()
+    path.rename(path.with_suffix(".damaged"))
+    path.write_text("{")
+
+
+def damaged_without_a_lock(folder):
+    no_lock(folder)
+    (path,) = folder.glob("*.json")
+    path.write_text("{")
+
+
+@pytest.mark.parametrize(
+    "obstacle", [in_the_way, no_lock, no_replacement, no_file, no_place_aside, damaged_without_a_lock]
+)
 def test_where_nothing_can_be_written_memory_does_with_one_warning(obstacle, folder):
     obstacle(folder)
     before = contents(folder.parent)
@@ -420,10 +486,11 @@ def test_where_nothing_can_be_written_memory_does_with_one_warning(obstacle, fol
         for key in ("a", "b"):
             assert readable.get_or_make(key, lambda: ENTRY) == (True, ENTRY)
             assert readable.get_or_make(key, never) == (False, ENTRY)
+        readable.put("c", ENTRY)
+        assert readable.get("c") == ENTRY
     (message,) = warned(recorded)
-    assert str(folder) in message
-    if obstacle is not in_the_way:
-        assert readable.get("old") == ENTRY
+    assert message.startswith(f"{folder / 'fake-gpu-sm90-triton-3.6.0.json'} cannot be used")
+    assert readable.get("old") == (ENTRY if obstacle in (no_lock, no_replacement) else None)
     assert contents(folder.parent) == before
 
 
@@ -435,7 +502,7 @@ def test_no_home_directory(monkeypatch):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", no_home)
-    with pytest.warns(RuntimeWarning, match="home directory.*TRITON_MGIOU_CACHE_DIR"):
+    with pytest.warns(RuntimeWarning, match="^The tuning cache cannot .* home directory.*TRITON_MGIOU_CACHE_DIR"):
         homeless = stored()
     assert homeless.get_or_make("key", lambda: ENTRY) == (True, ENTRY)
     assert "none: " in store.describe()[0]

@@ -112,10 +112,10 @@ class TuningCache:
         try:
             self.path = directory() / f"{name}.json"
             self._read(self.path)
-        except _DamagedError as error:
+        except _DamagedError:
             with self._locked() as locked:
-                if not locked or self._read_or_set_aside() is None:
-                    self._warn(error)
+                if locked:
+                    self._read_or_set_aside()
         except OSError as error:
             self._warn(error)
 
