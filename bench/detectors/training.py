@@ -217,7 +217,7 @@ def _keypoints(job: Job) -> Any:
     return Trainer
 
 
-def squared_polygon_overlap(*arguments: Any, **polygons: Tensor) -> Tensor:
+def squared_polygon_overlap(*arguments: Any, **polygons: Any) -> Tensor:
     """The square of what the package's assigner takes for the polygons of YOLO26."""
     return adapter._polygon_overlap(*arguments, **polygons).square()
 

@@ -48,7 +48,7 @@ OSCILLATION_TURNS = 0.6  # the curve turns in 60 % of these rows,
 OSCILLATION_STEP = 0.1  # and goes 10 % of its mean magnitude from row to row
 
 NO_STEP = (
-    "all losses are flat and no metric has moved: most likely no step of the optimizer is taken. A GradScaler skips "
+    "are flat and no metric has moved: most likely no step of the optimizer is taken. A GradScaler skips "
     "each step whose gradient has NaN or Inf while the loss stays finite: print scaler.get_scale() after 20 steps, it "
     "falls below 1 then. If it does not, the gradients may be 0: compare the units of predictions and targets. See "
     "triton_mgiou/training/README.md, When training goes wrong"
@@ -163,17 +163,18 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     good = [curve.name for curve in curves if curve.name not in faults and curve.best >= USEFUL * full(curve)]
     others_good = [name for name in good if "train" not in name.lower()]
     has_none = not any(curve.best >= HARDLY * full(curve) for curve in curves)
-    stands_still = has_none and _stand_still(losses, FLAT_BESIDE_NOTHING if curves else FLAT)
+    still = _standing_still(losses, FLAT_BESIDE_NOTHING if curves else FLAT) if has_none else []
     total_falls = any(TOTAL.fullmatch(loss.name.lower()) and loss.end < loss.start for loss in losses)
     for loss in losses:
         is_part = not TOTAL.fullmatch(loss.name.lower()) and not _is_of_validation(loss.name)
         is_excused = bool(good if "train" in loss.name.lower() else others_good) or (is_part and total_falls)
-        fault = _fault_of_loss(loss, losses, is_excused, stands_still)
+        fault = _fault_of_loss(loss, losses, is_excused, loss.name in still)
         if fault:
             faults[loss.name] = fault
     problems += [f"{column.name}: {faults[column.name]}" for column in table.columns if column.name in faults]
-    if stands_still:
-        problems.append(NO_STEP)
+    if still:
+        which = "all losses of the training" if "train" in still[0].lower() else "all losses"
+        problems.append(f"{which} {NO_STEP}")
     notes = [f"{c.name}: {note}" for c in (*losses, *curves) if c.name not in faults and (note := _converged(c))]
     notes += [f"{loss.name}: {note}" for loss in losses if (note := _oscillation(loss.values))]
     return problems, [*words, *notes]
@@ -309,7 +310,7 @@ def _fault_of_loss(loss: Curve, losses: list[Curve], is_excused: bool, stands_st
     is_training = not _is_of_validation(loss.name)
     if is_excused:
         return f"collapsed: {after}" if is_training and loss.end > EXPLODED * max(abs(loss.start), loss.best) else ""
-    if loss.end > max(MANIFOLD * loss.best, loss.start) and rise > fallen:
+    if rise > max((MANIFOLD - 1) * abs(loss.best), fallen) and loss.end > loss.start:
         return f"collapsed: {after}"
     is_rise = rise > RISE * max(abs(loss.best), fallen)
     ends_above_start = len(values) >= SETTLED and loss.end > loss.start + FLAT * abs(loss.start)
@@ -317,11 +318,11 @@ def _fault_of_loss(loss: Curve, losses: list[Curve], is_excused: bool, stands_st
     return f"fell from its best: {after}" if is_real and (is_rise or ends_above_start) else ""
 
 
-def _stand_still(losses: list[Curve], within: float) -> bool:
-    """Whether all losses stay where they are, those of the training if there are such; 0 says nothing."""
+def _standing_still(losses: list[Curve], within: float) -> list[str]:
+    """The names of all losses, those of the training if there are such, if all stay where they are; 0 says nothing."""
     losses = [loss for loss in losses if any(loss.values)]
     losses = [loss for loss in losses if "train" in loss.name.lower()] or losses
-    return bool(losses) and all(_is_flat(loss, within) for loss in losses)
+    return [loss.name for loss in losses] if all(_is_flat(loss, within) for loss in losses) else []
 
 
 def _is_flat(loss: Curve, within: float) -> bool:
