@@ -64,6 +64,22 @@ def positives(backend, chosen=(1, 3, 4, 6, 7)):
     return layer
 
 
+def one_positive(backend):
+    """The second process has none."""
+    return positives(backend, chosen=(1,))
+
+
+def half_a_positive(backend):
+    """A sum of weights below 1 counts as 1."""
+    layer, features, target = problem(backend.device)
+    model, mine, _ = shared(layer)
+    weight = torch.tensor([0, 0.25, 0, 0, 0.125, 0.125, 0, 0], device=backend.device)[mine]
+    polygons = model(features[mine]).unflatten(-1, (VERTICES, 2))
+    loss = MGIoULoss(backend=backend.name)
+    loss(polygons, target[mine], weight, avg_factor=mean_positives(weight.sum())).backward()
+    return layer
+
+
 def keypoints(backend):
     """`PolygonLoss` in all its parts; the first process has no positive at all."""
     layer, features, target = problem(backend.device)
@@ -95,7 +111,15 @@ def step_of_the_demo_with_one_image(backend):
     return step_of_the_demo(backend, images=1)
 
 
-CASES = (samples, positives, keypoints, step_of_the_demo, step_of_the_demo_with_one_image)
+CASES = (
+    samples,
+    positives,
+    one_positive,
+    half_a_positive,
+    keypoints,
+    step_of_the_demo,
+    step_of_the_demo_with_one_image,
+)
 
 
 def gradients(case, backend):
@@ -151,15 +175,23 @@ def test_two_processes_and_one_give_the_same_gradient(backend, tmp_path):
                 assert_close(gradient, expected[name], atol=1e-6, what=f"{case.__name__}, {name} of rank {rank}")
 
 
-def test_the_positives_of_one_process_are_its_own():
+@pytest.mark.parametrize(
+    ("chosen", "weight"), [([2, 5], None), ([1], None), ([1, 4, 5], [0.25, 0.125, 0.125])], ids=str
+)
+def test_the_positives_of_one_process_are_its_own(chosen, weight):
     """The mean that the cases above compare with is that of the positives, not of the batch."""
     backend = Backend("eager", "cpu")
-    chosen = [2, 5]
     layer, features, target = problem("cpu")
     polygons = layer(features).unflatten(-1, (VERTICES, 2))
-    mgiou_loss(polygons[chosen], target[chosen], axis_weight="length").backward()
-    for actual, expected in zip(positives(backend, chosen).parameters(), layer.parameters(), strict=True):
-        assert_close(actual.grad, expected.grad, atol=1e-6)
+    if weight is None:
+        mgiou_loss(polygons[chosen], target[chosen]).backward()
+        actual = positives(backend, chosen)
+    else:
+        each = mgiou_loss(polygons[chosen], target[chosen], reduction="none")
+        (each * torch.tensor(weight)).sum().backward()
+        actual = half_a_positive(backend)
+    for parameter, expected in zip(actual.parameters(), layer.parameters(), strict=True):
+        assert_close(parameter.grad, expected.grad, atol=1e-6)
 
 
 def run_python(*arguments):
