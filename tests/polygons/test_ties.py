@@ -125,3 +125,21 @@ def test_near_ties_that_are_real_are_not_merged(backend):
     assert np.abs(expected).max() > 0.01
     _, gradient = backend.value_and_gradient(pred.float(), target.float(), reduction="sum", axis_grad=False)
     helpers.assert_gradient_close(gradient, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_small_polygons_keep_their_digits(backend, padding, monkeypatch):
+    """Trapezoids of 2^-10 of the extent: the rounding of coordinates near 1 is 2^-12 of them, and an edge is off by 2^-13.
+
+    In the boundary term too, which sees the target on the normals of the prediction.
+    """
+    monkeypatch.setattr(oracle, "STEP", 1e-9)  # of the extent; the edges are off by 1e-7
+    trapezoid = helpers.points((0, 0), (1, 0), (1, 1 + 2**-13), (0, 1)) * 2.0**-10
+    pred, target = trapezoid + torch.tensor([0.75, 0]), 1.5 * trapezoid + torch.tensor([0, 0.75])
+    options = {"axis_grad": False, "boundary_weight": 0.25, "axis_weight": "length"}
+    expected = oracle.gradient(pred.double().numpy(), target.double().numpy(), **options)
+    pad = torch.full((1, padding, 2), math.nan)
+    lengths = {"pred_lengths": torch.tensor([4]), "target_lengths": torch.tensor([4])} if padding else {}
+    padded = torch.cat((pred, pad), dim=1), torch.cat((target, pad), dim=1)
+    _, gradient = backend.value_and_gradient(*padded, reduction="sum", **options, **lengths)
+    helpers.assert_gradient_close(gradient[:, :4], expected, rtol=1e-4)
