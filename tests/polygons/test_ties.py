@@ -129,7 +129,7 @@ def test_near_ties_that_are_real_are_not_merged(backend):
 
 @pytest.mark.parametrize("padding", [0, 3])
 def test_small_polygons_keep_their_digits(backend, padding, monkeypatch):
-    """Trapezoids of 2^-10 of the extent: the rounding of coordinates near 1 is 2^-12 of them, and an edge is off by 2^-13.
+    """Trapezoids of 2^-10 of the extent: rounding is 2^-12 of them, and an edge is off parallel by 2^-13.
 
     In the boundary term too, which sees the target on the normals of the prediction.
     """
