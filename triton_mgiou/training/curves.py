@@ -39,7 +39,7 @@ FLAT, FLAT_BESIDE_NOTHING = 0.05, 0.1  # of its mean: a loss that stays within i
 GOOD, GONE = 0.85, 0.01  # of its best: a metric that ends below has fallen, or collapsed
 RISE = 0.3  # of its best, and of what it had fallen by: a loss that rises by more has fallen from its best
 EXPLODED = 10.0  # times its start: a loss of the training that ends above has collapsed, however good the metrics
-MANIFOLD = 3.0  # times its best: a loss that ends above, and above its start, has collapsed
+MANIFOLD = 3.0  # times its best, by size: a loss that has risen to it, and ends above its start, has collapsed
 NOISE = 3.0  # standard deviations from row to row: less is no rise and no fall
 
 LAST_SHARE = 0.3  # converged and oscillating are judged in the last 30 % of the rows, at least 5
@@ -119,7 +119,7 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
       by 30 %, and by 30 % of what it had fallen, or above its start by 5 % (from 10 rows on), while no metric is good
       (5 %, and not fallen) and it is no part of a training loss whose total has fallen.
     - collapsed: a metric ends below 1 % of its best, be it in the last row only; a loss ends at three times its
-      best and above its start; a training loss at ten times its start, however good a metric.
+      best (below 0: at its size) and above its start; a training loss at ten times its start, however good a metric.
     - converged (no fault): the last 30 % of the rows are less than 1 % better than the best before.
     - oscillation (no fault by itself): in the last 30 % of the rows a loss turns in 60 % of them and goes 10 % of its
       mean from row to row.
@@ -310,7 +310,7 @@ def _fault_of_loss(loss: Curve, losses: list[Curve], is_excused: bool, stands_st
     is_training = not _is_of_validation(loss.name)
     if is_excused:
         return f"collapsed: {after}" if is_training and loss.end > EXPLODED * max(abs(loss.start), loss.best) else ""
-    if rise > max((MANIFOLD - 1) * abs(loss.best), fallen) and loss.end > loss.start:
+    if rise > (MANIFOLD - 1) * abs(loss.best) and loss.end > loss.start:
         return f"collapsed: {after}"
     is_rise = rise > RISE * max(abs(loss.best), fallen)
     ends_above_start = len(values) >= SETTLED and loss.end > loss.start + FLAT * abs(loss.start)
