@@ -143,6 +143,20 @@ def test_zero_padding_matches_nothing(backend, fmt):
     assert (matrix(backend, boxes + 3, padding, fmt=fmt) < 0).all()
 
 
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("fmt", ["cxcyczlwhr", "corners3d"])
+def test_no_pair_knows_of_the_others(backend, fmt, over):
+    """The same pair several times in one matrix, and beside pairs that other axes decide."""
+    needs_kernel(backend, fmt)
+    sides = [torch.tensor([row[side] for row in SPACE.values()], dtype=torch.float64) for side in (0, 1)]
+    if fmt == "corners3d":
+        sides = [corners_in_space(each) for each in sides]
+    repeated = matrix(backend, *(each.repeat_interleave(2, dim=0) for each in sides), fmt=fmt, over=over)
+    for i, j in np.ndindex(len(SPACE), len(SPACE)):
+        alone = matrix(backend, sides[0][i, None], sides[1][j, None], fmt=fmt, over=over)
+        assert_close(repeated[2 * i : 2 * i + 2, 2 * j : 2 * j + 2], alone.expand(2, 2), atol=1e-9, rtol=1e-9)
+
+
 def test_plates_and_rods_by_their_corners(backend):
     """The corners of a plate do not say where its third edge looks."""
     first, second = (torch.tensor([row[side] for row in SPACE.values()], dtype=torch.float64) for side in (0, 1))

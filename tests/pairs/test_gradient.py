@@ -276,6 +276,37 @@ def test_blocks_change_nothing_and_keep_to_their_memory(fmt, monkeypatch):
             assert_close(grad, expected, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("sizes", [(3, 3), (20, 5), (30, 30)], ids=str)
+def test_blocks_of_polygons_keep_to_their_memory(sizes, monkeypatch):
+    rng = generator(19)
+    polygons = [convex(n, size, rng) for n, size in zip((20, 25), sizes, strict=True)]
+    upstream = uniform((20, 25), -1, 1, rng)
+
+    def gradients_of(first, second):
+        leaves = [each.clone().requires_grad_() for each in (first, second)]
+        return torch.autograd.grad(polygon_mgiou(*leaves), leaves, upstream)
+
+    whole = gradients_of(*polygons)
+    pair = 8 * sum(sizes) ** 2  # bytes of all projections
+    for memory in (1000 * pair, 2000 * pair):
+        monkeypatch.setattr(pairs, "MEMORY", memory)
+        with LiveBytes() as live:
+            grads = gradients_of(*polygons)
+        assert memory / 8 <= live.peak <= memory + 4 * upstream.nbytes
+        for grad, expected in zip(grads, whole, strict=True):
+            assert_close(grad, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("over", OVER)
+def test_what_needs_no_blocks_has_a_second_derivative(over):
+    """Of boxes far from any tie."""
+    first, second = (random_boxes(2, "cxcywhr", generator(seed)) for seed in (20, 21))
+    first[:, :2] += 0.3
+    second.requires_grad_()
+    first.requires_grad_()
+    assert torch.autograd.gradgradcheck(partial(box_mgiou, over=over, backend="eager"), (first, second))
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_blocks_under_a_checkpoint(fmt, use_reentrant, monkeypatch):
