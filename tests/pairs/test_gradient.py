@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
@@ -295,6 +296,18 @@ def test_blocks_of_polygons_keep_to_their_memory(sizes, monkeypatch):
         assert memory / 8 <= live.peak <= memory + 4 * upstream.nbytes
         for grad, expected in zip(grads, whole, strict=True):
             assert_close(grad, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_forward_mode_needs_no_blocks(monkeypatch):
+    """However many pairs there are: blocks know no tangent."""
+    rng = generator(22)
+    first, second, tangent = (random_boxes(8, "cxcywhr", rng) for _ in range(3))
+    step = 1e-6
+    slope = (box_mgiou(first + step * tangent, second) - box_mgiou(first - step * tangent, second)) / (2 * step)
+    monkeypatch.setattr(pairs, "MEMORY", 2**12)
+    with forward_ad.dual_level():
+        value = box_mgiou(forward_ad.make_dual(first, tangent), second, backend="eager")
+        assert_close(forward_ad.unpack_dual(value).tangent, slope, atol=1e-7)
 
 
 @pytest.mark.parametrize("over", OVER)
