@@ -69,6 +69,10 @@ CASES = {
         {"train_loss": held((1, 20), (0.98, 20)), "val_loss": FALLS},
         ["train_loss: never", f"all losses of the training {FLAT}"],
     ),
+    "that of the validation too": (
+        {"val_loss": held((1, 20), (0.98, 20)), "Train Loss": held((1, 20), (0.98, 20))},
+        ["val_loss: never", "Train Loss: never", f"all losses of the training {FLAT}"],
+    ),
     "that of the validation is flat": ({"train_loss": FALLS, "val_loss": held((1, 20), (0.98, 20))}, []),
     # A metric that falls.
     "to 86 % of its best": ({"mAP": held((0.1, 5), (0.8, 20), (0.86 * 0.8, 10))}, []),

@@ -173,8 +173,8 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
             faults[loss.name] = fault
     problems += [f"{column.name}: {faults[column.name]}" for column in table.columns if column.name in faults]
     if still:
-        which = "all losses of the training" if "train" in still[0].lower() else "all losses"
-        problems.append(f"{which} {NO_STEP}")
+        which = " of the training" if any("train" in name.lower() for name in still) else ""
+        problems.append(f"all losses{which} {NO_STEP}")
     notes = [f"{c.name}: {note}" for c in (*losses, *curves) if c.name not in faults and (note := _converged(c))]
     notes += [f"{loss.name}: {note}" for loss in losses if (note := _oscillation(loss.values))]
     return problems, [*words, *notes]
@@ -319,10 +319,11 @@ def _fault_of_loss(loss: Curve, losses: list[Curve], is_excused: bool, stands_st
 
 
 def _standing_still(losses: list[Curve], within: float) -> list[str]:
-    """The names of all losses, those of the training if there are such, if all stay where they are; 0 says nothing."""
+    """The names of those that stay where they are, if that is all, or all of the training; 0 says nothing."""
     losses = [loss for loss in losses if any(loss.values)]
-    losses = [loss for loss in losses if "train" in loss.name.lower()] or losses
-    return [loss.name for loss in losses] if all(_is_flat(loss, within) for loss in losses) else []
+    still = [loss.name for loss in losses if _is_flat(loss, within)]
+    trained = [loss.name for loss in losses if "train" in loss.name.lower()] or [loss.name for loss in losses]
+    return still if set(trained) <= set(still) else []
 
 
 def _is_flat(loss: Curve, within: float) -> bool:
