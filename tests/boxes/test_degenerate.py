@@ -115,6 +115,39 @@ def test_the_boundary_term_of_a_speck(boxes, fmt, size, slope):
     assert_close(gradient[0, 2:4], want, rtol=5e-3, atol=0.0, what="gradient")
 
 
+@pytest.mark.parametrize(("bits", "counts"), [(10, False), (9, True)])
+@pytest.mark.parametrize(("dtype", "more", "weight"), [(torch.float32, 0, 2.0**29), (torch.float64, 14, 2.0**60)])
+def test_a_boundary_term_that_is_rounding(boxes, dtype, more, weight, bits, counts):
+    """Boxes k = 1 + e times as large as their target have the term (k - 1)^2 / (k^2 + 1): e^2 / 2, but for e^3.
+
+    Up to 2^-20, in float64 2^-48, it counts as 0. Beside the weight the rest of the loss is lost.
+    """
+    target = random_boxes("cxcywhr", 16, generator(31)).to(dtype)
+    k = 1 + 2.0 ** -(bits + more)
+    pred = target * torch.tensor([1, 1, k, k, 1], dtype=dtype)
+    options = {"reduction": "none", "axis_weight": "length"}
+    value, *gradient = boxes.value_and_gradient(pred, target, boundary_weight=weight, **options)
+    if counts:
+        assert_close(value / weight, torch.full((16,), (k - 1) ** 2 / (k * k + 1)), atol=0.0, rtol=0.3)
+    else:
+        assert_same(value, boxes.loss(pred.to(boxes.device), target.to(boxes.device), boundary_weight=0.0, **options))
+        plain = boxes.value_and_gradient(pred, target, boundary_weight=0.0, **options)[1]
+        assert_same(gradient[0], plain, "gradient")
+
+
+@pytest.mark.parametrize("axis_weight", ["length", "soft"])
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 48), (torch.float64, 400)])
+def test_the_longest_length_that_counts_as_0(boxes, dtype, bits, axis_weight):
+    """A square and a point beside it, on the axis through both: D is 1 and, across, 1/2. Without a length no axis."""
+    for side, expected in ((2.0**-bits, 0.0), (2.0 ** (1 - bits), 0.75)):
+        square, point = torch.tensor([[0, 0, side, side, 0]]).to(dtype), torch.tensor([[1.0, 0, 0, 0, 0]]).to(dtype)
+        square[0, 2:4] = side  # float32 would not have that of float64
+        options = {"axis_weight": axis_weight, "boundary_weight": 0.0}
+        for pair in ((square, point), (point, square)):
+            value = boxes.loss(*(each.to(boxes.device) for each in pair), **options)
+            assert_close(value, expected, atol=1e-6)
+
+
 @axis_grads
 @axis_weights
 def test_segments(boxes, axis_weight, axis_grad):

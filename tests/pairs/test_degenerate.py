@@ -48,6 +48,7 @@ SPACE = {
     "one plate": ([0, 0, 1, 2, 2, 0, A], [0, 0, 1, 2, 2, 0, A], 1),
     "plates in one plane": ([0, 0, 1, 2, 2, 0, 0], [8, 0, 1, 2, 2, 0, 0], (4 / 10 - 1 + 1) / 2),
     "rods side by side": ([0, 0, 0, 2, 0, 0, A], [-5 * S, 5 * C, 0, 2, 0, 0, A], 0),
+    "rods side by side, one along its width": ([0, 0, 0, 2, 0, 0, A], [-5 * S, 5 * C, 0, 0, 2, 0, A + math.pi / 2], 0),
     "rods on a line": ([0, 0, 0, 2, 0, 0, A], [8 * C, 8 * S, 0, 2, 0, 0, A], 4 / 10 - 1),
     "poles apart": ([0, 0, 0, 0, 0, 2, A], [3, 0, 0, 0, 0, 2, 0], None),
     "zero padding and a box": ([0, 0, 0, 0, 0, 0, 0], [9, 9, 9, 2, 2, 2, 0], 2 / 10 - 1),

@@ -206,6 +206,21 @@ def test_a_convex_target_in_order_keeps_its_own_area_to_the_bit(backend, dtype, 
         assert_close(value, expected.expand(len(target)), atol=rounding * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize(("bits", "counts"), [(10, False), (9, True)])
+@pytest.mark.parametrize(("dtype", "more", "weight"), [(torch.float32, 0, 2.0**29), (torch.float64, 14, 2.0**60)])
+def test_a_term_that_is_rounding(backend, dtype, more, weight, bits, counts):
+    """A target k = 1 + e times as large has the term (k - 1)^2 / (k^2 + 1): up to 2^-20, in float64 2^-48, it is 0."""
+    target = regular(8, dtype)
+    k = 1 + 2.0 ** -(bits + more)
+    value, gradient = backend.value_and_gradient(target * k, target, reduction="none", boundary_weight=weight)
+    if counts:
+        assert_close(value / weight, [(k - 1) ** 2 / (k * k + 1)], atol=0.0, rtol=0.3)
+    else:
+        without = backend.value_and_gradient(target * k, target, reduction="none")
+        assert_same(value, without[0])
+        assert_same(gradient, without[1], "gradient")
+
+
 def shuffled(polygons, rng):
     """Each polygon's vertices in an order of its own."""
     order = torch.rand(polygons.shape[:2], generator=rng).argsort(1)

@@ -364,3 +364,14 @@ def test_the_largest_coordinates_are_like_any_other(backend, dtype, largest, axi
         unit = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         expected = want[1] / scale.to(want[1].device)
         assert_close(got[1], expected, atol=2 * unit, rtol=1e-4, what="gradient")
+
+
+@pytest.mark.parametrize("axis_weight", ["length", "soft"])
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 48), (torch.float64, 400)])
+def test_the_longest_edge_that_counts_as_0(backend, dtype, bits, axis_weight):
+    """A square with a corner at 0 and a point at x = 1: (1 - GIoU1D) / 2 is 1 along x and 1/2 along y. Or no axis."""
+    for side, expected in ((2.0**-bits, 0.0), (2.0 ** (1 - bits), 0.75)):
+        corners = torch.tensor([[[0, 0], [1, 0], [1, 1], [0, 1]]], dtype=dtype) * side
+        pair = corners.to(backend.device), torch.tensor([[[1, 0]]], dtype=dtype, device=backend.device)
+        for first, second in (pair, pair[::-1]):
+            assert_close(backend.loss(first, second, axis_weight=axis_weight), expected, atol=1e-6)
