@@ -343,6 +343,17 @@ def test_a_wrong_type_is_named(polygon, given):
         average_precision([(polygon, [0.5])])
 
 
+def test_tensors_that_are_no_real_numbers_are_named():
+    polygon = torch.tensor(SQUARE)
+    for wrong, kind in ((polygon + 0j, "complex128"), (polygon.to_sparse(), "sparse")):
+        with pytest.raises(TypeError, match=f"^target .*{kind}"):
+            polygon_iou(SQUARE, wrong)
+        with pytest.raises(TypeError, match=rf"^pred\[0\] .*{kind}"):
+            polygon_iou_matrix([wrong], [SQUARE])
+        with pytest.raises(TypeError, match=f"^pred .*{kind}"):
+            polygon_iou_matrix(wrong, [SQUARE])
+
+
 def test_what_is_no_set_is_named():
     with pytest.raises(TypeError, match="target must be polygons, got NoneType"):
         polygon_iou_matrix([SQUARE], None)

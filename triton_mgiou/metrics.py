@@ -174,13 +174,12 @@ def _iou(p: Floats, g: Floats) -> float:
     start, end = np.where(falls, end, start), np.where(falls, start, end)
     levels = np.unique(np.concatenate((p[:, 1], g[:, 1], _crossings(start, end))))
     middles, heights = levels[:-1] / 2 + levels[1:] / 2, np.diff(levels)
-    rise = np.where(start[:, 1] == end[:, 1], 1.0, end[:, 1] - start[:, 1])  # a level edge spans no strip
-    width = end[:, 0] - start[:, 0]
+    width, rise = (end - start).T
     inter = only_one = 0.0
     for rows in _rows(len(middles), len(start)):
         y = middles[rows, None]  # (S, 1), against (E,) edges
         spans = (start[:, 1] > y) != (end[:, 1] > y)
-        with np.errstate(over="ignore", invalid="ignore"):  # of edges that do not span it
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # of edges that do not span it
             x = np.where(spans, start[:, 0] + (y - start[:, 1]) / rise * width, np.inf)
         order = x.argsort(axis=1)
         spans, is_p = np.take_along_axis(spans, order, 1), order < len(p)
