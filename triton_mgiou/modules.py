@@ -223,6 +223,8 @@ class PolygonLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("mode", mode, MODES)
+        if isinstance(sigmas, Tensor):
+            check_real_numbers("sigmas", sigmas)
         if sigmas is not None:
             device = sigmas.device if isinstance(sigmas, Tensor) else torch.get_default_device()
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -611,6 +612,22 @@ def test_wrong_options():
             PolygonLoss(mode, alpha=Fraction(1, 2))
         with pytest.raises(TypeError, match=r"^return_parts must be a bool, got str"):
             PolygonLoss(mode, alpha=0.5, return_parts="no")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: torch.complex(t, t), "got torch.complex64"),
+        (lambda t: t.to(torch.float8_e5m2), "got torch.float8_e5m2"),
+        (torch.Tensor.to_mkldnn, "got layout torch._mkldnn: pass sigmas.to_dense()"),
+        (lambda t: torch.masked.masked_tensor(t, t > 0), "got a MaskedTensor"),
+        (lambda t: torch.quantize_per_tensor(t, 0.01, 0, torch.quint8), "got a quantized one"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*(MaskedTensors|quantize)")
+def test_sigmas_that_are_no_plain_tensor(change, words):
+    with pytest.raises(TypeError, match=f"^sigmas must .*{re.escape(words)}"):
+        PolygonLoss("l2", sigmas=change(torch.tensor(SIGMAS)))
 
 
 @pytest.mark.parametrize("mode", ["l2", "hybrid"])

@@ -341,6 +341,50 @@ def test_a_group_behind_a_layer_of_zeros_may_wake_up_late():
     assert float(monitor.summary().splitlines()[1].split()[2]) > 1e4 * start
 
 
+def test_a_group_behind_a_layer_of_zeros_may_grow_beyond_what_was_the_strongest_at_first():
+    """As in a network with factors of 0 on a branch, which learns slowly: no gradient grows beyond all others."""
+    generator_ = torch.Generator().manual_seed(0)
+    branch = nn.Linear(8, 16)
+    with torch.no_grad():
+        for parameter in branch.parameters():
+            parameter.uniform_(-(8**-0.5), 8**-0.5, generator=generator_)
+    head = nn.Linear(16, 2)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    model = nn.ModuleDict({"branch": branch, "head": head})
+    monitor = GradientMonitor(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
+    norms = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(400):
+            inputs = torch.randn(32, 8, generator=generator_)
+            target = inputs @ torch.arange(16.0).reshape(8, 2) * 0.1 + 0.3
+            optimizer.zero_grad()
+            (head(branch(inputs).relu()) - target).square().mean().backward()
+            monitor.record()
+            norms.append([flat(part, gradient=True).norm() for part in (branch, head)])
+            optimizer.step()
+    branch_norms, head_norms = torch.tensor(norms).T
+    assert branch_norms.max() > 100 * branch_norms[:10].mean()
+    assert branch_norms.max() > head_norms[:50].mean()
+
+
+def test_a_weak_group_may_not_explode():
+    """It has a thousandth of the strongest group's gradient, and then twenty times as much as that."""
+    model = make()
+
+    def set_to(index):
+        for name, value in (("backbone", 1e-3 if index < 15 else 20.0), ("head", 1.0)):
+            parameters = list(model[name].parameters())
+            count = sum(parameter.numel() for parameter in parameters)
+            for parameter in parameters:
+                parameter.grad.fill_(value / math.sqrt(count))
+
+    (message,) = messages(GradientMonitor(model), model, 18, lr=1e-3, change=set_to)
+    assert message.startswith("step 16: backbone: exploding: gradient norm 20, its average was 0.1")
+
+
 @pytest.mark.parametrize("kind", ["head of zeros", "scale of zeros", "offset of zeros"])
 def test_weights_that_start_at_zero_may_not_explode(kind):
     model = without_start(kind)

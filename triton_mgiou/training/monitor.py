@@ -22,7 +22,7 @@ MEASURES = ("grad_norm", "zero_share", "update_ratio")
 LOST_UPDATE = 1e-7  # of the weights: below float32's rounding
 DEAD_SHARE = 0.99  # of zeros
 STILL = 20  # records in a row in which no parameter changes
-WEAK = 0.01  # of the strongest group's gradient: what a group behind a layer of zeros begins far below
+WEAK = 0.1  # of the strongest group's gradient: what a group behind a layer of zeros begins far below
 
 
 class GradientMonitor:
@@ -49,7 +49,7 @@ class GradientMonitor:
 
     Weights that start at 0, as those of an offset head, or near it grow to their size without a warning: for
     `max_update` the change is set against the norm that PyTorch's usual initialisation would have, where that is
-    larger than the weights'; and the lowest average of a group counts as 1 % of the strongest group's at the least.
+    larger than the weights'; and the lowest average of a group counts as 10 % of the strongest group's at the least.
 
     Cost: one wait for the device a record, a few launches for each group, and a copy of the weights.
 
