@@ -241,7 +241,7 @@ def test_files_that_are_no_checkpoint(tmp_path, diagnose):
     torch.save({"epoch": 3, "lr": [0.1]}, path)
     status, _, err = diagnose(path)
     assert (status, len(err)) == (2, 1)
-    assert err[0].startswith(f"triton-mgiou diagnose: {path} holds no tensor; diagnose reads checkpoints of torch.save")
+    assert err[0].startswith(f"triton-mgiou diagnose: {path} holds no tensor; diagnose reads CSV ")
 
 
 def test_files_that_claim_more_than_they_hold(tmp_path, diagnose):

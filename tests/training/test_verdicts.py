@@ -21,6 +21,7 @@ from torch import nn
 
 from tests.helpers import INF, NAN
 from triton_mgiou.cli import main
+from triton_mgiou.training.diagnose import READ
 
 
 def noisy(values, noise, seed=0):
@@ -1281,6 +1282,7 @@ def test_verdict(name, write, status, words, tmp_path, capsys):
     assert (len(err.splitlines()), out) == (1, "") if status == 2 else err == ""
     if status == 2:
         assert str(path) in err
+        assert f"diagnose reads {READ}" in err or "cannot read" in err
 
 
 def test_no_code_has_run():

@@ -83,7 +83,7 @@ def read(path: Path) -> Checkpoint:
     else:
         found = _flatten(*_load(path))
     if not found.tensors and not found.scales:  # Transformers and Accelerate have a file for the GradScaler alone
-        raise CheckpointError(f"holds no tensor; diagnose reads {READ}")
+        raise CheckpointError("holds no tensor")
     for name, tensor in found.tensors.items():  # one number can be stored as any shape, with strides of 0
         size = _bytes(tensor)
         if size > LARGE and size > tensor.untyped_storage().nbytes():
@@ -158,7 +158,7 @@ def _bytes(tensor: Tensor) -> int:
 def _load(path: Path) -> tuple[Any, list[str]]:
     """The content of a file of torch.save, and the foreign classes in it."""
     if not path.stat().st_size:
-        raise CheckpointError(f"is empty; diagnose reads {READ}")
+        raise CheckpointError("is empty")
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         _check_archive(path)
@@ -185,7 +185,7 @@ def _load(path: Path) -> tuple[Any, list[str]]:
             reason = f"{type(error).__name__} {error}"
     known = re.search(r"WeightsUnpickler error:\s*(.*)", reason)  # PyTorch's first line is bad advice here
     first = re.split(r"\n|\. ", (known[1] if known else reason).strip())[0]
-    raise CheckpointError(f"is no checkpoint, or a damaged one: {first}; diagnose reads {READ}")
+    raise CheckpointError(f"is no checkpoint, or a damaged one: {first}")
 
 
 def _check_archive(path: Path) -> None:
@@ -195,11 +195,11 @@ def _check_archive(path: Path) -> None:
     except Exception as error:
         raise CheckpointError(f"is a damaged zip file: {type(error).__name__} {error}") from None
     if any(record.filename.endswith("/constants.pkl") for record in records):
-        raise CheckpointError("is a TorchScript program, which is code; diagnose reads " + READ)
+        raise CheckpointError("is a TorchScript program, which is code")
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise CheckpointError("was not written by torch.save: its records are compressed; diagnose reads " + READ)
+        raise CheckpointError("was not written by torch.save: its records are compressed")
     if not any(record.filename.endswith("data.pkl") for record in records):
-        raise CheckpointError("is a zip file, but none of torch.save; diagnose reads " + READ)
+        raise CheckpointError("is a zip file, but none of torch.save")
 
 
 def _is_legacy(path: Path) -> bool:
@@ -311,9 +311,7 @@ def _read_folder(path: Path) -> Checkpoint:
     plan = folder / ".metadata"
     if not plan.is_file():
         kind = "folder" if path.is_dir() else "shard"
-        raise CheckpointError(
-            f"is a {kind} without the .metadata of torch.distributed.checkpoint; diagnose reads {READ}"
-        )
+        raise CheckpointError(f"is a {kind} without the .metadata of torch.distributed.checkpoint")
     foreign: list[str] = []
     found = Checkpoint({}, {}, [])
     numbers: dict[str, dict[str, float]] = {}  # what a plan takes apart to its single numbers

@@ -45,9 +45,7 @@ def diagnose(path: Path) -> bool:
             notes = [*table.notes, *notes]
     except OSError as error:
         raise DiagnoseError(f"cannot read {error.filename or path}: {error.strerror or error}") from None
-    except checkpoints.CheckpointError as error:
-        raise DiagnoseError(f"{path} {error}") from None
-    except (tables.TableError, curves.NothingToJudgeError) as error:
+    except (checkpoints.CheckpointError, tables.TableError, curves.NothingToJudgeError) as error:
         raise DiagnoseError(f"{path} {error}; diagnose reads {READ}") from None
     except Exception as error:  # a script that calls this wants a status, whatever the file holds
         raise DiagnoseError(f"cannot read {path}: {type(error).__name__} {error}") from None
