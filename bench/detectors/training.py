@@ -193,7 +193,6 @@ def _keypoints(job: Job) -> Any:
 
     class Trainer(adapter.MGIoUPoseTrainer):
         few = False
-
         assigner: str | None = None
 
         def set_loss(self, criterion: Any) -> None:
