@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +27,33 @@ def out_file(text: str) -> Path:
     return path
 
 
+def earlier_results(parser: argparse.ArgumentParser, path: Path, is_own: Callable[[Any], bool]) -> Any:
+    """What a file of results that is to be continued holds; None where there is no file.
+
+    Ends the program with status 2 if the file is another one: `is_own` is false, or finds not what it looks for.
+    """
+    if not path.exists():
+        return None
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if is_own(content):
+            return content
+    parser.error(f"argument --out: expected a new file or one of this program's, got {path}")
+
+
 def earlier_rows(
     parser: argparse.ArgumentParser, path: Path, names: Sequence[str], known: Collection[tuple[Any, ...]]
 ) -> list[dict[str, Any]]:
     """The rows of a file of results that is to be continued; none where there is no file.
 
-    Ends the program with status 2 if the file is another one: what its rows have under `names` is among the `known`,
-    and each has a seed.
+    What its rows have under `names` is among the `known`, and each has a seed, or it is another program's file.
     """
-    if not path.exists():
-        return []
-    try:
-        rows: list[dict[str, Any]] = list(json.loads(path.read_text(encoding="utf-8"))["rows"])
-        if all(tuple(row[name] for name in names) in known and "seed" in row for row in rows):
-            return rows
-    except (KeyError, TypeError, ValueError):
-        pass
-    parser.error(f"argument --out: expected a new file or one of this program's, got {path}")
+
+    def is_own(content: Any) -> bool:
+        return all(tuple(row[name] for name in names) in known and "seed" in row for row in content["rows"])
+
+    content = earlier_results(parser, path, is_own)
+    return [] if content is None else list(content["rows"])
 
 
 def positive(text: str) -> int:

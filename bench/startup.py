@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.arguments import need_gpu, out_file
+from bench.arguments import earlier_results, need_gpu, out_file
 
 ROOT = Path(__file__).parent.parent
 CACHES = {"triton": "TRITON_CACHE_DIR", "mgiou": "TRITON_MGIOU_CACHE_DIR"}  # folder to variable
@@ -216,17 +216,6 @@ def _files(folder: str) -> set[tuple[Path, int]]:
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {"first": first, "host": host, "tuning": tuning, "training": training}
 
 
-def earlier_parts(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
-    """What a file of results holds that is to be continued; ends the program with status 2 if it is another one."""
-    if not path.exists():
-        return {}
-    with contextlib.suppress(AttributeError, ValueError):
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if content.keys() & PARTS:
-            return content
-    parser.error(f"argument --out: expected a new file or one of this program's, got {path}")
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measure the parts and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -239,7 +228,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if arguments.out is None:
         parser.error("the following arguments are required: --out")
-    content = earlier_parts(parser, arguments.out)
+    earlier = earlier_results(parser, arguments.out, lambda content: bool(content.keys() & PARTS))
+    content: dict[str, Any] = earlier or {}
     need_gpu(parser, "bench.startup")
     with tempfile.TemporaryDirectory() as folder:  # the user's caches take no part
         os.environ |= {name: f"{folder}/{part}" for part, name in CACHES.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import sys
 from types import SimpleNamespace
@@ -30,9 +31,16 @@ def test_the_folder_of_results_is_made_before_anything_is_measured(tmp_path, mon
     assert path.is_file()
 
 
-@pytest.mark.parametrize("program", [run, crops])
+NO_RESULTS = ["", "nope", "[1]", "{}", '{"rows": 3}', '{"rows": [1]}', '{"rows": [{"task": "digits"}]}']
+OTHER_RESULTS = sorted(path for path in RESULTS.glob("*.json") if path.stem not in {"h200_startup", "h200_tuning"})
+
+
 @pytest.mark.parametrize(
-    "text", ["", "nope", "[1]", "{}", '{"rows": 3}', '{"rows": [1]}', '{"rows": [{"task": "digits"}]}']
+    ("program", "text"),
+    [
+        *itertools.product([run, crops, startup], NO_RESULTS),
+        *(pytest.param(startup, path.read_text(), id=path.stem) for path in OTHER_RESULTS),
+    ],
 )
 def test_another_programs_file_is_not_continued(program, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(crops, "need_packages", lambda *_: None)
@@ -116,19 +124,6 @@ def test_a_report_of_another_programs_results_is_refused(name, tmp_path):
     with pytest.raises(SystemExit, match=r"bench\.report: expected results of bench\.speed"):
         report.main([str(path)])
     assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(
-    "name", sorted({path.stem for path in RESULTS.glob("*.json")} - {"h200_startup", "h200_tuning"})
-)
-def test_startup_leaves_another_programs_results_alone(name, tmp_path, capsys):
-    path = tmp_path / "results.json"
-    path.write_text(text := (RESULTS / f"{name}.json").read_text())
-    with pytest.raises(SystemExit) as ended:
-        startup.main(["--out", str(path)])
-    assert ended.value.code == 2
-    assert f"argument --out: expected a new file or one of this program's, got {path}" in capsys.readouterr().err
-    assert path.read_text() == text
 
 
 def test_the_first_call_is_the_median_of_processes_in_turns(monkeypatch):
