@@ -79,8 +79,8 @@ PRECISIONS: dict[str, str] = {
     "reported, no loss scale": "fp16 without scaler",
 }
 
-# ---- losses of keypoints: attributes of `MGIoUPoseTrainer`, and the bench's own "few" and, for YOLO26, "assigner":
-# "squared" for the square of the trainer's own, or "OKS"; None for Ultralytics' own
+# ---- losses of keypoints: attributes of `MGIoUPoseTrainer`, and the bench's own "few", "float32" and, for YOLO26,
+# "assigner": "squared" for the square of the trainer's own, or "OKS"; None for Ultralytics' own
 
 KEYPOINT_LOSSES: dict[str, Mapping[str, Any] | None] = {
     "OKS": None,
@@ -92,14 +92,16 @@ KEYPOINT_LOSSES: dict[str, Mapping[str, Any] | None] = {
     "hybrid, alpha .5": {"mode": "hybrid", "alpha": 0.5},
     "hybrid, sigma .35": {"mode": "hybrid", "sigmas": 0.35},
     "mgiou, boundary .5": {"mode": "mgiou", "options": {"boundary_weight": 0.5}},
+    "mgiou, float32 decode": {"mode": "mgiou", "float32": True},
+    "hybrid, float32 decode": {"mode": "hybrid", "float32": True},
     "YOLO26, mgiou": {"mode": "mgiou"},
     "YOLO26, mgiou, squared assigns": {"mode": "mgiou", "assigner": "squared"},
     "YOLO26, mgiou, OKS assigns": {"mode": "mgiou", "assigner": "OKS"},
 }
 
-# ---- losses of boxes: attributes of `MGIoUOBBTrainer`, and the bench's own "quadratic", "saturating", "centre" and
-# "assigner": "squared" for the trainer's own, "Jaccard", "ProbIoU", or a power of MGIoU, 1 where it is not given; None
-# for ProbIoU
+# ---- losses of boxes: attributes of `MGIoUOBBTrainer`, and the bench's own "quadratic", "saturating", "centre",
+# "float32" and "assigner": "squared" for the trainer's own, "Jaccard", "ProbIoU", or a power of MGIoU, 1 where it is
+# not given; None for ProbIoU
 
 BOUNDARY: dict[str, Any] = {"options": PAPER | {"boundary_weight": 0.25}}
 BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
@@ -116,6 +118,7 @@ BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
     "mgiou, squared assigns, saturating": {"assigner": "squared", "saturating": True},
     "mgiou, power 1.5 assigns": {"assigner": 1.5},
     "mgiou, Jaccard assigns": {"assigner": "Jaccard"},
+    "mgiou, squared assigns, float32 decode": {"assigner": "squared", "float32": True},
     "mgiou, ProbIoU assigns + angle": {"assigner": "ProbIoU"},
     "mgiou, quadratic + angle": {"quadratic": True},
     "mgiou, quadratic": {"quadratic": True},
@@ -154,6 +157,10 @@ TRIED = {  # looking for a better loss or assigner; tasks, and with how many see
     "mgiou": {"squares": 3, "boxes": 3, "long": 3},
     "mgiou, power 1.5 assigns": {"squares": 3, "boxes": 6, "long": 6},
     "mgiou, Jaccard assigns": {"boxes": 9, "long": 9},
+    "mgiou, squared assigns, float32 decode": {"boxes": 12, "long": 12, "squares": 9},
+    "mgiou, squared assigns": {"squares": 9},
+    "mgiou, float32 decode": {"hulls": 3},
+    "hybrid, float32 decode": {"corners": 3},
     "boundary + angle": {"boxes": 3, "squares": 1, "long": 1},
     "boundary": {"boxes": 1, "squares": 3, "long": 1},
     "boundary, gain 1 + angle": {"boxes": 1},
@@ -216,11 +223,13 @@ def jobs(size: Size) -> list[Job]:
         ("hulls", "mgiou, boundary .5"),
     ]
     found += [_job("rest", task, name, 0, size) for task, name in rest]
+    tabled = {(job.task, job.loss, job.seed) for job in found}
     found += [
         _job("tried", task, name, seed, size)
         for name, places in TRIED.items()
         for task, count in places.items()
         for seed in (*size.seeds, *size.more_seeds)[:count]
+        if (task, name, seed) not in tabled
     ]
     return [job for job in found if size.all_losses or job.part in {"speed", "table"} or (job.part, job.loss) in KINDS]
 

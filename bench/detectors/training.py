@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -193,6 +193,7 @@ def _keypoints(job: Job) -> Any:
 
     class Trainer(adapter.MGIoUPoseTrainer):
         few = False
+        float32 = False
         assigner: str | None = None
 
         def set_loss(self, criterion: Any) -> None:
@@ -202,6 +203,8 @@ def _keypoints(job: Job) -> Any:
                 overlaps["pair_overlaps"] = partial(squared_polygon_overlap, criterion.assigner)
             if self.assigner == "OKS":
                 overlaps.pop("pair_overlaps", None)  # the class has Ultralytics' own
+            if self.float32:
+                criterion.kpts_decode = partial(in_float32, type(criterion).kpts_decode)
 
         def make_loss(self, sigmas: Tensor) -> nn.Module:
             loss = Reported(**REPORTED.get(name, {})) if is_reported else super().make_loss(sigmas)
@@ -257,6 +260,12 @@ class BoxVariant(adapter.MGIoUBoxLoss):
         return self.gain * loss, distribution
 
 
+def in_float32(decode: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Decode what a head predicts in float32, whatever autocast says: in float16 a place is rounded to 1/4 pixel."""
+    with torch.autocast("cuda", enabled=False):
+        return decode(*(each.float() if isinstance(each, Tensor) else each for each in arguments))
+
+
 def overlap_to_the(power: float, gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
     """A power of the MGIoU of paired boxes (P, 5), and 0 where that is negative; the package's assigner squares it."""
     return adapter._overlap(box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER)) ** power
@@ -276,6 +285,7 @@ def _boxes(job: Job) -> Any:
 
     class Trainer(adapter.MGIoUOBBTrainer):
         assigner: float | str = 1.0
+        float32 = False
 
         def make_loss(self, reg_max: int) -> adapter.MGIoUBoxLoss:
             changes = {name: options[name] for name in ("quadratic", "saturating", "centre") if name in options}
@@ -291,6 +301,8 @@ def _boxes(job: Job) -> Any:
                 criterion.assigner.iou_calculation = overlap_as_jaccard
             if self.assigner == "ProbIoU":
                 vars(criterion.assigner).pop("iou_calculation", None)  # the class has Ultralytics' own
+            if self.float32:
+                criterion.bbox_decode = partial(in_float32, type(criterion).bbox_decode, criterion)
 
     for attribute, value in options.items():
         setattr(Trainer, attribute, value)

@@ -133,6 +133,32 @@ def test_the_assigner_of_yolo26_takes_what_the_name_of_a_loss_says():
             assert found.tolist() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mgiou, squared assigns, float32 decode", "hybrid, float32 decode"])
+def test_float32_decode_rounds_no_place(name):
+    """A centre 1/1024 beside a grid point at 39.5, which float16 knows by thirty-seconds only."""
+    is_boxes = name in plan.BOX_LOSSES
+    if is_boxes:
+        model = OBBModel("yolo11n-obb.yaml", nc=1, verbose=False)
+        trainer_class = training._boxes(plan.Job("tried", "boxes", name, 0, 1))
+    else:
+        model = PoseModel("yolo11n-pose.yaml", nc=1, data_kpt_shape=[4, 3], verbose=False)
+        trainer_class = training._keypoints(plan.Job("speed", "corners", name, 0, 1))
+    model.args = get_cfg()
+    trainer = trainer_class.__new__(trainer_class)
+    trainer.model, trainer.ema, trainer.data, trainer.args = model, None, {}, model.args
+    trainer.epoch, trainer.epochs = 0, 1
+    set_losses(trainer)
+    criterion, anchor = model.criterion, torch.tensor([[39.5, 39.5]]).half()
+    if is_boxes:
+        criterion.use_dfl = False
+        found = criterion.bbox_decode(anchor, torch.tensor([[[2, 2, 2 + 1 / 512, 2]]]).half(), torch.zeros(1, 1, 1))
+        assert found.tolist() == [[[39.5 + 1 / 1024, 39.5, 4 + 1 / 512, 4, 0]]]
+    else:
+        found = criterion.kpts_decode(anchor, torch.tensor([0.25 + 1 / 2048, 0.25, 1]).half().expand(1, 1, 4, 3))
+        assert found.tolist() == [[[[39.5 + 1 / 1024, 39.5, 1]] * 4]]
+    assert found.dtype == torch.float32
+
+
 def test_crops_that_are_on_file_are_in_the_plan():
     rows = json.loads((ROOT / crops.OUT).read_text(encoding="utf-8"))["rows"]
     assert {(row["task"], row["loss"], row["seed"]) for row in rows} <= set(crops.PLAN)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bench.convergence.losses import reported
-from tests.helpers import generator, random_boxes, rectangle_corners
+from tests.helpers import CLAMP_STOPS_NAN, generator, random_boxes, rectangle_corners
 from tests.test_documents import table
 from triton_mgiou import mgiou_loss
 from triton_mgiou.cli import main
@@ -208,8 +208,6 @@ def amp_step(loss_of, model, batch, optimizer, scaler, watch):
     return loss
 
 
-# `clamp(min=1e-9)` of a 0 in float16 is at its bound. There its derivative is 0 from PyTorch 2.14 on, and was 1 before.
-CLAMP_STOPS_NAN = torch.__version__ >= (2, 14)
 NO_NAN_GRADIENT = "from PyTorch 2.14 on this loss has no NaN gradient"
 
 
