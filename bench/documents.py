@@ -182,7 +182,7 @@ def startup_host() -> str:
 
 def tuning_gains() -> str:
     """The gain of tuning over the shipped layouts."""
-    rows = results("h200_tuning")["tuning"]["result"]["rows"]
+    rows = results("h200_startup")["tuning"]["result"]["rows"]
     gains = {(row["vertices"], row["batch"], row["gradient"]): row["gain"] or 0.0 for row in rows}
     sizes = dict.fromkeys((vertices, batch) for vertices, batch, _ in gains)
     cells = ([f"{b} x {n}", *(f"{gains[n, b, gradient]:.1%}" for gradient in (False, True))] for n, b in sizes)
@@ -191,7 +191,7 @@ def tuning_gains() -> str:
 
 def startup_training() -> str:
     """What steps of any size still compile."""
-    found = results("h200_tuning")["training"]["result"]
+    found = results("h200_startup")["training"]["result"]
     counts = [f"{found[name] or 'none'} {name}" for name in ("compiled", "tuned")]
     return f"Of {found['steps']:,} steps of random B and N after a warm-up, {' and '.join(counts)} anything."
 

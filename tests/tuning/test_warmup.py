@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import sys
@@ -119,6 +120,39 @@ def test_lengths_of_few_bits_beside_many_vertices(dtype, largest):
     pred, target, given = variant.inputs()
     assert (given["pred_lengths"].tolist(), given["target_lengths"].tolist()) == ([largest] * 2, [100] * 2)
     triton_mgiou.mgiou_loss(pred, target, backend="eager", **given)
+
+
+@pytest.mark.parametrize("size", [(3, 4), (8, 16), (64, 33)])
+def test_what_is_measured_are_convex_polygons_once_around(size):
+    """A target with dents takes a kernel's slow way, which no layout should be chosen by."""
+    variant = warmup_module._Variant((torch.float32,) * 2, size, 256, True, torch.device("cpu"), {})
+    for polygons, vertices in zip(variant.inputs()[:2], size, strict=True):
+        assert polygons.shape == (256, vertices, 2)
+        x, y = (polygons.roll(-1, 1) - polygons).double().unbind(2)
+        following_x, following_y = x.roll(-1, 1), y.roll(-1, 1)
+        turns = torch.atan2(x * following_y - y * following_x, x * following_x + y * following_y)
+        assert (turns > 0).all()
+        torch.testing.assert_close(turns.sum(1), torch.full((256,), 2 * math.pi, dtype=torch.float64))
+    pairs = warmup_module._PairVariant((torch.float32,) * 2, "polygons", (3, 5), False, torch.device("cpu"), {})
+    assert [len(shapes) for shapes in pairs.inputs()[:2]] == [3, 5]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("fmt", "sizes"), [("cxcywhr", (2, 3)), ("cxcywh", (2, 3)), ("cxcyczlwhr", (3, 4, 5))])
+def test_what_is_measured_are_boxes_with_sizes(fmt, sizes, packed):
+    """One box of a block without, and all of it takes twice the instructions."""
+    variant = warmup_module._BoxVariant((torch.float32,) * 2, fmt, 4096, True, torch.device("cpu"), {}, packed)
+    for boxes in variant.inputs()[:2]:
+        assert (boxes[:, sizes] >= 1).all()
+        assert boxes.is_contiguous() == packed
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_is_measured_are_boxes_whose_corners_are_apart(packed):
+    variant = warmup_module._BoxVariant((torch.float32,) * 2, "xyxy", 4096, True, torch.device("cpu"), {}, packed)
+    for boxes in variant.inputs()[:2]:
+        assert (boxes[:, 2:] - boxes[:, :2] >= 1).all()
+        assert boxes.is_contiguous() == packed
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter or a GPU")

@@ -188,7 +188,7 @@ class _Variant(NamedTuple):
         return {"pred_vertices": buckets[0], "target_vertices": buckets[1], "batch": words, "fmt": None}
 
     def inputs(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Some star-shaped polygons, and the options with their tensors."""
+        """Some convex polygons, and the options with their tensors."""
         pred, target = (
             _polygons(self.batch, n, self.device, seed).to(dtype)
             for seed, (n, dtype) in enumerate(zip(self.size, self.dtype, strict=True))
@@ -255,12 +255,9 @@ class _BoxVariant(NamedTuple):
 
     def inputs(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Some boxes, and the options with their tensors."""
-        generator = torch.Generator(self.device).manual_seed(0)
-        shape = FORMATS[self.fmt].shape
-        wide = (*shape[:-1], shape[-1] + (0 if self.packed else 1))
         pred, target = (
-            torch.rand(self.batch, *wide, device=self.device, generator=generator).to(dtype)[..., : shape[-1]]
-            for dtype in self.dtype
+            _boxes(self.batch, self.fmt, self.packed, self.device, seed).to(dtype)[..., : FORMATS[self.fmt].shape[-1]]
+            for seed, dtype in enumerate(self.dtype)
         )
         options = dict(self.options)
         kind = options.pop("weight", False)
@@ -347,10 +344,8 @@ class _PairVariant(NamedTuple):
             if self.fmt in _POLYGONS:
                 shapes = _polygons(count, _POLYGONS[self.fmt], self.device, seed).to(dtype)
             else:
-                generator = torch.Generator(self.device).manual_seed(seed)
                 (numbers,) = FORMATS[self.fmt].shape
-                wide = numbers if packed else numbers + 1
-                shapes = torch.rand(count, wide, device=self.device, generator=generator).to(dtype)[:, :numbers]
+                shapes = _boxes(count, self.fmt, packed, self.device, seed).to(dtype)[:, :numbers]
             sets.append(shapes)
         options = dict(self.options)
         for name in ("lengths1", "lengths2", "mask1", "mask2"):
@@ -518,9 +513,22 @@ def _options(argument: str, given: Mapping[str, Any] | None, function: str, name
     return options
 
 
+# What is measured takes the way through a kernel that most training takes: targets are convex, boxes have sizes.
+
+
 def _polygons(batch: int, vertices: int, device: torch.device, seed: int) -> Tensor:
+    """Convex polygons in order, on circles."""
     generator = torch.Generator(device).manual_seed(seed)
-    angle = torch.arange(vertices, device=device) * (2 * math.pi / vertices)
-    radius = 0.5 + 0.5 * torch.rand(batch, vertices, 1, device=device, generator=generator)
+    steps = 0.5 + torch.rand(batch, vertices, device=device, generator=generator)
+    angle = (steps.cumsum(1) * (2 * math.pi / steps.sum(1, keepdim=True))).unsqueeze(2)
+    radius = 0.5 + 0.5 * torch.rand(batch, 1, 1, device=device, generator=generator)
     centre = torch.rand(batch, 1, 2, device=device, generator=generator)
-    return centre + radius * torch.stack((angle.cos(), angle.sin()), dim=-1)
+    return centre + radius * torch.cat((angle.cos(), angle.sin()), dim=2)
+
+
+def _boxes(batch: int, fmt: str, packed: bool, device: torch.device, seed: int) -> Tensor:
+    """Boxes, with a number more than they have if they are not packed. Corners of "xyxy" are 1 apart at least."""
+    generator = torch.Generator(device).manual_seed(seed)
+    *rest, numbers = FORMATS[fmt].shape
+    wide = numbers if packed else numbers + 1
+    return torch.rand(batch, *rest, wide, device=device, generator=generator) + torch.arange(wide, device=device)
