@@ -31,6 +31,17 @@ def test_integers_of_numpy_are_integers():
     assert schedule() == 0.75
 
 
+@pytest.mark.parametrize("kind", [np.float64, np.float32])
+def test_numbers_of_numpy_are_numbers(kind):
+    """Compiled code takes them for arrays, by which the value would be float64."""
+    schedule = AlphaSchedule(4, "linear", start=kind(1), end=kind(0.5))
+    schedule.step()
+    compiled = torch.compile(schedule, backend="eager", fullgraph=True)()
+    assert (schedule().item(), compiled.item()) == (0.875, 0.875)
+    assert (schedule().dtype, compiled.dtype) == (torch.float32, torch.float32)
+    assert repr(schedule) == "AlphaSchedule(total_steps=4, kind='linear', start=1.0, end=0.5)"
+
+
 @pytest.mark.parametrize(
     ("step", "error", "message"),
     [

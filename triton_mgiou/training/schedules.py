@@ -51,8 +51,8 @@ class AlphaSchedule(nn.Module):
                 raise ValueError(f"{name} must be in 0..1, got {value}")
         self.total_steps = int(total_steps)
         self.kind = kind
-        self.start = start
-        self.end = end
+        self.start = float(start)  # one of numpy's is an array to the compiler, which would make the value float64
+        self.end = float(end)
         self.register_buffer("step_count", torch.zeros((), dtype=torch.int64))
 
     def step(self) -> None:
