@@ -227,10 +227,13 @@ class PolygonLoss(nn.Module):
             check_real_numbers("sigmas", sigmas)
         if sigmas is not None:
             device = sigmas.device if isinstance(sigmas, Tensor) else torch.get_default_device()
+            wrong = TypeError(f"sigmas must be numbers above 0, got {sigmas!r}")
+            if _are_no_numbers(sigmas):
+                raise wrong
             try:
                 sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu").detach().reshape(-1)
             except (OverflowError, RuntimeError, TypeError, ValueError):
-                raise TypeError(f"sigmas must be numbers above 0, got {sigmas!r}") from None
+                raise wrong from None
             if not (sigmas.numel() and bool(((sigmas > 0) & sigmas.isfinite()).all())):
                 raise ValueError(f"sigmas must be finite numbers above 0, got {sigmas.tolist()}")
             sigmas = _with_values(sigmas, device)
@@ -346,6 +349,15 @@ class PolygonLoss(nn.Module):
         if self.reduction != "mean":
             shown["reduction"] = self.reduction
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+def _are_no_numbers(values: Any) -> bool:
+    """Whether these are bools or complex numbers, which PyTorch casts to float32; the cast tells of all else."""
+    try:
+        dtype = torch.as_tensor(values).dtype
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        return False
+    return dtype == torch.bool or dtype.is_complex
 
 
 def _with_values(sigmas: Tensor, device: torch.device) -> Tensor:
