@@ -332,6 +332,9 @@ def test_tensors_of_any_type_and_in_a_graph(dtype):
         ([[0, 0], [1, 0], [1]], "list"),
         (SQUARE + 1j, "ndarray"),
         ([torch.ones(2, requires_grad=True)] * 3, "list"),
+        ([[0, 0], [1, None], [1, 1]], "list"),
+        (np.array([["0", 0], ["1", 0], ["1", 1]], dtype=object), "ndarray"),
+        ([[0, 0], [10**400, 0], [1, 1]], "list"),
     ],
 )
 def test_a_wrong_type_is_named(polygon, given):
@@ -466,10 +469,19 @@ def test_the_thresholds_are_cocos():
     np.testing.assert_allclose(COCO_THRESHOLDS, np.linspace(0.5, 0.95, 10), rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("thresholds", [0.5, [50, 75], [1.01], [0.5, np.nan], [-0.1], [[0.5]], None])
+@pytest.mark.parametrize("thresholds", [0.5, [50, 75], [1.01], [0.5, np.nan], [-0.1], [[0.5]]])
 def test_thresholds_are_shares(thresholds):
     with pytest.raises(ValueError, match=r"thresholds must be a sequence of numbers in 0\.\.1, got"):
         average_precision([([[0.6]], [0.9])], thresholds)
+
+
+def test_what_is_missing_is_no_number():
+    """NumPy would make NaN of it, as which a score comes last."""
+    with pytest.raises(TypeError, match="^thresholds must be an array of real numbers, got NoneType"):
+        average_precision([([[0.6]], [0.9])], None)
+    with pytest.raises(TypeError, match=r"^images\[0\]\[1\] must be an array of real numbers, got list"):
+        average_precision([([[0.6], [0.7]], [0.9, None])])
+    assert polygon_iou(SQUARE, [[Fraction(each) for each in vertex] for vertex in SQUARE.tolist()]) == 1.0
 
 
 def test_average_precision_without_predictions_or_targets():

@@ -271,9 +271,11 @@ def _numbers(name: str, value: Any) -> Floats:
         check_real_numbers(name, value)
         value = value.detach().cpu().double().numpy()
     try:
-        if np.asarray(value).dtype.kind in "biufO":
-            return np.asarray(value, dtype=np.float64)
-    except (RuntimeError, TypeError, ValueError):  # a RuntimeError of a list of tensors with a gradient
+        array = np.asarray(value)
+        others = array.flat if array.dtype.kind == "O" else ()  # fractions; of None NumPy makes NaN, of text numbers
+        if array.dtype.kind in "biufO" and not any(each is None or isinstance(each, (str, bytes)) for each in others):
+            return np.asarray(array, dtype=np.float64)
+    except (OverflowError, RuntimeError, TypeError, ValueError):  # a RuntimeError of a list of tensors with a gradient
         pass
     raise TypeError(f"{name} must be an array of real numbers, got {type(value).__name__}")
 
