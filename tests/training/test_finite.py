@@ -175,7 +175,7 @@ def test_find_nonfinite_in_a_deep_nesting():
         nested = [nested]
     (report,) = find_nonfinite(nested)
     assert report.name == ".".join(["0"] * 5000)
-    with pytest.raises(TypeError, match="model_or_state_dict must be a module, a dict, a list or a tensor, got str"):
+    with pytest.raises(TypeError, match="must be a module, dict, list, tuple, tensor or array, got str"):
         find_nonfinite("weights.pt")
 
 

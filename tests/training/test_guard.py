@@ -1027,9 +1027,9 @@ def test_wrong_arguments(folder):
         ((model, optimizer, None, 1, 3, None), TypeError, "checkpoint_dir must be a str or os.PathLike, got NoneType"),
         ((model, optimizer, None, 1, 3, folder, [3]), TypeError, r"extra_modules\[0\] must be a torch.nn.Module or"),
         ((nn.LazyLinear(2), optimizer), ValueError, "model must have been run once: weight, of a lazy module,"),
-        ((model, optimizer, None, 1, 0), ValueError, "patience must be an integer of 1 or above, got 0"),
-        ((model, optimizer, None, 1, True), ValueError, "patience must be an integer of 1 or above, got True"),
-        ((model, optimizer, None, 1, 1.5), ValueError, "patience must be an integer of 1 or above, got 1.5"),
+        ((model, optimizer, None, 1, 0), ValueError, "patience must be 1 or above, got 0"),
+        ((model, optimizer, None, 1, True), TypeError, "patience must be an integer, got bool"),
+        ((model, optimizer, None, 1, 1.5), TypeError, "patience must be an integer, got float"),
         ((model[0], optimizer), ValueError, "optimizer must have parameters of model only, .* got 4 of another"),
         ((model, torch.optim.SGD([nn.Parameter(torch.ones(1))])), ValueError, "model only, .* got 1 of another"),
     ]:
@@ -1042,6 +1042,10 @@ def test_wrong_arguments(folder):
         guard.step(0.5)
     with pytest.raises(ValueError, match=r"loss must have one element, got shape \(2,\)"):
         guard.step(torch.zeros(2))
+    backward(model, optimizer, batch(0))
+    with pytest.raises(TypeError, match=r"loss must hold real numbers .*, got torch.complex64"):
+        guard.step(torch.zeros((), dtype=torch.complex64))
+    assert guard.steps == 0
 
 
 def test_integers_of_numpy_are_integers(folder):

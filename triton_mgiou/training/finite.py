@@ -120,7 +120,7 @@ def find_nonfinite(model_or_state_dict: object) -> list[NonFinite]:
     """
     if not isinstance(model_or_state_dict, (nn.Module, Mapping, list, tuple, Tensor, np.ndarray)):
         kind = type(model_or_state_dict).__name__
-        raise TypeError(f"model_or_state_dict must be a module, a dict, a list or a tensor, got {kind}")
+        raise TypeError(f"model_or_state_dict must be a module, dict, list, tuple, tensor or array, got {kind}")
     reports = (describe(tensor, name) for name, tensor in named_tensors(model_or_state_dict))
     return [report for report in reports if report is not None]
 

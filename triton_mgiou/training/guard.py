@@ -8,7 +8,7 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.utils import get_total_norm
 
+from triton_mgiou.arguments import check_integer, check_one_number
 from triton_mgiou.training.finite import NonFiniteError, find_nonfinite
 from triton_mgiou.training.snapshot import (
     ModuleSnapshot,
@@ -144,6 +145,7 @@ class TrainingGuard:
 
     Raises:
         NonFiniteError: A parameter is not finite to begin with.
+        OSError: The folder cannot be made.
         TypeError: An argument has the wrong type, or a parameter is sharded.
         ValueError: `max_norm` or `patience` is out of range, the optimizer has parameters of another module, or a
             module is lazy and has not been run yet.
@@ -242,13 +244,11 @@ class TrainingGuard:
                 `failed.pt`, each a dict of "model", "optimizer", "scaler", "step", "gradients" and, if there are
                 any, "extra_modules".
             RuntimeError: No parameter has a gradient.
-            TypeError: `loss` is no tensor.
+            TypeError: `loss` is no tensor of a real number.
             ValueError: `loss` has more than one element, or the optimizer has got parameters of another module.
         """
-        if loss is not None and not isinstance(loss, Tensor):
-            raise TypeError(f"loss must be a torch.Tensor, got {type(loss).__name__}")
-        if loss is not None and loss.numel() != 1:
-            raise ValueError(f"loss must have one element, got shape {tuple(loss.shape)}")
+        if loss is not None:
+            check_one_number("loss", loss)
         trained = [parameter for parameter in parameters_of(self.optimizer) if parameter.grad is not None]
         if not trained:
             raise RuntimeError("no parameter of the optimizer has a gradient: expected step() after loss.backward()")
@@ -532,8 +532,9 @@ def _check_arguments(
         raise ValueError(f"max_norm must be above 0, or None for gradients as they are, got {max_norm}")
     if hasattr(optimizer, "consolidate_state_dict"):
         raise TypeError(f"optimizer must have its whole state in each process, got {type(optimizer).__name__}")
-    if not isinstance(patience, (int, Integral)) or isinstance(patience, bool) or patience < 1:
-        raise ValueError(f"patience must be an integer of 1 or above, got {patience!r}")
+    check_integer("patience", patience)
+    if patience < 1:
+        raise ValueError(f"patience must be 1 or above, got {patience}")
     if not isinstance(checkpoint_dir, (str, os.PathLike)):
         raise TypeError(f"checkpoint_dir must be a str or os.PathLike, got {type(checkpoint_dir).__name__}")
 

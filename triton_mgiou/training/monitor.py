@@ -59,7 +59,7 @@ class GradientMonitor:
             "backbone", with 2 in "backbone.stem". What `torch.compile` and data parallelism put before it is left out.
         decay: Of the exponential averages, in 0..1 (1 excluded): 0.98 looks back about 50 records.
         exploding: See above, above 1.
-        vanishing: See above, in 0..1.
+        vanishing: See above, in 0..1 (1 excluded).
         max_update: See above, above 0.
         writer: A TensorBoard `SummaryWriter`, or anything with its `add_scalar(tag, value, step)`; gets each measure
             as "MEASURE/GROUP".
