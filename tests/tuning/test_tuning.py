@@ -399,6 +399,14 @@ def test_a_damaged_file_is_described_as_such(folder):
     assert [line.split(":")[1] for line in store.describe()[1:]] == [" unreadable"] * 3
 
 
+def test_a_folder_of_the_cache_that_is_none_is_said(folder):
+    assert store.describe() == [f"tuning cache: {folder}, empty"], "it is made by the first warm-up"
+    in_the_way(folder)
+    (line,) = store.describe()
+    assert line.startswith("tuning cache: none: ")
+    assert str(folder) in line
+
+
 def test_what_the_cache_has_is_described(folder, monkeypatch):
     for names, source in ((("a", "b"), "one"), (("c",), "two"), (("d",), "three")):
         monkeypatch.setattr(store, "source_hash", lambda source=source: source)

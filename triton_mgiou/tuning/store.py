@@ -241,7 +241,9 @@ def describe() -> list[str]:
     """The cache's folder and the files in it, a line each."""
     try:
         folder = directory()
-        files = sorted(folder.glob("*.json"))
+        files = sorted(path for path in folder.iterdir() if path.suffix == ".json")
+    except FileNotFoundError:
+        files = []
     except OSError as error:
         return [f"tuning cache: none: {error}"]
     lines = [f"tuning cache: {folder}{'' if files else ', empty'}"]

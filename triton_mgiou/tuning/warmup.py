@@ -75,7 +75,7 @@ def warmup(
     boxes: Iterable[str] = (),
     box_options: Mapping[str, Any] | None = None,
     pairs: Iterable[str] = (),
-    pair_sizes: Iterable[tuple[int, int]] = ((8400, 100),),
+    pair_sizes: Iterable[int | tuple[int, int]] = ((8400, 100),),
     pair_options: Mapping[str, Any] | None = None,
 ) -> list[WarmupResult]:
     """Compile the kernels that training will use, and tune them, so that no step has to wait for either.
@@ -99,7 +99,7 @@ def warmup(
             "xyxyxyxy" for both functions with four vertices and no lengths. With the gradient to both sets, but for
             polygons. All P and T share a few variants, all of which are compiled: T a multiple of 4 or not, and a
             gradient to fewer than 4096 boxes or to more.
-        pair_sizes: Sizes (P, T) of matrices to measure with.
+        pair_sizes: Sizes (P, T) of matrices to measure with, or P alone where T is as large.
         pair_options: The options of `box_mgiou` and `polygon_mgiou` as training will use them, as `options`.
 
     Returns:
