@@ -165,7 +165,7 @@ def line(row: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Compare, print, write the JSON; return the exit status."""
-    from bench.arguments import out_file, positive  # noqa: PLC0415 - not in a worker, whose tree may have none
+    from bench.arguments import not_negative, out_file, positive  # noqa: PLC0415 - not in a worker, whose tree may have none
 
     def size(text: str) -> tuple[int, int]:
         batch, _, vertices = text.partition("x")
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     usual = [(512, 4), (4096, 8)]
     parser.add_argument("--sizes", type=size, nargs="+", default=usual, metavar="BxN", help="default: 512x4 4096x8")
     parser.add_argument("--rounds", type=int, default=201, help="at least 2; default: 201")
-    parser.add_argument("--limit", type=float, default=1.02, help="the ratio that is too slow; default: 1.02")
+    parser.add_argument("--limit", type=not_negative, default=1.02, help="the ratio that is too slow; default: 1.02")
     parser.add_argument("--graphs", action="store_true", help="replay steps from CUDA graphs")
     arguments = parser.parse_args(argv)
     if not (arguments.other / "triton_mgiou").is_dir():

@@ -67,6 +67,21 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def not_negative(text: str) -> float:
+    """An amount, such as seconds, which may be without a limit ("inf"), as `type` of an argument.
+
+    Raises:
+        argparse.ArgumentTypeError: It is no number of 0 or above.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not number >= 0:  # nor is NaN, with which every comparison fails
+        raise argparse.ArgumentTypeError(f"expected a number of 0 or above, got {text!r}")
+    return number
+
+
 def need_packages(parser: argparse.ArgumentParser, program: str, names: Iterable[str]) -> None:
     """End the program with status 2 if a package cannot be imported."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bench import measure
 from bench.arguments import out_file, positive
 from bench.machine import machine
-from bench.peers import polygons
+from bench.peers import BLOCK, polygons
 from triton_mgiou import PAPER, mgiou_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -50,7 +50,10 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print each row, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=out_file, required=True, help="the JSON to write")
-    parser.add_argument("--batch", type=positive, nargs="+", default=[512, 4096], help="batch sizes; 512 and 4096")
+    parser.add_argument(
+        "--batch", type=whole_blocks, nargs="+", default=[512, 4096],
+        help=f"batch sizes, multiples of {BLOCK} (default: 512 4096)",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     modes = [name for name in MODES if device.type == "cuda" or name != "CUDA graphs"]
@@ -62,6 +65,17 @@ def main(argv: list[str] | None = None) -> None:
             result["rows"].append(row)
             arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             sys.stdout.write(f"{row}\n")
+
+
+def whole_blocks(text: str) -> int:
+    """A batch size that `polygons` can make, as `type` of an argument.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none.
+    """
+    if positive(text) % BLOCK:
+        raise argparse.ArgumentTypeError(f"expected a multiple of {BLOCK}, got {text!r}")
+    return int(text)
 
 
 def measured(batch: int, mode: str, device: torch.device, rounds: int = ROUNDS) -> dict[str, Any]:

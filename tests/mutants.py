@@ -26,6 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.arguments import earlier_results, out_file, positive
+
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 3600  # seconds, more than the whole suite takes; a mutant that loops for ever is killed, too
 NO_TESTS = (4, 5)  # statuses of pytest for a file or a selection that is not there
@@ -297,16 +299,17 @@ def main(argv: list[str] | None = None) -> None:
     """Draw, judge and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--count", type=positive, default=60)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="of which code")
-    parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
-    parser.add_argument("--out", type=Path, required=True, help="JSON, written after each mutant")
+    parser.add_argument("--jobs", type=positive, default=1, help="mutants at a time")
+    parser.add_argument("--out", type=out_file, required=True, help="JSON, written after each mutant")
     given = parser.parse_args(argv)
     drawn = draw(given.seed, given.count, given.groups)
     sample = [str(mutant) for _, mutant in drawn]
     result: dict[str, Any] = {"seed": given.seed, "sample": sample, "mutants": []}
-    if given.out.exists():
-        result = json.loads(given.out.read_text(encoding="utf-8"))
+    earlier = earlier_results(parser, given.out, lambda content: {"sample", "mutants"} <= content.keys())
+    if earlier is not None:
+        result = earlier
         if result["sample"] != sample:
             sys.exit(f"{given.out} holds another sample: the seed, the count, the groups or the code have changed")
     done = {row["mutant"] for row in result["mutants"]}

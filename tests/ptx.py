@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from triton import knobs
 
+from bench.arguments import positive
 from tests.boxes.helpers import SPACE
 from tests.boxes.test_kernels import compiled as compiled_boxes
 from tests.pairs.test_kernels import box_kernel as compiled_box_pairs
@@ -178,15 +179,22 @@ def write(job: tuple[str, Path]) -> str:
     return f"{count:6} {registers:4} {local:5}  {name}\n"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Write every variant's PTX and what it takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write")
     parser.add_argument("--only", default="", help="regular expression of the names of variants to compile")
-    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
-    arguments = parser.parse_args()
+    parser.add_argument("--processes", type=positive, default=min(2, os.cpu_count() or 1))
+    arguments = parser.parse_args(argv)
+    try:
+        names = [name for name in variants() if re.search(arguments.only, name)]
+    except re.error as error:
+        parser.error(f"argument --only: expected a regular expression, got {arguments.only!r}: {error}")
+    if not names:
+        parser.error(
+            f"argument --only: no variant's name has {arguments.only!r} in it, as {next(iter(variants()))} has"
+        )
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    names = [name for name in variants() if re.search(arguments.only, name)]
     with ProcessPoolExecutor(arguments.processes) as pool:
         lines = list(pool.map(write, [(name, arguments.folder) for name in names]))
     (arguments.folder / "resources.txt").write_text("".join(lines))

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests import ptx
 from tests.boxes.helpers import SPACE, random_boxes
 from tests.boxes.test_kernels import compiled as compiled_boxes
 from tests.helpers import assert_close, assert_gradient_close, convex, generator, regular, star
@@ -119,3 +120,18 @@ def test_boxes(fmt, dtype, batch, packed):
     atol, rtol = TOLERANCES[dtype]
     assert_close(value[0], expected[0], atol=atol)
     assert_gradient_close(gradient, expected[1], rtol=rtol)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--only", "("], r"--only: expected a regular expression, got '(': "),
+        (["--only", "nonagon"], "--only: no variant's name has 'nonagon' in it, as 4-default-sm80 has"),
+        (["--processes", "0"], "--processes: expected an integer of 1 or above, got '0'"),
+    ],
+)
+def test_what_would_write_nothing_is_refused(arguments, error, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        ptx.main([str(tmp_path / "folder"), *arguments])
+    assert f"error: argument {error}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -28,6 +28,15 @@ EXPECTED = {
 }
 
 
+def test_another_programs_file_is_not_continued(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text('{"rows": []}')
+    with pytest.raises(SystemExit):
+        mutants.main(["--out", str(path), "--count", "1"])
+    assert f"argument --out: expected a new file or one of this program's, got {path}" in capsys.readouterr().err
+    assert path.read_text() == '{"rows": []}'
+
+
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     monkeypatch.setattr(mutants, "ROOT", tmp_path)

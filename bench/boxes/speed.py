@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bench import measure
-from bench.arguments import out_file
+from bench.arguments import not_negative, out_file
 from bench.boxes.peers import BLOCK, Loss, disagreement, pairs, peers, step
 from bench.boxes.report import table
 from bench.machine import machine
@@ -213,7 +213,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure everything, write the JSON, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=out_file, required=True, help="results, JSON")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="after these nothing new begins (default: 3600)")
+    parser.add_argument(
+        "--seconds", type=not_negative, default=3600.0, help="after these nothing new begins (default: 3600)"
+    )
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     command = ["python -m bench.boxes.speed", *(sys.argv[1:] if argv is None else argv)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import signal
 import sys
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 
 import triton_mgiou
-from bench.arguments import need_packages
+from bench.arguments import need_packages, not_negative, positive
 from bench.detectors import plan, report
 from bench.detectors.plan import Job, Size
 from bench.detectors.scenes import BOXES, Scenes, make
@@ -70,16 +71,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help=f"folder of the results, continued if it exists (default: {OWN})")
     parser.add_argument("--toy", action="store_true", help="a few images, an epoch or two: to see that it runs")
-    parser.add_argument("--processes", type=int, help=f"trainings at a time (default: {EACH} a GPU, or one a core)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no training that would end later")
+    parser.add_argument(
+        "--processes", type=positive, help=f"trainings at a time (default: {EACH} a GPU, or one a core)"
+    )
+    parser.add_argument("--seconds", type=not_negative, default=math.inf, help="start no training that would end later")
     parser.add_argument("--only", default="", help="only trainings whose file's name has this in it")
     parser.add_argument("--report", action="store_true", help="train nothing, write tables and figure of what is there")
     args = parser.parse_args()
     if args.toy and not args.out:
         parser.error("--toy needs --out, so that its results do not lie among the real ones")
     need_packages(parser, "bench.detectors", NEEDED[-1 if args.report else 0 :])
-    if args.processes is not None and args.processes < 1:
-        parser.error(f"--processes must be 1 or above, got {args.processes}")
     out, size = args.out or OWN, plan.TOY if args.toy else plan.FULL
     if args.report and not out.is_dir():
         parser.error(f"--report: there is no folder {out}")
@@ -88,7 +89,10 @@ def main() -> int:
         parser.error(f"--only: no training's file has {args.only!r} in its name, as {plan.jobs(size)[-1].name} has")
     if not args.report and (others := of_the_other_size(out, args.toy)):
         parser.error(f"{out} has results {'without' if args.toy else 'of'} --toy, such as {others[0]}: another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: cannot make the folder {out}: {error.strerror}")
     failed = False if args.report else not train_missing(jobs, size, out, args, begin)
     report.write(out, PAGES if out == OWN else ())
     say(f"written: {out}")

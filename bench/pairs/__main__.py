@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bench import measure
-from bench.arguments import out_file
+from bench.arguments import not_negative, out_file, positive
 from bench.machine import machine
 from tests.helpers import generator, rectangle_corners
 from tests.pairs import oracle
@@ -307,17 +307,19 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of the loops (default: {ROUNDS})")
-    parser.add_argument("--seconds", type=float, default=120.0, help="after these nothing new begins (default: 120)")
+    parser.add_argument("--rounds", type=positive, default=ROUNDS, help=f"of the loops (default: {ROUNDS})")
+    parser.add_argument(
+        "--seconds", type=not_negative, default=120.0, help="after these nothing new begins (default: 120)"
+    )
     parser.add_argument("--out", type=out_file, help="written after each row")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    arguments = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reference.MEMORY = 2**30  # the checks in eager PyTorch
-    head = {"machine": machine(["python", "-m", "bench.pairs", *sys.argv[1:]], device)}
+    command = ["python -m bench.pairs", *(sys.argv[1:] if argv is None else argv)]
+    head = {"machine": machine(command, device)}
 
     def keep(result: dict[str, Any]) -> None:
         if arguments.out is not None:

@@ -12,12 +12,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import against, documents, report, startup
-from bench.arguments import earlier_rows, out_file, positive
+from bench import against, documents, heads, report, startup
+from bench.arguments import earlier_rows, not_negative, out_file, positive
 from bench.boxes import graphs
+from bench.boxes import speed as boxes_speed
 from bench.convergence import amp, run
 from bench.detectors import crops
+from bench.detectors import run as detectors
 from bench.documents import RESULTS
+from bench.pairs import __main__ as pairs
+from tests import mutants
 from tests.helpers import run_python
 
 
@@ -107,6 +111,39 @@ def test_numbers_of_things_are_1_or_above(text):
     with pytest.raises(argparse.ArgumentTypeError, match=rf"expected an integer of 1 or above, got '{text}'"):
         positive(text)
     assert positive("12") == 12
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "-inf", "x", ""])
+def test_amounts_are_0_or_above(text):
+    """No ratio is above a limit of NaN, and no time is left before it."""
+    with pytest.raises(argparse.ArgumentTypeError, match=rf"expected a number of 0 or above, got '{text}'"):
+        not_negative(text)
+    assert [not_negative(text) for text in ("0", "1.02", "inf")] == [0.0, 1.02, float("inf")]
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "error"),
+    [
+        (against, [".", "--limit", "nan"], "--limit: expected a number of 0 or above, got 'nan'"),
+        (pairs, ["--seconds", "nan"], "--seconds: expected a number of 0 or above, got 'nan'"),
+        (pairs, ["--rounds", "0"], "--rounds: expected an integer of 1 or above, got '0'"),
+        (boxes_speed, ["--out", "a.json", "--seconds", "nan"], "--seconds: expected a number of 0 or above, got 'nan'"),
+        (detectors, ["--seconds", "nan"], "--seconds: expected a number of 0 or above, got 'nan'"),
+        (heads, ["--out", "a.json", "--batch", "33"], "--batch: expected a multiple of 32, got '33'"),
+        (heads, ["--out", "a.json", "--batch", "0"], "--batch: expected an integer of 1 or above, got '0'"),
+        (mutants, ["--out", "."], "--out: . is a folder, expected a file"),
+        (mutants, ["--out", "a.json", "--count", "0"], "--count: expected an integer of 1 or above, got '0'"),
+        (mutants, ["--out", "a.json", "--jobs", "0"], "--jobs: expected an integer of 1 or above, got '0'"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(program, arguments, error, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [program.__name__, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == 2
+    assert f"error: argument {error}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("size", ["512", "4x", "axb", "0x4", "4x4x4"])

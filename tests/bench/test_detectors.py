@@ -308,7 +308,7 @@ def test_what_cannot_be_imported_is_said_at_once(tmp_path, monkeypatch, capsys):
     ("options", "message"),
     [
         (["--only", "squared assigns"], "--only: no training's file has 'squared assigns' in its name, as tried-"),
-        (["--processes", "-1"], "--processes must be 1 or above, got -1"),
+        (["--processes", "-1"], "--processes: expected an integer of 1 or above, got '-1'"),
         (["--report"], "--report: there is no folder"),
         (["--toy"], "has results without --toy, such as table-hulls-OKS-seed_0.json: another --out"),
         ([], "has results of --toy, such as table-hulls-mgiou-seed_0.json: another --out"),
@@ -330,6 +330,19 @@ def test_what_would_do_nothing_or_mix_results_is_refused(tmp_path, monkeypatch, 
         run.main()
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["file", "file/folder"])
+def test_a_folder_that_cannot_be_made_is_named(name, tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find("json") if name in run.NEEDED else find(name))
+    (tmp_path / "file").write_text("")
+    out = tmp_path / name
+    monkeypatch.setattr(sys, "argv", ["bench.detectors", "--toy", "--out", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert ended.value.code == 2
+    assert f"argument --out: cannot make the folder {out}: " in capsys.readouterr().err
 
 
 def test_the_gpus_that_may_be_used(monkeypatch):
