@@ -181,9 +181,9 @@ def box_mgiou_loss(
     It is `mgiou_loss` of the boxes' corners, in closed form, with the gradient to the boxes' numbers. Each sample's
     loss is (1 - MGIoU) / 2, in [0, 1], plus, in the plane, `boundary_weight` times a term in [0, 1]. It is exactly 0
     where the numbers of `pred` are those of `target`. Other numbers of the same box (turned by 180 degrees, or by 90
-    with w and h swapped) have exactly 0 in degrees, in radians a loss of rounding, up to 1e-6 times the aspect ratio.
-    The loss does not change when both boxes are moved, scaled or turned together ("soft" weights: turned by right
-    angles).
+    with w and h swapped) have exactly 0 in degrees, in radians a loss of rounding, up to 1e-6 times the aspect ratio
+    for angles of up to two turns. The loss does not change when both boxes are moved, scaled or turned together
+    ("soft" weights: turned by right angles).
 
     `fmt`, `angle` and `clockwise` say what the numbers of a box are:
 

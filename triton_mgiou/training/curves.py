@@ -111,10 +111,10 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     - NaN or Inf in a loss, or in a metric after it had a number, is a fault; in other columns, as the norm of a
       gradient, if it stays so until the end. So is a loss or metric that is empty at the end while what was written
       beside it goes on, and the scale of a GradScaler that ends below 1.
-    - never learnt: a metric stays below 0.1 % for 30 rows, or for 10 if no loss falls any more; a loss or metric is
-      the same number in all rows (0 in a loss is by definition, unless all losses are 0; 95 % in a metric is enough);
-      all losses stay within 5 % from the first row to the last, and there is no metric, or within 10 %, and none
-      gets to 1 %.
+    - never learnt: a metric stays below 0.1 % for 30 rows, or for 10 if no loss falls any more; a loss, or from 10
+      rows on a metric, is the same number in all rows (0 in a loss is by definition, unless all losses are 0; 95 % in a
+      metric is enough; beside a good metric a loss counts from 10 rows on too); all losses stay within 5 % from the
+      first row to the last, and there is no metric, or within 10 %, and none gets to 1 %.
     - fell from its best: a metric ends below 85 % of its best by more than its noise; a loss ends above its best
       by 30 %, and by 30 % of what it had fallen, or above its start by 5 % (from 10 rows on), while no metric is good
       (5 %, and not fallen) and it is no part of a training loss whose total has fallen.
