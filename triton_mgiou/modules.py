@@ -267,7 +267,7 @@ class PolygonLoss(nn.Module):
             pred_kpts: Predicted vertices, shape (B, N, 2) or (B, N, 3), floating, in order along the outline. A third
                 number, such as a confidence, has no part in the loss.
             gt_kpts: Target vertices, the same with a visibility in the third place; vertex i is the target of vertex i.
-            kpt_mask: The visible vertices, shape (B, N), any type: 0 or False for one that is not there. Such a
+            kpt_mask: The visible vertices, shape (B, N), bool or numbers: 0 or False for one that is not there. Such a
                 vertex belongs to neither polygon, predicted or target, may hold anything, NaN included, and gets no
                 gradient. A sample without a visible vertex has loss 0.
             area: Area of each target's box in the unit of the vertices, squared, shape (B, 1) or (B,); a constant. What

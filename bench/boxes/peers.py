@@ -74,7 +74,9 @@ def peers(device: torch.device) -> dict[str, Loss]:
 
 
 def pairs(fmt: str, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A block of pairs, repeated."""
+    """A block of pairs, repeated; `batch` is a multiple of `BLOCK`."""
+    if batch % BLOCK:
+        raise ValueError(f"batch must be a multiple of {BLOCK}, got {batch}")
     rng = generator(7)
     pred, target = (random_boxes(fmt, BLOCK, rng).float() for _ in range(2))
     repeats = (batch // BLOCK, *[1] * (pred.dim() - 1))

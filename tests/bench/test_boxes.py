@@ -215,6 +215,12 @@ def test_what_is_timed_agrees_with_its_definition(name):
     assert "disagrees" in peers.disagreement(name, lambda p, t: 1.001 * loss(p, t), "cxcywhr", 64, device)
 
 
+def test_a_batch_is_as_large_as_was_asked_for():
+    assert len(peers.pairs("xyxy", 96, torch.device("cpu"))[0]) == 96
+    with pytest.raises(ValueError, match="batch must be a multiple of 32, got 33"):
+        peers.pairs("xyxy", 33, torch.device("cpu"))
+
+
 def test_a_run_of_the_speed_writes_what_it_has_time_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "SIZES", {"cpu": (32,)})
     monkeypatch.setattr(speed, "MILLION", {"cpu": 64})
