@@ -477,7 +477,7 @@ def test_thresholds_are_shares(thresholds):
 
 def test_what_is_missing_is_no_number():
     """NumPy would make NaN of it, as which a score comes last."""
-    with pytest.raises(TypeError, match="^thresholds must be an array of real numbers, got NoneType"):
+    with pytest.raises(TypeError, match=r"^thresholds must be an array of real numbers, got NoneType"):
         average_precision([([[0.6]], [0.9])], None)
     with pytest.raises(TypeError, match=r"^images\[0\]\[1\] must be an array of real numbers, got list"):
         average_precision([([[0.6], [0.7]], [0.9, None])])

@@ -106,17 +106,19 @@ def check_number(name: str, value: Any) -> None:
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if isinstance(value, Integral) and abs(int(value)) >= 2**63:
         raise ValueError(
-            f"{name} must be an integer of 64 bits or a float, got an integer of {int(value).bit_length() + 1}"
+            f"{name} must be an integer of 64 bits or a float, got an integer of {int(value).bit_length() + 1} bits"
         )
     size = abs(float(value))
     if not size < math.inf:  # `math.isfinite` of a number that changes has no graph in PyTorch 2.11
         raise ValueError(f"{name} must be finite, got {value}")
 
 
-def check_factor(name: str, value: Any) -> None:
+def check_factor(name: str, value: Any, least: float = 0.0) -> None:
     """Refuse what is no factor on a loss, or one over which float32 overflows, and NaN comes of Inf times 0."""
     check_number(name, value)
-    if abs(value) > LARGEST_FACTOR:
+    if value < least:
+        raise ValueError(f"{name} must be {least:g} or above, got {value}")
+    if value > LARGEST_FACTOR:
         raise ValueError(f"{name} must be at most {LARGEST_FACTOR:g}, got {value}")
 
 
@@ -133,8 +135,6 @@ def _check_term_weight(name: str, value: Any) -> None:
     if type(value) is float and 0.0 <= value <= LARGEST_FACTOR:  # the usual case, which should take no time
         return
     check_factor(name, value)
-    if value < 0:
-        raise ValueError(f"{name} must be 0 or above, got {value}")
 
 
 def check_polygons(pred: Tensor, target: Tensor) -> None:

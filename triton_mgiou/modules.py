@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from triton_mgiou import debugging
 from triton_mgiou.arguments import (
+    LARGEST_FACTOR,
     check_avg_factor,
     check_bool,
     check_box_format,
@@ -74,7 +75,7 @@ class MGIoULoss(nn.Module):
         if isinstance(loss_weight, Tensor):
             check_one_number("loss_weight", loss_weight)
         else:
-            check_factor("loss_weight", loss_weight)
+            check_factor("loss_weight", loss_weight, least=-LARGEST_FACTOR)
         self.reduction = reduction
         self.loss_weight = _without_numpy(loss_weight)
         self.options = options
@@ -122,6 +123,7 @@ class MGIoULoss(nn.Module):
         Raises:
             TypeError: As `mgiou_loss` or `box_mgiou_loss`.
             ValueError: Likewise.
+            RuntimeError: Likewise.
         """
         reduction = self.reduction if reduction_override is None else reduction_override
         if weight is not None and reduction != "none":
@@ -285,6 +287,7 @@ class PolygonLoss(nn.Module):
         Raises:
             TypeError: An argument has the wrong type or dtype.
             ValueError: An argument has the wrong shape, device or value.
+            RuntimeError: As `mgiou_loss`.
         """
         check_keypoints(pred_kpts, gt_kpts, kpt_mask, area)
         pred, target, visible = pred_kpts[..., :2], gt_kpts[..., :2], kpt_mask != 0

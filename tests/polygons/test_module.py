@@ -167,6 +167,19 @@ def test_a_wrong_loss_weight(make, loss_weight, error, came):
 
 
 @pytest.mark.parametrize("make", [MGIoULoss, BoxMGIoULoss])
+def test_the_range_of_a_loss_weight_is_named(make):
+    assert [make(loss_weight=end).loss_weight for end in (-1e30, 1e30)] == [-1e30, 1e30]
+    with pytest.raises(ValueError, match=r"^loss_weight must be -1e\+30 or above, got -1e\+31"):
+        make(loss_weight=-1e31)
+    with pytest.raises(ValueError, match=r"^loss_weight must be at most 1e\+30, got 1e\+31"):
+        make(loss_weight=1e31)
+    with pytest.raises(ValueError, match=r"^boundary_weight must be 0 or above, got -1e\+31"):
+        make(boundary_weight=-1e31)
+    with pytest.raises(ValueError, match=r"^loss_weight must be an integer of 64 bits .*, got an integer of 71 bits"):
+        make(loss_weight=2**69)
+
+
+@pytest.mark.parametrize("make", [MGIoULoss, BoxMGIoULoss])
 def test_a_wrong_loss_weight_in_a_tensor(make):
     with pytest.raises(ValueError, match=r"^loss_weight must have one element, got shape \(2,\)"):
         make(loss_weight=torch.ones(2))

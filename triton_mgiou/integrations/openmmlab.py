@@ -46,8 +46,6 @@ class MGIoUCost:
 
     def __init__(self, weight: float = 1.0, fmt: str = "xyxy", angle: str = "radians", clockwise: bool = True) -> None:
         check_factor("weight", weight)
-        if weight < 0:
-            raise ValueError(f"weight must be 0 or above, got {weight}")
         check_box_format(fmt, angle, clockwise)
         self.weight = weight
         self.options: dict[str, Any] = {"fmt": fmt, "angle": angle, "clockwise": clockwise}

@@ -456,8 +456,6 @@ class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
         with _naming("options"):
             BoxMGIoULoss(**self.options)
         check_factor("gain", self.gain)
-        if self.gain < 0:
-            raise ValueError(f"gain must be 0 or above, got {self.gain}")
 
     def make_loss(self, reg_max: int) -> MGIoUBoxLoss:
         """Make the loss of a criterion whose distributions have `reg_max` bins."""
