@@ -171,7 +171,7 @@ def test_boxes_in_space_by_their_bottom(config):
     assert_close(costs, -3 * box_mgiou(*gravity, fmt="cxcyczlwhr"), atol=1e-5)
     with pytest.raises(ValueError, match=r"bboxes2 must turn about z, .* got CameraBoxes"):
         plain(bottom[0], CameraBoxes(bottom[1]))
-    with pytest.raises(ValueError, match=r"bottom_center must be False but for fmt='cxcyczlwhr', .* fmt='cxcywhr'"):
+    with pytest.raises(ValueError, match=r"bottom_center must be False unless fmt='cxcyczlwhr', .* fmt='cxcywhr'"):
         TASK_UTILS.build(dict(config.iou_calculator, bottom_center=True))
     with pytest.raises(TypeError, match="bottom_center must be a bool, got int"):
         TASK_UTILS.build(dict(spatial, bottom_center=1))

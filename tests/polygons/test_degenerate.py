@@ -276,6 +276,15 @@ def test_an_empty_batch_with_an_avg_factor_of_zero(backend):
         assert pred.grad.shape == pred.shape
 
 
+def test_an_empty_batch_with_a_negative_avg_factor(backend):
+    """A number that is an error beside a sample is one without."""
+    pred = torch.zeros(0, 4, 2, device=backend.device)
+    for factor in (-1, -0.5):
+        with pytest.raises(ValueError, match=f"^avg_factor must be 0 or above, got {factor}"):
+            backend.loss(pred, pred, avg_factor=factor)
+    assert_zero(backend.loss(pred, pred, avg_factor=torch.tensor(-1.0, device=backend.device)), "beside any tensor")
+
+
 def test_an_empty_batch_does_not_spoil_a_network(backend):
     layer = torch.nn.Linear(3, 8, device=backend.device)
     pred = layer(torch.zeros(0, 3, device=backend.device)).view(0, 4, 2)

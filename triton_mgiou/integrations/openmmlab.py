@@ -103,7 +103,7 @@ class MGIoUOverlaps2D:
         check_box_format(fmt, angle, clockwise)
         check_bool("bottom_center", bottom_center)
         if bottom_center and fmt != "cxcyczlwhr":
-            raise ValueError(f"bottom_center must be False but for fmt='cxcyczlwhr', got True and fmt={fmt!r}")
+            raise ValueError(f"bottom_center must be False unless fmt='cxcyczlwhr', got True and fmt={fmt!r}")
         self.bottom_center = bottom_center
         self.options: dict[str, Any] = {"fmt": fmt, "angle": angle, "clockwise": clockwise}
 
