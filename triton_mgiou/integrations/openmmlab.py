@@ -24,7 +24,7 @@ from triton_mgiou.functional import box_mgiou
 from triton_mgiou.modules import BoxMGIoULoss, MGIoULoss
 
 try:
-    from mmengine.registry import MODELS, TASK_UTILS  # type: ignore[import-not-found, unused-ignore]
+    from mmengine.registry import MODELS, TASK_UTILS
 except ModuleNotFoundError as error:
     raise ImportError('this adapter needs mmengine; install it with: pip install "triton-mgiou[openmmlab]"') from error
 
