@@ -29,6 +29,13 @@ def test_a_gpu_that_can():
     assert kernels_unavailable(torch.device("cuda", 1)) == "PyTorch finds 1 NVIDIA GPUs, and the device is cuda:1"
 
 
+def test_the_interpreter_needs_memory_that_is_there(machine):
+    machine.setattr(launch, "INTERPRETED", True)
+    assert [kernels_unavailable(each) for each in (torch.device("cpu"), GPU)] == [None, None]
+    assert kernels_unavailable(torch.device("cuda", 1)) == "PyTorch finds 1 NVIDIA GPUs, and the device is cuda:1"
+    assert kernels_unavailable(torch.device("meta")) == "the tensors are on meta, and the kernels need an NVIDIA GPU"
+
+
 def test_rocm_is_refused(machine):
     """Its GPUs are called cuda, and may tell a capability of 9.4."""
     machine.setattr(torch.version, "hip", "6.4.43484")

@@ -61,14 +61,14 @@ def _find_reason(device: torch.device) -> str | None:
         return f"the kernels need Triton 3.4, and {triton.__version__} is installed"
     from triton_mgiou import launch, ops, pairs  # noqa: F401, PLC0415 - from here on the package has them
 
-    if launch.INTERPRETED:
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        return f"PyTorch finds {torch.cuda.device_count()} NVIDIA GPUs, and the device is {device}"
+    if launch.INTERPRETED and device.type in ("cpu", "cuda"):
         return None
     if device.type != "cuda":
         return f"the tensors are on {device.type}, and the kernels need an NVIDIA GPU"
     if torch.version.hip is not None:
         return "this PyTorch is built for ROCm, and the kernels need an NVIDIA GPU"
-    if (device.index or 0) >= torch.cuda.device_count():
-        return f"PyTorch finds {torch.cuda.device_count()} NVIDIA GPUs, and the device is {device}"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"{device} has compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
