@@ -368,7 +368,7 @@ def check_avg_factor(avg_factor: float | Tensor, reduction: str, pred: Tensor) -
             check_device("avg_factor", avg_factor, "pred", pred)
     else:
         check_number("avg_factor", avg_factor)
-        if avg_factor < 0:
+        if avg_factor < 0 and pred.shape[0] > 0:
             raise ValueError(f"avg_factor must be 0 or above, got {avg_factor}")
 
 

@@ -90,9 +90,9 @@ def mgiou_loss(
         weight: Factor on each sample's loss, shape (B,), or (B, k) to be averaged over k.
         avg_factor: With `reduction="mean"`, divide the sum by this instead of by B: a number or a tensor of one
             element. Where it and the weighted sum are 0, as for an image without objects, the loss and its gradient
-            are 0; where only it is 0, the loss is Inf. Below 0 or not finite, a number is an error, and a tensor, which
-            is never read on the host, gives NaN; so do, in compiled code, a number that is read from one there and one
-            of numpy's. Not allowed with "sum", without effect with "none", as in mmdetection.
+            are 0; where only it is 0, the loss is Inf. A number below 0 (unless B is 0) or not finite is an error, and
+            such a tensor, which is never read on the host, gives NaN; so do, in compiled code, a number that is read
+            from one there and one of numpy's. Not allowed with "sum", without effect with "none", as in mmdetection.
         reduction: "mean", "sum" or "none".
         axis_weight: Weight of an edge's normal in the mean. "length": the edge's share of its polygon's perimeter.
             "uniform": 1 if the edge is longer than 1e-6 of the sample's extent, else 0 (the paper's). "soft":
