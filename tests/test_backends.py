@@ -1,14 +1,18 @@
 """Where the kernels can run, by what PyTorch and Triton say of the machine; no device of these is needed."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.helpers import run_python
+from tests.helpers import run_python, triton_version
 from triton_mgiou import backends, box_mgiou_loss, mgiou_loss
 from triton_mgiou.backends import kernels_unavailable
 
 launch = pytest.importorskip("triton_mgiou.launch")
 GPU = torch.device("cuda", 0)
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -16,6 +20,7 @@ def machine(monkeypatch):
     """One GPU that can, with a Triton that can."""
     monkeypatch.setattr(backends, "_reasons", {})
     monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", "3.9.0")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
@@ -67,6 +72,42 @@ def test_versions_of_triton(machine, version, reason):
     assert (found is None) if reason is None else found == f"the kernels need Triton 3.4, {reason}"
 
 
+@pytest.mark.parametrize("version", ["3.7.1", "3.8.0", "3.10.0"])
+def test_versions_of_triton_in_the_interpreter(machine, version):
+    machine.setattr(launch, "INTERPRETED", True)
+    machine.setattr(pytest.importorskip("triton"), "__version__", version)
+    found = kernels_unavailable(torch.device("cpu"))
+    refused = "the kernels need Triton 3.8 in Triton's interpreter, and 3.7.1 is installed"
+    assert found == (refused if version == "3.7.1" else None)
+
+
+MINIMUM = """
+import torch, triton, triton.language as tl
+
+from triton_mgiou.backends import kernels_unavailable
+
+@triton.jit
+def kernel(pointer):
+    tl.store(pointer + 1, tl.minimum(tl.load(pointer), 1.0))
+    tl.store(pointer + 2, tl.maximum(1.0, tl.load(pointer)))
+
+numbers = torch.full((3,), float("nan"))
+kernel[(1,)](numbers)
+print(numbers[1:].tolist() == [1.0, 1.0], kernels_unavailable(numbers.device) is None)
+"""
+
+
+def test_an_interpreter_that_lets_nan_win_is_refused(tmp_path):
+    """On a GPU the minimum and maximum of NaN and 1 are 1, and the kernels count on it where a mask leaves out."""
+    (tmp_path / "minimum.py").write_text(MINIMUM, encoding="utf-8")
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    done = run_python(str(tmp_path / "minimum.py"), environment={"TRITON_INTERPRET": "1"} | paths)
+    assert done.returncode == 0, done.stderr
+    is_right, is_taken = done.stdout.split()
+    assert is_right == is_taken
+
+
+@pytest.mark.skipif(triton_version() < (3, 8), reason="the interpreter of Triton before 3.8 is refused")
 @pytest.mark.parametrize(
     ("call", "kernel"),
     [

@@ -57,13 +57,16 @@ def _find_reason(device: torch.device) -> str | None:
         import triton  # noqa: PLC0415 - not everywhere, and slow
     except ImportError:
         return "Triton is not installed"
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 4):
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 4):
         return f"the kernels need Triton 3.4, and {triton.__version__} is installed"
     from triton_mgiou import launch, ops, pairs  # noqa: F401, PLC0415 - from here on the package has them
 
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         return f"PyTorch finds {torch.cuda.device_count()} NVIDIA GPUs, and the device is {device}"
     if launch.INTERPRETED and device.type in ("cpu", "cuda"):
+        if version < (3, 8):  # its tl.minimum is NaN where a side is NaN, and so is what masks leave out
+            return f"the kernels need Triton 3.8 in Triton's interpreter, and {triton.__version__} is installed"
         return None
     if device.type != "cuda":
         return f"the tensors are on {device.type}, and the kernels need an NVIDIA GPU"
