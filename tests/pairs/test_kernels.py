@@ -8,6 +8,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from tests.helpers import triton_version  # noqa: E402
 from tests.polygons.test_kernels import local_memory  # noqa: E402
 from triton_mgiou import launch, pairs  # noqa: E402
 from triton_mgiou.kernels.polygon_pairs import polygon_pairs_kernel  # noqa: E402
@@ -57,7 +58,7 @@ def polygon_kernel(capability, *, over, corners):
     return compiled(polygon_pairs_kernel, capability, constants, layout, "*fp32", True)
 
 
-@pytest.mark.skipif(triton.__version__ < "3.6", reason="the assembler of Triton 3.4 takes 8 bytes of stack")
+@pytest.mark.skipif(triton_version() < (3, 6), reason="the assembler of Triton 3.4 takes 8 bytes of stack")
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_of_rotated_boxes_do_not_spill(capability, gradient, tmp_path):
