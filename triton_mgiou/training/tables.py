@@ -80,7 +80,7 @@ def read_table(path: Path) -> Table:
     notes: list[str] = []
     words: dict[str, str] = {}
     lines[0] = lines[0].lstrip("# ") or lines[0]  # numpy.savetxt
-    is_json = lines[0].lstrip().startswith(("{", "["))
+    is_json = lines[0].startswith(("{", "["))
     rows = _json_rows(lines, notes, words) if is_json else _text_rows(lines, notes, words, _tag(path))
     columns = list(_columns(rows))
     known = {column.name for column in columns}
@@ -88,16 +88,16 @@ def read_table(path: Path) -> Table:
 
 
 def _columns(rows: list[Row]) -> Iterator[Column]:
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = dict.fromkeys(name for row in rows for name in row)
     clocks = sorted((name for name in names if CLOCK.fullmatch(name.lower())), key=lambda name: "epoch" not in name)
     found = False
     for name in names:
-        filled = [index for index, row in enumerate(rows) if row.get(name) is not None]
+        filled = {index: value for index, row in enumerate(rows) if (value := row.get(name)) is not None}
         if not filled or name in clocks or name.lower() in NO_NUMBERS:
             continue
         found = True
         epochs = [_first(rows[index], clocks, index + 1) for index in filled]
-        yield Column(name, filled, epochs, [_summable(float(rows[index][name] or 0)) for index in filled])
+        yield Column(name, list(filled), epochs, [_summable(value) for value in filled.values()])
     if not found:
         raise TableError("has no column of numbers")
 
@@ -126,14 +126,12 @@ def _json_rows(lines: list[str], notes: list[str], words: dict[str, str]) -> lis
         for name, value in each.items():
             full = name if CLOCK.fullmatch(name.lower()) else prefix + name
             number = _number(value) if isinstance(value, str) else value  # some write numbers as text
-            if isinstance(number, (int, float)) and not isinstance(number, bool):
-                row[full] = float(number)
+            if isinstance(number, float):
+                row[full] = number
             elif isinstance(value, str) and value.lower() not in MISSING:
                 words.setdefault(full, value)
         if "env_info" not in each and row:
             rows.append(row)
-    if not rows:
-        raise TableError("has no column of numbers")
     return rows
 
 
@@ -177,7 +175,7 @@ def _text_rows(lines: list[str], notes: list[str], words: dict[str, str], tag: s
     broken = []
     for number, row in enumerate(split, 1):
         cells = row if any(row[len(head) :]) else row[: len(head)]  # some end each row in a comma
-        if number > 1 and _is_head(cells):  # after a resume
+        if _is_head(cells) and not set(cells).isdisjoint(head):  # after a resume
             head = _distinct(cells)
         elif len(cells) == len(head):
             rows.append(dict(zip(head, cells, strict=True)))
@@ -195,7 +193,7 @@ def _numbers(rows: list[dict[str, str]], notes: list[str], words: dict[str, str]
         for name in [name for name, value in row.items() if value is None and cells[name].lower() not in MISSING]:
             if name not in has_numbers:
                 words.setdefault(name, cells[name])
-            elif index < len(rows) - 1 or name != list(row)[-1] or index == 0:
+            elif index < len(rows) - 1 or name != list(row)[-1]:
                 raise TableError(f"is damaged: {cells[name]!r} in the column {name!r} is no number")
             else:
                 notes.append(f"left out: the last row, which ends in {cells[name]!r}")
