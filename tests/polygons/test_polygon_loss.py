@@ -650,7 +650,7 @@ def test_sigmas_of_another_number(mode):
         ({"kind": np.array(["linear", "step"])}, ValueError, r"kind must be one of .*, got array\(.*"),
         ({"kind": "exponential"}, ValueError, "kind must be one of 'cosine', 'linear', 'step', got 'exponential'"),
         ({"start": 1.5}, ValueError, r"start must be in 0\.\.1, got 1\.5"),
-        ({"end": NAN}, ValueError, r"end must be in 0\.\.1, got nan"),
+        ({"end": NAN}, ValueError, "end must be finite, got nan"),
         ({"end": "0"}, TypeError, "end must be a number, got str"),
     ],
 )

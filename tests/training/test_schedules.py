@@ -1,6 +1,8 @@
-"""`AlphaSchedule.set`: the same as so many steps."""
+"""`AlphaSchedule`: going to a step is the same as so many steps, and what its numbers may be."""
 
 from __future__ import annotations
+
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -29,6 +31,34 @@ def test_integers_of_numpy_are_integers():
     schedule = AlphaSchedule(np.int64(4), "linear", start=1.0, end=0.0)
     schedule.set(np.int32(1))
     assert schedule() == 0.75
+    assert schedule.extra_repr().startswith("total_steps=4,")
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "step"])
+def test_the_type_does_not_depend_on_the_default_or_the_bounds(kind, default):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        value = AlphaSchedule(4, kind, start=1, end=0)()
+    finally:
+        torch.set_default_dtype(before)
+    assert (value.dtype, value.item()) == (torch.float32, 1.0)
+
+
+def test_the_most_steps():
+    schedule = AlphaSchedule(2**63 - 1, "linear", start=1.0, end=0.0)
+    schedule.set(2**62)
+    assert schedule() == 0.5
+    with pytest.raises(ValueError, match=r"^total_steps must be below 2\^63, got 9223372036854775808$"):
+        AlphaSchedule(2**63)
+
+
+@pytest.mark.parametrize("name", ["start", "end"])
+def test_a_fraction_is_refused_at_once(name):
+    """PyTorch cannot multiply it."""
+    with pytest.raises(TypeError, match=f"^{name} must be a number, got Fraction$"):
+        AlphaSchedule(4, **{name: Fraction(1, 2)})
 
 
 @pytest.mark.parametrize("kind", [np.float64, np.float32])

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from triton_mgiou.arguments import check_choice, check_integer, check_is_number
+from triton_mgiou.arguments import check_choice, check_integer, check_number
 
 KINDS = ("cosine", "linear", "step")
 
@@ -46,7 +46,7 @@ class AlphaSchedule(nn.Module):
             raise ValueError(f"total_steps must be below 2^63, got {total_steps}")
         check_choice("kind", kind, KINDS)
         for name, value in (("start", start), ("end", end)):
-            check_is_number(name, value)
+            check_number(name, value)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in 0..1, got {value}")
         self.total_steps = int(total_steps)
