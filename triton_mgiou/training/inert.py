@@ -35,24 +35,16 @@ class StandIn:
     def __setitem__(self, key: Any, value: Any) -> None:
         self.__dict__["parts"].append({key: value})
 
-    def append(self, value: Any) -> None:
-        """Keep what a list gets."""
+    def add(self, value: Any) -> None:
+        """Keep what a set gets."""
         self.__dict__["parts"].append(value)
 
     def extend(self, values: Any) -> None:
         """Keep what a list gets."""
         self.__dict__["parts"].extend(values)
 
-    add = append
-
-    def __call__(self, *args: Any, **options: Any) -> StandIn:  # noqa: D102
-        return StandIn(*args, *options.values())
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
+    def __call__(self, *args: Any) -> StandIn:  # noqa: D102
+        return StandIn(self, *args)
 
     def __repr__(self) -> str:
         return type(self).__name__
@@ -64,25 +56,19 @@ class Unpickler(pickle.Unpickler):
     def __init__(self, *args: Any, foreign: list[str], **options: Any) -> None:
         super().__init__(*args, **options)
         self._foreign = foreign
-        self._found: dict[str, Any] = {}
+        self._builders = _builders()  # this file's own, as it can set attributes of what it gets
 
     def find_class(self, module: str, name: str) -> Any:
         """The builder of that name, or a stand-in."""
         full = f"{module}.{name}"
-        if full not in self._found:
-            self._found[full] = self._find(module, name)
-        return self._found[full]
-
-    def _find(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
         if full == "torch.storage._load_from_bytes":
             return self._load_from_bytes
-        if full in BUILDERS:
-            return BUILDERS[full]
+        if full in self._builders:
+            return self._builders[full]
         if module == "torch" and isinstance(value := getattr(torch, name, None), CONSTANTS):
             return value
         self._foreign.append(full)
-        return type(name.rpartition(".")[2] or "unknown", (StandIn,), {})
+        return type(name, (StandIn,), {})
 
     def _load_from_bytes(self, content: bytes) -> Any:
         return load_bytes(content, self._foreign)
@@ -118,17 +104,15 @@ def pickle_module(foreign: list[str]) -> Any:
 class _Dtype:
     """A dtype of numpy, if it is one of numbers."""
 
-    def __init__(self, code: Any = "", *_: Any) -> None:
-        self.code = str(code)
-        self.order = "="
-        self.fields: dict[str, Any] = {}  # of a structured array: dtype and offset
-        self.size = 0
+    def __init__(self, code: Any, *_: Any) -> None:
+        self.code = code
+        self.order: Any = "="
         self.part: Any = None  # of a field that is an array itself: dtype and shape
+        self.fields: Any = None  # of a structured array: dtype and offset
+        self.size: Any = 0
 
     def __setstate__(self, state: Any) -> None:
-        self.order = str(state[1]) if len(state) > 1 and str(state[1]) in "<>=|" else "="
-        if len(state) > 5:
-            self.part, self.fields, self.size = state[2], dict(state[4] or {}), int(state[5])
+        _, self.order, self.part, _, self.fields, self.size, *_ = state
 
     def numpy(self) -> np.dtype[Any] | None:
         """The dtype itself; fields that are no numbers are left out."""
@@ -141,7 +125,7 @@ class _Dtype:
             formats, offsets = ([each[index] for each in kept.values()] for index in (0, 1))
             return np.dtype({"names": list(kept), "formats": formats, "offsets": offsets, "itemsize": self.size})
         is_number = re.fullmatch(r"[?bBhHiIlLqQefdgFDG]|[biufc]\d{1,2}", self.code)
-        return np.dtype(self.code).newbyteorder(self.order) if is_number else None  # type: ignore[arg-type]
+        return np.dtype(self.code).newbyteorder(self.order) if is_number else None
 
 
 class Array:
@@ -182,12 +166,19 @@ def _from_type(function: Callable[..., Any], kind: Any, args: Any, state: Any) -
 
 
 def _wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function as an object of its own, so that a file can set no attribute of PyTorch's."""
+    """The same function as an object of its own, so that a file can set no attribute of the function."""
 
     def wrapper(*args: Any) -> Any:
         return function(*args)
 
     return wrapper
+
+
+class _Bytes:
+    """For `torch.UntypedStorage`, of which torch.load asks for nothing but the dtype; nothing can be set."""
+
+    __slots__ = ()
+    dtype = torch.uint8
 
 
 def _builders() -> dict[str, Any]:
@@ -199,9 +190,9 @@ def _builders() -> dict[str, Any]:
     found: dict[str, Any] = {
         f"torch._utils.{name}": _wrapped(getattr(torch._utils, name)) for name in rebuild if hasattr(torch._utils, name)
     }
-    found["torch._tensor._rebuild_from_type_v2"] = _from_type
+    found["torch._tensor._rebuild_from_type_v2"] = _wrapped(_from_type)
     found["torch.serialization._get_layout"] = _wrapped(torch.serialization._get_layout)
-    found["torch.storage.UntypedStorage"] = torch.UntypedStorage
+    found["torch.storage.UntypedStorage"] = _Bytes()
     found["torch.Size"] = found["builtins.tuple"] = lambda values=(): tuple(values)
     found["torch.device"] = lambda *_: "device"
     found["_codecs.encode"] = lambda text, encoding="latin1": text.encode("latin1") if encoding == "latin1" else text
@@ -214,15 +205,12 @@ def _builders() -> dict[str, Any]:
             ("frozenset", frozenset),
         ):
             found[f"{module}.{name}"] = type(name, (kind,), {})
-        found[f"{module}.bytearray"] = lambda content=b"", *_: content
+        found[f"{module}.bytes"] = found[f"{module}.bytearray"] = lambda content=b"", *_: content
         found[f"{module}.complex"] = found[f"{module}.slice"] = lambda *args: args
     for core in ("numpy.core", "numpy._core"):
         found[f"{core}.multiarray._reconstruct"] = lambda *_: Array()
-        found[f"{core}.multiarray.scalar"] = _scalar
-        found[f"{core}.numeric._frombuffer"] = _make_array
+        found[f"{core}.multiarray.scalar"] = _wrapped(_scalar)
+        found[f"{core}.numeric._frombuffer"] = _wrapped(_make_array)
     found["numpy.ndarray"] = Array
     found["numpy.dtype"] = _Dtype
     return found
-
-
-BUILDERS = _builders()
