@@ -243,8 +243,9 @@ def test_triangles_on_a_line_have_no_area():
     """But for rounding, which GEOS takes for one; whichever is the longer one."""
     rng = np.random.default_rng(0)
     long, short = [], []
-    for _ in range(200):
-        start, step, shares = rng.random(2), rng.random(2), rng.permutation(9)[:3]
+    for k in range(400):  # some through the origin, and in every quarter of the plane
+        start, step, shares = rng.random(2) * (k % 5 > 0), rng.random(2), rng.permutation(9)[:3]
+        start, step = (each * ((1, 1), (-1, 1), (1, -1), (-1, -1))[k % 4] for each in (start, step))
         for scale, kept in ((1, long), (2.0**-20, short)):
             triangle = start + step * (shares / 7 * scale)[:, None]
             if shapely.is_valid(polygon := shapely.polygons(triangle)) and polygon.area > 0:
@@ -252,6 +253,25 @@ def test_triangles_on_a_line_have_no_area():
     assert min(len(long), len(short)) > 50
     for preds, targets in ((long, long), (long, short), (short, long)):
         assert not polygon_iou_matrix(preds, targets).any()
+
+
+def test_what_is_small_and_far_from_the_origin_has_an_area():
+    """Of 1e-6, where rounding may make 1e-11 of nothing."""
+    first, second = SQUARE * 2.0**-10 + 2.0**23, SQUARE * 2.0**-10 + 2.0**23 + [2.0**-11, 0]
+    assert polygon_iou(first, second) == polygon_iou_matrix([first], [second]).item() == 1 / 3
+
+
+@pytest.mark.parametrize("size", [3, 5, 9])
+def test_the_other_direction_is_the_same_to_the_last_digit(size):
+    for polygon in np.random.default_rng(size).standard_normal((20, size, 2)):
+        assert polygon_iou(polygon, polygon[::-1]) == 1
+
+
+def test_edges_without_a_height_or_a_length_raise_no_warning():
+    pred = np.array([[0.0, 0.0], [2.0, 0.0], [2.0, 0.0], [2.0, 2.0], [0.0, 2.0], [0.0, 0.0]])
+    with np.errstate(all="raise"):
+        assert polygon_iou(pred, SQUARE) == polygon_iou(SQUARE, pred) == 0.25
+        assert polygon_iou_matrix([pred, BOW_TIE], [SQUARE]).tolist() == [[0.25], [0.5]]
 
 
 def test_shapely_alone_cuts_what_does_not_cross_itself(monkeypatch):

@@ -81,7 +81,7 @@ def polygon_iou_matrix(
     shared = np.full(len(row), None)
     shared[valid] = shapely.intersection(p[row[valid]], g[column[valid]])
     # Of polygons that differ by rounding alone GEOS may find but points.
-    by_shapely = valid & (shapely.is_empty(shared) | (shapely.area(shared) > 0))
+    by_shapely = shapely.is_empty(shared) | (shapely.area(shared) > 0)
     for i, j in zip(row[~by_shapely], column[~by_shapely], strict=True):
         ious[i, j] = _iou(preds[i], targets[j])
     row, column, inter = row[by_shapely], column[by_shapely], shapely.area(shared[by_shapely])
@@ -181,12 +181,10 @@ def _iou(p: Floats, g: Floats) -> float:
         spans = (start[:, 1] > y) != (end[:, 1] > y)
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # of edges that do not span it
             x = np.where(spans, start[:, 0] + (y - start[:, 1]) / rise * width, np.inf)
-        order = x.argsort(axis=1)
+            order = x.argsort(axis=1)
+            areas = np.diff(np.take_along_axis(x, order, 1)) * heights[rows, None]
         spans, is_p = np.take_along_axis(spans, order, 1), order < len(p)
         in_p, in_g = ((spans & own).cumsum(1)[:, :-1] % 2 == 1 for own in (is_p, ~is_p))
-        x = np.take_along_axis(x, order, 1)
-        left, right = (np.where(in_p | in_g, side, 0.0) for side in (x[:, :-1], x[:, 1:]))
-        areas = (right - left) * heights[rows, None]
         inter += areas[in_p & in_g].sum()
         only_one += areas[in_p ^ in_g].sum()
     union = inter + only_one

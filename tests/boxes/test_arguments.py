@@ -197,6 +197,21 @@ def test_options_that_no_module_has_are_refused():
     assert all(part in text for part in ("'sum'", "2.0", "'cxcyczlwhr'", "'degrees'"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_debug_mode_warns_of_angles_above_two_turns_in_either_direction(dtype):
+    two_turns = torch.tensor(4 * math.pi, dtype=dtype)
+    most = torch.stack((two_turns, -two_turns))
+    boxes = torch.cat((torch.ones(2, 4, dtype=dtype), most[:, None]), dim=1)
+    with debug(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        box_mgiou_loss(boxes, boxes.clone())
+    for row in range(2):
+        more = boxes.clone()
+        more[row, 4] *= 1.001
+        with debug(), pytest.warns(RuntimeWarning, match=r"1 of 2 angles of target are above 4 pi, up to 12\.57"):
+            box_mgiou_loss(boxes, more)
+
+
 def test_debug_mode_warns_of_degrees_given_as_radians():
     rng = generator(71)
     pred, target = random_boxes("cxcywhr", 4, rng).float(), random_boxes("cxcywhr", 4, rng).float()

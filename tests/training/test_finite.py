@@ -350,6 +350,8 @@ def test_what_has_no_values_passes(name):
         assert function(first.to("meta"), second.to("meta")).shape == want.shape
         with FakeTensorMode():
             assert function(torch.rand(3, *shapes[0]), torch.rand(3, *shapes[1])).shape == want.shape
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert function(first, second).shape == want.shape
         torch.testing.assert_close(make_fx(lambda each: function(each, second))(first)(first), want)
         for strict in (False, True):
             program = torch.export.export(Module(), (first, second), strict=strict)

@@ -48,14 +48,14 @@ class Checks:
         anything: a mask is of the first dimensions of `shapes`, lengths are of all but vertices and coordinates.
         """
         if in_radians:
-            self._warn_of_degrees(name, shapes.detach(), mask)
+            self._warn_of_degrees(name, shapes, mask)
         if lengths is not None:
             is_real = torch.arange(shapes.shape[-2], device=lengths.device) < lengths.unsqueeze(-1)
             mask = is_real if mask is None else is_real & mask.unsqueeze(-1)
         if mask is not None:
             mask = mask.reshape(*mask.shape, *[1] * (shapes.dim() - mask.dim()))
         check_finite(shapes, name, f"{self.function}, input", mask=mask)
-        return shapes.view_as(shapes) if torch.is_grad_enabled() and shapes.requires_grad else shapes
+        return shapes.view_as(shapes)
 
     def _warn_of_degrees(self, name: str, boxes: Tensor, mask: Tensor | None) -> None:
         """Angles that look like degrees: a network may count turns, but hardly more than two."""
