@@ -55,11 +55,9 @@ def plain_boxes(name: str, boxes: Any, fmt: str, angle: str, clockwise: bool) ->
 
 
 def _plain(boxes: Tensor) -> Tensor:
-    """The same tensor without its class; compiled code cannot cast it, but operations on it can forget the class."""
-    if torch.compiler.is_compiling():
-        with torch._C.DisableTorchFunctionSubclass():
-            return boxes[...]
-    return boxes.as_subclass(Tensor)
+    """The same tensor without its class. An operation that forgets the class, as compiled code cannot cast it."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return boxes[...]
 
 
 def _centre(kind: str, numbers: Tensor) -> tuple[Tensor, ...]:

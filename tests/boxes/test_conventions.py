@@ -15,7 +15,7 @@ import torch
 from bench.detectors.nms import provide_nms
 from tests.boxes import oracle
 from tests.boxes.helpers import random_boxes
-from tests.helpers import assert_close, assert_zero, generator
+from tests.helpers import assert_close, assert_same, assert_zero, generator
 from triton_mgiou import box_mgiou, box_mgiou_loss, mgiou_loss
 
 OPTIONS = {"axis_weight": "uniform", "axis_grad": True, "boundary_weight": 0.25, "reduction": "none"}
@@ -191,6 +191,32 @@ def test_upright_bounding_boxes_know_their_own_format(bounding, own, fmt):
     want = of_corners(*(torch.tensor(side, dtype=torch.float64) for side in corners))
     theirs = [bounding(converted(side, own), own) for side in sides]
     assert_close(box_mgiou_loss(*theirs, fmt=fmt, **OPTIONS), want, atol=1e-11)
+
+
+@pytest.mark.parametrize("own", [*UPRIGHT, *ROTATED])
+@pytest.mark.parametrize("fmt", ["cxcywhr", "xyxyxyxy"])
+def test_images_of_bounding_boxes(bounding, own, fmt):
+    """Each as if it were alone."""
+    size = 5 if own in ROTATED else 4
+    images = [[converted(side[:, :size], own) for side in pixels(generator(seed))] for seed in (91, 92)]
+    want = [box_mgiou(*(bounding(side, own) for side in image), fmt=fmt) for image in images]
+    batches = [bounding(torch.stack(sides), own) for sides in zip(*images, strict=True)]
+    assert_close(box_mgiou(*batches, fmt=fmt), torch.stack(want), atol=1e-12)
+
+
+@pytest.mark.parametrize("own", ["XYXY", "CXCYWH", "XYXYXYXY"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_bounding_boxes_of_the_same_format_are_taken_as_they_are(bounding, own, dtype):
+    """Through their centre they would lose a digit, and their gradient its type."""
+    size = 5 if own in ROTATED else 4
+    sides = [converted(side[:, :size], own).to(dtype) for side in pixels(generator(93))]
+    results = []
+    for first, second in (sides, [bounding(side, own) for side in sides]):
+        first.requires_grad_()
+        loss = box_mgiou_loss(first, second, fmt=own.lower(), **OPTIONS)
+        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), first)))
+    for got, want in zip(*results, strict=True):
+        assert_same(got.as_subclass(torch.Tensor), want.as_subclass(torch.Tensor))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
