@@ -255,6 +255,15 @@ def test_triangles_on_a_line_have_no_area():
         assert not polygon_iou_matrix(preds, targets).any()
 
 
+def test_a_line_that_rounding_bends_has_no_area():
+    """Far away along x it is bent by what x is rounded to, over its whole length along y."""
+    rng = np.random.default_rng(1)
+    for flip in (False, True):
+        for _ in range(50):
+            line = [1e9, 0.0] + rng.random((3, 1)) * [1e-3, 1.0]
+            assert polygon_iou(line[:, ::-1] if flip else line, (line + 1e-9)[:, ::-1] if flip else line) == 0
+
+
 def test_what_is_small_and_far_from_the_origin_has_an_area():
     """Of 1e-6, where rounding may make 1e-11 of nothing."""
     first, second = SQUARE * 2.0**-10 + 2.0**23, SQUARE * 2.0**-10 + 2.0**23 + [2.0**-11, 0]

@@ -95,6 +95,12 @@ def test_a_prediction_with_nan_is_matched_last(config, sets):
     assert 2 not in rows
 
 
+def test_a_cost_without_weight_is_zero(config, sets):
+    """As a config says that tries a head without it."""
+    cost = TASK_UTILS.build({**config.match_cost, "weight": 0})
+    assert_close(cost(*(InstanceData(bboxes=side) for side in sets)), torch.zeros(7, len(sets[1])), atol=0)
+
+
 def test_a_matching_finds_who_moved_where(config, sets):
     truth = sets[0]
     order = torch.randperm(7, generator=generator(1))
