@@ -95,6 +95,16 @@ def test_a_prediction_with_nan_is_matched_last(config, sets):
     assert 2 not in rows
 
 
+@pytest.mark.parametrize("aligned", [False, True])
+def test_overlaps_below_zero_are_zero(aligned, config):
+    """Unit squares: the same, half beside it (1/3 along x), and apart along both axes, 2/11 - 1 on each."""
+    overlaps = TASK_UTILS.build({**config.iou_calculator, "fmt": "xyxy"})
+    square = torch.tensor([[0.0, 0, 1, 1]])
+    others = torch.tensor([[0.0, 0, 1, 1], [0.5, 0, 1.5, 1], [10.0, 10, 11, 11]])
+    found = overlaps(square.expand(3, 4) if aligned else square, others, is_aligned=aligned)
+    assert_close(found.flatten(), [1.0, (1 / 3 + 1) / 2, 0.0], atol=1e-6)
+
+
 def test_a_cost_without_weight_is_zero(config, sets):
     """As a config says that tries a head without it."""
     cost = TASK_UTILS.build({**config.match_cost, "weight": 0})
@@ -172,6 +182,7 @@ def test_boxes_in_space_by_their_bottom(config):
     assert_close(by_bottom(bottom[0][:4], bottom[1], is_aligned=True), want[:4].diagonal(), atol=1e-5)
     half = [boxes.half() for boxes in bottom]
     assert torch.equal(by_bottom(*half), by_bottom(*(boxes.float() for boxes in half)))
+    assert by_bottom(*(boxes.double() for boxes in bottom)).dtype == torch.float64
     cost = TASK_UTILS.build(dict(config.match_cost, fmt="cxcyczlwhr"))
     costs = cost(SimpleNamespace(bboxes=LiDARBoxes(bottom[0])), InstanceData(bboxes=gravity[1]))
     assert_close(costs, -3 * box_mgiou(*gravity, fmt="cxcyczlwhr"), atol=1e-5)

@@ -115,11 +115,12 @@ def test_opposite_edges_share_as_without_rounding(backend):
     helpers.assert_gradient_close(gradient, expected, rtol=1e-3)
 
 
-def test_near_ties_that_are_real_are_not_merged(backend):
-    """Trapezoids: the edge that faces one is off parallel by 1e-4 of the extent, more than any rounding."""
+@pytest.mark.parametrize("off", [1e-4, 1e-5])
+def test_near_ties_that_are_real_are_not_merged(backend, off):
+    """Trapezoids: the edge that faces one is off parallel by this part of the extent, more than any rounding."""
     rng = helpers.generator(5)
     pred = helpers.rectangle_corners(helpers.random_boxes(6, rng))
-    pred[:, 2] += 1e-4 * (pred[:, 2] - pred[:, 1])
+    pred[:, 2] += off * (pred[:, 2] - pred[:, 1])
     target = helpers.convex(6, 5, rng) + 3.0
     expected = oracle.gradient(pred.numpy(), target.numpy(), axis_grad=False)
     assert np.abs(expected).max() > 0.01
@@ -143,3 +144,17 @@ def test_small_polygons_keep_their_digits(backend, padding, monkeypatch):
     padded = torch.cat((pred, pad), dim=1), torch.cat((target, pad), dim=1)
     _, gradient = backend.value_and_gradient(*padded, reduction="sum", **options, **lengths)
     helpers.assert_gradient_close(gradient[:, :4], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"convexity_weight": 0.5}], ids=str)
+def test_the_ends_of_an_edge_share_in_a_small_polygon_too(backend, options):
+    """Rounding tells their projections apart by more than what else is tied in it."""
+    rng = helpers.generator(7)
+    turn = helpers.uniform((20, 1), 0, 2 * math.pi, rng) + torch.arange(5) * (2 * math.pi / 5)
+    small = torch.stack((turn.cos(), turn.sin()), dim=2) * 2.0**-13 + helpers.uniform((20, 1, 2), 0, 1, rng)
+    square = 0.5 * helpers.regular(4) + helpers.uniform((20, 1, 2), 0, 1, rng)
+    pred, target = helpers.either_way(small, rng).float(), square.float()
+    options = {"axis_weight": "length", "axis_grad": False, **options}
+    _, gradient = backend.value_and_gradient(pred, target, reduction="sum", **options)
+    expected = oracle.gradient(helpers.numpy64(pred), helpers.numpy64(target), **options)
+    helpers.assert_gradient_close(gradient, expected, rtol=1e-3)
