@@ -258,3 +258,16 @@ def test_padded_vertices_may_hold_anything(backend):
     lengths = torch.full((3,), 4)
     assert_close(matrix(backend, wide, second, lengths1=lengths), matrix(backend, first, second), atol=0)
     assert polygon_mgiou(wide, second).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "heights", "mean", "least"),
+    [((1.0, 1.0), (1.0, 3.0), (4 - 1) / 5, -1.0), ((1.0, 2.0), (1.0, 1.0), 0.5, 0.5)],
+    ids=["above each other", "in each other"],
+)
+def test_plates_of_eight_corners_by_hand(sizes, heights, mean, least):
+    """Axes along x and y of both; and along z, which no edge has, only where they are apart. Away from the origin."""
+    boxes = [[[2.0, 3.0, z, size, size, 0.0, 0.0]] for size, z in zip(sizes, heights, strict=True)]
+    plates = [corners_in_space(torch.tensor(box, dtype=torch.float64)) for box in boxes]
+    assert_close(box_mgiou(*plates, fmt="corners3d"), [[mean]], atol=1e-12)
+    assert_close(box_mgiou(*plates, fmt="corners3d", over="min"), [[least]], atol=1e-12)
