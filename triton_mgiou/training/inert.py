@@ -7,6 +7,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,7 +57,11 @@ class Unpickler(pickle.Unpickler):
     def __init__(self, *args: Any, foreign: list[str], **options: Any) -> None:
         super().__init__(*args, **options)
         self._foreign = foreign
-        self._builders = _builders()  # this file's own, as it can set attributes of what it gets
+
+    @cached_property
+    def _builders(self) -> dict[str, Any]:
+        """This file's own, as it can set attributes of what it gets. Most of what torch.load reads needs none."""
+        return _builders()
 
     def find_class(self, module: str, name: str) -> Any:
         """The builder of that name, or a stand-in."""
