@@ -256,8 +256,7 @@ class _BoxVariant(NamedTuple):
     def inputs(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Some boxes, and the options with their tensors."""
         pred, target = (
-            _boxes(self.batch, self.fmt, self.packed, self.device, seed).to(dtype)[..., : FORMATS[self.fmt].shape[-1]]
-            for seed, dtype in enumerate(self.dtype)
+            _boxes(self.batch, self.fmt, dtype, self.packed, self.device, seed) for seed, dtype in enumerate(self.dtype)
         )
         options = dict(self.options)
         kind = options.pop("weight", False)
@@ -344,8 +343,7 @@ class _PairVariant(NamedTuple):
             if self.fmt in _POLYGONS:
                 shapes = _polygons(count, _POLYGONS[self.fmt], self.device, seed).to(dtype)
             else:
-                (numbers,) = FORMATS[self.fmt].shape
-                shapes = _boxes(count, self.fmt, packed, self.device, seed).to(dtype)[:, :numbers]
+                shapes = _boxes(count, self.fmt, dtype, packed, self.device, seed)
             sets.append(shapes)
         options = dict(self.options)
         for name in ("lengths1", "lengths2", "mask1", "mask2"):
@@ -526,9 +524,10 @@ def _polygons(batch: int, vertices: int, device: torch.device, seed: int) -> Ten
     return centre + radius * torch.cat((angle.cos(), angle.sin()), dim=2)
 
 
-def _boxes(batch: int, fmt: str, packed: bool, device: torch.device, seed: int) -> Tensor:
-    """Boxes, with a number more than they have if they are not packed. Corners of "xyxy" are 1 apart at least."""
+def _boxes(batch: int, fmt: str, dtype: torch.dtype, packed: bool, device: torch.device, seed: int) -> Tensor:
+    """Boxes, with a number between any two if they are not packed. Corners of "xyxy" are 1 apart at least."""
     generator = torch.Generator(device).manual_seed(seed)
     *rest, numbers = FORMATS[fmt].shape
     wide = numbers if packed else numbers + 1
-    return torch.rand(batch, *rest, wide, device=device, generator=generator) + torch.arange(wide, device=device)
+    boxes = torch.rand(batch, *rest, wide, device=device, generator=generator) + torch.arange(wide, device=device)
+    return boxes.to(dtype)[..., :numbers]
