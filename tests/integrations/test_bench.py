@@ -83,20 +83,25 @@ def test_the_quadratic_loss_of_boxes_is_over_the_directions_of_both():
     assert losses.quadratic(target, target).item() == pytest.approx(0, abs=1e-6)
 
 
+def criterion_of(model, trainer_class):
+    """The criterion of a model, with what a trainer of this class puts into it."""
+    model.args, model.criterion = get_cfg(), None
+    trainer = trainer_class.__new__(trainer_class)
+    trainer.model, trainer.ema, trainer.data, trainer.args = model, None, {}, model.args
+    trainer.epoch, trainer.epochs = 0, 1
+    set_losses(trainer)
+    return model.criterion
+
+
 def test_the_assigner_takes_what_the_name_of_a_loss_of_boxes_says():
     """A box of 12 x 5 that is shifted by 3 along its 12: a function of its MGIoU (9 / 15 + 1) / 2, or ProbIoU."""
     values = {"squared assigns": 0.8**2, "power 1.5 assigns": 0.8**1.5, "Jaccard assigns": 0.8 / 1.2}
     target = torch.tensor([[50.0, 40, 12, 5, math.pi / 2]])
     pred = target + torch.tensor([0.0, 3, 0, 0, 0])
     model = OBBModel("yolo11n-obb.yaml", nc=1, verbose=False)
-    model.args = get_cfg()
     for name in (name for name, options in plan.BOX_LOSSES.items() if options is not None):
-        trainer_class = training._boxes(plan.Job("tried", "boxes", name, 0, 1))
-        trainer = trainer_class.__new__(trainer_class)
-        trainer.model, trainer.ema = model, None
-        model.criterion = None
-        set_losses(trainer)
-        found = model.criterion.assigner.iou_calculation(target, pred)
+        criterion = criterion_of(model, training._boxes(plan.Job("tried", "boxes", name, 0, 1)))
+        found = criterion.assigner.iou_calculation(target, pred)
         if "ProbIoU assigns" in name:
             assert torch.equal(found, probiou(target, pred).squeeze(1))
         else:
@@ -112,7 +117,6 @@ def test_the_assigner_of_yolo26_takes_what_the_name_of_a_loss_says():
     boxes = torch.tensor([[[4.0, 5, 16, 10]]])
     seen = torch.cat((target, torch.ones(4, 1)), 1)[None, None]
     model = PoseModel("yolo26n-pose.yaml", nc=1, data_kpt_shape=[4, 3], verbose=False)
-    model.args = get_cfg()
     distances = (polygons[0] - target).square().sum(2) / (12 * 5 * 0.53)
     oks = (-distances / (2 * 0.25) ** 2 / 2).exp().mean(1).tolist()  # a sigma of one over the number of vertices
     names = {
@@ -121,42 +125,29 @@ def test_the_assigner_of_yolo26_takes_what_the_name_of_a_loss_says():
         "YOLO26, mgiou, OKS assigns": oks,
     }
     for name, expected in names.items():
-        trainer_class = training._keypoints(plan.Job("speed", "hulls", name, 0, 1))
-        trainer = trainer_class.__new__(trainer_class)
-        trainer.model, trainer.ema, trainer.data, trainer.epoch = model, None, {}, 0
-        model.criterion = None
-        set_losses(trainer)
-        for criterion in (model.criterion.one2many, model.criterion.one2one):
+        both = criterion_of(model, training._keypoints(plan.Job("speed", "hulls", name, 0, 1)))
+        for criterion in (both.one2many, both.one2one):
             found = criterion.assigner.pair_overlaps(
                 indices, boxes, boxes.expand(1, 2, 4), pd_kpts=polygons, gt_kpts=seen
             )
             assert found.tolist() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mgiou, squared assigns, float32 decode", "hybrid, float32 decode"])
-def test_float32_decode_rounds_no_place(name):
+def test_float32_decode_rounds_no_place():
     """A centre 1/1024 beside a grid point at 39.5, which float16 knows by thirty-seconds only."""
-    is_boxes = name in plan.BOX_LOSSES
-    if is_boxes:
-        model = OBBModel("yolo11n-obb.yaml", nc=1, verbose=False)
-        trainer_class = training._boxes(plan.Job("tried", "boxes", name, 0, 1))
-    else:
-        model = PoseModel("yolo11n-pose.yaml", nc=1, data_kpt_shape=[4, 3], verbose=False)
-        trainer_class = training._keypoints(plan.Job("speed", "corners", name, 0, 1))
-    model.args = get_cfg()
-    trainer = trainer_class.__new__(trainer_class)
-    trainer.model, trainer.ema, trainer.data, trainer.args = model, None, {}, model.args
-    trainer.epoch, trainer.epochs = 0, 1
-    set_losses(trainer)
-    criterion, anchor = model.criterion, torch.tensor([[39.5, 39.5]]).half()
-    if is_boxes:
-        criterion.use_dfl = False
-        found = criterion.bbox_decode(anchor, torch.tensor([[[2, 2, 2 + 1 / 512, 2]]]).half(), torch.zeros(1, 1, 1))
-        assert found.tolist() == [[[39.5 + 1 / 1024, 39.5, 4 + 1 / 512, 4, 0]]]
-    else:
-        found = criterion.kpts_decode(anchor, torch.tensor([0.25 + 1 / 2048, 0.25, 1]).half().expand(1, 1, 4, 3))
-        assert found.tolist() == [[[[39.5 + 1 / 1024, 39.5, 1]] * 4]]
-    assert found.dtype == torch.float32
+    anchor = torch.tensor([[39.5, 39.5]]).half()
+    model = OBBModel("yolo11n-obb.yaml", nc=1, verbose=False)
+    job = plan.Job("tried", "boxes", "mgiou, squared assigns, float32 decode", 0, 1)
+    criterion = criterion_of(model, training._boxes(job))
+    criterion.use_dfl = False
+    box = criterion.bbox_decode(anchor, torch.tensor([[[2, 2, 2 + 1 / 512, 2]]]).half(), torch.zeros(1, 1, 1))
+    assert box.tolist() == [[[39.5 + 1 / 1024, 39.5, 4 + 1 / 512, 4, 0]]]
+    model = PoseModel("yolo11n-pose.yaml", nc=1, data_kpt_shape=[4, 3], verbose=False)
+    job = plan.Job("speed", "corners", "hybrid, float32 decode", 0, 1)
+    criterion = criterion_of(model, training._keypoints(job))
+    polygon = criterion.kpts_decode(anchor, torch.tensor([0.25 + 1 / 2048, 0.25, 1]).half().expand(1, 1, 4, 3))
+    assert polygon.tolist() == [[[[39.5 + 1 / 1024, 39.5, 1]] * 4]]
+    assert box.dtype == polygon.dtype == torch.float32
 
 
 def test_crops_that_are_on_file_are_in_the_plan():
