@@ -334,13 +334,13 @@ class PolygonLoss(nn.Module):
         return self
 
     def _reach(self, pred: Tensor) -> Tensor | float:
-        """The distance at which a vertex has lost 1 - 1/e, in units of the square root of the area: (N,), or one."""
+        """Half the distance at which a vertex has lost 1 - 1/e, relative to the root of the area: (N, 1), or one."""
         size = pred.shape[1]
         if self.sigmas is None:
-            return math.sqrt(8) / size
+            return math.sqrt(2) / size
         if self.sigmas.numel() not in (1, size):
             raise ValueError(f"sigmas must be one or {size} numbers, got {self.sigmas.numel()}")
-        return self.sigmas.to(pred.device, pred.dtype).unsqueeze(-1) * math.sqrt(8)
+        return self.sigmas.to(pred.device, pred.dtype).unsqueeze(-1) * math.sqrt(2)
 
     def extra_repr(self) -> str:
         """Show the mode, and what else was given."""
@@ -370,11 +370,11 @@ def _with_values(sigmas: Tensor, device: torch.device) -> Tensor:
 
 def _l2(pred: Tensor, target: Tensor, visible: Tensor, area: Tensor, reach: Tensor | float) -> Tensor:
     """The L2 term of every sample, (B,)."""
-    difference = pred / 2 - target / 2  # of halves, which does not overflow
+    difference = torch.sub(pred / 2, target, alpha=0.5)  # of halves, which does not overflow
     difference = torch.where(visible.unsqueeze(-1), difference, 0.0)
-    difference = torch.where(difference.isfinite(), difference, 0 * difference)  # an Inf is not far away, but NaN
+    difference = torch.add(difference, difference, alpha=0)  # an Inf is not far away, but NaN
     area = torch.where(visible.any(1), area.detach().reshape(-1).to(pred.dtype), 1.0).clamp(min=MIN_AREA)
-    scaled = difference / (area.sqrt() / 2)[:, None, None] / reach
+    scaled = difference / area.sqrt()[:, None, None] / reach
     scaled = torch.where(scaled.abs() > 64, 64.0, scaled)  # where exp(-64^2) is 0 already, the square must not overflow
     losses = -torch.expm1(-scaled.square().sum(-1))
     return losses.sum(1) / visible.sum(1).clamp(min=1)
