@@ -24,7 +24,7 @@ from ultralytics.engine import trainer as ultralytics_trainer
 from ultralytics.models.yolo.obb import OBBTrainer, OBBValidator
 from ultralytics.models.yolo.pose import PoseTrainer, PoseValidator
 from ultralytics.utils import LOGGER, ops
-from ultralytics.utils.loss import KeypointLoss, RotatedBboxLoss
+from ultralytics.utils.loss import KeypointLoss
 
 from bench.detectors.loader import Loader
 from bench.detectors.losses import FewVisible, Reported, Watched, quadratic
@@ -241,23 +241,16 @@ class BoxVariant(adapter.MGIoUBoxLoss):
         self.saturating = saturating
         self.centre = centre
 
-    def forward(self, pred_dist: Tensor, pred_bboxes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        """Return the loss of the boxes and that of the distribution."""
-        _, distribution = RotatedBboxLoss.forward(self, pred_dist, pred_bboxes, *rest)
-        _, target_bboxes, target_scores, target_scores_sum, positive, *_ = rest
-        pred, target = pred_bboxes[positive].float(), target_bboxes[positive].float()
-        if self.quadratic:
-            losses = quadratic(pred, target)
-        else:
-            losses = box_mgiou_loss(pred, target, reduction="none", **self.options)
+    def losses(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of paired boxes (P, 5). Shape (P,)."""
+        pred, target = pred.float(), target.float()
+        losses = quadratic(pred, target) if self.quadratic else super().losses(pred, target)
         if self.saturating:
             losses = (1 - torch.exp(-self.gain * losses)) / self.gain
         away, turn = pred[:, :2] - target[:, :2], target[:, 4]
         along = away[:, 0] * turn.cos() + away[:, 1] * turn.sin()
         across = away[:, 1] * turn.cos() - away[:, 0] * turn.sin()
-        losses = losses + self.centre * (along.abs() / target[:, 2] + across.abs() / target[:, 3])
-        loss = (losses * target_scores[positive].sum(-1)).sum() / target_scores_sum
-        return self.gain * loss, distribution
+        return losses + self.centre * (along.abs() / target[:, 2] + across.abs() / target[:, 3])
 
 
 def in_float32(decode: Callable[..., Tensor], *arguments: Any) -> Tensor:

@@ -207,18 +207,16 @@ def test_the_tolerances_of_the_data_are_taken_where_ultralytics_does_not_know_th
     torch.testing.assert_close(trainer.polygon_loss.loss.sigmas, torch.tensor([0.1, 0.2, 0.3, 0.4]))
 
 
+stock_losses = RotatedBboxLoss.forward
+
+
 @pytest.mark.parametrize("head", HEADS)
-def test_obb_criterion(head, monkeypatch):
+def test_obb_criterion(head):
     """The box part is the oracle's loss of the corners by the weights, the others are Ultralytics' own."""
-    seen = []
-    stock = RotatedBboxLoss.forward
-
-    def spy(self, *given):
-        seen.append((given, stock(self, *given)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(RotatedBboxLoss, "forward", spy)
     model, _, parts, batch = make("obb", head, Gain)
+    seen = []
+    for part in parts:
+        part.bbox_loss.register_forward_pre_hook(lambda loss, given: seen.append((given, stock_losses(loss, *given))))
     loss, items = model.loss(batch)
     loss.sum().backward()
     assert len(seen) == len(parts)
@@ -275,6 +273,51 @@ def test_a_shift_costs_what_it_costs_with_probiou():
     ours = box_mgiou_loss(pred, target, **MGIoUOBBTrainer.options)
     torch.testing.assert_close(6**0.5 * ours, 1 - probiou(pred, target, eps=1e-12).squeeze(), rtol=1e-3, atol=0)
     assert MGIoUOBBTrainer.gain == pytest.approx(6**0.5, abs=0.1)
+
+
+def test_a_step_does_not_compute_probiou(monkeypatch):
+    model, _, _, batch = make("obb", "yolo11n")
+    _, expected = model.loss(batch)
+    stock = model.init_criterion()
+
+    def refused(*_, **__):
+        raise AssertionError("ProbIoU was computed")
+
+    monkeypatch.setattr("ultralytics.utils.loss.probiou", refused)
+    monkeypatch.setattr("ultralytics.utils.tal.probiou", refused)
+    _, found = model.loss(batch)
+    assert found == expected
+    with pytest.raises(AssertionError, match="ProbIoU was computed"):
+        stock.bbox_loss(
+            *(torch.ones(1, 1, k) for k in (64, 5)),
+            None,
+            torch.ones(1, 1, 5),
+            torch.ones(1, 1, 1),
+            1,
+            torch.ones(1, 1, dtype=bool),
+            None,
+            None,
+        )
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_angle_loss_is_computed_where_it_counts(head):
+    model, _, parts, batch = make("obb", head)
+    stock = model.init_criterion()
+    assert model.args.angle == 1
+    seen, names = [], parts[0].loss_names
+    for part in parts:
+        part.bbox_loss.register_forward_pre_hook(lambda _, given: seen.append(given))
+    _, items = model.loss(batch)
+    _, pred, _, target, scores, total, positive, *_ = seen[-1]
+    own = getattr(stock, "one2one", stock).calculate_angle_loss
+    expected = own(pred, target, positive, scores[positive].sum(-1), total)
+    torch.testing.assert_close(items[names[3]], expected.detach())
+    assert expected > 0
+    model.args.angle = 0.0
+    _, without = model.loss(batch)
+    assert without[names[3]] == 0
+    assert without[names[0]] == items[names[0]]
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, 0.0), ({"angle": 0.5}, 0.5)])
@@ -368,6 +411,15 @@ def test_a_changed_signature_names_both_versions(monkeypatch, owner, name):
             MGIoUPoseTrainer(overrides={"model": "yolo11n-pose.yaml"})
     finally:
         adapter.CALLS[function] = known
+
+
+def test_a_loss_of_boxes_that_calls_no_probiou_names_both_versions(monkeypatch):
+    code = RotatedBboxLoss.forward.__code__
+    others = tuple("other_iou" if name == "probiou" else name for name in code.co_names)
+    monkeypatch.setattr(RotatedBboxLoss.forward, "__code__", code.replace(co_names=others))
+    found = r"ultralytics 8\.4\.\d+ has a RotatedBboxLoss\.forward that does not call probiou.*8\.4\.190"
+    with pytest.raises(RuntimeError, match=found):
+        MGIoUOBBTrainer(overrides={"model": "yolo11n-obb.yaml"})
 
 
 def test_a_renamed_part_of_a_criterion_names_both_versions():

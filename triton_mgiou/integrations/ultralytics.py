@@ -33,6 +33,7 @@ from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -83,6 +84,7 @@ SHOWN_CONFIDENCE = 0.25
 SHRINK = 4  # of the masks in a plot, as of Ultralytics' own: thousands of whole ones would not fit into memory
 FARTHEST = 1e6  # pixels, in a plot: OpenCV fills a polygon of 1e10, or of NaN, for half a minute
 VISIBLE = 0.5  # a predicted vertex is there from this confidence on
+OVERLAP = "probiou"  # by this name Ultralytics' loss of boxes calls what MGIoU replaces
 
 # What is called here, or called by Ultralytics with these arguments.
 PoseAssigner = getattr(tal, "PoseTaskAlignedAssigner", None)  # not in 8.4.170 yet
@@ -109,6 +111,9 @@ def check_version() -> None:
         if found != known:
             name = function.__qualname__
             raise RuntimeError(_other_version(f"has {name}({', '.join(found)})", f"has {name}({', '.join(known)})"))
+    if OVERLAP not in RotatedBboxLoss.forward.__code__.co_names:
+        name = RotatedBboxLoss.forward.__qualname__
+        raise RuntimeError(_other_version(f"has a {name} that does not call {OVERLAP}", "calls it there"))
 
 
 # ---- losses
@@ -128,40 +133,30 @@ class MGIoUBoxLoss(RotatedBboxLoss):
         self.options = options
         self.gain = gain
 
-    def forward(
-        self,
-        pred_dist: Tensor,
-        pred_bboxes: Tensor,
-        anchor_points: Tensor,
-        target_bboxes: Tensor,
-        target_scores: Tensor,
-        target_scores_sum: Tensor | int,
-        fg_mask: Tensor,
-        imgsz: Tensor,
-        stride: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def losses(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of paired boxes (P, 5): centre, size, angle in radians. Shape (P,)."""
+        return box_mgiou_loss(pred, target, reduction="none", **self.options)
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         """Return the loss of the boxes and that of the distribution, both over the sum of the scores.
 
-        Args:
-            pred_dist: Predicted distributions of the sides, (B, A, 4 bins), for A anchors.
-            pred_bboxes: Predicted boxes, (B, A, 5): centre, size, angle in radians, in grid cells.
-            anchor_points: Centres of the grid cells, (A, 2).
-            target_bboxes: Target boxes, (B, A, 5), likewise.
-            target_scores: Scores of the targets, (B, A, classes); their sum over the classes is a box's weight.
-            target_scores_sum: What the sums are divided by.
-            fg_mask: The positives, (B, A), bool.
-            imgsz: Height and width of the images in pixels.
-            stride: Pixels of a grid cell, (A, 1).
+        Takes what Ultralytics' own takes, and is its own, which computes one minus ProbIoU, with ours in that place.
         """
-        _, distribution = super().forward(
-            *(pred_dist, pred_bboxes, anchor_points, target_bboxes, target_scores),
-            *(target_scores_sum, fg_mask, imgsz, stride),
-        )
-        positive = fg_mask.nonzero(as_tuple=True)
-        weight = target_scores[positive].sum(-1)
-        pred, target = pred_bboxes[positive], target_bboxes[positive]
-        loss = box_mgiou_loss(pred, target, weight=weight, avg_factor=target_scores_sum, **self.options)
-        return self.gain * loss, distribution
+
+        def overlap(pred: Tensor, target: Tensor, **_: Any) -> Tensor:
+            return 1 - self.losses(pred, target).unsqueeze(-1)
+
+        theirs = RotatedBboxLoss.forward
+        box, distribution = FunctionType(theirs.__code__, theirs.__globals__ | {OVERLAP: overlap})(self, *arguments)
+        return self.gain * box, distribution
+
+
+def _angle_loss(criterion: Any, *arguments: Any) -> Tensor | float:
+    """Ultralytics' loss of the angle, unless nothing is taken of it."""
+    if criterion.hyp.angle == 0:
+        return 0.0
+    loss: Tensor = type(criterion).calculate_angle_loss(criterion, *arguments)
+    return loss
 
 
 def _box_overlap(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
@@ -440,7 +435,7 @@ class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
     """
 
     HEAD = tasks.OBB
-    PARTS = ("bbox_loss", "assigner", "reg_max")
+    PARTS = ("bbox_loss", "assigner", "calculate_angle_loss", "reg_max")
     options: ClassVar[Mapping[str, Any]] = PAPER
     gain: ClassVar[float] = 2.5
 
@@ -466,6 +461,7 @@ class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
         if not isinstance(criterion.bbox_loss, MGIoUBoxLoss):
             criterion.bbox_loss = self.make_loss(criterion.reg_max).to(criterion.device)
             criterion.assigner.iou_calculation = _box_overlap
+            criterion.calculate_angle_loss = partial(_angle_loss, criterion)
 
     def get_validator(self) -> PolygonOBBValidator:
         """Return a `PolygonOBBValidator`."""
