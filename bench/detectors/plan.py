@@ -58,7 +58,7 @@ class Job(NamedTuple):
 SPEED = Job("speed", "steps", "all", 0, 0)
 SPEED_LOSSES = {
     "corners": ("OKS", "mgiou", "hybrid"),
-    "boxes": ("ProbIoU + angle", "mgiou + angle"),
+    "boxes": ("ProbIoU + angle", "mgiou, squared assigns + angle", "mgiou, squared assigns"),
 }
 
 # ---- the ablation of the reports: the loss of the reports, what is changed of it, and how the training computes

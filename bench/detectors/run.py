@@ -190,7 +190,7 @@ def work(job: Job, tell: Tell, *, setup: Setup) -> dict[str, Any]:
     device = "0" if setup.device == "cuda" else "cpu"
     if job == plan.SPEED:
         scenes = {task: load(task, setup.scenes) for task in plan.SPEED_LOSSES}
-        batches, rounds, steps = ((4,), 1, 1) if setup.toy else ((64, 256), 10, 3)
+        batches, rounds, steps = ((4,), 1, 1) if setup.toy else ((64, 1024), 40, 2)
         found = {"rows": measure(scenes, setup.size, device, batches, rounds=rounds, steps=steps)}
     else:
         found = train(job, setup.size, load(job.task, setup.scenes), device, tell)
