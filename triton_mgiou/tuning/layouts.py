@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 SLOTS = 4  # vertices a lane keeps in registers: more are faster per polygon but slow to compile
 MAX_PROGRAMS = 4096  # of one launch; each leaves one partial sum
 MAX_SAMPLES = 2**31 - 4096  # of one launch: the kernels count them in 32 bits, up to the end of the last program's
-LARGE = 2**17  # vertices: from here on polygons alone fill a GPU, and each takes its axes one by one
+LARGE = {8: 8192, 32: 3584}  # polygons that fill a GPU, so that each takes its axes one by one; others 2**17 vertices
 MAX_WARPS = 8
 
 
@@ -62,9 +62,9 @@ SEARCH = {
     (4, False): (SearchSpace((4,), (1, 4), (1,), (1, 2), (168,)),),
     (4, True): (SearchSpace((4,), (1,), (1,), (1, 4), (80, 96, 128)),),
     (8, False): (SearchSpace((4, 8), (2, 4, 8), (1,), (1,), (168,)), SearchSpace((4,), (2, 4), (1,), (1,), (128,))),
-    (8, True): (SearchSpace((4,), (1,), (1, 2), (1,), (128, 168)),),
+    (8, True): (SearchSpace((4,), (1,), (1, 2), (1, 4), (128, 168)),),
     (16, False): (SearchSpace((8,), (4, 8), (1,), (1,), (168, 255)), SearchSpace((4,), (2, 4), (1,), (1,), (128,))),
-    (16, True): (SearchSpace((4,), (1,), (2, 4), (1,), (168, 255)),),
+    (16, True): (SearchSpace((4,), (1,), (2, 4), (1, 4), (168, 255)), SearchSpace((8,), (1,), (2,), (1,), (255,))),
     (32, False): (SearchSpace((8,), (4, 8), (1,), (1,), (168, 255)), SearchSpace((4,), (2, 4), (1,), (1,), (128,))),
     (32, True): (SearchSpace((4, 8), (1,), (1, 2), (1,), (168, 255)),),
     (64, False): (SearchSpace((8,), (4,), (1,), (1,), (168, 255)), SearchSpace((4,), (2, 4), (1, 2), (1,), (168, 255))),
@@ -80,7 +80,12 @@ def bucket(vertices: int) -> int:
 
 def is_large(batch: int, pred_size: int, target_size: int) -> bool:
     """Whether a batch has the layout of a large one."""
-    return batch * bucket(max(pred_size, target_size)) >= LARGE
+    return batch >= least_large(bucket(max(pred_size, target_size)))
+
+
+def least_large(vertices: int) -> int:
+    """The smallest batch that has the layout of a large one, for a bucket."""
+    return LARGE.get(vertices) or max(2**17 // vertices, 1)
 
 
 @cache
@@ -118,7 +123,7 @@ def layout(pred_bucket: int, target_bucket: int, large_batch: bool, terms: int, 
 
 def batches(pred_bucket: int, target_bucket: int, large_batch: bool) -> str:
     """The batch sizes that a layout is for, in words."""
-    return f"{'>=' if large_batch else '<'} {LARGE // max(pred_bucket, target_bucket)}"
+    return f"{'>=' if large_batch else '<'} {least_large(max(pred_bucket, target_bucket))}"
 
 
 def candidates(pred_bucket: int, target_bucket: int, large_batch: bool, terms: int, is_double: bool) -> list[Layout]:
