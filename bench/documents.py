@@ -141,22 +141,35 @@ def speed_summary() -> str:
 
 def speed_layouts() -> str:
     """Small batches of many vertices before and with the layouts of today."""
+    found = results("h200_layouts")["comparisons"]
+    rows = (row for name in ("80015b9", "62ca9c4") for row in found[name]["rows"])  # the later ones replace the earlier
+    sizes = ((row, row["vertices"]) for row in rows)
+    return _before_and_after(row for row, n in sizes if n >= 16 and not is_large(row["batch"], n, n))
+
+
+def speed_newly_large() -> str:
+    """Batches that have not always had the layouts of large ones, before and with them."""
+    return _before_and_after(results("h200_layouts")["comparisons"]["4ab1039"]["rows"])
+
+
+def _before_and_after(rows: Iterable[dict[str, Any]]) -> str:
     losses = {
-        "PAPER": "paper",
-        "defaults": "default",
-        "defaults, lengths on both sides": "with lengths",
-        "defaults, masks on both sides": "with masks",
-        "axis_grad=True, convexity_weight=0.1, boundary_weight=0.25": "both terms",
+        "PAPER, with gradient": "paper",
+        "defaults, with gradient": "default",
+        "defaults, value only": "value alone",
+        "defaults, lengths on both sides, with gradient": "with lengths",
+        "defaults, masks on both sides, with gradient": "with masks",
+        "axis_grad=True, convexity_weight=0.1, boundary_weight=0.25, with gradient": "both terms",
+        "defaults, float64, with gradient": "float64",
     }
     at: dict[tuple[int, int], dict[str, str]] = {}
-    for found in results("h200_layouts")["comparisons"].values():  # the later ones replace the earlier
-        for row in found["rows"]:
-            n, batch = row["vertices"], row["batch"]
-            if n >= 16 and not is_large(batch, n, n) and "superseded" not in row:
-                name = losses[row["loss"].removesuffix(", with gradient")]
-                at.setdefault((n, batch), {})[name] = f"{row['us before']:.1f} → {row['us after']:.1f}"
-    rows = [[f"{b} x {n}", *(at[n, b].get(name, "") for name in losses.values())] for n, b in sorted(at)]
-    return report.table(" | ".join(["B x N", *losses.values()]), rows)
+    for row in rows:
+        if "superseded" not in row:
+            cell = f"{row['us before']:.1f} → {row['us after']:.1f}"
+            at.setdefault((row["vertices"], row["batch"]), {})[losses[row["loss"]]] = cell
+    names = [name for name in losses.values() if any(name in cells for cells in at.values())]
+    lines = [[f"{b} x {n}", *(at[n, b].get(name, "") for name in names)] for n, b in sorted(at)]
+    return report.table(" | ".join(["B x N", *names]), lines)
 
 
 def startup_first() -> str:
@@ -342,6 +355,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "speed instructions": speed_instructions,
     "speed default": speed_default,
     "speed layouts": speed_layouts,
+    "speed newly large": speed_newly_large,
     "startup first": startup_first,
     "startup host": startup_host,
     "startup training": startup_training,

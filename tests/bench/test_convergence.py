@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.convergence import amp, losses, report, run
-from tests.helpers import assert_close, assert_gradient_close, assert_zero, convex, generator
+from tests.helpers import CLAMP_STOPS_NAN, assert_close, assert_gradient_close, assert_zero, convex, generator
 from triton_mgiou import PAPER, mgiou_loss
 
 SUSPECTS = ["reported, no nan_to_num", "reported, no clamp", "reported, not sorted by angle"]
@@ -134,8 +134,8 @@ def test_the_results_are_written_and_shown(tmp_path):
 @pytest.mark.parametrize(
     ("name", "dtype", "finite", "bad"),
     [
-        ("reported", torch.float16, 1, 1),
-        ("reported, no nan_to_num", torch.float16, 0, 1),
+        ("reported", torch.float16, 1, not CLAMP_STOPS_NAN),
+        ("reported, no nan_to_num", torch.float16, 0, not CLAMP_STOPS_NAN),
         ("reported, epsilon 1e-4", torch.float16, 1, 0),
         ("reported, in float32", torch.float16, 1, 0),
         ("reported", torch.bfloat16, 1, 0),
@@ -143,7 +143,10 @@ def test_the_results_are_written_and_shown(tmp_path):
     ],
 )
 def test_no_step_is_taken_where_gradients_are_bad(name, dtype, finite, bad):
-    """In float16 a repeated vertex makes 0 / 0 of the guarded quotients; `nan_to_num` hides it from the value only."""
+    """In float16 a repeated vertex makes 0 / 0 of the guarded quotients; `nan_to_num` hides it from the value only.
+
+    From PyTorch 2.14 on the clamp stops the gradient of a NaN.
+    """
     row = amp.train(name, dtype, steps=6)
     assert (row["finite_values"], row["bad_gradients"]) == (finite, bad)
     assert row["weights_changed"] == (not bad)

@@ -71,6 +71,32 @@ def warned(recorded):
 # The search space.
 
 
+@pytest.mark.parametrize(
+    ("vertices", "least"),
+    [
+        (3, 32768),
+        (4, 32768),
+        (5, 8192),
+        (8, 8192),
+        (9, 8192),
+        (16, 8192),
+        (17, 3584),
+        (32, 3584),
+        (33, 2048),
+        (300, 256),
+    ],
+)
+@pytest.mark.parametrize("is_other", [False, True])
+def test_a_batch_is_large_from_a_size_on(vertices, least, is_other):
+    sizes = (vertices, 3) if is_other else (vertices, vertices)
+    for pred, target in (sizes, sizes[::-1]):
+        assert not layouts.is_large(least - 1, pred, target)
+        assert layouts.is_large(least, pred, target)
+    buckets = [layouts.bucket(size) for size in sizes]
+    assert layouts.batches(*buckets, large_batch=True) == f">= {least}"
+    assert layouts.batches(*buckets, large_batch=False) == f"< {least}"
+
+
 @pytest.mark.parametrize(("terms", "is_double"), [(0, False), (1, False), (2, False), (1, True)])
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("target", [4, 8, 16, 32, 64, 128])

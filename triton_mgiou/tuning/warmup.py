@@ -80,9 +80,10 @@ def warmup(
 ) -> list[WarmupResult]:
     """Compile the kernels that training will use, and tune them, so that no step has to wait for either.
 
-    A variant serves all vertex counts up to the power of two N above those given, and all batch sizes on the same
-    side of 131072 / N. What is tuned goes to the cache in a file; what is compiled to Triton's own. Under
-    `torch.distributed` call it on every rank, before the first step: one tunes, and all take the same configurations.
+    A variant serves all vertex counts up to the power of two N above those given, and all small or all large batches:
+    large from 131072 / N on, of 8 vertices from 8192, of 32 from 3584. What is tuned goes to the cache in a file; what
+    is compiled to Triton's own. Under `torch.distributed` call it on every rank, before the first step: one tunes, and
+    all take the same configurations.
 
     Args:
         vertices: Vertex counts N, or pairs (N, M) where `target` has another count M.
