@@ -472,6 +472,26 @@ def test_train(data, tmp_path, head, task):
 
 
 @pytest.mark.parametrize("task", TRAINERS)
+def test_train_compiled(data, tmp_path, task, monkeypatch):
+    """Ultralytics computes the loss outside of what it compiles; the compiler's own part would take long."""
+    compiled = []
+
+    def attempt_compile(model, *, mode, **_):
+        compiled.append(torch.compile(model, backend="eager") if mode else model)
+        return compiled[-1]
+
+    monkeypatch.setattr("ultralytics.engine.trainer.attempt_compile", attempt_compile)
+    trainer = TRAINERS[task](overrides=settings(data, task, tmp_path, compile=True))
+    seen = []
+    trainer.add_callback("on_train_epoch_end", lambda t: seen.append(t.model.criterion))
+    trainer.train()
+    assert compiled[0] is trainer.model
+    assert isinstance(compiled[0], torch._dynamo.OptimizedModule)
+    (criterion,) = seen
+    assert (criterion.keypoint_loss is trainer.polygon_loss) if task == "pose" else criterion.bbox_loss.gain == 2.5
+
+
+@pytest.mark.parametrize("task", TRAINERS)
 def test_train_with_one_class_several_sizes_and_plots(data, tmp_path, task):
     more = {"single_cls": True, "multi_scale": 0.5, "plots": True, "epochs": 2, "close_mosaic": 1}
     trainer = TRAINERS[task](overrides=settings(data, task, tmp_path, **more))

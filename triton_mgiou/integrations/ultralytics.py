@@ -137,7 +137,7 @@ class MGIoUBoxLoss(RotatedBboxLoss):
         """Return the loss of paired boxes (P, 5): centre, size, angle in radians. Shape (P,)."""
         return box_mgiou_loss(pred, target, reduction="none", **self.options)
 
-    def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """Return the loss of the boxes and that of the distribution, both over the sum of the scores.
 
         Takes what Ultralytics' own takes, and is its own, which computes one minus ProbIoU, with ours in that place.
@@ -147,7 +147,8 @@ class MGIoUBoxLoss(RotatedBboxLoss):
             return 1 - self.losses(pred, target).unsqueeze(-1)
 
         theirs = RotatedBboxLoss.forward
-        box, distribution = FunctionType(theirs.__code__, theirs.__globals__ | {OVERLAP: overlap})(self, *arguments)
+        ours = FunctionType(theirs.__code__, theirs.__globals__ | {OVERLAP: overlap})
+        box, distribution = ours(self, *arguments, **named)
         return self.gain * box, distribution
 
 
