@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from tests.conftest import INTERPRETED
 from tests.helpers import BOTH, assert_close, assert_same, convex, generator, one_process, star, uniform
@@ -162,7 +163,7 @@ def test_messages(backend, name):
 
 
 def distributed_tensor(tensor, mesh):
-    return torch.distributed.tensor.distribute_tensor(tensor, mesh, [torch.distributed.tensor.Replicate()])
+    return distribute_tensor(tensor, mesh, [Replicate()])
 
 
 OTHER_KINDS = {
