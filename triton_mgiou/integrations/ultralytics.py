@@ -146,8 +146,9 @@ class MGIoUBoxLoss(RotatedBboxLoss):
         def overlap(pred: Tensor, target: Tensor, **_: Any) -> Tensor:
             return 1 - self.losses(pred, target).unsqueeze(-1)
 
-        theirs = RotatedBboxLoss.forward
-        ours = FunctionType(theirs.__code__, theirs.__globals__ | {OVERLAP: overlap})
+        own = RotatedBboxLoss.forward
+        names = own.__globals__ | {OVERLAP: overlap}
+        ours = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
         box, distribution = ours(self, *arguments, **named)
         return self.gain * box, distribution
 
