@@ -132,6 +132,31 @@ def test_gradients_whose_squares_overflow_are_clipped(folder):
         torch.testing.assert_close(parameter.double(), old - 0.01 * 2.0 * each / norm, atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size", "max_norm"),
+    [
+        (torch.float16, 1000.0, 10.0),
+        (torch.float16, 1000.0, 1000.0),  # the norm of 20000 elements of this size overflows too
+        (torch.float16, 1000.0, 2e5),  # above the norm, and above what float16 holds
+        (torch.bfloat16, 1e38, 1000.0),
+        (torch.float32, 1e25, 1e20),
+        (torch.float64, 1e200, 1e199),
+    ],
+)
+def test_the_norm_after_clipping_where_squares_overflow(dtype, size, max_norm, folder):
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(20000, dtype=dtype))
+    guard = TrainingGuard(model, torch.optim.SGD(model.parameters()), max_norm=max_norm, checkpoint_dir=folder)
+    model.weight.grad = torch.full((20000,), size, dtype=dtype)
+    model.weight.grad[0] = -size
+    assert guard.step()
+    expected = min(size, max_norm / 20000**0.5)
+    assert model.weight.grad[0] < 0
+    torch.testing.assert_close(
+        model.weight.grad.abs().double() / expected, torch.ones(20000).double(), atol=0, rtol=1e-2
+    )
+
+
 def test_patience_ends_a_run_and_tells_the_story(folder):
     model, optimizer = make()
     guard = TrainingGuard(model, optimizer, patience=3, checkpoint_dir=folder)

@@ -495,10 +495,11 @@ class TrainingGuard:
         """What `clip_grads_with_norm_` does, for sparse gradients too."""
         if self.max_norm == math.inf:
             return
+        most = 1.0
         if not math.isfinite(self.grad_norm):
-            torch._foreach_mul_(gradients, self.max_norm / largest)
-            norm = get_total_norm(gradients)
-        factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_div_(gradients, largest)  # then the norm is finite, in float16 too
+            norm, most = get_total_norm(gradients), largest
+        factor = (self.max_norm / (norm + 1e-6)).clamp(max=most)
         by_device: dict[torch.device, list[Tensor]] = {}
         for gradient in gradients:
             by_device.setdefault(gradient.device, []).append(gradient)
