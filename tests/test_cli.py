@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -121,6 +122,42 @@ print(done.returncode, done.stderr)
 """
     assert run_python("-c", code, "info").stdout == "0 b''\n"
     assert run_python("-c", code, "diagnose", str(table)).stdout == "1 b''\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell closes streams so")
+@pytest.mark.parametrize("command", ["info", "diagnose", "demo"])
+def test_closed_streams_are_no_error(command, tmp_path):
+    """As a service may have them; the exit status is what a script reads."""
+    table, bad = tmp_path / "results.csv", tmp_path / "bad.csv"
+    table.write_text("epoch,train/loss\n0,1.0\n1,0.5\n", encoding="utf-8")
+    bad.write_text("epoch,train/loss\n0,1.0\n1,nan\n", encoding="utf-8")
+    cases = {
+        "info": [([], 0)],
+        "diagnose": [([str(table)], 0), ([str(bad)], 1), ([str(tmp_path / "none.csv")], 2)],
+        "demo": [(["--epochs", "1", "--batch-size", "500", "--out", str(tmp_path / "out")], 0)],
+    }[command]
+    code = """
+import os, subprocess, sys
+command = [sys.executable, "-m", "triton_mgiou", *sys.argv[1:]]
+print(subprocess.call(command, preexec_fn=lambda: os.closerange(1, 3)))
+"""
+    for rest, status in cases:
+        assert run_python("-c", code, command, *rest).stdout == f"{status}\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize(("command", "status"), [("info", 1), ("diagnose", 2)])
+def test_a_full_disk_is_no_verdict(command, status, tmp_path):
+    table = tmp_path / "results.csv"
+    table.write_text("epoch,train/loss\n0,1.0\n1,0.5\n", encoding="utf-8")
+    code = """
+import subprocess, sys
+with open("/dev/full", "w") as full:
+    done = subprocess.run([sys.executable, "-m", "triton_mgiou", *sys.argv[1:]], stdout=full, stderr=subprocess.PIPE)
+print(done.returncode, done.stderr.decode(), end="")
+"""
+    done = run_python("-c", code, command, *([str(table)] if command == "diagnose" else []))
+    assert done.stdout == f"{status} triton-mgiou {command}: cannot write to stdout: No space left on device\n"
 
 
 def test_imports_stay_light():

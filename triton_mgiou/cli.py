@@ -16,7 +16,7 @@ import triton_mgiou
 from triton_mgiou import demo
 from triton_mgiou.arguments import FLOATING
 from triton_mgiou.backends import kernels_unavailable
-from triton_mgiou.console import print_out
+from triton_mgiou.console import OutputError, open_closed_streams, print_out
 from triton_mgiou.training import diagnose
 from triton_mgiou.tuning import store
 from triton_mgiou.tuning.warmup import TENSORS, WarmupResult
@@ -30,24 +30,30 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, or 1 if the command cannot run here or with these values, with the reason in one line on
-        stderr. `diagnose` returns 1 if something is wrong with the file and 2 if it cannot be read.
+        stderr. `diagnose` returns 1 if something is wrong with the file, and 2 if it cannot be read or the result not
+        be printed.
 
     Raises:
         SystemExit: Status 2 for arguments that cannot be read, 0 after `--help` and `--version`.
     """
+    open_closed_streams()
     args = _parser().parse_args(argv)
+    try:
+        return _run(args)
+    except (demo.DemoError, diagnose.DiagnoseError, OutputError) as error:
+        sys.stderr.write(f"triton-mgiou {args.command}: {error}\n")
+        return 2 if args.command == "diagnose" else 1
+
+
+def _run(args: argparse.Namespace) -> int:
     if args.command == "diagnose":
-        return _diagnose(args.path)
-    if args.command == "info":
-        print_out(info())
-        return 0
+        return 0 if diagnose.diagnose(args.path) else 1
     if args.command == "warmup":
         return _warmup(args)
-    try:
+    if args.command == "info":
+        print_out(info())
+    else:
         demo.run(epochs=args.epochs, seed=args.seed, device=args.device, batch_size=args.batch_size, out=args.out)
-    except demo.DemoError as error:
-        sys.stderr.write(f"triton-mgiou {args.command}: {error}\n")
-        return 1
     return 0
 
 
@@ -260,14 +266,6 @@ def _new_file(text: str) -> Path:
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"expected a file in a folder that is there, got {text!r}")
     return path
-
-
-def _diagnose(path: Path) -> int:
-    try:
-        return 0 if diagnose.diagnose(path) else 1
-    except diagnose.DiagnoseError as error:
-        sys.stderr.write(f"triton-mgiou diagnose: {error}\n")
-        return 2
 
 
 def _integer_from(least: int) -> Callable[[str], int]:
