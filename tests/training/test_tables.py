@@ -43,6 +43,11 @@ TABLES = {
     "numpy.savetxt": ("# a b\n1 2\n3 4\n", TWO),
     "for Excel": ("sep=;\na;b\n1,0;2\n3,0;4\n", TWO),
     "a comma in the names": ("a;b\n1;2\n3;4\n", TWO),
+    "other delimiters in quoted names": (
+        '"a; lr=.1; seed=1","b; lr=.1; seed=2"\n1,2\n3,4\n',
+        [TWO[0]._replace(name="a; lr=.1; seed=1"), TWO[1]._replace(name="b; lr=.1; seed=2")],
+    ),
+    "quoted numbers with a decimal comma": ('"1,0";2\n"3,0";4\n', UNNAMED),
     "tabs": ("a\tb\n1\t2\n3\t4\n", TWO),
     "a comma behind each row": ("a,b\n1,2,\n3,4,\n", TWO),
     "commas behind each row and the head": ("a,b,,\n1,2,,\n3,4,,\n", TWO),

@@ -151,7 +151,8 @@ def _json(text: str) -> Any:
 
 
 def _text_rows(lines: list[str], notes: list[str], words: dict[str, str], tag: str) -> list[Row]:
-    delimiter = max((";", "\t", ","), key=lines[0].count)  # 1;0,5 has as many of both
+    unquoted = re.sub('"[^"]*"', "", lines[0])  # names may hold what elsewhere stands between them
+    delimiter = max((";", "\t", ","), key=unquoted.count)  # 1;0,5 has as many of both
     spaced = lines[0].split()
     if len(spaced) > 1 and all(YOLO.fullmatch(cell) or _number(cell) is not None for cell in spaced):
         delimiter = " "
