@@ -46,13 +46,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("results", type=Path, nargs="+", help="JSON files of bench.speed")
     files = parser.parse_args(argv).results
     try:
-        result = merged([json.loads(file.read_text()) for file in files])
+        result = merged([json.loads(file.read_text(encoding="utf-8")) for file in files])
     except (OSError, ValueError) as error:
         sys.exit(f"bench.report: {error}")
     except (KeyError, TypeError, IndexError):
         sys.exit("bench.report: expected results of bench.speed, got those of another program")
     table = files[0].with_suffix(".md")
-    table.write_text(markdown(result))
+    table.write_text(markdown(result), encoding="utf-8")
     written = [table, *figures(result, files[0].with_suffix(""))]
     sys.stdout.write("".join(f"written: {path}\n" for path in written))
 
@@ -364,7 +364,7 @@ def time_of(row: Row) -> float:
 
 
 def figures(result: dict[str, Any], stem: Path) -> list[Path]:
-    """Draw what the results hold: each figure as PNG, readable without colours."""
+    """Draw what the results hold: each figure that shows something, as PNG, readable without colours."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - slow, and not needed for the table
 
     rows = result["rows"]
@@ -372,6 +372,8 @@ def figures(result: dict[str, Any], stem: Path) -> list[Path]:
     written = []
 
     def save(figure: Figure, name: str) -> None:
+        if not any(axes.has_data() for axes in figure.axes):
+            return
         versions = result["versions"]
         note = f"{result['device']}; " + ", ".join(f"{each} {versions[each]}" for each in versions)
         note += "".join(f"\n{run['date']}, {run['commit']}: {run['command']}" for run in result["runs"])
@@ -407,7 +409,7 @@ def figures(result: dict[str, Any], stem: Path) -> list[Path]:
 
     compare("batch", lambda peer: over_batch(rows, peer), "batch", "B, pairs of polygons", f"N = {GROWTH_VERTICES}")
     batches = {row["batch"] for peer in peers_of(rows) for row in over_vertices(rows, peer)}
-    title = f"B = {next(iter(batches))}"
+    title = f"B = {next(iter(batches), None)}"
     compare("vertices", lambda peer: over_vertices(rows, peer), "vertices", "N, vertices of each polygon", title)
     if on_gpu:
         figure = Figure(figsize=(8, 5), layout="constrained")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from bench import heads, measure, peers, report, roofline, speed
-from tests.helpers import convex, generator, rectangle_corners
+from tests.helpers import convex, generator, rectangle_corners, run_python
 from triton_mgiou import PAPER, mgiou_loss
 
 CPU = torch.device("cpu")
@@ -312,6 +312,26 @@ def test_a_report_from_a_gpu(tmp_path):
     names = [path.name for path in report.figures(whole, tmp_path / "gpu")]
     assert names == ["gpu_batch.png", "gpu_vertices.png", "gpu_memory.png", "gpu_roofline.png"]
     assert all((tmp_path / name).stat().st_size > 10_000 for name in names)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vertices", "names"),
+    [("bfloat16", 8, []), ("float32", 4, ["vertices"]), ("float32", 8, ["batch", "vertices"])],
+)
+def test_a_report_of_a_part_has_no_empty_figures(dtype, vertices, names, tmp_path):
+    """As `bench.speed --only bfloat16` writes it."""
+    rows = [row_of(peer, 512, vertices, 100.0, dtype=dtype) for peer in ("reference", "L1")]
+    path = tmp_path / "part.json"
+    command = "python -m bench.speed --out \N{GREEK SMALL LETTER OMEGA}.json"
+    path.write_text(json.dumps(result_of(rows, command=command), ensure_ascii=False), encoding="utf-8")
+    done = run_python(
+        "-m", "bench.report", str(path), environment={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    )
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "part.md").read_text(encoding="utf-8")
+    assert f"| 512 x {vertices} | {dtype} | L1 | 50.0 | 100 |" in text
+    assert command in text
+    assert {figure.name for figure in tmp_path.glob("*.png")} == {f"part_{name}.png" for name in names}
 
 
 def test_a_step_of_a_head_trains_it():
