@@ -291,6 +291,19 @@ def test_debug_is_a_switch():
     assert not debug_enabled()
 
 
+def test_blocks_of_several_threads_end_in_any_order():
+    first, second, off = debug(), debug(), debug(False)
+    for block in (first, second, off):
+        block.__enter__()
+    assert not debug_enabled()
+    first.__exit__(None, None, None)
+    assert not debug_enabled(), "the last one that has begun and not ended counts"
+    off.__exit__(None, None, None)
+    assert debug_enabled()
+    second.__exit__(None, None, None)
+    assert not debug_enabled()
+
+
 def test_off_it_computes_nothing_more():
     """The loss reads no value on the host, and runs what it runs without the switch, operation by operation."""
 

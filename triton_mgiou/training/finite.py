@@ -216,6 +216,9 @@ def describe(tensor: Tensor, name: str, mask: Tensor | None = None) -> NonFinite
     )
 
 
+_blocks: dict[object, bool] = {None: debugging.on}  # of `debug`, in all threads, which may end in any order
+
+
 @contextmanager
 def debug(enabled: bool = True) -> Iterator[None]:
     """Check all losses and matrices in a `with` block, as `TRITON_MGIOU_DEBUG=1` does in the whole process.
@@ -238,12 +241,13 @@ def debug(enabled: bool = True) -> Iterator[None]:
         TypeError: `enabled` is no bool.
     """
     check_bool("enabled", enabled)
-    before = debugging.on
-    debugging.on = enabled
+    block = object()
+    _blocks[block] = debugging.on = enabled
     try:
         yield
     finally:
-        debugging.on = before
+        del _blocks[block]
+        debugging.on = [*_blocks.values()][-1]
 
 
 def debug_enabled() -> bool:
