@@ -190,6 +190,19 @@ def test_find_nonfinite_in_a_sparse_tensor_that_is_larger_than_memory():
     assert find_nonfinite(torch.sparse_coo_tensor(places, values.clamp(max=1), tensor.shape)) == []
 
 
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc])
+def test_find_nonfinite_in_a_compressed_tensor_that_is_larger_than_memory(layout):
+    """As the edges of a large graph are."""
+    blocks = {"blocksize": (2, 2)} if layout in (torch.sparse_bsr, torch.sparse_bsc) else {}
+    places, values = torch.tensor([[3, 10**6], [5, 7]]), torch.tensor([1.0, INF])
+    tensor = torch.sparse_coo_tensor(places, values, (2**20, 2**20), check_invariants=True)
+    (report,) = find_nonfinite({"w": tensor.to_sparse(layout=layout, **blocks)})
+    assert (report.shape, report.inf, report.first) == ((2**20, 2**20), 1, ((10**6, 7),))
+    finite = torch.sparse_coo_tensor(places, values.clamp(max=1), tensor.shape)
+    assert find_nonfinite(finite.to_sparse(layout=layout, **blocks)) == []
+
+
 class Custom(nn.Module):
     """A module of a class that this process has when it saves, and a reader would not."""
 

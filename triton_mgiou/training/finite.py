@@ -16,6 +16,7 @@ from triton_mgiou.arguments import check_bool
 
 SHOWN = 3  # indices in a message
 DENSE = 2**28  # elements; a larger sparse tensor is not made dense
+COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 NO_NAN = (getattr(torch, "float4_e2m1fn_x2", None),)  # formats that are finite by construction
 
 
@@ -186,6 +187,8 @@ def describe(tensor: Tensor, name: str, mask: Tensor | None = None) -> NonFinite
         tensor = values_of_nested(tensor)
     if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()) or tensor.dtype in NO_NAN:
         return None
+    if tensor.layout in COMPRESSED and mask is None:
+        tensor = tensor.to_sparse()
     if tensor.layout == torch.sparse_coo and mask is None:
         tensor = tensor.coalesce()
         report = describe(tensor.values(), name)

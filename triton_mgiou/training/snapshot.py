@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from triton_mgiou.training.finite import find_nonfinite, values_of_nested
+from triton_mgiou.training.finite import COMPRESSED, find_nonfinite, values_of_nested
 
 
 class Place(NamedTuple):
@@ -221,16 +221,16 @@ def checkable(tensor: Tensor | None) -> Tensor | None:
         return None
     if tensor.is_nested:
         tensor = values_of_nested(tensor)
-    if not tensor.numel():
-        return None
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
     if tensor.layout == torch.sparse_coo:
         tensor = tensor.coalesce().values()
+    elif tensor.layout in COMPRESSED:
+        tensor = tensor.values().detach()  # a view of it, otherwise, of which PyTorch makes no other
     elif tensor.layout != torch.strided:
         tensor = tensor.to_dense()
     if not tensor.numel():
         return None
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.float() if tensor.element_size() == 1 else tensor  # float8 has few operations
 
 
