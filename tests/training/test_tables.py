@@ -48,6 +48,9 @@ TABLES = {
         [TWO[0]._replace(name="a; lr=.1; seed=1"), TWO[1]._replace(name="b; lr=.1; seed=2")],
     ),
     "quoted numbers with a decimal comma": ('"1,0";2\n"3,0";4\n', UNNAMED),
+    "blanks before quotes": (
+        'a, "b, of the test"\n1, "2"\n 3, "4" \n', [TWO[0], TWO[1]._replace(name="b, of the test")]
+    ),
     "tabs": ("a\tb\n1\t2\n3\t4\n", TWO),
     "a comma behind each row": ("a,b\n1,2,\n3,4,\n", TWO),
     "commas behind each row and the head": ("a,b,,\n1,2,,\n3,4,,\n", TWO),

@@ -157,7 +157,8 @@ def _text_rows(lines: list[str], notes: list[str], words: dict[str, str], tag: s
     if len(spaced) > 1 and all(YOLO.fullmatch(cell) or _number(cell) is not None for cell in spaced):
         delimiter = " "
     if delimiter in lines[0] and delimiter != " ":
-        split = [[cell.strip() for cell in cells] for cells in csv.reader(lines, delimiter=delimiter)]
+        parsed = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)  # blanks before a quote too
+        split = [[cell.strip() for cell in cells] for cells in parsed]
     else:
         split = [line.split() for line in lines]
     if len(split[0]) > 8 and all(map(YOLO.fullmatch, split[0][:2])):
