@@ -20,7 +20,7 @@ import torch
 import torch.distributed.checkpoint
 from torch import nn
 
-from tests.helpers import INF, NAN
+from tests.helpers import INF, NAN, run_python
 from triton_mgiou.cli import main
 from triton_mgiou.training import checkpoints, curves, find_nonfinite
 from triton_mgiou.training import diagnose as module
@@ -188,6 +188,57 @@ def test_find_nonfinite_in_a_sparse_tensor_that_is_larger_than_memory():
     (report,) = find_nonfinite({"w": tensor})
     assert (report.shape, report.inf, report.first) == ((2 * 10**9, 10**6), 1, ((10**9, 7),))
     assert find_nonfinite(torch.sparse_coo_tensor(places, values.clamp(max=1), tensor.shape)) == []
+
+
+def wrong_indices():
+    """Sparse tensors of one fault each, which PyTorch saves and loads."""
+    ends, places, far = [0, 1, 2], [0, 1], 10**13
+    numbers, blocks = torch.tensor([1.0, NAN]), torch.full((2, 2, 2), NAN)
+    options = {"check_invariants": False}
+    for coordinates in ([[far, 0], [0, 0]], [[0, 0], [0, -far]]):
+        yield torch.sparse_coo_tensor(coordinates, numbers, (2, 2), **options)
+    for given in (
+        ([0, far, 2], places),
+        ([1, 1, 2], places),
+        ([0, 1, far], places),
+        ([0, 2], places),
+        (ends, [0, far]),
+    ):
+        yield torch.sparse_csr_tensor(*map(torch.tensor, given), numbers, (2, 2), **options)
+    for given in ((ends, [0, -far]), (ends, [0]), (ends, [0] * 9), ([0, 0, 1, 2], places)):
+        yield torch.sparse_csc_tensor(*map(torch.tensor, given), numbers, (2, 2), **options)
+    for given in ((ends, [0, 2]), ([0, 2, 1], places)):
+        yield torch.sparse_bsr_tensor(*map(torch.tensor, given), blocks, (4, 4), **options)
+        yield torch.sparse_bsc_tensor(*map(torch.tensor, given), blocks, (4, 4), **options)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")
+def test_sparse_tensors_with_indices_outside_their_shape(tmp_path):
+    """PyTorch would read and write wherever the file says. In a process of its own, which that may end."""
+    tensors = list(wrong_indices())
+    for number, tensor in enumerate(tensors):
+        torch.save({"w": tensor}, tmp_path / f"{number}.pt")
+    torch.save({"w": tensors[0]}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    with open(tmp_path / "bare.pt", "wb") as file:
+        pickle.dump({"w": tensors[0]}, file)
+    code = """
+import sys
+from triton_mgiou.cli import main
+for path in sys.argv[1:]:
+    print(main(["diagnose", path]), flush=True)
+"""
+    paths = [*(f"{number}.pt" for number in range(len(tensors))), "legacy.pt", "bare.pt"]
+    done = run_python("-c", code, *(str(tmp_path / path) for path in paths))
+    assert done.stdout.split() == ["2"] * len(paths), done.stderr
+    assert done.stderr.count("w must have indices in its shape") == len(paths)
+
+
+def test_places_in_a_compressed_tensor_whose_rows_are_in_no_order():
+    """As those of SciPy may be; PyTorch takes it."""
+    ends, places = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([2, 0, 1], dtype=torch.int32)
+    tensor = torch.sparse_csr_tensor(ends, places, torch.tensor([NAN, 1.0, INF]), (2, 3), check_invariants=False)
+    (report,) = find_nonfinite({"w": tensor})
+    assert (report.nan, report.inf, report.first) == (1, 1, ((0, 2), (1, 1)))
 
 
 @pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")

@@ -87,7 +87,8 @@ def check_finite(tensor: Tensor, name: str, where: str, *, mask: Tensor | None =
         NonFiniteError: There is NaN or Inf. It tells name, place, shape, how many, the first indices, and minimum,
             maximum and mean of the finite rest.
         TypeError: `tensor` is no tensor, or `mask` is no bool tensor.
-        ValueError: `mask` has a shape that is not broadcastable to that of `tensor`.
+        ValueError: `mask` has a shape that is not broadcastable to that of `tensor`, or a sparse tensor has indices
+            outside its shape.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"tensor must be a torch.Tensor, got {type(tensor).__name__}")
@@ -118,6 +119,7 @@ def find_nonfinite(model_or_state_dict: object) -> list[NonFinite]:
 
     Raises:
         TypeError: The argument is none of the above.
+        ValueError: A sparse tensor has indices outside its shape.
     """
     if not isinstance(model_or_state_dict, (nn.Module, Mapping, list, tuple, Tensor, np.ndarray)):
         kind = type(model_or_state_dict).__name__
@@ -168,6 +170,33 @@ def _sparse_places(tensor: Tensor, of_values: tuple[tuple[int, ...], ...]) -> tu
     return tuple((*tensor.indices()[:, number].tolist(), *rest) for number, *rest in of_values)
 
 
+def _has_right_indices(tensor: Tensor) -> bool:
+    """Whether a sparse tensor's indices lie in its shape. PyTorch loads others without a word, and writes there."""
+    if tensor.layout == torch.sparse_coo:
+        sizes = tensor.shape[: tensor.sparse_dim()]
+        return all(_are_below(row, size) for row, size in zip(tensor._indices(), sizes, strict=True))
+    by_row = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    starts, places = (
+        (tensor.crow_indices(), tensor.col_indices()) if by_row else (tensor.ccol_indices(), tensor.row_indices())
+    )
+    values, batch = tensor.values(), starts.dim() - 1
+    is_blocked = tensor.layout in (torch.sparse_bsr, torch.sparse_bsc)
+    height, width = values.shape[batch + 1 : batch + 3] if is_blocked else (1, 1)
+    rows, columns = tensor.shape[batch] // height, tensor.shape[batch + 1] // width
+    rows, columns = (rows, columns) if by_row else (columns, rows)
+    have_right_shapes = starts.shape == (*tensor.shape[:batch], rows + 1) and places.shape == values.shape[: batch + 1]
+    return (
+        have_right_shapes
+        and _are_below(places, columns)
+        and bool((starts[..., 0] == 0).all() and (starts[..., -1] == places.shape[-1]).all())
+        and bool((starts.diff() >= 0).all())
+    )
+
+
+def _are_below(indices: Tensor, size: int) -> bool:
+    return bool(((indices >= 0) & (indices < size)).all())
+
+
 def values_of_nested(tensor: Tensor) -> Tensor:
     """All values of a nested tensor in one vector."""
     none = torch.empty(0, dtype=tensor.dtype, device=tensor.device)  # there may be no parts
@@ -187,6 +216,8 @@ def describe(tensor: Tensor, name: str, mask: Tensor | None = None) -> NonFinite
         tensor = values_of_nested(tensor)
     if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()) or tensor.dtype in NO_NAN:
         return None
+    if tensor.layout in (torch.sparse_coo, *COMPRESSED) and not _has_right_indices(tensor):
+        raise ValueError(f"{name} must have indices in its shape {tuple(tensor.shape)}, got others")
     if tensor.layout in COMPRESSED and mask is None:
         tensor = tensor.to_sparse()
     if tensor.layout == torch.sparse_coo and mask is None:
