@@ -242,16 +242,25 @@ def test_places_in_a_compressed_tensor_whose_rows_are_in_no_order():
 
 
 @pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")
-@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc])
-def test_find_nonfinite_in_a_compressed_tensor_that_is_larger_than_memory(layout):
+@pytest.mark.parametrize(
+    ("layout", "first"),
+    [
+        (torch.sparse_csr, (10**6, 7)),
+        (torch.sparse_csc, (7, 10**6)),
+        (torch.sparse_bsr, (2 * 10**6, 15)),
+        (torch.sparse_bsc, (14, 2 * 10**6 + 1)),
+    ],
+)
+def test_find_nonfinite_in_a_compressed_tensor_that_is_larger_than_memory(layout, first):
     """As the edges of a large graph are."""
-    blocks = {"blocksize": (2, 2)} if layout in (torch.sparse_bsr, torch.sparse_bsc) else {}
-    places, values = torch.tensor([[3, 10**6], [5, 7]]), torch.tensor([1.0, INF])
-    tensor = torch.sparse_coo_tensor(places, values, (2**20, 2**20), check_invariants=True)
-    (report,) = find_nonfinite({"w": tensor.to_sparse(layout=layout, **blocks)})
-    assert (report.shape, report.inf, report.first) == ((2**20, 2**20), 1, ((10**6, 7),))
-    finite = torch.sparse_coo_tensor(places, values.clamp(max=1), tensor.shape)
-    assert find_nonfinite(finite.to_sparse(layout=layout, **blocks)) == []
+    rows = torch.arange(2**20 + 1)
+    ends, places = (rows > 3).long() + (rows > 10**6), torch.tensor([5, 7])  # one number in row 3, one in row 10^6
+    values, size = torch.tensor([1.0, INF]), 2**20
+    if layout in (torch.sparse_bsr, torch.sparse_bsc):
+        values, size = torch.tensor([[[1.0, 1], [1, 1]], [[1, INF], [1, 1]]]), 2**21
+    for given, found in ((values, [(1, (first,))]), (values.clamp(max=1), [])):
+        tensor = torch.sparse_compressed_tensor(ends, places, given, (size, size), layout=layout)
+        assert [(report.inf, report.first) for report in find_nonfinite({"w": tensor})] == found
 
 
 class Custom(nn.Module):
