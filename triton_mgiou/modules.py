@@ -233,7 +233,7 @@ class PolygonLoss(nn.Module):
             if _are_no_numbers(sigmas):
                 raise wrong
             try:
-                sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu").detach().reshape(-1)
+                sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu").detach().flatten().clone()
             except (OverflowError, RuntimeError, TypeError, ValueError):
                 raise wrong from None
             if not (sigmas.numel() and bool(((sigmas > 0) & sigmas.isfinite()).all())):

@@ -132,6 +132,13 @@ def test_sigmas(given, each):
     assert_close(total, sum(l2_by_hand(*batch, each)) / 6, atol=1e-6)
 
 
+def test_sigmas_are_those_that_were_given():
+    given, batch = torch.tensor(SIGMAS), sample()
+    loss = make("l2", sigmas=given)
+    given.fill_(1.0)
+    assert_close(loss(*batch)[0], sum(l2_by_hand(*batch, SIGMAS)) / 6, atol=1e-6)
+
+
 def test_sigmas_are_no_part_of_the_modules_state():
     assert make("l2", sigmas=SIGMAS).state_dict() == {}
     assert "sigmas=[0.1" in repr(make("l2", sigmas=0.1))
