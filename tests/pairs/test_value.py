@@ -185,6 +185,22 @@ def test_equal_boxes_are_exactly_1(backend, fmt, over, seed, shift):
     assert_close(diagonal, np.ones(8), atol=0)
 
 
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_small_boxes_far_away_are_those_near_the_origin(backend, fmt, over):
+    """One unit at coordinates of 40000, in steps of 1/128 that float32 holds."""
+    rng = generator(16)
+    near = [(random_boxes(n, fmt, rng) * 128).round() / 128 for n in (5, 18)]
+    far = [each.clone() for each in near]
+    places = 3 if fmt == "cxcyczlwhr" else 2 if fmt.startswith("cxcy") else None
+    for boxes in far:
+        boxes[:, :places] += 40000
+    near, far = ([each.float() for each in sides] for sides in (near, far))
+    assert_close(
+        matrix(backend, *far, fmt=fmt, over=over), matrix(backend, *near, fmt=fmt, over=over), atol=1e-6, rtol=1e-6
+    )
+
+
 @pytest.mark.parametrize("exponent", [-100, -30, 60, 110])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_power_of_two_changes_no_bit(backend, fmt, exponent):
