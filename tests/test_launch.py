@@ -8,7 +8,7 @@ from tests.helpers import assert_same, generator, random_boxes, rectangle_corner
 
 triton = pytest.importorskip("triton")
 
-from triton_mgiou import box_mgiou, box_mgiou_loss, launch, mgiou_loss  # noqa: E402
+from triton_mgiou import box_mgiou, box_mgiou_loss, launch, mgiou_loss, pairs  # noqa: E402
 from triton_mgiou.options import Options, Reduction  # noqa: E402
 from triton_mgiou.tuning import layouts  # noqa: E402
 
@@ -107,6 +107,94 @@ def test_a_plan_is_made_once_for_each_variant():
     value, *_ = launch.prepare_polygons(pred, pred, call, False, 0)
     assert first is second
     assert value is not first
+
+
+def different_plans(plan_of, **values):
+    """The plans of the first values of all arguments, and of each other value in its place."""
+    first = {name: options[0] for name, options in values.items()}
+    changed = [first | {name: other} for name, options in values.items() for other in options[1:]]
+    plans = [plan_of(**each) for each in (first, *changed)]
+    assert plan_of(**first) is plans[0]
+    return len({id(plan) for plan in plans}) == len(plans)
+
+
+FLAGS = {"axis_weight": ["uniform", "length", "soft"], "axis_grad": [True, False], "boundary_weight": [0.0, 0.25]}
+WEIGHTS = [None, torch.ones(2), torch.ones(2, dtype=torch.float64)]
+LENGTHS = [None, torch.ones(2, dtype=torch.int64), torch.ones(2, dtype=torch.int32), torch.ones(2, 4).bool()]
+
+
+def of_types(shapes):
+    return [shapes, shapes.double(), shapes.half(), shapes.bfloat16()]
+
+
+def test_whatever_the_kernel_of_polygons_is_compiled_for_has_its_own_plan():
+    """A launcher that is kept would take pointers to other types for those that it was made for."""
+
+    def plan_of(pred, target, pred_real, target_real, weight, rule, gradient, **options):
+        call = launch.PolygonCall(pred_real, target_real, Reduction(weight, rule, None), Options(**options))
+        return launch.prepare_polygons(pred, target, call, gradient, 0)[0]
+
+    pred = torch.zeros(2, 4, 2)
+    sides = {"pred": [*of_types(pred), torch.zeros(2, 3, 2)], "target": [*of_types(pred), torch.zeros(2, 5, 2)]}
+    real = {"pred_real": LENGTHS, "target_real": LENGTHS, "weight": WEIGHTS, "rule": ["mean", "none"]}
+    flags = FLAGS | {"convexity_weight": [0.0, 0.1], "gradient": [True, False]}
+    assert different_plans(plan_of, **sides, **real, **flags)
+
+
+def test_whatever_the_kernel_of_boxes_is_compiled_for_has_its_own_plan():
+    def plan_of(pred, target, weight, rule, gradient, fmt, angle, clockwise, **options):
+        call = launch.BoxCall(fmt, angle, clockwise, Reduction(weight, rule, None), Options(**options))
+        return launch.prepare_boxes(pred, target, call, gradient, 0)[0]
+
+    sides = {"pred": of_types(torch.zeros(2, 4)), "target": of_types(torch.zeros(2, 4))}
+    formats = {"fmt": ["cxcywh", "xyxy"], "angle": ["radians", "degrees"], "clockwise": [True, False]}
+    call = {"weight": WEIGHTS, "rule": ["mean", "none"], "gradient": [True, False]}
+    assert different_plans(plan_of, **sides, **formats, **call, **FLAGS)
+
+
+def test_whatever_the_kernels_of_pairs_are_compiled_for_has_its_own_plan():
+    def values_plan(first, second, mask1, mask2, *call):
+        return pairs.prepare_values(first, second, mask1, mask2, pairs.BoxPairs(*call))[0]
+
+    def gradient_plan(first, second, mask1, mask2, *call):
+        upstream = torch.ones(first.shape[0], second.shape[0])
+        return pairs.prepare_gradient(first, second, mask1, mask2, upstream, pairs.BoxPairs(*call))[0]
+
+    def polygons_plan(first, second, lengths1, lengths2, mask1, mask2, over, axis_weight):
+        call = pairs.PolygonPairs(lengths1, lengths2, mask1, mask2, over, axis_weight)
+        return pairs.prepare_polygons(first, second, call)[0]
+
+    mask = torch.ones(2, dtype=torch.bool)
+    masks = {"mask1": [None, mask], "mask2": [None, mask]}
+    over = {"over": ["mean", "min", "depth"], "axis_weight": ["uniform", "length", "soft"]}
+    kind = {"fmt": ["cxcywh", "xyxy"], "angle": ["radians", "degrees"], "clockwise": [True, False]}
+    apart = torch.zeros(2, 8)[:, ::2]  # numbers that do not follow each other
+    sides = {"first": [*of_types(torch.zeros(2, 4)), apart], "second": [*of_types(torch.zeros(2, 4)), apart]}
+    columns = {"second": [*sides["second"], torch.zeros(4, 4)]}  # rows of four numbers may be stored at once
+    assert different_plans(lambda **each: values_plan(*each.values()), **sides | columns | masks | kind | over)
+    assert different_plans(lambda **each: gradient_plan(*each.values()), **sides, **masks, **kind, **over)
+    lengths = {"lengths1": LENGTHS[:3], "lengths2": LENGTHS[:3]}
+    sides = {"first": of_types(torch.zeros(2, 4, 2)), "second": of_types(torch.zeros(2, 4, 2))}
+    assert different_plans(polygons_plan, **sides, **lengths, **masks, **over)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(
+    ("unlike", "packed"),
+    [
+        (torch.zeros(2, 4), True),
+        (torch.zeros(12)[4:].view(2, 4), True),
+        (torch.zeros(9)[1:].view(2, 4), False),  # begins in the middle of a word of four numbers
+        (torch.zeros(2, 8)[:, ::2], False),
+    ],
+    ids=["plain", "aligned", "not aligned", "apart"],
+)
+def test_boxes_are_loaded_as_words_only_where_both_sides_are_aligned(side, unlike, packed):
+    sides = [torch.zeros(2, 4), torch.zeros(2, 4)]
+    sides[side] = unlike
+    call = launch.BoxCall("cxcywh", "radians", True, Reduction(None, "mean", None), Options("uniform"))
+    plan, *_ = launch.prepare_boxes(*sides, call, True, 0)
+    assert f"PACKED={packed}" in plan.case
 
 
 @pytest.mark.parametrize("odd", [None, 0, 1])

@@ -115,6 +115,20 @@ def test_the_boundary_term_of_a_speck(boxes, fmt, size, slope):
     assert_close(gradient[0, 2:4], want, rtol=5e-3, atol=0.0, what="gradient")
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 48), (torch.float64, 400)])
+def test_the_largest_target_without_an_area(boxes, dtype, bits):
+    """A square as long as what counts as 0, and longer ones: the term of a square of 1 is 0, and then nearly 1."""
+    for side, expected in ((2.0**-bits, 0.0), (2.0 ** (1 - bits), 0.25)):
+        target = torch.zeros(1, 5, dtype=dtype)
+        target[0, 2:4] = side
+        pred = torch.tensor([[0, 0, 1, 1, 0]], dtype=dtype)
+        losses = [boxes.value_and_gradient(pred, target, boundary_weight=weight) for weight in (0.25, 0.0)]
+        assert_close(losses[0][0] - losses[1][0], expected, atol=1e-6)
+        assert torch.isfinite(losses[0][1]).all()
+        if not expected:
+            assert_same(losses[0][1], losses[1][1], "gradient")
+
+
 @pytest.mark.parametrize(("bits", "counts"), [(10, False), (9, True)])
 @pytest.mark.parametrize(("dtype", "more", "weight"), [(torch.float32, 0, 2.0**29), (torch.float64, 14, 2.0**60)])
 def test_a_boundary_term_that_is_rounding(boxes, dtype, more, weight, bits, counts):

@@ -187,7 +187,8 @@ def test_mixed_types_and_half_precision(boxes, fmt):
     rng = generator(37)
     shape = ALL_FORMATS[fmt].shape
     pred, target = (uniform((6, *shape), 0.1, 2, rng) for _ in range(2))
-    for dtypes in [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float64)]:
+    half, single, double = torch.float16, torch.float32, torch.float64
+    for dtypes in [(half, single), (torch.bfloat16, torch.bfloat16), (single, double), (double, half)]:
         sides = [side.to(dtype) for side, dtype in zip((pred, target), dtypes, strict=True)]
         value, *gradients = boxes.value_and_gradient(*sides, wrt=("pred", "target"), fmt=fmt, reduction="none")
         assert value.dtype == (torch.float64 if torch.float64 in dtypes else torch.float32)

@@ -271,3 +271,26 @@ def test_plates_of_eight_corners_by_hand(sizes, heights, mean, least):
     plates = [corners_in_space(torch.tensor(box, dtype=torch.float64)) for box in boxes]
     assert_close(box_mgiou(*plates, fmt="corners3d"), [[mean]], atol=1e-12)
     assert_close(box_mgiou(*plates, fmt="corners3d", over="min"), [[least]], atol=1e-12)
+
+
+def test_points_of_eight_corners_by_hand(backend):
+    """The line through both is the only axis, and on it half a millionth of the extent, 4, stands for each length."""
+    needs_kernel(backend, "corners3d")
+    first, second = (torch.tensor(point).expand(1, 8, 3) for point in ([1.0, 1.0, 1.0], [4.0, 5.0, 1.0]))
+    for over, expected in (("mean", -1.0), ("min", -1.0), ("depth", 1 - 5 / 4e-6)):
+        assert_close(box_mgiou(first, second, fmt="corners3d", over=over), [[expected]], atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "is_line"), [(0.7e-6, True), (1.2e-6, False)])
+@pytest.mark.parametrize("over", OVER)
+def test_a_pair_is_a_line_below_a_millionth_of_the_extent(backend, over, height, is_line):
+    """Two hairs of 2 on the x axis, 8 apart, one of this height and one of the same or half of it."""
+    extent, along = 10.0, 4 / 10 - 1
+    for part in (1.0, 0.5):
+        boxes = torch.tensor([[0, 0, 2, height * extent, 0], [8, 0, 2, part * height * extent, 0]], dtype=torch.float64)
+        expected = 1 - 8 / 2 if over == "depth" else along
+        if over == "mean" and not is_line:  # the normals of long edges see the heights, those of short ones the line
+            ends = 2 if part == 1 else 1  # half of the height is too short for an axis
+            expected = (2 * part + ends * along) / (2 + ends)
+        for sides in (boxes, boxes.flip(0)):
+            assert_close(matrix(backend, sides[:1], sides[1:], over=over), [[expected]], atol=1e-9)

@@ -1,5 +1,6 @@
 """Gradients to both sets: against differences of the oracle, for any upstream, in blocks, under transforms."""
 
+import math
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -157,6 +158,18 @@ def test_a_gradient_saturates_with_what_comes_from_above(backend, over):
         assert grad.abs().max() > 1e37
 
 
+@pytest.mark.parametrize("sizes", [(1, 70), (70, 1), (2, 33)], ids=str)
+@pytest.mark.parametrize("memory", [2**28, 2**14])
+def test_gradients_that_saturate_add_up_to_no_inf(backend, sizes, memory, monkeypatch):
+    """Those of one box to many equal ones, each as large as the type has, at once and in blocks."""
+    monkeypatch.setattr(pairs, "MEMORY", memory)
+    box = torch.tensor([[0, 0, 1e-39, 1e-39, 0]])
+    first, second = box.expand(sizes[0], 5), (box + torch.tensor([3e-40, 0, 0, 0, 0])).expand(sizes[1], 5)
+    for grad in gradients(backend, first, second, torch.full(sizes, 2.0**16)):
+        assert_finite(grad)
+        assert grad[:, 0].abs().min() > 1e38
+
+
 @pytest.mark.parametrize("over", OVER)
 @pytest.mark.parametrize("fmt", IN_KERNEL)
 def test_inf_from_above_is_seen(backend, fmt, over):
@@ -277,7 +290,7 @@ def test_blocks_change_nothing_and_keep_to_their_memory(fmt, monkeypatch):
             assert_close(grad, expected, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("sizes", [(3, 3), (20, 5), (30, 30)], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 3), (20, 5), (5, 20), (30, 30)], ids=str)
 def test_blocks_of_polygons_keep_to_their_memory(sizes, monkeypatch):
     rng = generator(19)
     polygons = [convex(n, size, rng) for n, size in zip((20, 25), sizes, strict=True)]
@@ -308,6 +321,43 @@ def test_forward_mode_needs_no_blocks(monkeypatch):
     with forward_ad.dual_level():
         value = box_mgiou(forward_ad.make_dual(first, tangent), second, backend="eager")
         assert_close(forward_ad.unpack_dual(value).tangent, slope, atol=1e-7)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 3, 4), (3, 1, 7), (5, 6, 1)], ids=str)
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 10, 12, 13, 1000])
+def test_blocks_have_each_pair_once_and_no_more_than_asked(sizes, most):
+    seen = torch.zeros(sizes)
+    places = list(pairs._places(seen.shape, most))
+    for place in places:
+        assert 1 <= seen[place].numel() <= most
+        seen[place] += 1
+    assert (seen == 1).all()
+    assert len(places) <= 2 * math.ceil(seen.numel() / most), "far smaller than they may be"
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_transforms_need_no_blocks(monkeypatch):
+    """However many pairs there are: blocks know no transform, and a compiler would unroll them."""
+    rng = generator(23)
+    first, second = random_boxes(8, "cxcywhr", rng).reshape(2, 4, 5), random_boxes(5, "cxcywhr", rng)
+    expected = box_mgiou(first, second.expand(2, 5, 5))
+    leaf = first.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(box_mgiou(leaf, second.expand(2, 5, 5)).sum(), leaf)
+    monkeypatch.setattr(pairs, "MEMORY", 2**12)
+    function = partial(box_mgiou, backend="eager")
+    assert_close(torch.vmap(function, in_dims=(0, None))(first, second), expected, atol=1e-14)
+    of_each = torch.vmap(torch.func.grad(lambda boxes: function(boxes, second).sum()))(first)
+    assert_close(of_each, gradient, atol=1e-14)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    (actual,) = torch.autograd.grad(compiled(leaf, second.expand(2, 5, 5)).sum(), leaf)
+    assert_close(actual, gradient, atol=1e-14)
+
+
+def test_one_pair_is_no_block(monkeypatch):
+    """However little memory there is: it has a second derivative."""
+    monkeypatch.setattr(pairs, "MEMORY", 1)
+    first, second = (random_boxes(1, "cxcywhr", generator(seed)).requires_grad_() for seed in (20, 21))
+    assert torch.autograd.gradgradcheck(partial(box_mgiou, backend="eager"), (first, second))
 
 
 @pytest.mark.parametrize("over", OVER)

@@ -224,14 +224,20 @@ def test_degrees_know_their_turns_exactly(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_types_are_computed_in_float32(backend, dtype):
+@pytest.mark.parametrize("of", ["boxes", "polygons"])
+def test_half_types_are_computed_in_float32(backend, of, dtype):
     rng = generator(10)
-    first, second = (random_boxes(n, "cxcywhr", rng).to(dtype) for n in (4, 20))
-    first[:, :4] *= 256  # their squares overflow float16
-    second[:, :4] *= 256
+    first, second = (random_boxes(n, "cxcywhr" if of == "boxes" else "xyxyxyxy", rng) for n in (4, 20))
+    for each in (first, second):
+        each[:, : 4 if of == "boxes" else None] *= 256  # their squares overflow float16
+    first, second = first.to(dtype), second.to(dtype)
+    if of == "polygons":
+        first, second = first.unflatten(1, (4, 2)), second.unflatten(1, (4, 2))
     actual = matrix(backend, first, second)
     assert actual.dtype == torch.float32
     assert_same(actual, matrix(backend, first.float(), second.float()))
+    for sides in ((first, second.double()), (first.double(), second)):
+        assert_same(matrix(backend, *sides), matrix(backend, first.double(), second.double()))
 
 
 def test_batches_are_their_matrices(backend):
