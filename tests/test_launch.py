@@ -1,5 +1,8 @@
 """How a plan launches its kernel: by Triton's private launcher where that is known, by `kernel[grid]` elsewhere."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
@@ -206,6 +209,154 @@ def test_two_vertices_are_one_load_only_where_rows_of_both_sides_are_even(odd):
     call = launch.PolygonCall(None, None, Reduction(None, "mean", None), Options())
     plan, *_ = launch.prepare_polygons(*sides, call, True, 0)
     assert f"EVEN={odd is None}" in plan.case
+
+
+ROWS = torch.zeros(2, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("pred", "target", "expected"),
+    [
+        (ROWS, ROWS, "TARGET_REAL=3 ADJACENT=True EVEN=True"),
+        (torch.zeros(2, 6, 2)[:, :4], ROWS, "TARGET_REAL=0 ADJACENT=True EVEN=True"),  # rows apart: not packed
+        (ROWS, torch.zeros(2, 6, 2)[:, :4], "TARGET_REAL=0 ADJACENT=True EVEN=True"),
+        (torch.zeros(2, 4, 2)[:, :3], ROWS, "TARGET_REAL=0 ADJACENT=True EVEN=False"),  # its gradient has odd rows
+        (ROWS, torch.zeros(2, 4, 2)[:, :3], "TARGET_REAL=0 ADJACENT=True EVEN=True"),
+        (torch.zeros(2, 8, 2)[:, ::2], ROWS, "TARGET_REAL=0 ADJACENT=False EVEN=False"),
+        (ROWS, torch.zeros(2, 8, 2)[:, ::2], "TARGET_REAL=0 ADJACENT=False EVEN=False"),
+    ],
+)
+def test_polygons_are_loaded_as_they_lie(pred, target, expected):
+    call = launch.PolygonCall(None, None, Reduction(None, "mean", None), Options())
+    plan, *_ = launch.prepare_polygons(pred, target, call, True, 0)
+    assert expected in plan.case
+
+
+def layouts_of(shape, rng):
+    """Tensors of this shape in many layouts of memory."""
+    wide = [2 * n + 1 for n in shape]
+    yield torch.rand(shape, generator=rng)
+    yield torch.rand(wide, generator=rng)[tuple(slice(1, None, 2) for _ in shape)]
+    yield torch.rand(shape[0], *wide[1:-1], shape[-1], generator=rng)[:, : shape[1]]
+    yield torch.rand(shape[0] + 1, *shape[1:], generator=rng)[1:]
+    yield torch.rand(shape[::-1], generator=rng).permute(*range(len(shape))[::-1])
+    yield torch.rand(shape[1:], generator=rng).expand(shape)
+    yield torch.rand(math.prod(shape) + 1, generator=rng)[1:].view(shape)  # not aligned
+    if len(shape) == 3:
+        yield torch.rand(shape[0], shape[1] * shape[2] + 1, generator=rng)[:, 1:].unflatten(1, shape[1:])
+        yield torch.rand(shape[0], shape[1], shape[2] + 1, generator=rng)[:, :, : shape[2]]
+
+
+def assert_lies_at(memory, strides, expected):
+    """Whether a kernel finds `expected` from where a tensor begins, by these strides; 0 over a batch that is not."""
+    missing = len(strides) - expected.dim()
+    assert not any(strides[:missing])
+    places = memory.as_strided((memory.untyped_storage().nbytes() // memory.itemsize - memory.storage_offset(),), (1,))
+    index = sum(
+        torch.arange(n).view(-1, *[1] * (expected.dim() - 1 - k)) * stride
+        for k, (n, stride) in enumerate(zip(expected.shape, strides[missing:], strict=True))
+    )
+    assert_same(places[index], expected)
+
+
+def test_the_kernel_of_polygons_finds_every_number():
+    rng = generator(0)
+    masks = [(each > 0.5) for each in layouts_of((3, 5), rng)]
+    counts = [(5 * each[:, 0]).int() for each in layouts_of((3, 2), rng)]
+    reals = itertools.cycle([*masks, *counts])
+    for first, second in itertools.product(layouts_of((3, 5, 2), rng), repeat=2):
+        weight, given = next(layouts_of((3, 2), rng))[:, 1], [next(reals), next(reals)]
+        call = launch.PolygonCall(*given, Reduction(weight, "mean", 7.0), Options())
+        _, arguments, *_ = launch.prepare_polygons(first, second, call, True, 0)
+        (*pointers, loss, grad, _, _), strides = arguments[:9], arguments[9:18]
+        for k, (side, real) in enumerate(zip((first, second), given, strict=True)):
+            assert pointers[k].data_ptr() % 16 == 0
+            assert_lies_at(pointers[k], (2 * strides[2 * k], 2 * strides[2 * k + 1], 1), side)
+            is_mask = real.dtype == torch.bool
+            expected = real.to(torch.uint8) if is_mask else real
+            assert_lies_at(pointers[2 + k], strides[4 + 2 * k : 6 + 2 * k][: real.dim()], expected)
+        assert_lies_at(pointers[4], strides[8:], weight)
+        assert loss.shape == ()
+        assert grad.shape == first.shape
+        assert grad.is_contiguous()
+        assert arguments[18:21] == (3, 5, 5)
+
+
+@pytest.mark.parametrize(("rule", "divisor", "expected"), [("mean", None, 3), ("sum", None, 1), ("sum", 0.5, 0.5)])
+def test_the_kernels_divide_the_sum(rule, divisor, expected):
+    polygons, boxes, reduction = torch.zeros(3, 4, 2), torch.zeros(3, 5), Reduction(None, rule, divisor)
+    call = launch.PolygonCall(None, None, reduction, Options(convexity_weight=0.5, boundary_weight=2))
+    assert launch.prepare_polygons(polygons, polygons, call, True, 0)[1][-3:] == (expected, 0.5, 2.0)
+    call = launch.BoxCall("cxcywhr", "radians", True, reduction, Options(boundary_weight=2))
+    assert launch.prepare_boxes(boxes, boxes, call, True, 0)[1][-3:] == (3, expected, 2.0)
+
+
+@pytest.mark.parametrize(("fmt", "shape"), [("cxcywhr", (3, 5)), ("corners3d", (3, 8, 3))])
+def test_the_kernel_of_boxes_finds_every_number(fmt, shape):
+    rng = generator(1)
+    for first, second in itertools.product(layouts_of(shape, rng), repeat=2):
+        weight = next(layouts_of((3, 2), rng))[:, 1]
+        options = Options("uniform", boundary_weight=0.0)
+        call = launch.BoxCall(fmt, "radians", True, Reduction(weight, "none", None), options)
+        _, arguments, loss, grad = launch.prepare_boxes(first, second, call, True, 0)
+        strides = arguments[7:14]
+        assert_lies_at(arguments[0], strides[: len(shape)], first)
+        assert_lies_at(arguments[1], strides[3 : 3 + len(shape)], second)
+        assert_lies_at(arguments[2], strides[6:], weight)
+        assert loss.shape == (3,)
+        assert grad.shape == shape
+        assert grad.is_contiguous()
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_the_kernels_of_pairs_find_every_number(batch):
+    """Strides over the batch, which are 0 where there is none, shapes and numbers."""
+    rng = generator(2)
+    call = pairs.BoxPairs("cxcywh", "radians", True, "mean", "uniform")
+    masks = [each > 0.5 for n in (3, 6) for each in [next(layouts_of((2, n), rng))]]
+    mask1, mask2 = (each if batch else each[0] for each in masks)
+    for first, second in zip(layouts_of((*batch, 3, 4), rng), layouts_of((*batch, 6, 4), rng), strict=True):
+        _, [one], matrix = pairs.prepare_values(first, second, mask1, mask2, call)
+        upstream = torch.rand(*batch, 6, 3, generator=rng).transpose(-1, -2)
+        _, [other], grad = pairs.prepare_gradient(first, second, mask1, mask2, upstream, call)
+        for launched in (one, other):
+            assert launched.size == (*(batch or (1,)), 3, 6)
+            strides = launched.arguments[5 + (launched is other) :]
+            assert_lies_at(launched.arguments[0], strides[:3], first)
+            assert_lies_at(launched.arguments[1], strides[3:6], second)
+            assert_lies_at(launched.arguments[2], strides[6:8], mask1.to(torch.uint8))
+            assert_lies_at(launched.arguments[3], strides[8:10], mask2.to(torch.uint8))
+        assert_lies_at(other.arguments[4], other.arguments[16:19], upstream)
+        assert one.arguments[-2:] == other.arguments[-3:-1] == (3, 6)
+        assert matrix.shape == (*batch, 3, 6)
+        assert grad.shape == first.shape
+        assert matrix.is_contiguous()
+        assert grad.is_contiguous()
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_the_kernel_of_pairs_of_polygons_finds_every_number(batch):
+    rng = generator(3)
+
+    def sets(number):
+        values = next(layouts_of((2, number, 2), rng))[..., 1]
+        return values if batch else values[0]
+
+    for k in range(2):
+        shapes = [torch.rand(*batch, n, 2, size, generator=rng).transpose(-1, -2) for n, size in ((3, 5), (6, 4))]
+        lengths = [(5 * sets(n)).int() for n in (3, 6)]
+        masks = [sets(n) > 0.5 for n in (3, 6)] if k else [None, None]
+        call = pairs.PolygonPairs(*lengths, *masks, "mean", "uniform")
+        _, [launched], matrix = pairs.prepare_polygons(*shapes, call)
+        strides = launched.arguments[7:]
+        for side in range(2):
+            assert_lies_at(launched.arguments[side], strides[4 * side : 4 * side + 4], shapes[side])
+            assert_lies_at(launched.arguments[2 + side], strides[8 + 2 * side : 10 + 2 * side], lengths[side])
+            if masks[side] is not None:
+                expected = masks[side].to(torch.uint8)
+                assert_lies_at(launched.arguments[4 + side], strides[12 + 2 * side : 14 + 2 * side], expected)
+        assert launched.arguments[-4:] == (5, 4, 3, 6)
+        assert matrix.shape == (*batch, 3, 6)
 
 
 def test_a_plan_keeps_no_memory_of_a_device():
