@@ -185,6 +185,30 @@ def test_whatever_the_kernels_of_pairs_are_compiled_for_has_its_own_plan():
 @pytest.mark.parametrize(
     ("unlike", "packed"),
     [
+        (torch.zeros(3, 4), True),
+        (torch.zeros(9)[1:].view(2, 4), True),
+        (torch.zeros(6, 4)[::2], False),
+        (torch.zeros(3, 8)[:, ::2], False),
+        (torch.zeros(4, 3, 4)[:, :, 0].T, False),
+    ],
+    ids=["plain", "not aligned", "boxes apart", "numbers apart", "numbers far apart"],
+)
+def test_boxes_of_pairs_are_loaded_as_they_lie(side, unlike, packed):
+    sides = [torch.zeros(3, 4), torch.zeros(3, 4)]
+    sides[side] = unlike
+    call = pairs.BoxPairs("cxcywh", "radians", True, "mean", "uniform")
+    for plan, *_ in (
+        pairs.prepare_values(*sides, None, None, call),
+        pairs.prepare_gradient(*sides, None, None, torch.ones(len(sides[0]), len(sides[1])), call),
+    ):
+        assert f"PACKED{side + 1}={packed} " in plan.case + " "
+        assert f"PACKED{2 - side}=True " in plan.case + " "
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(
+    ("unlike", "packed"),
+    [
         (torch.zeros(2, 4), True),
         (torch.zeros(12)[4:].view(2, 4), True),
         (torch.zeros(9)[1:].view(2, 4), False),  # begins in the middle of a word of four numbers
@@ -242,9 +266,11 @@ def layouts_of(shape, rng):
     yield torch.rand(shape[::-1], generator=rng).permute(*range(len(shape))[::-1])
     yield torch.rand(shape[1:], generator=rng).expand(shape)
     yield torch.rand(math.prod(shape) + 1, generator=rng)[1:].view(shape)  # not aligned
+    yield torch.rand([2 * n for n in shape], generator=rng)[tuple(slice(None, None, 2) for _ in shape)]
+    yield torch.rand(shape[0], math.prod(shape[1:]) + 1, generator=rng)[:, :-1].unflatten(1, shape[1:])
     if len(shape) == 3:
-        yield torch.rand(shape[0], shape[1] * shape[2] + 1, generator=rng)[:, 1:].unflatten(1, shape[1:])
-        yield torch.rand(shape[0], shape[1], shape[2] + 1, generator=rng)[:, :, : shape[2]]
+        yield torch.rand(shape[0], 2 * shape[1], shape[2] + 1, generator=rng)[:, : shape[1], : shape[2]]
+        yield torch.rand(shape[0], 2 * shape[1], shape[2], generator=rng)[:, ::2]
 
 
 def assert_lies_at(memory, strides, expected):
@@ -261,11 +287,13 @@ def assert_lies_at(memory, strides, expected):
 
 def test_the_kernel_of_polygons_finds_every_number():
     rng = generator(0)
-    masks = [(each > 0.5) for each in layouts_of((3, 5), rng)]
-    counts = [(5 * each[:, 0]).int() for each in layouts_of((3, 2), rng)]
-    reals = itertools.cycle([*masks, *counts])
-    for first, second in itertools.product(layouts_of((3, 5, 2), rng), repeat=2):
-        weight, given = next(layouts_of((3, 2), rng))[:, 1], [next(reals), next(reals)]
+    counts = (9 * torch.rand(3, 4, generator=rng)).int()
+    marks = torch.rand(3, 10, generator=rng) > 0.5
+    reals = itertools.cycle(
+        [(counts[:, 0], counts[:, 3]), (marks[:, :5], marks[:, 1::2][:, :4]), (marks[:, ::2], counts[0, :3])]
+    )
+    for first, second in itertools.product(layouts_of((3, 5, 2), rng), layouts_of((3, 4, 2), rng)):
+        weight, given = torch.rand(3, 2, generator=rng)[:, 1], next(reals)
         call = launch.PolygonCall(*given, Reduction(weight, "mean", 7.0), Options())
         _, arguments, *_ = launch.prepare_polygons(first, second, call, True, 0)
         (*pointers, loss, grad, _, _), strides = arguments[:9], arguments[9:18]
@@ -279,7 +307,24 @@ def test_the_kernel_of_polygons_finds_every_number():
         assert loss.shape == ()
         assert grad.shape == first.shape
         assert grad.is_contiguous()
-        assert arguments[18:21] == (3, 5, 5)
+        assert arguments[18:21] == (3, 5, 4)
+
+
+def test_what_reaches_further_than_32_bits_tell_is_copied(tmp_path):
+    """Vertices and marks that lie far apart, in a file without contents."""
+
+    def far_apart(shape, dtype):
+        step = 2**30
+        size = step * shape[1] * dtype.itemsize
+        storage = torch.UntypedStorage.from_file(str(tmp_path / str(dtype)), shared=True, nbytes=size)
+        flat = torch.empty(0, dtype=dtype).set_(storage)
+        return flat.as_strided(shape, (2, step, 1)[: len(shape)])
+
+    polygons, mask, near = far_apart((3, 4, 2), torch.float16), far_apart((3, 4), torch.bool), torch.zeros(3, 4, 2)
+    for sides, reals in (((polygons, near), (mask, None)), ((near, polygons), (None, mask))):
+        call = launch.PolygonCall(*reals, Reduction(None, "mean", None), Options())
+        _, arguments, *_ = launch.prepare_polygons(*sides, call, True, 0)
+        assert all(4 * stride < 2**31 for stride in arguments[9:17])
 
 
 @pytest.mark.parametrize(("rule", "divisor", "expected"), [("mean", None, 3), ("sum", None, 1), ("sum", 0.5, 0.5)])
