@@ -305,3 +305,14 @@ def test_the_gradient_of_corners_in_space_does_not_change_when_the_pair_moves(bo
     gradient = torch.autograd.grad(loss, pred)[0].cpu()
     assert gradient[0, 6].abs() > 1e-2
     assert_close(gradient, gradient[:1].expand_as(gradient), atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("fmt", ["cxcywhr", "cxcywh", "xyxy"])
+def test_the_target_is_a_constant_of_the_boundary_term(boxes, fmt):
+    rng = generator(41)
+    pred, target = random_boxes(fmt, 5, rng).float(), random_boxes(fmt, 5, rng).float()
+    gradients = [
+        boxes.value_and_gradient(pred, target, wrt=("target",), fmt=fmt, boundary_weight=weight)[1]
+        for weight in (0.7, 0.0)
+    ]
+    assert_gradient_close(gradients[0], gradients[1], rtol=1e-6)

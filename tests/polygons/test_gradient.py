@@ -223,11 +223,14 @@ def test_the_target_has_the_gradient_of_the_swapped_call(backend, axis_weight, a
     assert_same(both[1], to_target, "target, asked for with pred")
 
 
-def test_the_convexity_term_gives_the_target_no_gradient(backend):
+@pytest.mark.parametrize("term", ["convexity_weight", "boundary_weight"])
+def test_a_term_gives_the_target_no_gradient(backend, term):
+    """One with a dent, which the convexity term would straighten in a prediction."""
     rng = generator(30)
     pred, target = crossing(6, 6, rng).float(), star(6, 5, rng).float()
+    target[:, 1] = target.mean(1) + 0.1 * target[:, 1]
     _, plain = backend.value_and_gradient(pred, target, wrt=("target",))
-    _, with_term = backend.value_and_gradient(pred, target, wrt=("target",), convexity_weight=2.0)
+    _, with_term = backend.value_and_gradient(pred, target, wrt=("target",), **{term: 2.0})
     assert_same(with_term, plain)
 
 

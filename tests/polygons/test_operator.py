@@ -296,3 +296,24 @@ def test_a_tensor_that_a_transform_left_behind_is_the_tensor(kernels):
     loss = kernels.loss(leaf, left[0])
     assert_same(loss.detach(), expected[0])
     assert_same(torch.autograd.grad(loss, leaf)[0], expected[1])
+
+
+@pytest.mark.parametrize("function", [mgiou_loss, box_mgiou_loss])
+@pytest.mark.parametrize("avg_factor", [None, 5.0])
+def test_a_mode_of_the_dispatcher_changes_no_reduction(backend, function, avg_factor):
+    """Beside one the call goes through the operator: the number that divides the sum, and the weights of the terms."""
+
+    class Nothing(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    boxes = random_boxes(6, generator(17)).float().to(backend.device)
+    shapes = boxes if function is box_mgiou_loss else rectangle_corners(boxes)
+    options = {"boundary_weight": 0.3, "backend": backend.name}
+    if function is mgiou_loss:
+        options["convexity_weight"] = 0.2
+        shapes[:, 1] = (shapes.mean(1) + shapes[:, 3]) / 2  # a dent
+    each = function(shapes[:3], shapes[3:], reduction="none", **options)
+    with Nothing():
+        value = function(shapes[:3], shapes[3:], avg_factor=avg_factor, **options)
+    assert_close(value, each.sum() / (avg_factor or 3), atol=1e-6)
