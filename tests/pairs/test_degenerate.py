@@ -242,7 +242,7 @@ def test_polygons_without_a_vertex_are_not_there(backend):
 
 
 def value_and_gradients(backend, first, second, upstream, fmt, **options):
-    options = {name: v.to(backend.device) for name, v in options.items()}
+    options = {name: v.to(backend.device) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
     needs_kernel(backend, fmt, gradient=True)
     leaves = [each.clone().to(backend.device).requires_grad_() for each in (first, second)]
     function = box_mgiou
@@ -271,6 +271,34 @@ def test_plates_of_eight_corners_by_hand(sizes, heights, mean, least):
     plates = [corners_in_space(torch.tensor(box, dtype=torch.float64)) for box in boxes]
     assert_close(box_mgiou(*plates, fmt="corners3d"), [[mean]], atol=1e-12)
     assert_close(box_mgiou(*plates, fmt="corners3d", over="min"), [[least]], atol=1e-12)
+
+
+@pytest.mark.parametrize("fmt", ["cxcywhr", "cxcyczlwhr", "xyxy", "polygons"])
+def test_points_have_a_finite_depth(backend, fmt):
+    """On each axis a millionth of the extent, 4, stands for the sum of the half-lengths: 1 - 4 / 4e-6 where it is 4."""
+    there = {
+        "cxcywhr": [3.0, 4.0, 0.0, 0.0, 0.0],
+        "cxcyczlwhr": [3.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+        "xyxy": [3.0, 4.0, 3.0, 4.0],
+        "polygons": [[3.0, 4.0]],
+    }
+    second = torch.tensor([there[fmt]])
+    sides, options = (torch.zeros_like(second), second), {} if fmt == "polygons" else {"fmt": fmt}
+    for pair in (sides, sides[::-1]):
+        assert_close(matrix(backend, *pair, over="depth", **options), [[1 - 1e6]], atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_points_in_one_place_have_no_gradient(backend, fmt, over):
+    boxes = torch.ones(2, *([8, 3] if fmt == "corners3d" else [8] if fmt == "xyxyxyxy" else [4]))
+    if fmt.startswith("cxcy"):
+        dims = 3 if fmt == "cxcyczlwhr" else 2
+        boxes = torch.tensor([[1.0] * dims + [0.0] * dims + [0.5] * fmt.endswith("r")] * 2)
+    value, *grads = value_and_gradients(backend, boxes, boxes, torch.ones(2, 2), fmt, over=over)
+    assert_close(value, np.ones((2, 2)), atol=0)
+    for grad in grads:
+        assert_zero(grad)
 
 
 def test_points_of_eight_corners_by_hand(backend):

@@ -382,3 +382,13 @@ def test_the_longest_edge_that_counts_as_0(backend, dtype, bits, axis_weight):
         pair = corners.to(backend.device), torch.tensor([[[1, 0]]], dtype=dtype, device=backend.device)
         for first, second in (pair, pair[::-1]):
             assert_close(backend.loss(first, second, axis_weight=axis_weight), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 48), (torch.float64, 400)])
+def test_the_largest_target_without_an_area(backend, dtype, bits):
+    """A square whose doubled area is below what counts as 0, and larger ones: the boundary term is 0, and nearly 1."""
+    corners = torch.tensor([[[0, 0], [1, 0], [1, 1], [0, 1]]], dtype=dtype)
+    for side, expected in ((2.0 ** -(bits + 1), 0.0), (2.0**-bits, 0.25)):
+        losses = [backend.value_and_gradient(corners, corners * side, boundary_weight=weight) for weight in (0.25, 0.0)]
+        assert_close(losses[0][0] - losses[1][0], expected, atol=1e-6)
+        assert torch.isfinite(losses[0][1]).all()

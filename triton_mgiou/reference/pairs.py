@@ -221,7 +221,7 @@ def _places(sizes: torch.Size, pairs: int) -> Iterator[_Place]:
     """Blocks of a matrix (B, P, T), none with more than `pairs` pairs."""
     steps, left = [], pairs
     for size in reversed(sizes):
-        steps.append(max(1, min(size, left)))
+        steps.append(min(size, left))
         left //= steps[-1]
     starts = (range(0, size, step) for size, step in zip(sizes, reversed(steps), strict=True))
     for place in itertools.product(*starts):
