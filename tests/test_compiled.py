@@ -15,6 +15,7 @@ from tests.boxes.helpers import SPACE, random_boxes
 from tests.boxes.test_kernels import compiled as compiled_boxes
 from tests.helpers import assert_close, assert_gradient_close, convex, generator, regular, star
 from tests.polygons.test_kernels import compiled as compiled_polygons
+from tests.polygons.test_kernels import compiled_keypoints
 from tests.ptx_machine import launch as run
 from triton_mgiou import box_mgiou_loss, launch, mgiou_loss
 from triton_mgiou.tuning import layouts
@@ -120,6 +121,39 @@ def test_boxes(fmt, dtype, batch, packed):
     atol, rtol = TOLERANCES[dtype]
     assert_close(value[0], expected[0], atol=atol)
     assert_gradient_close(gradient, expected[1], rtol=rtol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("batch", "size", "sigmas", "weighted"), [(70, 4, False, False), (5, 11, True, False), (3, 130, True, True)]
+)
+def test_keypoints(dtype, batch, size, sigmas, weighted):
+    rng = generator(batch)
+    target = convex(batch, size, rng).to(dtype)
+    pred = (target + star(batch, size, rng) / size).to(dtype)
+    visible = torch.rand(batch, size, generator=torch.Generator().manual_seed(size)) < 0.8
+    area, weight = torch.linspace(0.1, 3, batch, dtype=dtype), torch.linspace(2, 0.5, batch, dtype=dtype)
+    tolerances = torch.linspace(0.5, 1.5, size) / size
+    kernel, plan = compiled_keypoints(size, dtype, sigmas, weighted)
+    value, gradient = torch.empty(1, dtype=dtype), torch.full_like(pred, math.nan)
+    arguments = {
+        "pred_ptr": pred, "target_ptr": target, "visible_ptr": visible.view(torch.uint8), "area_ptr": area,
+        **({"sigmas_ptr": tolerances} if sigmas else {}), **({"weight_ptr": weight} if weighted else {}),
+        "loss_ptr": value, "grad_ptr": gradient,
+        "partial_ptr": torch.full((layouts.MAX_PROGRAMS,), math.nan, dtype=dtype),
+        "counter_ptr": torch.zeros(1, dtype=torch.int32),
+        **{f"{side}_stride_{axis}": pred.stride(i) for side in ("pred", "target") for i, axis in enumerate("bnc")},
+        "visible_stride_b": size, "visible_stride_n": 1, "area_stride": 1, "sigmas_stride": 1, "weight_stride": 1,
+        "batch": batch, "size": size, "divisor": float(batch), "sigma": 1 / size,
+    }  # fmt: skip
+    run(kernel, arguments, plan.layout.grid(batch)[0])
+    leaf = pred.double().requires_grad_()
+    sigma = tolerances.double() if sigmas else 1 / size
+    lost = 1 - torch.exp(-(leaf - target).square().sum(-1) / (8 * sigma**2 * area.double().unsqueeze(-1)))
+    expected = torch.where(visible, lost, 0).sum(1) / visible.sum(1).clamp(min=1)
+    expected = (expected * (weight.double() if weighted else 1)).mean()
+    assert_close(value[0], expected, atol=TOLERANCES[dtype][0])
+    assert_gradient_close(gradient, torch.autograd.grad(expected, leaf)[0], rtol=TOLERANCES[dtype][1])
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,10 @@ from triton_mgiou.box_formats import FORMATS, PAIR_FORMATS
 from triton_mgiou.options import AXIS_WEIGHTS, Options, Reduction
 from triton_mgiou.reduction import as_divisor, kernel_reduction, reduce
 from triton_mgiou.reference import boxes as box_reference
+from triton_mgiou.reference import keypoints as keypoint_reference
 from triton_mgiou.reference import pairs as pair_reference
 from triton_mgiou.reference import polygons as reference
+from triton_mgiou.reference.polygons import compute_dtype
 
 if TYPE_CHECKING:
     import triton_mgiou.launch
@@ -492,6 +494,31 @@ def polygon_mgiou(
     if checks:
         checks.output("matrix", matrix, polygons1=polygons1, polygons2=polygons2)
     return matrix
+
+
+def keypoint_l2(
+    pred: Tensor,
+    target: Tensor,
+    visible: Tensor,
+    area: Tensor,
+    sigmas: Tensor | float,
+    weight: Tensor | None,
+    avg_factor: float | Tensor | None,
+    reduction: str,
+    backend: str,
+) -> Tensor:
+    """The L2 term of `PolygonLoss`, whose arguments are checked: vertices (B, N, 2), bools (B, N), sigmas (N,) or one.
+
+    What is traced is left to the compiler, which fuses it.
+    """
+    area = area.detach().reshape(-1).to(compute_dtype(pred.dtype, target.dtype))
+    if is_empty(pred.shape[0]) or not takes_kernel(backend, pred) or triton_mgiou.ops.needs_dispatcher(pred, target):
+        losses = keypoint_reference.per_sample_l2(pred, target, visible, area, sigmas)
+        return reduce(losses, weight, reduction, avg_factor)
+    inside = kernel_reduction(pred, target, weight, reduction, avg_factor)
+    call = triton_mgiou.launch.KeypointCall(visible, area.resolve_neg(), sigmas, inside or Reduction())
+    loss = triton_mgiou.ops.direct(pred, target, call)
+    return reduce(loss, weight, reduction, avg_factor) if inside is None else loss
 
 
 def debug_checks(function: str, first: Tensor, second: Tensor) -> Checks | None:

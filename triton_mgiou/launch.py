@@ -1,7 +1,7 @@
 """Launches of the kernels: the variant that a call needs, its arguments, its outputs and scratch memory.
 
-The first part is for any kernel, the second for that of polygons, the third for that of boxes. Another kernel brings
-what the second part has:
+The first part is for any kernel, the second for that of polygons, the third for that of boxes, the fourth for that of
+keypoints. Another kernel brings what the second part has:
 
 - a call, a `NamedTuple` of what is asked for besides both sides, with `launch` and `swapped`;
 - a key, a `NamedTuple` of all that decides which variant runs and nothing else, and a function that makes its `Plan`;
@@ -128,7 +128,7 @@ def forget_plans() -> None:
 
 
 def _launch(
-    prepare: Callable[..., Any], pred: Tensor, target: Tensor, call: PolygonCall | BoxCall, gradient: bool
+    prepare: Callable[..., Any], pred: Tensor, target: Tensor, call: Call, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The loss, and its gradient to `pred` if asked for: one launch, on the device of `pred`."""
     device = pred.get_device()  # -1 for the CPU
@@ -499,3 +499,88 @@ def box_plan(key: BoxKey) -> Plan:
     flags = (f"{key.pred_dtype} {key.target_dtype}", *(f"{name}={value}" for name, value in constants.items()))
     case = f"boxes {plain_name(key.fmt)}, {' '.join(flags)}"
     return Plan(box_kernel, tuple(constants.values()), case, candidates, dtype, key.device)
+
+
+# Keypoints
+
+
+class KeypointCall(NamedTuple):
+    """A call of the kernel of `PolygonLoss`'s L2 term, without both sides."""
+
+    visible: Tensor  # (B, N), bool
+    area: Tensor  # (B,), in the term's type
+    sigmas: Tensor | float  # (N,), float32, or one for all
+    reduction: Reduction
+
+    def launch(self, pred: Tensor, target: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """The term, and its gradient to `pred` in the term's type if asked for: one launch."""
+        return _launch(prepare_keypoints, pred, target, self, gradient)
+
+    def loss_and_gradients(
+        self, pred: Tensor, target: Tensor, pred_grad: bool, target_grad: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The term, and its gradient to each side that asks for one, in the term's type: it knows their difference."""
+        loss, gradient = self.launch(pred, target, pred_grad or target_grad)
+        opposite = -gradient if target_grad and gradient is not None else None
+        return loss, gradient if pred_grad else None, opposite
+
+
+class KeypointKey(NamedTuple):
+    """All that decides which variant of the kernel runs."""
+
+    device: int
+    pred_dtype: torch.dtype
+    target_dtype: torch.dtype
+    sigmas: bool  # one of each vertex
+    weight: torch.dtype | None
+    per_sample: bool
+    gradient: bool
+    vertices: int  # of a tile
+
+
+def prepare_keypoints(
+    pred: Tensor, target: Tensor, call: KeypointCall, gradient: bool, stream: int
+) -> tuple[Plan, tuple[Any, ...], Tensor, Tensor | None]:
+    """The variant to launch, its arguments, and its outputs: the term, and the gradient to `pred` if asked for."""
+    device = pred.get_device()
+    visible, area, sigmas, (weight, rule, divisor) = call
+    batch, size, _ = pred.shape
+    tolerances = sigmas if isinstance(sigmas, Tensor) else None
+    fields = (
+        device,
+        pred.dtype,
+        target.dtype,
+        tolerances is not None,
+        None if weight is None else weight.dtype,
+        rule == "none",
+        gradient,
+        layouts.keypoints_of_tile(size),
+    )
+    plan = _plans.get(fields)  # finds a key, and is faster to make
+    if plan is None:
+        key = KeypointKey(*fields)
+        plan = _plans[key] = keypoint_plan(key)
+    loss, grad, partial, counter = _outputs(plan, pred, batch, rule == "none", gradient, device, stream)
+    arguments = (
+        pred, target, visible.view(torch.uint8), area, tolerances, weight, loss, grad, partial, counter,
+        *pred.stride(), *target.stride(), *visible.stride(), area.stride(0),
+        0 if tolerances is None or tolerances.numel() == 1 else tolerances.stride(0),
+        0 if weight is None else weight.stride(0),
+        batch, size, _divisor(rule, divisor, batch), 0.0 if tolerances is not None else float(sigmas),
+    )  # fmt: skip
+    return plan, arguments, loss, grad
+
+
+def keypoint_plan(key: KeypointKey) -> Plan:
+    """The variant of the kernel, not yet compiled."""
+    from triton_mgiou.kernels.keypoints import l2_kernel  # noqa: PLC0415 - who needs no keypoints does not wait for it
+
+    dtype = compute_dtype(key.pred_dtype, key.target_dtype)
+    constants = {"COMPUTE": COMPUTE[dtype], "GRAD": key.gradient, "REDUCE": not key.per_sample}
+    flags = (f"{key.pred_dtype} {key.target_dtype}", *(f"{name}={value}" for name, value in constants.items()))
+    case = f"keypoints, vertices {key.vertices}, {' '.join(flags)}"
+    layout = layouts.keypoint_layout(key.vertices, INTERPRETED)
+    return Plan(l2_kernel, tuple(constants.values()), case, [layout], dtype, key.device)
+
+
+Call = PolygonCall | BoxCall | KeypointCall

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, ClassVar, TypeVar
@@ -29,14 +28,13 @@ from triton_mgiou.arguments import (
     check_weight,
 )
 from triton_mgiou.box_formats import FORMATS
-from triton_mgiou.functional import box_mgiou_loss, debug_checks, mgiou_loss
+from triton_mgiou.functional import box_mgiou_loss, debug_checks, keypoint_l2, mgiou_loss
 from triton_mgiou.options import BACKENDS, PAPER, REDUCTIONS, Options
-from triton_mgiou.reduction import as_divisor, factor_for, reduce
+from triton_mgiou.reduction import as_divisor, factor_for
 from triton_mgiou.reference.polygons import compute_dtype
 
 _Loss = TypeVar("_Loss", bound="MGIoULoss")
 MODES = ("mgiou", "l2", "hybrid")
-MIN_AREA = 1e-6
 
 
 def _none_if_none_is_positive(weight: Tensor) -> Tensor:
@@ -309,8 +307,9 @@ class PolygonLoss(nn.Module):
             if avg_factor is not None:
                 avg_factor = as_divisor(avg_factor)
                 check_avg_factor(avg_factor, self.reduction, pred)
-            losses = _l2(pred, target, visible, area, self._reach(pred))
-            parts["l2"] = reduce(losses, weight, self.reduction, avg_factor)
+            keypoints = pred, target, visible, area, self._sigmas(pred)
+            backend = self.mgiou.options.get("backend", "auto")
+            parts["l2"] = keypoint_l2(*keypoints, weight, avg_factor, self.reduction, backend)
         if self.mode != "l2":
             parts["mgiou"] = self.mgiou(pred, target, weight, avg_factor, pred_mask=visible, target_mask=visible)
         if self.mode == "hybrid":
@@ -333,14 +332,14 @@ class PolygonLoss(nn.Module):
             self.sigmas = _with_values(given, self.sigmas.device)
         return self
 
-    def _reach(self, pred: Tensor) -> Tensor | float:
-        """Half the distance at which a vertex has lost 1 - 1/e, relative to the root of the area: (N, 1), or one."""
+    def _sigmas(self, pred: Tensor) -> Tensor | float:
+        """The tolerances: of each vertex, or one."""
         size = pred.shape[1]
         if self.sigmas is None:
-            return math.sqrt(2) / size
+            return 1 / size
         if self.sigmas.numel() not in (1, size):
             raise ValueError(f"sigmas must be one or {size} numbers, got {self.sigmas.numel()}")
-        return self.sigmas.to(pred.device, pred.dtype).unsqueeze(-1) * math.sqrt(2)
+        return self.sigmas.to(pred.device)
 
     def extra_repr(self) -> str:
         """Show the mode, and what else was given."""
@@ -366,15 +365,3 @@ def _are_no_numbers(values: Any) -> bool:
 def _with_values(sigmas: Tensor, device: torch.device) -> Tensor:
     """On the device, if that is not meta, from which nothing would bring the values back."""
     return sigmas.to("cpu" if device.type == "meta" else device)
-
-
-def _l2(pred: Tensor, target: Tensor, visible: Tensor, area: Tensor, reach: Tensor | float) -> Tensor:
-    """The L2 term of every sample, (B,)."""
-    difference = torch.sub(pred / 2, target, alpha=0.5)  # of halves, which does not overflow
-    difference = torch.where(visible.unsqueeze(-1), difference, 0.0)
-    difference = torch.add(difference, difference, alpha=0)  # an Inf is not far away, but NaN
-    area = torch.where(visible.any(1), area.detach().reshape(-1).to(pred.dtype), 1.0).clamp(min=MIN_AREA)
-    scaled = difference / area.sqrt()[:, None, None] / reach
-    scaled = torch.where(scaled.abs() > 64, 64.0, scaled)  # where exp(-64^2) is 0 already, the square must not overflow
-    losses = -torch.expm1(-scaled.square().sum(-1))
-    return losses.sum(1) / visible.sum(1).clamp(min=1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from triton_mgiou.launch import BoxCall, PolygonCall
+from triton_mgiou.launch import BoxCall, Call, PolygonCall
 from triton_mgiou.options import Options, Reduction
 from triton_mgiou.reference.polygons import compute_dtype, refuse_forward_mode
 
@@ -31,7 +31,7 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
     """The loss of polygons, B at least 1."""
     if not needs_dispatcher(pred, target):
-        return _direct(pred, target, call)
+        return direct(pred, target, call)
     options = call.options
     weight, rule, divisor = call.reduction
     convexity_weight, changing_convexity_weight = _constant_or_tensor(options.convexity_weight)
@@ -58,7 +58,7 @@ def polygon_loss(pred: Tensor, target: Tensor, call: PolygonCall) -> Tensor:
 def box_loss(pred: Tensor, target: Tensor, call: BoxCall) -> Tensor:
     """The loss of boxes, B at least 1."""
     if not needs_dispatcher(pred, target):
-        return _direct(pred, target, call)
+        return direct(pred, target, call)
     options = call.options
     weight, rule, divisor = call.reduction
     boundary_weight, changing_boundary_weight = _constant_or_tensor(options.boundary_weight)
@@ -102,7 +102,8 @@ def needs_dispatcher(pred: Tensor, target: Tensor) -> bool:
     return pred.is_neg() or target.is_neg()
 
 
-def _direct(pred: Tensor, target: Tensor, call: PolygonCall | BoxCall) -> Tensor:
+def direct(pred: Tensor, target: Tensor, call: Call) -> Tensor:
+    """The loss of a call that does not need the dispatcher, with its derivative."""
     pred, target = _without_ended_transform(pred), _without_ended_transform(target)
     if (pred.requires_grad or target.requires_grad) and torch.is_grad_enabled():
         loss: Tensor = _apply(pred, target, call)
@@ -114,7 +115,7 @@ class _Loss(torch.autograd.Function):
     """The kernel computes the gradient with the value; backward multiplies it by what comes from above."""
 
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, target: Tensor, call: PolygonCall | BoxCall | _TracedCall) -> Tensor:
+    def forward(ctx: Any, pred: Tensor, target: Tensor, call: Call | _TracedCall) -> Tensor:
         pred_needs, target_needs, _ = ctx.needs_input_grad
         loss, pred_grad, target_grad = call.loss_and_gradients(pred, target, pred_needs, target_needs)
         ctx.save_for_backward(pred_grad, target_grad)

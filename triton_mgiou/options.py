@@ -32,6 +32,11 @@ RESOLUTION = {32: 2.0**-20, 64: 2.0**-48}
 TIE = {32: 2.0**-21, 64: 2.0**-50}
 WIDEST_TIE = 2.0**-15
 
+# Of the L2 term of `PolygonLoss`: the least area, and the distance, in units of the tolerance, at which exp(-FAR^2) is
+# 0 already, so that the squares of farther ones, which might overflow, are not needed.
+MIN_AREA = 1e-6
+FAR = 64.0
+
 
 class Options(NamedTuple):
     """The options of a loss, as in `mgiou_loss`."""

@@ -79,6 +79,26 @@ def compiled(capability, pred_size, target_size, **options):
     return triton.compile(source, target=target, options=plan.layout.options())
 
 
+def compiled_keypoints(size, dtype=torch.float32, sigmas=False, weighted=False):
+    """The kernel of the L2 term that a training step on a GPU would run, and its plan."""
+    key = launch.KeypointKey(
+        -1, dtype, dtype, sigmas, dtype if weighted else None, False, True, layouts.keypoints_of_tile(size)
+    )
+    plan = launch.keypoint_plan(key)
+    number = "*" + NAMES[dtype]
+    pointers = dict.fromkeys(("pred_ptr", "target_ptr", "area_ptr", "loss_ptr", "grad_ptr", "partial_ptr"), number)
+    pointers |= {"visible_ptr": "*u8", "counter_ptr": "*i32"}
+    pointers |= {"sigmas_ptr": "*fp32"} if sigmas else {}
+    pointers |= {"weight_ptr": number} if weighted else {}
+    names = plan.kernel.arg_names
+    constants = dict(zip(names[-len(plan.constants) :], plan.constants, strict=True))
+    annotated = {name: text for name, text in plan.kernel.fn.__annotations__.items() if isinstance(text, str)}
+    constants |= {name: None for name in names if name not in constants | pointers | annotated}
+    signature = {name: "constexpr" if name in constants else (pointers | annotated)[name] for name in names}
+    source = ASTSource(plan.kernel, signature, constants, {})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=plan.layout.options()), plan
+
+
 def local_memory(kernel, path):
     """Bytes of stack and local memory that a thread uses, as the compiled code declares them."""
     path.write_bytes(kernel.asm["cubin"])
@@ -92,6 +112,11 @@ def local_memory(kernel, path):
 @pytest.mark.parametrize("size", TRAINING)
 def test_kernels_for_training_do_not_spill(size, capability, tmp_path):
     assert local_memory(compiled(capability, size, size), tmp_path / "kernel.cubin") == 0
+
+
+@pytest.mark.parametrize("size", [4, 64])
+def test_the_kernel_of_keypoints_does_not_spill(size, tmp_path):
+    assert local_memory(compiled_keypoints(size)[0], tmp_path / "kernel.cubin") == 0
 
 
 @pytest.mark.parametrize("size", TRAINING)

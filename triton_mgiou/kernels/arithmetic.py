@@ -1,5 +1,6 @@
-"""Numbers: sign, inverses, powers of two, overflow."""
+"""Numbers: sign, inverses, exponentials, powers of two, overflow."""
 
+import math
 import os
 
 import triton
@@ -9,6 +10,8 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 LARGEST_32 = tl.constexpr(3.4028234663852886e38)
 LARGEST_64 = tl.constexpr(1.7976931348623157e308)
+
+EXPM1 = tl.constexpr(tuple(1 / math.factorial(power) for power in range(1, 15)))  # its series
 
 
 @triton.jit
@@ -63,6 +66,16 @@ def reciprocal(values):
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [values], dtype=tl.float32, is_pure=True, pack=1
         )
+
+
+@triton.jit
+def one_minus_exp(values):
+    """1 - exp(-values), for values of 0 or above, with its relative accuracy near 0."""
+    TERMS: tl.constexpr = 14 if values.dtype == tl.float64 else 8  # below 1/2 the rest is under rounding
+    series = tl.full(values.shape, EXPM1[TERMS - 1], values.dtype)
+    for step in tl.static_range(TERMS - 1):
+        series = tl.fma(minus(values), series, tl.full(values.shape, EXPM1[TERMS - 2 - step], values.dtype))
+    return tl.where(values < 0.5, values * series, 1.0 - tl.exp(minus(values)))
 
 
 @triton.jit

@@ -1,11 +1,9 @@
 """One axis: the edge that it belongs to, its weight, the distance of two polygons on it, and derivatives."""
 
-import math
-
 import triton
 import triton.language as tl
 
-from triton_mgiou.kernels.arithmetic import inverse, minus, rough_inverse, sign
+from triton_mgiou.kernels.arithmetic import inverse, minus, one_minus_exp, rough_inverse, sign
 from triton_mgiou.kernels.slots import add_scaled, highest, lowest, total
 from triton_mgiou.kernels.types import Axis, AxisRule, Comparison, Gradient, Interval, Mean, Point, Weight
 from triton_mgiou.options import AXIS_WEIGHTS, MIN_AXIS_LENGTH, SOFT_AXIS_LENGTH
@@ -16,8 +14,6 @@ SOFT = tl.constexpr(AXIS_WEIGHTS.index("soft"))
 
 SHORTEST = tl.constexpr(MIN_AXIS_LENGTH)
 SOFT_UNIT = tl.constexpr(SOFT_AXIS_LENGTH)
-
-EXPM1 = tl.constexpr(tuple(1 / math.factorial(power) for power in range(1, 15)))  # its series
 
 
 @triton.jit
@@ -53,11 +49,7 @@ def axis_weight(length, is_axis, per_unit, AXIS_WEIGHT: tl.constexpr):
     if AXIS_WEIGHT == LENGTH:
         return Weight(ratio, per_unit)
     else:
-        TERMS: tl.constexpr = 14 if length.dtype == tl.float64 else 8  # below 1/2 the rest is under rounding
-        series = tl.full(ratio.shape, EXPM1[TERMS - 1], ratio.dtype)
-        for step in tl.static_range(TERMS - 1):
-            series = tl.fma(minus(ratio), series, tl.full(ratio.shape, EXPM1[TERMS - 2 - step], ratio.dtype))
-        weight = tl.where(ratio < 0.5, ratio * series, 1.0 - tl.exp(minus(ratio)))
+        weight = one_minus_exp(ratio)
         return Weight(weight, (1.0 - weight) * per_unit)
 
 

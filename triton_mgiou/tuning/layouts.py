@@ -210,6 +210,39 @@ def _box_layout(warps: int, registers: int, multiprocessors: int) -> BoxLayout:
 BOX_INTERPRETER_LAYOUT = BoxLayout(128, 1, 255, MAX_PROGRAMS)
 
 
+# Keypoints
+
+
+class KeypointLayout(NamedTuple):
+    """How the kernel of keypoints works on a batch: samples of a tile, and vertices of each at a time."""
+
+    samples: int
+    vertices: int
+    num_warps: int
+
+    def grid(self, batch: int) -> tuple[int, int, int]:
+        """The grid of a launch."""
+        return min(-(-batch // self.samples), MAX_PROGRAMS), 1, 1
+
+    def sizes(self) -> dict[str, int]:
+        """The kernel's last compile-time arguments."""
+        return {"SAMPLES": self.samples, "VERTICES": self.vertices}
+
+    def options(self) -> dict[str, Any]:
+        """Compiler options, as those of `Layout`."""
+        return {"num_warps": self.num_warps, "enable_fp_fusion": False}
+
+
+def keypoints_of_tile(size: int) -> int:
+    """How many of a sample's vertices a tile has; another goes on with the rest."""
+    return min(bucket(size), 64)
+
+
+def keypoint_layout(vertices: int, interpreted: bool) -> KeypointLayout:
+    """The layout for such a tile: few numbers are loaded, and small batches spread over the GPU."""
+    return KeypointLayout(64, vertices, 1) if interpreted else KeypointLayout(max(1, 128 // vertices), vertices, 4)
+
+
 # Pairs
 
 ENOUGH_PROGRAMS = 2048  # of a warp fill a GPU once; with more of them each takes several tiles
@@ -265,7 +298,7 @@ class PairGradientLayout(PairLayout):
         return -(-rows // self.rows), batch, 1
 
 
-AnyLayout = Layout | BoxLayout | PairLayout
+AnyLayout = Layout | BoxLayout | KeypointLayout | PairLayout
 
 
 def are_many(boxes: int) -> bool:
