@@ -71,6 +71,7 @@ def _warmup(args: argparse.Namespace) -> int:
             pairs=args.pairs,
             pair_sizes=args.pair_sizes,
             pair_options=args.pair_options,
+            keypoints=args.keypoints,
         )
         print_out(table(results))
         if args.json is not None:
@@ -102,6 +103,8 @@ def table(results: list[WarmupResult]) -> str:
             tile = f"{c['polygons']} x {c['axes']} x {c['lanes']} x {slots}"
         elif "lanes" in c:
             tile = f"{c['lanes']} boxes"
+        elif "samples" in c:
+            tile = f"{c['samples']} x {c['vertices']} keypoints"
         else:
             tile = f"{c['rows']} x {c['columns']} pairs"
         rows.append(
@@ -110,7 +113,7 @@ def table(results: list[WarmupResult]) -> str:
                 r.batch,
                 r.dtype,
                 "yes" if r.gradient else "no",
-                f"{tile}, {c['num_warps']}, {c['registers']}",
+                f"{tile}, {c['num_warps']}, {c.get('registers', '-')}",
                 "-" if r.us is None else f"{r.us:.1f}",
                 "-" if r.gain is None else f"{r.gain:.1%}",
                 r.source,
@@ -227,6 +230,9 @@ def _add_warmup(commands: Any) -> None:
         "--pair-options", type=_options, default="{}", metavar="JSON",
         help="options of box_mgiou and polygon_mgiou, as --options",
     )  # fmt: skip
+    command.add_argument(
+        "--keypoints", action="store_true", help="the L2 term of PolygonLoss too, for the same vertices and types"
+    )
     command.add_argument("--no-tune", action="store_true", help="compile only")
     command.add_argument("--json", type=_new_file, metavar="FILE", help="write the results there too")
 

@@ -31,7 +31,6 @@ from triton_mgiou.reference import boxes as box_reference
 from triton_mgiou.reference import keypoints as keypoint_reference
 from triton_mgiou.reference import pairs as pair_reference
 from triton_mgiou.reference import polygons as reference
-from triton_mgiou.reference.polygons import compute_dtype
 
 if TYPE_CHECKING:
     import triton_mgiou.launch
@@ -507,11 +506,12 @@ def keypoint_l2(
     reduction: str,
     backend: str,
 ) -> Tensor:
-    """The L2 term of `PolygonLoss`, whose arguments are checked: vertices (B, N, 2), bools (B, N), sigmas (N,) or one.
+    """The L2 term of `PolygonLoss`, whose arguments are checked.
 
+    Vertices are (B, N, 2), both in the type that is computed in, `visible` is (B, N) and bool, `sigmas` (N,) or one.
     What is traced is left to the compiler, which fuses it.
     """
-    area = area.detach().reshape(-1).to(compute_dtype(pred.dtype, target.dtype))
+    area = area.detach().reshape(-1).to(pred.dtype)
     if is_empty(pred.shape[0]) or not takes_kernel(backend, pred) or triton_mgiou.ops.needs_dispatcher(pred, target):
         losses = keypoint_reference.per_sample_l2(pred, target, visible, area, sigmas)
         return reduce(losses, weight, reduction, avg_factor)

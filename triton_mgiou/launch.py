@@ -529,8 +529,7 @@ class KeypointKey(NamedTuple):
     """All that decides which variant of the kernel runs."""
 
     device: int
-    pred_dtype: torch.dtype
-    target_dtype: torch.dtype
+    dtype: torch.dtype
     sigmas: bool  # one of each vertex
     weight: torch.dtype | None
     per_sample: bool
@@ -549,7 +548,6 @@ def prepare_keypoints(
     fields = (
         device,
         pred.dtype,
-        target.dtype,
         tolerances is not None,
         None if weight is None else weight.dtype,
         rule == "none",
@@ -575,12 +573,10 @@ def keypoint_plan(key: KeypointKey) -> Plan:
     """The variant of the kernel, not yet compiled."""
     from triton_mgiou.kernels.keypoints import l2_kernel  # noqa: PLC0415 - who needs no keypoints does not wait for it
 
-    dtype = compute_dtype(key.pred_dtype, key.target_dtype)
-    constants = {"COMPUTE": COMPUTE[dtype], "GRAD": key.gradient, "REDUCE": not key.per_sample}
-    flags = (f"{key.pred_dtype} {key.target_dtype}", *(f"{name}={value}" for name, value in constants.items()))
-    case = f"keypoints, vertices {key.vertices}, {' '.join(flags)}"
+    constants = {"COMPUTE": COMPUTE[key.dtype], "GRAD": key.gradient, "REDUCE": not key.per_sample}
+    case = f"keypoints {key.vertices}, {' '.join(f'{name}={value}' for name, value in constants.items())}"
     layout = layouts.keypoint_layout(key.vertices, INTERPRETED)
-    return Plan(l2_kernel, tuple(constants.values()), case, [layout], dtype, key.device)
+    return Plan(l2_kernel, tuple(constants.values()), case, [layout], key.dtype, key.device)
 
 
 Call = PolygonCall | BoxCall | KeypointCall

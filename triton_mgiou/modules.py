@@ -200,7 +200,8 @@ class PolygonLoss(nn.Module):
         reduction: "mean", "sum" or "none".
         return_parts: Whether a call returns the loss and its parts, or the loss alone, as the keypoint loss of a pose
             head does.
-        **options: The options of `MGIoULoss`, with its defaults; `**PAPER` for the paper's.
+        **options: The options of `MGIoULoss`, with its defaults; `**PAPER` for the paper's. `backend` is that of L2
+            too, but under `torch.compile`, which fuses L2 by itself.
 
     Raises:
         TypeError: `alpha` is neither, `sigmas` are no numbers, `return_parts` is no bool, or an option that `MGIoULoss`

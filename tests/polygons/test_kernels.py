@@ -81,9 +81,8 @@ def compiled(capability, pred_size, target_size, **options):
 
 def compiled_keypoints(size, dtype=torch.float32, sigmas=False, weighted=False):
     """The kernel of the L2 term that a training step on a GPU would run, and its plan."""
-    key = launch.KeypointKey(
-        -1, dtype, dtype, sigmas, dtype if weighted else None, False, True, layouts.keypoints_of_tile(size)
-    )
+    vertices = layouts.keypoints_of_tile(size)
+    key = launch.KeypointKey(-1, dtype, sigmas, dtype if weighted else None, False, True, vertices)
     plan = launch.keypoint_plan(key)
     number = "*" + NAMES[dtype]
     pointers = dict.fromkeys(("pred_ptr", "target_ptr", "area_ptr", "loss_ptr", "grad_ptr", "partial_ptr"), number)

@@ -113,6 +113,14 @@ def test_every_candidate_has_a_place_for_every_vertex(pred, target, large, terms
         assert all(size & (size - 1) == 0 for size in layout[:5])
 
 
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_the_papers_loss_of_many_vertices_has_one_layout(size):
+    """That of small batches is the faster one in all (run 10 of h200_layouts.json); with a term it is not."""
+    small, large = (layouts.layout(size, size, is_large, 0, False) for is_large in (False, True))
+    assert small == large
+    assert layouts.layout(size, size, False, 1, False) != layouts.layout(size, size, True, 1, False)
+
+
 def test_the_search_covers_training():
     for size in (4, 8, 16, 32, 64):
         for large in (False, True):

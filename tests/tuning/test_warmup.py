@@ -17,6 +17,7 @@ import torch
 import triton_mgiou
 from tests.conftest import INTERPRETED
 from tests.helpers import Name, run_python, triton_version
+from triton_mgiou import PolygonLoss
 from triton_mgiou.cli import main, table
 from triton_mgiou.tuning import layouts, store
 from triton_mgiou.tuning.warmup import WarmupResult
@@ -38,6 +39,7 @@ RESULT = WarmupResult(
 )  # fmt: skip
 REST = {  # of the command line's arguments, by default
     "tune": True, "boxes": [], "box_options": {}, "pairs": [], "pair_sizes": [(8400, 100)], "pair_options": {},
+    "keypoints": False,
 }  # fmt: skip
 
 
@@ -165,6 +167,30 @@ def test_triton_cpu_arguments_as_tables_and_typed_configurations_have_them():
     boxes = triton_mgiou.warmup(boxes=(Name.XYXY,), **given)
     pairs = triton_mgiou.warmup(pairs=[Name.POLYGONS], pair_sizes=[(size, size)], pair_options=options, **given)
     assert [each.fmt for each in (*boxes, *pairs)] == ["xyxy", "xyxy", "pairs of polygons"]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter or a GPU")
+@pytest.mark.parametrize("options", [{}, {"weight": True, "reduction": "none"}])
+@pytest.mark.parametrize("given", [None, [0.1, 0.2, 0.3, 0.4, 0.5]])
+def test_triton_cpu_keypoints_that_are_warmed_up_are_those_of_training(options, given, monkeypatch):
+    launch, made = triton_mgiou.launch, []
+    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(launch, "keypoint_plan", lambda key, make=launch.keypoint_plan: made.append(key) or make(key))
+    masks = {"pred_mask": True, "target_mask": True}
+    results = triton_mgiou.warmup((5,), (2,), device="cpu", options=options | masks, keypoints=True)
+    found = [(r.fmt, r.pred_vertices, r.batch, r.dtype, r.gradient) for r in results]
+    assert found[2:] == [("keypoints", 8, "any", "float32", True), ("keypoints", 8, "any", "float32", False)]
+    assert [" ".join(line.split()) for line in table(results).splitlines()[3:]] == [
+        "keypoints any float32 yes 64 x 8 keypoints, 1, - - - default",
+        "keypoints any float32 no 64 x 8 keypoints, 1, - - - default",
+    ]
+    known = len(made)
+    loss = PolygonLoss("hybrid", alpha=0.5, sigmas=given, reduction=options.get("reduction", "mean"), backend="triton")
+    pred, ones = torch.rand(3, 5, 2), torch.ones(3, 5)
+    weight = ones[:, 0] if "weight" in options else None
+    loss(pred.requires_grad_(), torch.rand(3, 5, 2), ones, ones[:, 0], weight=weight)[0].sum().backward()
+    loss(pred.detach(), torch.rand(3, 5, 2), ones, ones[:, 0], weight=weight)
+    assert len(made) == known > 0
 
 
 def test_the_table_of_results():

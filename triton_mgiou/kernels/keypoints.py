@@ -25,11 +25,9 @@ def _visible(ptr, inside, stride, first, size, VERTICES: tl.constexpr):
 
 
 @triton.jit
-def _half_difference(pred, target, visible, COMPUTE: tl.constexpr):
+def _half_difference(pred, target, visible):
     """Half of one coordinate's difference, which does not overflow; 0 where no vertex is, NaN of Inf."""
-    pred = tl.load(pred, mask=visible, other=0.0).to(COMPUTE)
-    target = tl.load(target, mask=visible, other=0.0).to(COMPUTE)
-    difference = pred * 0.5 - target * 0.5
+    difference = tl.load(pred, mask=visible, other=0.0) * 0.5 - tl.load(target, mask=visible, other=0.0) * 0.5
     return difference + difference * 0.0
 
 
@@ -109,7 +107,7 @@ def l2_kernel(
         for first in range(0, size, VERTICES):
             visible = _visible(visible_row, inside, visible_stride_n, first, size, VERTICES)
             count += tl.sum(visible.to(tl.int32), axis=1)
-        area = tl.load(area_ptr + samples * area_stride, mask=there & (count > 0), other=1.0).to(COMPUTE)
+        area = tl.load(area_ptr + samples * area_stride, mask=there & (count > 0), other=1.0)
         least = tl.full((SAMPLES,), LEAST_AREA, COMPUTE)
         side = tl.sqrt(tl.maximum(area, least, propagate_nan=tl.PropagateNan.ALL))
         counted = tl.maximum(count, 1).to(COMPUTE)
@@ -129,8 +127,8 @@ def l2_kernel(
             reach = tolerance * tl.full((1, VERTICES), ROOT_OF_TWO, COMPUTE)
             pred = pred_ptr + rows * pred_stride_b + vertices * pred_stride_n
             target = target_ptr + rows * target_stride_b + vertices * target_stride_n
-            x = _half_difference(pred, target, visible, COMPUTE)
-            y = _half_difference(pred + pred_stride_c, target + target_stride_c, visible, COMPUTE)
+            x = _half_difference(pred, target, visible)
+            y = _half_difference(pred + pred_stride_c, target + target_stride_c, visible)
             x = _near(x / side[:, None] / reach)
             y = _near(y / side[:, None] / reach)
             squared = tl.fma(x, x, y * y)

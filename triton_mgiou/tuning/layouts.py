@@ -97,9 +97,11 @@ def layout(pred_bucket: int, target_bucket: int, large_batch: bool, terms: int, 
     have eight vertices each. In large batches a thread has more elements, and so more independent instructions. The
     limit on registers lets 12 warps run at once on a multiprocessor, 16 at 128 registers and 8 at 255; without one the
     compiler spills to reach 16. `terms` counts those of the loss besides MGIoU: both of them, and float64, need more
-    registers, and in small batches few vertices a lane, but for the sizes where many measured faster.
+    registers, and in small batches few vertices a lane, but for the sizes where many measured faster. Without a term
+    the layout of small batches is the faster one in all batches of 64 vertices and more.
     """
     larger = max(pred_bucket, target_bucket)
+    large_batch = large_batch and (terms > 0 or is_double or larger < 64)
     if not large_batch and not is_double and 16 <= larger <= 256 and not (larger == 64 and terms == 2):
         axes, registers = (4, 168) if larger == 16 and terms < 2 else (8, 255)  # all of 4096 polygons of 16 at once
         elements = 1 if larger < 64 else 2

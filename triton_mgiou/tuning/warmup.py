@@ -16,6 +16,7 @@ from triton_mgiou.arguments import FLOATING, INTEGERS, check_bool, check_choice,
 from triton_mgiou.backends import kernels_unavailable
 from triton_mgiou.box_formats import FORMATS, KERNEL_FORMATS, PAIR_FORMATS
 from triton_mgiou.functional import box_mgiou, box_mgiou_loss, mgiou_loss, polygon_mgiou
+from triton_mgiou.modules import PolygonLoss
 from triton_mgiou.options import Options, Reduction
 from triton_mgiou.reduction import kernel_reduction
 from triton_mgiou.reference.polygons import compute_dtype
@@ -53,7 +54,7 @@ TENSORS = {
 class WarmupResult(NamedTuple):
     """One compiled variant of a kernel."""
 
-    pred_vertices: int  # the largest count that uses it; 0 for boxes and pairs
+    pred_vertices: int  # the largest count that uses it, of keypoints from 64 on any; 0 for boxes and pairs
     target_vertices: int
     batch: str  # the sizes that use it
     dtype: str
@@ -62,7 +63,7 @@ class WarmupResult(NamedTuple):
     us: float | None  # on the GPU; None where it was not measured
     gain: float | None  # over the default configuration: 0.1 where that takes 1.1 times as long
     source: str  # "tuned", "cache" for an earlier run's file, "rank" for another rank's, or "default"
-    fmt: str | None = None  # of boxes; "pairs of FMT" for a matrix
+    fmt: str | None = None  # of boxes; "pairs of FMT" for a matrix, "keypoints" for the L2 term of `PolygonLoss`
 
 
 def warmup(
@@ -77,6 +78,7 @@ def warmup(
     pairs: Iterable[str] = (),
     pair_sizes: Iterable[int | tuple[int, int]] = ((8400, 100),),
     pair_options: Mapping[str, Any] | None = None,
+    keypoints: bool = False,
 ) -> list[WarmupResult]:
     """Compile the kernels that training will use, and tune them, so that no step has to wait for either.
 
@@ -102,6 +104,8 @@ def warmup(
             gradient to fewer than 4096 boxes or to more.
         pair_sizes: Sizes (P, T) of matrices to measure with, or P alone where T is as large.
         pair_options: The options of `box_mgiou` and `polygon_mgiou` as training will use them, as `options`.
+        keypoints: Whether training takes the L2 term of `PolygonLoss`: compile that too, for the same vertices and
+            types. It has one layout. The loss's MGIoU is that of `{"pred_mask": True, "target_mask": True}`.
 
     Returns:
         One result for each variant: with gradient and without, each vertex count or format, batch size and type.
@@ -112,6 +116,7 @@ def warmup(
         RuntimeError: The kernels cannot run on the device.
     """
     check_bool("tune", tune)
+    check_bool("keypoints", keypoints)
     device = _device("cuda" if device is None else device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
@@ -141,6 +146,11 @@ def warmup(
         _BoxVariant(dtype, fmt, batch, gradient, device, box_given)
         for dtype, fmt, batch, gradient in itertools.product(types, formats, batches, (True, False))
     ]
+    if keypoints:
+        variants += [
+            _KeypointVariant((compute_dtype(*dtype),), max(size), gradient, device, given)
+            for dtype, size, gradient in itertools.product(types, sizes, (True, False))
+        ]
     for dtype, fmt, size in itertools.product(types, pair_formats, matrices):
         pair = _PairVariant(dtype, fmt, size, False, device, pair_given)
         variants += [pair] if fmt in _POLYGONS else [pair, *(pair.gradient_to(side) for side in (0, 1))]
@@ -400,7 +410,58 @@ class _PairVariant(NamedTuple):
         return pairs.prepare_gradient(first, second, mask1, mask2, upstream, call)
 
 
-_AnyVariant = _Variant | _BoxVariant | _PairVariant
+class _KeypointVariant(NamedTuple):
+    """The same for the L2 term of `PolygonLoss`, which has one layout: there is nothing to measure."""
+
+    dtype: tuple[torch.dtype]
+    size: int
+    gradient: bool
+    device: torch.device
+    options: Mapping[str, Any]
+    sigmas: float | None = None
+
+    def kinds(self) -> Iterator[_KeypointVariant]:
+        """Without tolerances and with them, which are two kernels."""
+        yield self
+        yield self._replace(sigmas=1.0)
+
+    def describe(self) -> dict[str, Any]:
+        """The first fields of the result, and the last."""
+        vertices = layouts.keypoints_of_tile(self.size)
+        return {"pred_vertices": vertices, "target_vertices": vertices, "batch": "any", "fmt": "keypoints"}
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A polygon, its target, which of their vertices are visible, and an area."""
+        pred, target = (_polygons(1, self.size, self.device, seed).to(self.dtype[0]) for seed in (0, 1))
+        ones = torch.ones_like(pred[..., 0])
+        return pred, target, ones > 0, ones[:, 0]
+
+    def check(self) -> None:
+        """Refuse options that the loss of polygons refuses: this takes the same."""
+        _Variant(self.dtype * 2, (3, 3), 1, self.gradient, self.device, self.options).check()
+
+    def training_step(self) -> None:
+        """Compute the term, and its gradient if asked for."""
+        pred, target, visible, area = self.inputs()
+        weight = area if self.options.get("weight", False) else None
+        kept = {"sigmas": self.sigmas, "reduction": self.options.get("reduction", "mean"), "return_parts": False}
+        loss = PolygonLoss("l2", backend="triton", **kept).to(self.device)
+        with torch.enable_grad():
+            value = loss(pred.requires_grad_(self.gradient), target, visible, area, weight=weight)
+            if self.gradient:
+                value.sum().backward()
+
+    def prepare(self) -> _Prepared:
+        """A launch on this input."""
+        from triton_mgiou import launch  # noqa: PLC0415 - needs Triton
+
+        pred, target, visible, area = self.inputs()
+        call = launch.KeypointCall(visible, area, 1.0, Reduction(rule=self.options.get("reduction", "mean")))
+        plan, arguments, loss, _ = launch.prepare_keypoints(pred, target, call, self.gradient, stream=0)
+        return _Prepared(plan, 1, arguments, [loss])
+
+
+_AnyVariant = _Variant | _BoxVariant | _KeypointVariant | _PairVariant
 
 
 def _tune(variant: _AnyVariant, measuring: bool) -> tuple[str, WarmupResult]:
