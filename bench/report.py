@@ -1,6 +1,6 @@
 """Write one table in Markdown and the figures from the JSON of `bench.speed`.
 
-    python -m bench.report bench/results/h200.json bench/results/h200_peers.json bench/results/h200_others.json
+    python -m bench.report bench/results/h200.json bench/results/h200_others.json bench/results/h200_compiled.json
 
 The files are written beside the first one, under its name: h200.md, h200_batch.png and so on. Several files have to
 come from the same machine and versions, but that one may lack a package.

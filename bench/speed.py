@@ -1,8 +1,9 @@
 """Measure the loss against its peers and write one JSON.
 
     python -m bench.speed --out speed.json
-    python -m bench.speed --out h200.json --only training                                           # 2 minutes
-    python -m bench.speed --out h200_others.json --only large batch vertices bfloat16 compiled      # 4 minutes
+    python -m bench.speed --out h200.json --only training large batch                # 5 minutes
+    python -m bench.speed --out h200_others.json --only bfloat16 vertices            # 2 minutes
+    python -m bench.speed --out h200_compiled.json --only compiled                   # 2 minutes
 
 Each implementation is first held against its definition in float64 on the same input; one that disagrees, and one
 that cannot run here, is named in the file instead of timed. The file is written after each size, the most
