@@ -33,7 +33,7 @@ TIMEOUT = 3600  # seconds, more than the whole suite takes; a mutant that loops 
 NO_TESTS = (4, 5)  # statuses of pytest for a file or a selection that is not there
 NO_IMPORT = "ImportError while loading conftest"  # also a status of 4, but of a mutant that cannot even be imported
 SHAPES = {"pair": "pairs", "box": "boxes"}  # folders of tests, by the first that is in their sources' names
-LOSS = ("value", "gradient", "boundary", "defaults", "degenerate", "properties")
+LOSS = ("value", "gradient", "boundary", "defaults", "degenerate", "properties", "l2")
 
 Command = tuple[bool, list[str]]  # whether the kernels run in Triton's interpreter, and arguments of pytest
 

@@ -11,6 +11,7 @@ registers and bytes of local memory of each variant.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -30,6 +31,7 @@ from tests.boxes.test_kernels import compiled as compiled_boxes
 from tests.pairs.test_kernels import box_kernel as compiled_box_pairs
 from tests.pairs.test_kernels import polygon_kernel as compiled_polygon_pairs
 from tests.polygons.test_kernels import compiled as compiled_polygons
+from tests.polygons.test_kernels import compiled_keypoints
 from triton_mgiou.box_formats import KERNEL_FORMATS, PAIR_FORMATS
 from triton_mgiou.options import OVERS
 
@@ -134,9 +136,20 @@ def pair_variants() -> dict[str, Build]:
     return found
 
 
+def keypoint_variants() -> dict[str, Build]:
+    """The same of the kernel of keypoints."""
+    found: dict[str, Build] = {}
+    for size, capability in itertools.product((4, 64), (80, 90)):
+        found[f"keypoints-{size}-sm{capability}"] = partial(compiled_keypoints, capability, size)
+        name = f"keypoints-{size}-sigmas-weighted-sm{capability}"
+        found[name] = partial(compiled_keypoints, capability, size, sigmas=True, weighted=True)
+    found["keypoints-4-float64-sm90"] = partial(compiled_keypoints, 90, 4, torch.float64)
+    return found
+
+
 def variants() -> dict[str, Build]:
     """All of them."""
-    return polygon_variants() | box_variants() | pair_variants()
+    return polygon_variants() | box_variants() | pair_variants() | keypoint_variants()
 
 
 def without_names(ptx: str) -> str:

@@ -134,7 +134,7 @@ def test_keypoints(dtype, batch, size, sigmas, weighted):
     visible = torch.rand(batch, size, generator=torch.Generator().manual_seed(size)) < 0.8
     area, weight = torch.linspace(0.1, 3, batch, dtype=dtype), torch.linspace(2, 0.5, batch, dtype=dtype)
     tolerances = torch.linspace(0.5, 1.5, size) / size
-    kernel, plan = compiled_keypoints(size, dtype, sigmas, weighted)
+    kernel = compiled_keypoints(90, size, dtype, sigmas, weighted)
     value, gradient = torch.empty(1, dtype=dtype), torch.full_like(pred, math.nan)
     arguments = {
         "pred_ptr": pred, "target_ptr": target, "visible_ptr": visible.view(torch.uint8), "area_ptr": area,
@@ -146,7 +146,7 @@ def test_keypoints(dtype, batch, size, sigmas, weighted):
         "visible_stride_b": size, "visible_stride_n": 1, "area_stride": 1, "sigmas_stride": 1, "weight_stride": 1,
         "batch": batch, "size": size, "divisor": float(batch), "sigma": 1 / size,
     }  # fmt: skip
-    run(kernel, arguments, plan.layout.grid(batch)[0])
+    run(kernel, arguments, layouts.keypoint_layout(layouts.keypoints_of_tile(size), False).grid(batch)[0])
     leaf = pred.double().requires_grad_()
     sigma = tolerances.double() if sigmas else 1 / size
     lost = 1 - torch.exp(-(leaf - target).square().sum(-1) / (8 * sigma**2 * area.double().unsqueeze(-1)))

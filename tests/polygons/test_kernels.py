@@ -79,8 +79,8 @@ def compiled(capability, pred_size, target_size, **options):
     return triton.compile(source, target=target, options=plan.layout.options())
 
 
-def compiled_keypoints(size, dtype=torch.float32, sigmas=False, weighted=False):
-    """The kernel of the L2 term that a training step on a GPU would run, and its plan."""
+def compiled_keypoints(capability, size, dtype=torch.float32, sigmas=False, weighted=False):
+    """The kernel of `PolygonLoss`'s L2 term that a training step on such a GPU would run."""
     vertices = layouts.keypoints_of_tile(size)
     key = launch.KeypointKey(-1, dtype, sigmas, dtype if weighted else None, False, True, vertices)
     plan = launch.keypoint_plan(key)
@@ -95,7 +95,7 @@ def compiled_keypoints(size, dtype=torch.float32, sigmas=False, weighted=False):
     constants |= {name: None for name in names if name not in constants | pointers | annotated}
     signature = {name: "constexpr" if name in constants else (pointers | annotated)[name] for name in names}
     source = ASTSource(plan.kernel, signature, constants, {})
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=plan.layout.options()), plan
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=plan.layout.options())
 
 
 def local_memory(kernel, path):
@@ -115,7 +115,7 @@ def test_kernels_for_training_do_not_spill(size, capability, tmp_path):
 
 @pytest.mark.parametrize("size", [4, 64])
 def test_the_kernel_of_keypoints_does_not_spill(size, tmp_path):
-    assert local_memory(compiled_keypoints(size)[0], tmp_path / "kernel.cubin") == 0
+    assert local_memory(compiled_keypoints(90, size), tmp_path / "kernel.cubin") == 0
 
 
 @pytest.mark.parametrize("size", TRAINING)
