@@ -175,14 +175,32 @@ def test_a_kernel_that_cannot_run_is_refused():
         PolygonLoss("l2", backend="triton")(*keypoints(2, 4, "cpu"))
 
 
-def test_far_vertices_have_lost_everything_and_have_no_gradient(backend):
+@pytest.mark.parametrize("area", [1.0, 0.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_far_vertices_have_lost_everything_and_have_no_gradient(backend, area, sign):
     """Up to differences that no float32 holds."""
-    far = torch.tensor([1e2, 1e4, 1e19, 3e38], device=backend.device).view(-1, 1, 1).repeat(1, 1, 2)
+    far = sign * torch.tensor([1e2, 1e4, 1e19, 3e38], device=backend.device).view(-1, 1, 1).repeat(1, 1, 2)
     pred = far.clone().requires_grad_()
     ones = torch.ones(4, 1, device=backend.device)
-    value = PolygonLoss("l2", return_parts=False, reduction="none", backend=backend.name)(pred, -far, ones, ones)
+    loss = PolygonLoss("l2", return_parts=False, reduction="none", sigmas=0.01, backend=backend.name)
+    value = loss(pred, -far, ones, area * ones)
     assert value.tolist() == [1.0] * 4
     assert torch.autograd.grad(value.sum(), pred)[0].abs().sum() == 0
+
+
+def test_an_area_that_is_no_number_spoils_its_sample_only(backend):
+    """And not one without a visible vertex, which has no use for it."""
+    pred, target, _, area = keypoints(3, 3, backend.device)
+    area[1:] = math.nan
+    visible = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 0]], device=backend.device)
+    loss = PolygonLoss("l2", return_parts=False, reduction="none", backend=backend.name)
+    value = loss(pred.requires_grad_(), target, visible, area)
+    (gradient,) = torch.autograd.grad(value.sum(), pred)
+    assert_close(value[0], by_formula(pred, target, visible, area)[0], atol=1e-6)
+    assert value[1].isnan()
+    assert value[2] == 0
+    assert_same(gradient.isnan().any(-1), torch.tensor([[0, 0, 0], [1, 1, 0], [0, 0, 0]], device=pred.device).bool())
+    assert gradient[:, 2].abs().sum() == gradient[2].abs().sum() == 0
 
 
 def test_the_least_area(backend):

@@ -107,7 +107,7 @@ def l2_kernel(
         for first in range(0, size, VERTICES):
             visible = _visible(visible_row, inside, visible_stride_n, first, size, VERTICES)
             count += tl.sum(visible.to(tl.int32), axis=1)
-        area = tl.load(area_ptr + samples * area_stride, mask=there & (count > 0), other=1.0)
+        area = tl.load(area_ptr + samples * area_stride, mask=there, other=1.0)
         least = tl.full((SAMPLES,), LEAST_AREA, COMPUTE)
         side = tl.sqrt(tl.maximum(area, least, propagate_nan=tl.PropagateNan.ALL))
         counted = tl.maximum(count, 1).to(COMPUTE)
