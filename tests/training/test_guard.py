@@ -744,14 +744,83 @@ def test_the_story_names_ten_tensors(count, folder):
     assert ("\nand 2 more\n" in story, " more\n" in story) == (count == 12, count == 12)
 
 
-def test_a_full_disk_does_not_swallow_the_story(folder):
+def test_a_full_disk_does_not_swallow_the_story(folder, monkeypatch):
     model, optimizer = make()
     guard = TrainingGuard(model, optimizer, patience=1, checkpoint_dir=folder)
-    (folder / "failed.pt.tmp").mkdir()
-    with pytest.raises(TrainingStoppedError, match=r"with its gradients: not written, .*Is a directory") as caught:
+    save = torch.save
+
+    def is_full(state, file):
+        save(state, file)
+        if "gradients" in state:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", is_full)
+    with pytest.raises(TrainingStoppedError, match=r"with its gradients: not written, .*No space left") as caught:
         guard.step(backward(model, optimizer, batch(0) * NAN))
     assert str(caught.value).endswith(f"restored: {folder / 'last-good.pt'}")
-    assert sorted(path.name for path in folder.iterdir()) == ["failed.pt.tmp", "last-good.pt"]
+    assert [path.name for path in folder.iterdir()] == ["last-good.pt"], "and nothing unfinished fills it up"
+
+
+def guard_of(value, folder):
+    """A guard whose model is one weight of this value."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, value)
+    return TrainingGuard(model, torch.optim.SGD(model.parameters(), lr=0.1), patience=1, checkpoint_dir=folder)
+
+
+def stop(guard):
+    guard.optimizer.zero_grad()
+    loss = guard.model.weight.sum()
+    loss.backward()
+    with pytest.raises(TrainingStoppedError) as caught:
+        guard.step(loss * NAN)
+    return str(caught.value)
+
+
+def weights_in(folder):
+    """The weight in each file."""
+    return {path.name: torch.load(path)["model"]["weight"].item() for path in folder.iterdir()}
+
+
+def test_runs_one_after_the_other_lose_nothing_and_the_newest_has_the_name(folder):
+    for value in (1.0, 2.0, 3.0):  # each as a process that was restarted
+        guard = guard_of(value, folder)
+        assert guard.save() == guard.save() == folder / "last-good.pt"
+        assert stop(guard).endswith(f"restored: {folder / 'last-good.pt'}")
+    good = {"last-good.pt": 3.0, "last-good-2.pt": 1.0, "last-good-3.pt": 2.0}
+    assert weights_in(folder) == good | {"failed.pt": 3.0, "failed-2.pt": 1.0, "failed-3.pt": 2.0}
+
+
+def test_guards_side_by_side_have_a_file_each(folder):
+    guards = [guard_of(value, folder) for value in (1.0, 2.0, 3.0)]
+    for _ in range(3):
+        paths = [guard.save() for guard in guards]
+    assert [path.name for path in paths] == ["last-good-2.pt", "last-good-3.pt", "last-good.pt"]
+    assert weights_in(folder) == {"last-good-2.pt": 1.0, "last-good-3.pt": 2.0, "last-good.pt": 3.0}
+    assert stop(guards[0]).endswith(f"restored: {paths[0]}")
+    assert stop(guards[1]).splitlines()[-2].endswith(f"with its gradients: {folder / 'failed.pt'}")
+    good = {path.name: value for path, value in zip(paths, (1.0, 2.0, 3.0), strict=True)}
+    assert weights_in(folder) == good | {"failed-2.pt": 1.0, "failed.pt": 2.0}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_files_that_no_guard_wrote_stay_too(links, folder, monkeypatch):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    if not links:  # as in many file systems that are mounted from elsewhere
+        monkeypatch.setattr(os, "link", refuse)
+    guard = guard_of(1.0, folder)
+    for name in ("last-good.pt", "last-good-2.pt", "last-good-4.pt"):
+        (folder / name).write_text(name)
+    assert guard.save() == guard.save() == folder / "last-good.pt"
+    (folder / "last-good.pt").unlink()
+    (folder / "last-good.pt").write_text("later")
+    assert guard.save() == folder / "last-good.pt"
+    expected = {"2": "last-good-2.pt", "3": "last-good.pt", "4": "last-good-4.pt", "5": "later"}
+    assert {number: (folder / f"last-good-{number}.pt").read_text() for number in expected} == expected
+    assert len(list(folder.iterdir())) == 5
+    assert torch.load(folder / "last-good.pt")["model"]["weight"] == 1
 
 
 def test_saving_in_between(folder):
@@ -1177,8 +1246,13 @@ for parameter in model.parameters():
 optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 guard = TrainingGuard(model, optimizer, checkpoint_dir=sys.argv[1])
 path = guard.save()
-unfinished = Path(str(path) + ".tmp")
+folder = Path(sys.argv[1])
 cut = 0
+last = []
+
+def unfinished():
+    return list(folder.glob("last-good.pt.*.tmp"))
+
 for kill in range(8):
     before = path.stat().st_ino
     child = os.fork()
@@ -1190,18 +1264,22 @@ for kill in range(8):
             model(torch.ones(1, 1000)).sum().backward()
             guard.step()
             guard.save()
-    while path.stat().st_ino == before or not unfinished.exists():
+    while path.stat().st_ino == before or not unfinished():
         time.sleep(0.0002)
     time.sleep(0.001 * kill)
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    cut += unfinished.exists()
-    unfinished.unlink(missing_ok=True)
+    cut += len(unfinished())
+    for each in unfinished():
+        each.unlink()
     state = torch.load(path, weights_only=True)
     assert state["step"] > 0
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     assert all(parameter.eq(state["step"]).all() for parameter in model.parameters())
+    last.append(state["step"])
+kept = [torch.load(folder / f"last-good-{number}.pt", weights_only=True)["step"] for number in range(2, 9)]
+assert kept == last[:-1], "each child put aside what the one before had left"
 print(cut)
 """
 

@@ -21,6 +21,7 @@ from triton_mgiou.training.finite import NonFiniteError, find_nonfinite
 from triton_mgiou.training.snapshot import (
     ModuleSnapshot,
     OptimizerSnapshot,
+    OwnFile,
     Place,
     check_plain,
     checkable,
@@ -29,7 +30,6 @@ from triton_mgiou.training.snapshot import (
     parameters_of,
     places,
     plain_numbers,
-    save_atomically,
 )
 
 LAST_GOOD, FAILED = "last-good.pt", "failed.pt"
@@ -132,7 +132,9 @@ class TrainingGuard:
             unless you have done so, to look at the gradients first.
         max_norm: Gradients are scaled down to this global L2 norm, above 0; None or `math.inf` leave them as they are.
         patience: How many bad steps in a row end the training, 1 or above.
-        checkpoint_dir: Folder for the checkpoints, made if it does not exist.
+        checkpoint_dir: Folder for the checkpoints, made if it does not exist. `last-good.pt` and `failed.pt` are the
+            newest guard's, as a restarted run expects. What an earlier run or another guard has written there stays,
+            as `last-good-2.pt`, `last-good-3.pt` and so on, so give guards that work side by side a folder each.
         extra_modules: Modules to watch and restore with the model: PyTorch's `AveragedModel`, a copy of the model, a
             loss with weights of its own, or an object with a module in `ema`, as Ultralytics' `ModelEMA`.
 
@@ -172,6 +174,7 @@ class TrainingGuard:
         self.max_norm = math.inf if max_norm is None else float(max_norm)
         self.patience = int(patience)
         self.checkpoint_dir = Path(checkpoint_dir)
+        self._last_good, self._failed = (OwnFile(self.checkpoint_dir / name) for name in (LAST_GOOD, FAILED))
         self.steps = 0
         self.skipped = 0
         self.search_skips = 0
@@ -333,14 +336,12 @@ class TrainingGuard:
 
         A process that is killed on the way leaves the file that was there before. The file holds "model", "optimizer"
         and "scaler" for their `load_state_dict`, and "step"; `torch.load` reads it with `weights_only=True`.
+        The guard replaces what it has written itself, and nothing else: see `checkpoint_dir`.
 
         Returns:
             The file. Only rank 0 writes it.
         """
-        path = self.checkpoint_dir / LAST_GOOD
-        if self._writes():
-            save_atomically(self._checkpoint(), path)
-        return path
+        return self._last_good.save(self._checkpoint()) if self._writes() else self._last_good.path
 
     def _checkpoint(self) -> dict[str, Any]:
         """The last good state as a file has it."""
@@ -353,7 +354,7 @@ class TrainingGuard:
             **({"extra_modules": extras} if extras else {}),
         }
 
-    def _failed(self, now: Mapping[str, Place]) -> dict[str, Any]:
+    def _failed_state(self, now: Mapping[str, Place]) -> dict[str, Any]:
         """The state as it is, with the gradients."""
         extras = [extra.module.state_dict() for extra in self._extras]
         return {
@@ -367,7 +368,7 @@ class TrainingGuard:
 
     def _stop(self, now: Mapping[str, Place], extras: list[dict[str, Place]], found: list[str], hint: str) -> NoReturn:
         """Write the state as it is, go back to the last good one, write that, and raise what lists the last steps."""
-        outcomes = [self._try_to_write(lambda: self._failed(now), FAILED)]
+        outcomes = [self._try_to_write(lambda: self._failed_state(now), self._failed)]
         self._drop_gradients()
         self._model_snapshot.put_back(now, parameters=True)
         for extra, places_now in zip(self._extras, extras, strict=True):
@@ -375,7 +376,7 @@ class TrainingGuard:
         self._optimizer_snapshot.put_back(self.optimizer)
         if self.scaler is not None:
             self.scaler.load_state_dict(self._kept_scaler)
-        outcomes.append(self._try_to_write(self._checkpoint, LAST_GOOD))
+        outcomes.append(self._try_to_write(self._checkpoint, self._last_good))
         self._bad_in_a_row = self._overflows_in_a_row = 0  # for whoever catches the error and goes on
         if _is_distributed():  # a launcher may end all processes as soon as one of them has raised
             distributed.barrier(group=self._group)
@@ -392,14 +393,11 @@ class TrainingGuard:
         ]
         raise TrainingStoppedError("\n".join(lines))
 
-    def _try_to_write(self, state: Callable[[], dict[str, Any]], name: str) -> str:
-        path = self.checkpoint_dir / name
+    def _try_to_write(self, state: Callable[[], dict[str, Any]], file: OwnFile) -> str:
         try:
-            if self._writes():
-                save_atomically(state(), path)
+            return str(file.save(state()) if self._writes() else file.path)
         except Exception as error:  # a full disk, or what cannot be pickled: the error matters more
             return f"not written, {error}"
-        return str(path)
 
     def _find(self, loss: Tensor | None, now: Mapping[str, Place]) -> tuple[list[str], str]:
         """What is not finite, by name, and where to look first."""

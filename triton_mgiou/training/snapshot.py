@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -234,20 +236,68 @@ def checkable(tensor: Tensor | None) -> Tensor | None:
     return tensor.float() if tensor.element_size() == 1 else tensor  # float8 has few operations
 
 
-def save_atomically(state: object, path: Path) -> None:
-    """`torch.save` to a file that has, at any moment, the old content or the new one."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with open(unfinished, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    if os.name == "posix":  # the new name has to reach the disk as well
-        folder = os.open(path.parent, os.O_RDONLY)
+class OwnFile:
+    """A file that its owner replaces again and again; what others have written under its name stays.
+
+    The name is that of the newest owner. What was there before keeps a number: `last-good.pt` becomes
+    `last-good-2.pt`, the next one `last-good-3.pt`. If its owner is still at work, it goes on under that number.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._written: tuple[int, ...] | None = None
+
+    def save(self, state: object) -> Path:
+        """`torch.save` to the file, which has, at any moment, the old content or the new one."""
+        unfinished = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.tmp")
         try:
-            os.fsync(folder)
+            with open(unfinished, "xb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            written = _identity(unfinished)
+            path = self._place()
+            os.replace(unfinished, path)
         finally:
-            os.close(folder)
+            unfinished.unlink(missing_ok=True)
+        self._written = written
+        if os.name == "posix":  # the new name has to reach the disk as well
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        return path
+
+    def _place(self) -> Path:
+        """Where the owner's last one is, else the name, from which another's is put aside."""
+        if self._written is not None:
+            numbered = self.path.parent.glob(f"{self.path.stem}-*{self.path.suffix}")
+            for path in (self.path, *numbered):
+                if path.exists() and _identity(path) == self._written:
+                    return path
+        if self.path.exists():
+            self._put_aside()
+        return self.path
+
+    def _put_aside(self) -> None:
+        for number in itertools.count(2):
+            aside = self.path.with_stem(f"{self.path.stem}-{number}")
+            if aside.exists():
+                continue
+            try:
+                os.link(self.path, aside)  # so that a kill cannot leave the name without a file
+            except FileExistsError:  # another process was faster
+                continue
+            except OSError:  # there are no links in this file system
+                os.rename(self.path, aside)
+            return
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What a file keeps under another name, and no other one has."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def _put(place: Place, copied: Tensor | None) -> None:
