@@ -47,6 +47,20 @@ TABLES = {
         '"a; lr=.1; seed=1","b; lr=.1; seed=2"\n1,2\n3,4\n',
         [TWO[0]._replace(name="a; lr=.1; seed=1"), TWO[1]._replace(name="b; lr=.1; seed=2")],
     ),
+    "more semicolons in the names than commas": (
+        "epoch,loss (x;y;z)\n3,0.5\n4,0.25\n", [LOSS[0]._replace(name="loss (x;y;z)")]
+    ),
+    "more commas in the names than semicolons": (
+        "epoch;loss (x,y,z)\n3;0,5\n4;0,25\n", [LOSS[0]._replace(name="loss (x,y,z)")]
+    ),
+    "more commas in the names than tabs": (
+        "epoch\tloss (x, y, z)\n3\t0.5\n4\t0.25\n", [LOSS[0]._replace(name="loss (x, y, z)")]
+    ),
+    "other delimiters in names, a comma behind each row": (
+        "epoch,loss;x\n3,0.5,\n4,0.25,\n", [LOSS[0]._replace(name="loss;x")]
+    ),
+    "tabs behind the commas": ("a,\tb\n1,\t2\n3,\t4\n", TWO),
+    "no head, more decimal commas than semicolons": ("1,0;2,0\n3,0;4,0\n", UNNAMED),
     "quoted numbers with a decimal comma": ('"1,0";2\n"3,0";4\n', UNNAMED),
     "blanks before quotes": (
         'a, "b, of the test"\n1, "2"\n 3, "4" \n', [TWO[0], TWO[1]._replace(name="b, of the test")]
@@ -214,6 +228,7 @@ def test_another_word_among_numbers_is_damage(text, cell, read):
         ('{"a": "x"}', "has no column of numbers"),
         ('{"log_history": 3}', "has no column of numbers"),
         ("[1, 2]", "has no objects of numbers, but float"),
+        ("a,b\n1," + "x" * 200_000, r"is no table: field larger than field limit \(131072\)"),
         (b"a,b\n\xff\xfe\n", "is no table: it is not UTF-8 text"),
         ("0/9 1G 0.5 7 31 0.1 0.2 0.3 0.4 0.6", "is no results.txt of YOLOv5: it has no column of image sizes"),
     ],

@@ -152,15 +152,12 @@ def _json(text: str) -> Any:
 
 def _text_rows(lines: list[str], notes: list[str], words: dict[str, str], tag: str) -> list[Row]:
     unquoted = re.sub('"[^"]*"', "", lines[0])  # names may hold what elsewhere stands between them
-    delimiter = max((";", "\t", ","), key=unquoted.count)  # 1;0,5 has as many of both
+    delimiters = sorted((each for each in (";", "\t", ",") if each in unquoted), key=unquoted.count, reverse=True)
     spaced = lines[0].split()
     if len(spaced) > 1 and all(YOLO.fullmatch(cell) or _number(cell) is not None for cell in spaced):
-        delimiter = " "
-    if delimiter in lines[0] and delimiter != " ":
-        parsed = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)  # blanks before a quote too
-        split = [[cell.strip() for cell in cells] for cells in parsed]
-    else:
-        split = [line.split() for line in lines]
+        delimiters = []
+    splits = [_split(lines, each) for each in delimiters] or [[line.split() for line in lines]]
+    split = splits[0] if len(splits) == 1 else max(splits, key=_share_of_numbers)
     if len(split[0]) > 8 and all(map(YOLO.fullmatch, split[0][:2])):
         split = [[cells[0].partition("/")[0], *cells[2:]] for cells in split]
         head = _yolo_head(split)
@@ -185,6 +182,21 @@ def _text_rows(lines: list[str], notes: list[str], words: dict[str, str], tag: s
             broken.append(f"row {number} has {len(cells)} cells instead of {len(head)}")
     _refuse_or_note(broken, len(split), notes)
     return _numbers(rows, notes, words)
+
+
+def _split(lines: list[str], delimiter: str) -> list[list[str]]:
+    """The cells of each line, without the blanks around them."""
+    try:
+        parsed = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True))  # blanks before a quote too
+    except csv.Error as error:
+        raise TableError(f"is no table: {error}") from None
+    return [[cell.strip() for cell in cells] for cells in parsed]
+
+
+def _share_of_numbers(split: list[list[str]]) -> float:
+    """How many of the cells are numbers, without those of rows that are shorter than the first one."""
+    numbers = sum(_number(cell) is not None for row in split if len(row) >= len(split[0]) for cell in row)
+    return numbers / sum(map(len, split))
 
 
 def _numbers(rows: list[dict[str, str]], notes: list[str], words: dict[str, str]) -> list[Row]:
