@@ -357,7 +357,7 @@ class PolygonLoss(nn.Module):
 def _are_no_numbers(values: Any) -> bool:
     """Whether these are bools or complex numbers, which PyTorch casts to float32; the cast tells of all else."""
     try:
-        dtype = torch.as_tensor(values).dtype
+        dtype = torch.as_tensor(values if isinstance(values, Tensor) else np.asarray(values)).dtype
     except (OverflowError, RuntimeError, TypeError, ValueError):
         return False
     return dtype == torch.bool or dtype.is_complex

@@ -615,7 +615,14 @@ def test_wrong_options():
         for sigmas in ("x", 1j, 10**400, ["0.1", None], [[0.1], [0.1, 0.2]], {0: 0.1}, np.array([0.1 + 0.1j] * 5)):
             with pytest.raises(TypeError, match=r"^sigmas must be numbers above 0, got "):
                 PolygonLoss(mode, alpha=0.5, sigmas=sigmas)
-        for sigmas in (True, [True] * 5, np.bool_(True), np.ones(5, dtype=bool), torch.ones(5, dtype=torch.bool)):
+        for sigmas in (
+            True,
+            [True] * 5,
+            np.bool_(True),
+            [np.bool_(True)] * 5,
+            np.ones(5, dtype=bool),
+            torch.ones(5, dtype=torch.bool),
+        ):
             with pytest.raises(TypeError, match=r"^sigmas must be numbers above 0, got "):
                 PolygonLoss(mode, alpha=0.5, sigmas=sigmas)
         with pytest.raises(TypeError, match=r"^alpha must be a number, got Fraction"):
