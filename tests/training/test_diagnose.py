@@ -86,6 +86,19 @@ def test_optimizer_state(tmp_path, diagnose):
     assert [line.split(":")[0].strip() for line in out[1:]] == ["optimizer.state.1.exp_avg_sq"]
 
 
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_a_whole_optimizer(new, tmp_path, diagnose):
+    """Its state has parameters as keys, whose text has many lines."""
+    model, optimizer = trained()
+    optimizer.state[model[0].weight]["exp_avg_sq"][1] = INF
+    torch.save(optimizer, tmp_path / "c.pth", _use_new_zipfile_serialization=new)
+    status, out, _ = diagnose(tmp_path / "c.pth")
+    assert status == 1
+    assert out[1].startswith("  state.0.exp_avg_sq: 0 NaN and 3 Inf in shape (4, 3), float32; first at [1, 0],")
+    assert len(out) == 3
+    assert out[2].startswith("  not run, only looked into: torch.optim.adam.Adam")
+
+
 def test_the_number_of_tensors_and_numbers(tmp_path, diagnose):
     torch.save({"a": torch.zeros(3, 5), "b": [torch.tensor(1), "text"]}, tmp_path / "c.pt")
     assert diagnose(tmp_path / "c.pt")[1] == [f"{tmp_path / 'c.pt'}: tensors: 2, numbers: 16, problems: 0"]

@@ -169,6 +169,17 @@ def test_find_nonfinite_in_a_checkpoint():
     assert names == ["optimizer.state.0.exp_avg_sq", "ema.0.w", "circle.0"]
 
 
+def test_a_tensor_that_is_a_key_is_named_by_its_number():
+    """As parameters are in the state of an optimizer; their text has many lines."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.state[model.bias]["exp_avg"][1] = NAN
+    assert [report.name for report in find_nonfinite(optimizer.state)] == ["1.exp_avg"]
+    assert [report.name for report in find_nonfinite({(1, 2): {model.bias: optimizer.state}})] == ["(1, 2).0.1.exp_avg"]
+
+
 def test_find_nonfinite_in_a_deep_nesting():
     nested = torch.tensor(NAN)
     for _ in range(5000):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from triton_mgiou.training.finite import as_tensor, describe
+from triton_mgiou.training.finite import as_tensor, describe, named_values
 from triton_mgiou.training.inert import LEGACY, Array, StandIn, Unpickler, load_bytes, pickle_module
 
 READ = "checkpoints of torch.save, safetensors files and folders of torch.distributed.checkpoint"
@@ -244,7 +244,7 @@ def _children(value: Any) -> list[tuple[str, Any]]:
             inner = [value[name] for name in ("_parameters", "_buffers", "_modules")]
             others = {name: each for name, each in value.items() if not str(name).startswith("_")}
             return [item for each in (*inner, others) for item in _children(each)]
-        return [(str(name), each) for name, each in value.items()]
+        return named_values(value)
     if isinstance(value, np.ndarray):  # a structured one
         return [(name, value[name]) for name in value.dtype.names or ()]
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -146,7 +146,7 @@ def named_tensors(nested: object) -> Iterator[tuple[str, Tensor]]:
             children += [(f"{name}.grad", p.grad) for name, p in value.named_parameters() if p.grad is not None]
             children += value.named_buffers()
         elif isinstance(value, Mapping):
-            children += value.items()
+            children += named_values(value)
         elif isinstance(value, (list, tuple)):
             children += enumerate(value)
         elif isinstance(value, np.ndarray):  # of objects, or with fields
@@ -156,6 +156,11 @@ def named_tensors(nested: object) -> Iterator[tuple[str, Tensor]]:
         if children and id(value) not in seen:
             seen[id(value)] = value
             waiting += [(f"{path}.{name}" if path else str(name), child) for name, child in reversed(children)]
+
+
+def named_values(mapping: Mapping[Any, Any]) -> list[tuple[str, Any]]:
+    """Values with the names of their keys; of a tensor, as in an optimizer's state, whose text is long, its number."""
+    return [(str(i if isinstance(key, Tensor) else key), value) for i, (key, value) in enumerate(mapping.items())]
 
 
 def as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
