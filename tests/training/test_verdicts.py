@@ -12,6 +12,7 @@ import random
 import struct
 import tempfile
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -1070,6 +1071,14 @@ def without_shard(path):
     (path / "__0_0.distcp").unlink()
 
 
+def compressed_shard(path):
+    """As an extension of a FileSystemWriter compresses each tensor."""
+    dcp({"w": torch.ones(3)})(path)
+    shard = path / "__0_0.distcp"
+    whole = shard.read_bytes()
+    shard.write_bytes(zlib.compress(whole).ljust(len(whole), b"\0"))
+
+
 def of_python_2(values):
     """An array in a pickle of Python 2, as detectron2's model zoo has them: bytes are text there."""
     return (
@@ -1266,6 +1275,12 @@ CASES |= {
         "rows: 20",
     ),
     "an empty file": ("last.pt", binary(b""), 2, "is empty"),
+    "a compressed shard": (
+        "step_100",
+        compressed_shard,
+        2,
+        "has a shard that is compressed, of safetensors, or damaged",
+    ),
     "a shard that is not there": ("step_100", without_shard, 2, "__0_0.distcp: No such file"),
 }
 

@@ -330,6 +330,8 @@ def _read_folder(path: Path) -> Checkpoint:
                 record = file.read(length)
             if len(record) != length:
                 raise CheckpointError(f"is damaged: {shard.name} ends before {name}")
+            if not record.startswith((b"PK", *PICKLE)):
+                raise CheckpointError(f"has a shard that is compressed, of safetensors, or damaged: {shard.name}")
             loaded, classes = _load_record(record)
             if isinstance(loaded, (int, float)):
                 owner, _, key = name.rpartition(".")
