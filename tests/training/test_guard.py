@@ -24,6 +24,7 @@ from triton_mgiou.training import (
     TrainingStoppedError,
     find_nonfinite,
 )
+from triton_mgiou.training.finite import named_tensors
 
 
 def make(optimizer=torch.optim.AdamW, **options):
@@ -225,6 +226,51 @@ def test_a_step_with_finite_gradients_that_breaks_the_weights(folder):
     with pytest.raises(TrainingStoppedError, match=r"\n0.weight: .*\n(.*\n)*the step before made them"):
         guard.step(backward(model, optimizer, batch(2)))
     assert_same_state(state_of(model, optimizer), verified)
+
+
+class Factored(torch.optim.SGD):
+    """As Shampoo and SOAP: the state of a parameter has several tensors of one kind, which grow here by 1 a step."""
+
+    def __init__(self, parameters, lr, wrap):
+        super().__init__(parameters, lr)
+        self.wrap = wrap
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            if not state:
+                state["factors"] = self.wrap(torch.zeros(2), torch.zeros(3))
+            for _, factor in named_tensors(state["factors"]):
+                factor.add_(1)
+        super().step()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (lambda *both: list(both), "1"),
+        (lambda *both: both, "1"),
+        (lambda left, right: {"left": left, "right": right}, "right"),
+        (lambda left, right: {"pairs": [(left, right)]}, "pairs.0.1"),
+    ],
+    ids=["list", "tuple", "dict", "nested"],
+)
+def test_tensors_in_containers_of_the_optimizer_state_are_seen_and_put_back(wrap, name, folder):
+    model, optimizer = make(Factored, wrap=wrap)
+    guard = TrainingGuard(model, optimizer, patience=1, checkpoint_dir=folder)
+    for index in range(3):
+        guard.step(backward(model, optimizer, batch(index)))
+    dict(named_tensors(optimizer.state[model[0].weight]))[f"factors.{name}"][2] = INF
+    with pytest.raises(TrainingStoppedError, match=rf"\noptimizer.state.0.factors.{name}: 0 NaN and 1 Inf in shape"):
+        guard.step(backward(model, optimizer, batch(3)))
+    saved = torch.load(folder / "last-good.pt", weights_only=True)
+    for state in (optimizer.state_dict()["state"], saved["optimizer"]["state"]):
+        assert len(state) == 6
+        for each in state.values():
+            left, right = (tensor for _, tensor in named_tensors(each))
+            assert (left.tolist(), right.tolist()) == ([2.0] * 2, [2.0] * 3), "from before the third step"
+    assert guard.step(backward(model, optimizer, batch(4)))
 
 
 def test_poisoned_optimizer_state_and_buffers_are_seen(folder):

@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.utils import get_total_norm
 
 from triton_mgiou.arguments import check_integer, check_one_number
-from triton_mgiou.training.finite import NonFiniteError, find_nonfinite
+from triton_mgiou.training.finite import NonFiniteError, find_nonfinite, named_tensors
 from triton_mgiou.training.snapshot import (
     ModuleSnapshot,
     OptimizerSnapshot,
@@ -459,8 +459,13 @@ class TrainingGuard:
         indices = {id(parameter): index for index, parameter in enumerate(parameters_of(self.optimizer))}
         for parameter, state in self.optimizer.state.items():
             for key, value in state.items() if isinstance(state, Mapping) else ():
-                if isinstance(value, Tensor) and key != "step":  # a counter, often on another device
-                    learned[f"optimizer.state.{indices.get(id(parameter), 'other')}.{key}"] = value
+                if key == "step":  # a counter, often on another device
+                    continue
+                name = f"optimizer.state.{indices.get(id(parameter), 'other')}.{key}"
+                if isinstance(value, Tensor):
+                    learned[name] = value
+                elif isinstance(value, (Mapping, list, tuple)):  # as the factors of Shampoo and SOAP
+                    learned |= {f"{name}.{inner}": tensor for inner, tensor in named_tensors(value)}
         return learned
 
     def _keep(self, now: dict[str, Place], extras: list[dict[str, Place]]) -> None:
