@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from tests.helpers import INF, NAN, generator, one_process
 from triton_mgiou.cli import main
 from triton_mgiou.training import (
+    AlphaSchedule,
     GradientMonitor,
     NonFiniteError,
     TrainingGuard,
@@ -286,6 +287,26 @@ def test_poisoned_optimizer_state_and_buffers_are_seen(folder):
     with pytest.warns(RuntimeWarning, match=r"step 3 skipped: 1.running_var: 1 NaN and 0 Inf .* first at \[5\]"):
         assert not guard.step(loss)
     assert guard.step(backward(model, optimizer, batch(2)))
+
+
+def test_a_schedule_in_the_model_goes_on_where_a_step_is_skipped(folder):
+    """As in the heads of mmdetection, which hold their losses: the loop steps it between two steps."""
+    model, optimizer = make()
+    model.loss = nn.ModuleDict({"alpha": AlphaSchedule(4)})
+    model.forward = nn.Sequential(*list(model)[:4]).forward
+    guard = TrainingGuard(model, optimizer, patience=2, checkpoint_dir=folder)
+    for epoch in range(4):
+        assert model.loss.alpha.step_count == epoch
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert not guard.step(backward(model, optimizer, batch(0) * NAN))
+        assert guard.step(backward(model, optimizer, batch(epoch)))
+        model.loss.alpha.step()
+    assert model.loss.alpha.step_count == 4
+    guard.patience = 1
+    with pytest.raises(TrainingStoppedError):
+        guard.step(backward(model, optimizer, batch(0) * NAN))
+    assert model.loss.alpha.step_count == 3, "that of the state that is restored"
 
 
 def test_buffers_that_are_infinite_on_purpose(folder):

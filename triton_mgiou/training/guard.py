@@ -94,8 +94,9 @@ class TrainingGuard:
     weights have then proved themselves in a forward and a backward pass. This state, from before the step, is what
     the guard keeps as the last good one, because a step can have finite gradients and still make weights that overflow
     in the next forward pass. A bad step is skipped: the gradients are dropped and the buffers (which the forward pass
-    has changed already, such as BatchNorm's running statistics) are put back to the last good ones. After `patience`
-    bad steps in a row the guard restores the last good state, writes two checkpoints and raises.
+    has changed already, such as BatchNorm's running statistics) are put back to the last good ones, with what the loop
+    itself may have set in them since, but for the count of an `AlphaSchedule`. After `patience` bad steps in a row the
+    guard restores the last good state, writes two checkpoints and raises.
 
     **GradScaler.** Gradients that overflow while loss, weights, buffers and optimizer state are finite are skipped to
     lower the scale, and do not count as bad while the scale is above 1 and fewer than 20 such steps stand in a row:

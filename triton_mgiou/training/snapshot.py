@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_mgiou.training.finite import COMPRESSED, find_nonfinite, values_of_nested
+from triton_mgiou.training.schedules import AlphaSchedule
 
 
 class Place(NamedTuple):
@@ -99,11 +100,12 @@ class ModuleSnapshot:
         """Make buffers, and with `parameters` these too, what they were.
 
         A tensor of the same shape and type is written to, any other is replaced. Buffers that have come since stay if
-        they are finite, and go if they are not.
+        they are finite, and go if they are not. The count of an `AlphaSchedule` is the loop's, which steps it between
+        two steps of the optimizer: it is put back with the parameters only.
         """
         for name, copied in self.copies.items():
             place = now.get(name, self.places[name]._replace(tensor=None))
-            if place.is_buffer or parameters:
+            if parameters or (place.is_buffer and not isinstance(place.module, AlphaSchedule)):
                 _put(place, copied)
         for name, place in now.items():
             if place.is_buffer and name not in self.copies and place.tensor is not None:
