@@ -870,6 +870,16 @@ def test_guards_side_by_side_have_a_file_each(folder):
     assert weights_in(folder) == good | {"failed-2.pt": 1.0, "failed.pt": 2.0}
 
 
+def test_files_are_written_where_the_guard_was_made_whatever_becomes_of_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    guard = guard_of(1.0, "runs")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    (tmp_path / "runs").rmdir()
+    assert stop(guard).endswith(f"restored: {tmp_path / 'runs' / 'last-good.pt'}")
+    assert weights_in(tmp_path / "runs") == {"last-good.pt": 1.0, "failed.pt": 1.0}
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_files_that_no_guard_wrote_stay_too(links, folder, monkeypatch):
     def refuse(*_):

@@ -174,7 +174,7 @@ class TrainingGuard:
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.max_norm = math.inf if max_norm is None else float(max_norm)
         self.patience = int(patience)
-        self.checkpoint_dir = Path(checkpoint_dir)
+        self.checkpoint_dir = Path(checkpoint_dir).absolute()  # the process may go to another folder
         self._last_good, self._failed = (OwnFile(self.checkpoint_dir / name) for name in (LAST_GOOD, FAILED))
         self.steps = 0
         self.skipped = 0

@@ -251,6 +251,7 @@ class OwnFile:
 
     def save(self, state: object) -> Path:
         """`torch.save` to the file, which has, at any moment, the old content or the new one."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # what was made for it may be gone
         unfinished = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.tmp")
         try:
             with open(unfinished, "xb") as file:
