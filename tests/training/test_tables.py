@@ -62,6 +62,7 @@ TABLES = {
     "tabs behind the commas": ("a,\tb\n1,\t2\n3,\t4\n", TWO),
     "no head, more decimal commas than semicolons": ("1,0;2,0\n3,0;4,0\n", UNNAMED),
     "quoted numbers with a decimal comma": ('"1,0";2\n"3,0";4\n', UNNAMED),
+    "one quoted name": ('"loss; all, of x"\n1\n3\n', [TWO[0]._replace(name="loss; all, of x")]),
     "blanks before quotes": (
         'a, "b, of the test"\n1, "2"\n 3, "4" \n', [TWO[0], TWO[1]._replace(name="b, of the test")]
     ),

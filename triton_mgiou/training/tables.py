@@ -153,6 +153,8 @@ def _json(text: str) -> Any:
 def _text_rows(lines: list[str], notes: list[str], words: dict[str, str], tag: str) -> list[Row]:
     unquoted = re.sub('"[^"]*"', "", lines[0])  # names may hold what elsewhere stands between them
     delimiters = sorted((each for each in (";", "\t", ",") if each in unquoted), key=unquoted.count, reverse=True)
+    if not unquoted:  # one name
+        delimiters = [","]
     spaced = lines[0].split()
     if len(spaced) > 1 and all(YOLO.fullmatch(cell) or _number(cell) is not None for cell in spaced):
         delimiters = []
