@@ -360,6 +360,7 @@ def test_tensors_of_any_type_and_in_a_graph(dtype):
         (SQUARE.astype("datetime64[s]"), "ndarray"),
         ([[0, 0], [1, 0], [1]], "list"),
         (SQUARE + 1j, "ndarray"),
+        (np.ma.masked_equal(SQUARE, 1), "MaskedArray"),
         ([torch.ones(2, requires_grad=True)] * 3, "list"),
         ([[0, 0], [1, None], [1, 1]], "list"),
         (np.array([["0", 0], ["1", 0], ["1", 1]], dtype=object), "ndarray"),

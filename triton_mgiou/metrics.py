@@ -271,7 +271,9 @@ def _numbers(name: str, value: Any) -> Floats:
     try:
         array = np.asarray(value)
         others = array.flat if array.dtype.kind == "O" else ()  # fractions; of None NumPy makes NaN, of text numbers
-        if array.dtype.kind in "biufO" and not any(each is None or isinstance(each, (str, bytes)) for each in others):
+        is_masked = np.ma.is_masked(value)  # NumPy would take what the mask hides
+        has_others = any(each is None or isinstance(each, (str, bytes)) for each in others)
+        if array.dtype.kind in "biufO" and not (is_masked or has_others):
             return np.asarray(array, dtype=np.float64)
     except (OverflowError, RuntimeError, TypeError, ValueError):  # a RuntimeError of a list of tensors with a gradient
         pass
