@@ -27,7 +27,7 @@ def judged(columns):
     rows = max(map(len, columns.values()))
     kept = {name: [row for row, value in enumerate(values) if value is not None] for name, values in columns.items()}
     parts = [Column(name, kept[name], kept[name], [values[k] for k in kept[name]]) for name, values in columns.items()]
-    return judge(Table(parts, rows, 0, {}))
+    return judge(Table(parts, rows, [], {}, [None] * rows))
 
 
 CASES = {

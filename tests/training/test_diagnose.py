@@ -511,6 +511,20 @@ def test_how_long_a_metric_may_be_zero_while_losses_fall(rows, status, tmp_path,
     assert diagnose(write(tmp_path / "log.csv", columns))[0] == status
 
 
+@pytest.mark.parametrize(
+    ("clock", "last", "status"), [("epoch", 29, 0), ("epoch", 30, 1), ("Epoch", 60, 1), ("step", 6000, 0)]
+)
+def test_how_many_epochs_a_metric_may_be_zero_where_few_are_validated(clock, last, status, tmp_path, diagnose):
+    """Six validations, in Lightning's way: the epoch stands in both kinds of rows, which have different columns."""
+    lines = [f"{clock},loss,mAP"]
+    for part in range(6):
+        lines += [f"{last * part // 5},{0.8**part:.4f},", f"{last * part // 5},,0.0"]
+    (tmp_path / "metrics.csv").write_text("\n".join(lines))
+    found, out, _ = diagnose(tmp_path / "metrics.csv")
+    assert found == status
+    assert out[1:] == ["  mAP: never learnt: 0 in all 6 rows"] * status
+
+
 def test_oscillation(tmp_path, diagnose):
     losses = falling(20) + [0.5 + (0.3 if i % 2 else 0) - 0.012 * i for i in range(20)]
     status, out, _ = diagnose(write(tmp_path / "results.csv", {"loss": losses}))

@@ -84,6 +84,7 @@ TABLES = {
     ),
     "a clock": ("Epoch,loss\n3,0.5\n4,0.25\n", LOSS),
     "the epoch before the step": ("step,epoch,loss\n30,3,0.5\n40,4,0.25\n", LOSS),
+    "an Epoch before the Step": ("Step,Epoch,loss\n30,3,0.5\n40,4,0.25\n", LOSS),
     "the step where there is no epoch": ("epoch,step,loss\n,3,0.5\n,4,0.25\n", LOSS),
     "no number of a training": ("Wall Time,Unnamed: 0,Index,epoch,loss\n1e9,0,0,3,0.5\n2e9,1,1,4,0.25\n", LOSS),
     "a head again, with another column": (
@@ -130,6 +131,12 @@ def test_columns(text, columns, read):
     table = read(text)
     assert same(table.columns, columns)
     assert table.notes == []
+
+
+def test_the_epochs_of_the_rows(read):
+    assert read("step,epoch,loss\n1,3,0.5\n2,,0.4\n3,4,0.3\n").epochs == [3.0, None, 4.0]
+    assert read("step,loss\n1,0.5\n2,0.4\n").epochs == [None, None]
+    assert read("Epoch,trainer/epoch,loss\n1,,0.5\n,2,0.4\n").epochs == [1.0, 2.0]
 
 
 def test_the_tag_of_a_download_of_tensorboard_is_the_name(read):

@@ -31,7 +31,7 @@ METRICS = (
 PERCENT = re.compile(r"^(bbox|segm|keypoints)/AP")  # detectron2
 
 FEWEST = 5  # numbers that a curve must have to be judged
-SETTLED, LONG = 10, 30  # rows after which a metric at 0 is a fault: if no loss falls any more, and in any case
+SETTLED, LONG = 10, 30  # rows, or 30 epochs, after which a metric at 0 is a fault: if no loss falls any more, or anyway
 LEARNT = 1e-3  # of the full metric: one that never gets there has never learnt
 HARDLY, USEFUL = 0.01, 0.05  # of the full metric: below, it may be chance; above, it says that the run is sound
 FULL = 0.95  # of the full metric: one that stands still there has converged
@@ -111,10 +111,10 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     - NaN or Inf in a loss, or in a metric after it had a number, is a fault; in other columns, as the norm of a
       gradient, if it stays so until the end. So is a loss or metric that is empty at the end while what was written
       beside it goes on, and the scale of a GradScaler that ends below 1.
-    - never learnt: a metric stays below 0.1 % for 30 rows, or for 10 if no loss falls any more; a loss, or from 10
-      rows on a metric, is the same number in all rows (0 in a loss is by definition, unless all losses are 0; 95 % in a
-      metric is enough; beside a good metric a loss counts from 10 rows on too); all losses stay within 5 % from the
-      first row to the last, and there is no metric, or within 10 %, and none gets to 1 %.
+    - never learnt: a metric stays below 0.1 % for 30 rows or epochs, or for 10 rows if no loss falls any more; a loss,
+      or from 10 rows on a metric, is the same number in all rows (0 in a loss is by definition, unless all losses are
+      0; 95 % in a metric is enough; beside a good metric a loss counts from 10 rows on too); all losses stay within 5 %
+      from the first row to the last, and there is no metric, or within 10 %, and none gets to 1 %.
     - fell from its best: a metric ends below 85 % of its best by more than its noise; a loss ends above its best
       by 30 %, and by 30 % of what it had fallen, or above its start by 5 % (from 10 rows on), while no metric is good
       (5 %, and not fallen) and it is no part of a training loss whose total has fallen.
@@ -159,7 +159,7 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
         raise NothingToJudgeError(f"has nothing to judge: {words[0]}" if words else NO_RUN)
 
     falls = any(_falls(loss.values) for loss in losses)
-    faults = {curve.name: fault for curve in curves if (fault := _fault_of_metric(curve, falls))}
+    faults = {curve.name: fault for curve in curves if (fault := _fault_of_metric(curve, table, falls))}
     good = [curve.name for curve in curves if curve.name not in faults and curve.best >= USEFUL * full(curve)]
     others_good = [name for name in good if "train" not in name.lower()]
     has_none = not any(curve.best >= HARDLY * full(curve) for curve in curves)
@@ -280,9 +280,11 @@ def _families(metrics: list[Column], table: Table, problems: list[str]) -> list[
     return list(highest.values())
 
 
-def _fault_of_metric(curve: Curve, losses_fall: bool) -> str:
+def _fault_of_metric(curve: Curve, table: Table, losses_fall: bool) -> str:
     rows, highest = len(curve.values), max(curve.values)
-    if highest < LEARNT * full(curve) and (rows >= LONG or (rows >= SETTLED and not losses_fall)):
+    epochs = [epoch for row in curve.column.rows if (epoch := table.epochs[row]) is not None]
+    is_long = rows >= LONG or (len(epochs) == rows and max(epochs) - min(epochs) >= LONG)  # validated now and then
+    if highest < LEARNT * full(curve) and (is_long or (rows >= SETTLED and not losses_fall)):
         return f"never learnt: {'0' if highest == 0 else f'at most {highest:.3g}'} in all {rows} rows"
     if rows >= SETTLED and highest == min(curve.values) and LEARNT * full(curve) <= highest < FULL * full(curve):
         return f"never learnt: {highest:.4g} in all {rows} rows"

@@ -51,13 +51,15 @@ class Column(NamedTuple):
 class Table(NamedTuple):
     """The columns of a table, without its clocks; how many rows it has, and what was left out of it.
 
-    `words` are the columns without a number, each with the first of its words.
+    `words` are the columns without a number, each with the first of its words; `epochs` the epoch of each row, None
+    where it has none.
     """
 
     columns: list[Column]
     rows: int
     notes: list[str]
     words: dict[str, str]
+    epochs: list[float | None]
 
 
 def read_table(path: Path) -> Table:
@@ -82,14 +84,18 @@ def read_table(path: Path) -> Table:
     lines[0] = lines[0].lstrip("# ") or lines[0]  # numpy.savetxt
     is_json = lines[0].startswith(("{", "["))
     rows = _json_rows(lines, notes, words) if is_json else _text_rows(lines, notes, words, _tag(path))
-    columns = list(_columns(rows))
-    known = {column.name for column in columns}
-    return Table(columns, len(rows), notes, {name: word for name, word in words.items() if name not in known})
-
-
-def _columns(rows: list[Row]) -> Iterator[Column]:
     names = dict.fromkeys(name for row in rows for name in row)
-    clocks = sorted((name for name in names if CLOCK.fullmatch(name.lower())), key=lambda name: "epoch" not in name)
+    clocks = [name for name in names if CLOCK.fullmatch(name.lower())]
+    clocks.sort(key=lambda name: "epoch" not in name.lower())
+    columns = list(_columns(rows, list(names), clocks))
+    known = {column.name for column in columns}
+    words = {name: word for name, word in words.items() if name not in known}
+    of_epochs = [name for name in clocks if "epoch" in name.lower()]
+    epochs = [next((value for name in of_epochs if (value := row.get(name)) is not None), None) for row in rows]
+    return Table(columns, len(rows), notes, words, epochs)
+
+
+def _columns(rows: list[Row], names: list[str], clocks: list[str]) -> Iterator[Column]:
     found = False
     for name in names:
         filled = {index: value for index, row in enumerate(rows) if (value := row.get(name)) is not None}
