@@ -10,6 +10,7 @@ import torch
 from tests.conftest import HAS_KERNELS, INTERPRETED
 from tests.helpers import assert_close, assert_gradient_close, assert_same, generator, uniform
 from triton_mgiou import PolygonLoss
+from triton_mgiou.tuning import layouts
 
 REDUCTIONS = [("none", None), ("mean", None), ("mean", 3.5), ("sum", None)]
 
@@ -104,16 +105,18 @@ def test_relative_precision_near_the_target(backend, dtype, rtol):
 
 
 @pytest.mark.parametrize(("reduction", "avg_factor"), REDUCTIONS)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_reductions(backend, reduction, avg_factor, weighted):
+@pytest.mark.parametrize("weights", [0, 1, 2])
+def test_reductions(backend, reduction, avg_factor, weights):
+    """With no weight, one a sample, whose neighbours in memory are no weights, and two a sample."""
     batch = 300 if not backend.is_slow else 70
     pred, target, mask, area = keypoints(batch, 4, backend.device, seed=5)
-    weight = uniform((batch, 2), 0, 2, generator(6)).float().to(backend.device) if weighted else None
+    pairs = uniform((batch, 2), 0, 2, generator(6)).float().to(backend.device)
+    weight = (None, pairs[:, 0], pairs)[weights]
     leaf = pred.clone().requires_grad_()
     loss = PolygonLoss("l2", return_parts=False, backend=backend.name, reduction=reduction)
     got = loss(leaf, target, mask, area, avg_factor=avg_factor, weight=weight)
     right = pred.double().requires_grad_()
-    values = by_formula(right, target, mask, area) * (1 if weight is None else weight.double().mean(1))
+    values = by_formula(right, target, mask, area) * (1, pairs[:, 0], pairs.mean(1))[weights]
     if reduction != "none":
         values = values.sum() / ((avg_factor or batch) if reduction == "mean" else 1)
     upstream = torch.linspace(0.5, 2, batch, device=backend.device) if reduction == "none" else torch.tensor(1.5)
@@ -121,6 +124,21 @@ def test_reductions(backend, reduction, avg_factor, weighted):
     (right_gradient,) = torch.autograd.grad(values, right, upstream.to(values))
     assert_close(got, values, atol=2e-6 * max(1, values.abs().max().item()))
     assert_gradient_close(gradient, right_gradient, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_program_goes_on_with_other_samples(backend, reduction, monkeypatch):
+    """As where the batch is larger than that of all programs."""
+    monkeypatch.setattr(layouts.KeypointLayout, "grid", lambda *_: (2, 1, 1))
+    pred, target, mask, area = keypoints(300, 3, backend.device, seed=11)
+    leaf = pred.clone().requires_grad_()
+    loss = PolygonLoss("l2", return_parts=False, backend=backend.name, reduction=reduction)(leaf, target, mask, area)
+    right = pred.double().requires_grad_()
+    values = by_formula(right, target, mask, area)
+    expected = values if reduction == "none" else values.mean()
+    assert_close(loss, expected, atol=2e-6)
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    assert_gradient_close(gradient, torch.autograd.grad(expected.sum(), right)[0], rtol=1e-5)
 
 
 def test_the_gradient_to_the_target_is_the_opposite(backend):
