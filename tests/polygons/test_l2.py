@@ -152,6 +152,12 @@ def test_the_gradient_to_the_target_is_the_opposite(backend):
     assert_same(alone, to_target)
 
 
+def test_area_and_tolerances_are_constants(backend):
+    pred, target, mask, area = keypoints(3, 4, backend.device)
+    loss = PolygonLoss("l2", return_parts=False, sigmas=torch.ones(4, requires_grad=True), backend=backend.name)
+    assert not loss.to(backend.device)(pred, target, mask, area.requires_grad_()).requires_grad
+
+
 def test_samples_do_not_touch_each_other(backend):
     """Each sample alone has the bits that it has in the batch, without a gradient too."""
     given = keypoints(20, 5, backend.device, seed=8)
