@@ -228,8 +228,9 @@ def test_registering_again_changes_nothing():
 
 
 def test_a_wrong_format_is_told_when_the_config_is_built(config):
-    with pytest.raises(ValueError, match="fmt must be one of"):
-        TASK_UTILS.build(dict(config.match_cost, fmt="rbox"))
+    for each in (config.match_cost, config.iou_calculator):
+        with pytest.raises(ValueError, match="fmt must be one of"):
+            TASK_UTILS.build(dict(each, fmt="rbox"))
     with pytest.raises(TypeError, match="weight must be a number"):
         TASK_UTILS.build(dict(config.match_cost, weight="3"))
     with pytest.raises(ValueError, match="weight must be 0 or above, got -1"):

@@ -221,6 +221,21 @@ def test_a_term_that_is_rounding(backend, dtype, more, weight, bits, counts):
         assert_same(gradient, without[1], "gradient")
 
 
+@pytest.mark.parametrize(("part", "counts"), [(1.1, True), (0.9, False)])
+@pytest.mark.parametrize(("dtype", "bits", "weight"), [(torch.float32, 8, 2.0**26), (torch.float64, 22, 2.0**50)])
+def test_a_term_that_is_rounding_beside_a_thin_target(backend, dtype, bits, weight, part, counts):
+    """A rectangle of 1 x 1/16: the bound is 1 + 2^-8 over 2 / 16 of that of others, 8 times as high."""
+    target = box(0, 0, 1, 2.0**-4, dtype)
+    k = 1 + part * 2.0**-bits
+    value, gradient = backend.value_and_gradient(target * k, target, reduction="none", boundary_weight=weight)
+    if counts:
+        assert_close(value / weight, [(k - 1) ** 2 / (k * k + 1)], atol=0.0, rtol=0.15)
+    else:
+        without = backend.value_and_gradient(target * k, target, reduction="none")
+        assert_same(value, without[0])
+        assert_same(gradient, without[1], "gradient")
+
+
 def shuffled(polygons, rng):
     """Each polygon's vertices in an order of its own."""
     order = torch.rand(polygons.shape[:2], generator=rng).argsort(1)
@@ -283,8 +298,9 @@ def test_a_quadrangle_in_any_order(backend, order):
         [(3, 0), (3, 3), (0, 1), (-3, 3), (-3, 0), (-3, -3), (0, -1), (3, -3), (1, 0), (2, 0)],
         [(4, 2), (0, 0), (-4, 2), (-4, -4), (4, 0)],
         [(1, 3), (0, 0), (-1, 1), (-1, -1), (1, -3)],
+        [(4, 1), (0, 0), (-2, 3), (-3, -2), (1, -2)],
     ],
-    ids=["an H", "along x", "a vertex at the mean", "the same in a trapezoid"],
+    ids=["an H", "along x", "a vertex at the mean", "the same in a trapezoid", "where its side counts"],
 )
 def test_vertices_at_one_angle_in_any_order(backend, target):
     """They count as their mean, and a vertex at the mean of all as one along y."""

@@ -128,6 +128,18 @@ def test_near_ties_that_are_real_are_not_merged(backend, off):
     helpers.assert_gradient_close(gradient, expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("options", [{}, {"convexity_weight": 0.5}, {"boundary_weight": 0.5}], ids=str)
+def test_with_the_path_through_the_axes_ties_are_exact(backend, options, monkeypatch):
+    """What would be tied if the axes were constants, 2^-22 apart, is not: the right sides on the other's normals."""
+    monkeypatch.setattr(oracle, "STEP", 1e-9)  # of the extent; the sides are off by 2.4e-7
+    off = 2.0**-22
+    pred = helpers.points((0, 0), (1.5, 0.25), (1.5 - off, 0.75), (0, 1.25))
+    target = helpers.points((0.25, -0.5), (1.75, -0.5), (1.75, 1), (0.25 + off, 1))
+    expected = oracle.gradient(pred.double().numpy(), target.double().numpy(), **options)
+    _, gradient = backend.value_and_gradient(pred, target, reduction="sum", axis_grad=True, **options)
+    helpers.assert_gradient_close(gradient, expected, rtol=1e-3)
+
+
 @pytest.mark.parametrize("padding", [0, 3])
 def test_small_polygons_keep_their_digits(backend, padding, monkeypatch):
     """Trapezoids of 2^-10 of the extent: rounding is 2^-12 of them, and an edge is off parallel by 2^-13.

@@ -60,6 +60,15 @@ def test_mixed_lengths(backend, kind, axis_weight):
     assert_value(backend, pred, target, axis_weight=axis_weight, convexity_weight=0.5, reduction="none", **options)
 
 
+@pytest.mark.parametrize("move", [-100, 100])
+def test_padding_is_no_vertex_at_the_origin(backend, move):
+    """Of polygons far from it, whose extent, and with it the "soft" weights, would be 30 times as large."""
+    rng = generator(21)
+    pred, target = star(8, 7, rng) + move, convex(8, 6, rng) + move
+    lengths = {"pred_lengths": torch.full((8,), 5), "target_lengths": torch.full((8,), 4)}
+    assert_value(backend, pred, target, axis_weight="soft", reduction="none", **lengths)
+
+
 @axis_weights
 def test_masks_with_holes(backend, axis_weight):
     rng = generator(3)
