@@ -288,6 +288,26 @@ def test_near_ties_in_space_that_are_real_are_not_merged(boxes, size, monkeypatc
     assert_gradient_close(gradient[:, 6], expected[:, 6], rtol=1e-3)
 
 
+def test_near_ties_of_a_target_on_short_axes_are_not_merged(boxes):
+    """A turn of a small upright box moves its axes: one corner of the upright target stands out on them by 2^-13.
+
+    What is rounding goes by the axis' length, 2^-10.
+    """
+    upright = [[0.0, 0.0, 0.0, 1.0, 0.8, 0.6, 0.0]]
+    pred, target = (corners3d(torch.tensor(upright, dtype=torch.float64)) for _ in range(2))
+    turn = torch.stack((-pred[..., 1], pred[..., 0], torch.zeros(1, 8, dtype=torch.float64)), dim=2) * 2.0**-10
+    pred = (1.5 + 2.0**-10 * pred).float()
+    target[:, 6, :2] += 2.0**-13
+    _, gradient = boxes.value_and_gradient(pred, target.float(), fmt="corners3d", axis_grad=True)
+    step = 1e-6
+    turned = [
+        oracle.per_sample_loss(numpy64(pred + k * turn), numpy64(target.float()), "corners3d") for k in (step, -step)
+    ]
+    slope = (turned[0] - turned[1]) / (2 * step)
+    assert abs(slope[0]) > 1e-3
+    assert_close((gradient.cpu() * turn).sum((1, 2)), slope, atol=0, rtol=1e-3)
+
+
 def test_the_gradient_of_corners_in_space_does_not_change_when_the_pair_moves(boxes):
     """The corners of a face are tied on its normal, and rounding is another at each place."""
     numbers = torch.tensor([[20.3, 31.1, 12.4, 40.7, 21.9, 15.2, 0.37], [26.2, 27.4, 9.6, 44.1, 18.3, 17.7, 0.52]])
