@@ -294,6 +294,25 @@ def test_bounding_boxes_that_a_format_has_no_place_for(bounding):
             box_mgiou_loss(rotated, rotated, fmt=fmt)
 
 
+class Named(torch.Tensor):
+    """A tensor with a name for its memory's format, as a user's own class may have."""
+
+    format = "channels_last"
+
+
+@pytest.mark.parametrize("made", [Named, type("BoundingBoxes", (torch.Tensor,), {})], ids=["a format", "the name"])
+def test_a_tensor_that_has_only_a_format_or_only_the_name_is_a_tensor(made):
+    pred, target = (random_boxes("cxcywhr", 20, generator(90 + k)) for k in (0, 1))
+    want = box_mgiou_loss(pred, target, **OPTIONS)
+    assert_close(box_mgiou_loss(pred.as_subclass(made), target.as_subclass(made), **OPTIONS), want, atol=0)
+
+
+def test_what_is_no_tensor_is_refused_whatever_its_name():
+    boxes = type("BoundingBoxes", (), {"format": Format.CXCYWHR})()
+    with pytest.raises(TypeError, match="^pred must be a torch.Tensor, got BoundingBoxes"):
+        box_mgiou_loss(boxes, torch.zeros(1, 5))
+
+
 def test_gravity_centre_of_boxes_by_their_bottom():
     """What the docstring says of mmdet3d: its `.tensor` has the bottom's centre, which is half a height lower."""
     rng = generator(88)

@@ -308,7 +308,8 @@ def test_near_ties_of_a_target_on_short_axes_are_not_merged(boxes):
     assert_close((gradient.cpu() * turn).sum((1, 2)), slope, atol=0, rtol=1e-3)
 
 
-def test_the_gradient_of_corners_in_space_does_not_change_when_the_pair_moves(boxes):
+@axis_grads
+def test_the_gradient_of_corners_in_space_does_not_change_when_the_pair_moves(boxes, axis_grad):
     """The corners of a face are tied on its normal, and rounding is another at each place."""
     numbers = torch.tensor([[20.3, 31.1, 12.4, 40.7, 21.9, 15.2, 0.37], [26.2, 27.4, 9.6, 44.1, 18.3, 17.7, 0.52]])
     pairs = numbers.repeat(24, 1, 1)
@@ -321,7 +322,7 @@ def test_the_gradient_of_corners_in_space_does_not_change_when_the_pair_moves(bo
 
     pred, target = (side.to(boxes.device) for side in pairs.unbind(1))
     pred.requires_grad_()
-    loss = boxes.loss(corners(pred), corners(target), fmt="corners3d", reduction="sum")
+    loss = boxes.loss(corners(pred), corners(target), fmt="corners3d", axis_grad=axis_grad, reduction="sum")
     gradient = torch.autograd.grad(loss, pred)[0].cpu()
     assert gradient[0, 6].abs() > 1e-2
     assert_close(gradient, gradient[:1].expand_as(gradient), atol=2e-5, rtol=1e-3)

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 from tests.conftest import INTERPRETED
-from tests.helpers import BOTH, assert_close, assert_same, convex, generator, one_process, star, uniform
+from tests.helpers import BOTH, assert_close, assert_same, convex, generator, numpy64, one_process, star, uniform
 from triton_mgiou import (
     BoxMGIoULoss,
     MGIoULoss,
@@ -289,10 +289,24 @@ def test_dtypes(backend, pred_dtype, target_dtype):
     assert value.dtype == wide
     assert_same(to_pred, expected[1].to(pred_dtype), "gradient of pred")
     assert_same(to_target, expected[2].to(target_dtype), "gradient of target")
+    weight = uniform((4,), 0, 1, rng)  # rounded to the type of the loss, not to that of one side
     for reduction in ("sum", "mean"):
-        reduced, to_pred = backend.value_and_gradient(pred, target, reduction=reduction)
+        reduced, to_pred = backend.value_and_gradient(pred, target, **options | {"weight": weight, "reduction": reduction})
         assert reduced.dtype == wide
         assert to_pred.dtype == pred_dtype
+        total = numpy64(value) @ numpy64(weight) / (4 if reduction == "mean" else 1)
+        assert_close(reduced, total, atol=0, rtol=1e-14 if wide == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("name", ["pred", "target", "weight"])
+def test_tensors_that_negate_when_read_are_read_so(backend, name):
+    """Memory has the opposite of the imaginary part of a conjugate."""
+    given = {"pred": sample_pair()[0], "target": sample_pair()[1], "weight": torch.tensor([0.5, 2.0, 0.0, 1.0])}
+    expected = backend.value_and_gradient(**given, wrt=BOTH, reduction="sum")
+    given[name] = torch.complex(torch.zeros_like(given[name]), -given[name]).conj().imag
+    assert given[name].is_neg()
+    for actual, same in zip(backend.value_and_gradient(**given, wrt=BOTH, reduction="sum"), expected, strict=True):
+        assert_same(actual, same)
 
 
 def test_a_float16_gradient_may_overflow_to_inf_but_not_to_nan(backend):
