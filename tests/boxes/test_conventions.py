@@ -309,7 +309,7 @@ def test_a_tensor_that_has_only_a_format_or_only_the_name_is_a_tensor(made):
 
 def test_what_is_no_tensor_is_refused_whatever_its_name():
     boxes = type("BoundingBoxes", (), {"format": Format.CXCYWHR})()
-    with pytest.raises(TypeError, match="^pred must be a torch.Tensor, got BoundingBoxes"):
+    with pytest.raises(TypeError, match=r"^pred must be a torch\.Tensor, got BoundingBoxes"):
         box_mgiou_loss(boxes, torch.zeros(1, 5))
 
 

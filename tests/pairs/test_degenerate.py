@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import AXIS_WEIGHTS, INF, NAN, assert_close, assert_finite, assert_zero, generator, uniform
+from tests.helpers import (
+    AXIS_WEIGHTS,
+    INF,
+    NAN,
+    assert_close,
+    assert_finite,
+    assert_zero,
+    box,
+    generator,
+    points,
+    uniform,
+)
 from tests.pairs import oracle
 from tests.pairs.helpers import FORMATS, OVER, corners_in_space, needs_kernel, random_boxes
 from tests.pairs.test_value import matrix
@@ -322,3 +333,12 @@ def test_a_pair_is_a_line_below_a_millionth_of_the_extent(backend, over, height,
             expected = (2 * part + ends * along) / (2 + ends)
         for sides in (boxes, boxes.flip(0)):
             assert_close(matrix(backend, sides[:1], sides[1:], over=over), [[expected]], atol=1e-9)
+
+
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 48), (torch.float64, 400)])
+def test_the_longest_length_that_counts_as_0(backend, dtype, bits, more):
+    """A segment along x, left of a square: MGIoU is -1/4 on the square's axes, and 0 on the segment's."""
+    segment = points((0, 0), (2.0**-bits * (2 if more else 1), 0), dtype=dtype)
+    value = matrix(backend, segment, box(0.5, 0, 1, 0.5, dtype), axis_weight="length")
+    assert_close(value, [[-0.125 if more else -0.25]], atol=1e-6)

@@ -291,7 +291,9 @@ def test_dtypes(backend, pred_dtype, target_dtype):
     assert_same(to_target, expected[2].to(target_dtype), "gradient of target")
     weight = uniform((4,), 0, 1, rng)  # rounded to the type of the loss, not to that of one side
     for reduction in ("sum", "mean"):
-        reduced, to_pred = backend.value_and_gradient(pred, target, **options | {"weight": weight, "reduction": reduction})
+        reduced, to_pred = backend.value_and_gradient(
+            pred, target, **options | {"weight": weight, "reduction": reduction}
+        )
         assert reduced.dtype == wide
         assert to_pred.dtype == pred_dtype
         total = numpy64(value) @ numpy64(weight) / (4 if reduction == "mean" else 1)
