@@ -83,7 +83,7 @@ def _sine(angle):
 
 @triton.jit
 def cos_sin(turn, DEGREES: tl.constexpr):
-    """Cosine and |sine| of up to a quarter turn; exact at 0 and at a quarter."""
+    """|Cosine| and |sine| of up to a quarter turn, but for rounding; exact at 0 and at a quarter."""
     IS_64: tl.constexpr = turn.dtype == tl.float64
     turn = tl.abs(turn)
     if DEGREES:
@@ -94,7 +94,7 @@ def cos_sin(turn, DEGREES: tl.constexpr):
         QUARTER: tl.constexpr = QUARTER_64 if IS_64 else QUARTER_32
         QUARTER_REST: tl.constexpr = QUARTER_REST_64 if IS_64 else QUARTER_REST_32
         rest = tl.full(turn.shape, QUARTER, turn.dtype) - turn + tl.full(turn.shape, QUARTER_REST, turn.dtype)
-    return _sine(rest), _sine(turn)
+    return tl.abs(_sine(rest)), _sine(turn)  # the difference of two angles may round to more than a quarter
 
 
 @triton.jit
