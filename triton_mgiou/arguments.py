@@ -300,7 +300,9 @@ def check_set_mask(name: str, mask: Tensor | None, side: str, shapes: Tensor, di
     shape = shapes.shape[:-dimensions]
     if mask is not None and len(shape) == 2:
         check_tensor(name, mask)
-        if mask.dim() == 1 and mask.shape == shape[1:]:
+        if mask.shape != (shape[1:] if mask.dim() == 1 else shape):
+            raise ValueError(f"{name} must have shape {tuple(shape)} or {tuple(shape[1:])}, got {tuple(mask.shape)}")
+        if mask.dim() == 1:
             mask = mask.expand(shape)
     check_mask(name, mask, side, shapes, dimensions)
     return mask

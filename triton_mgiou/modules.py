@@ -226,6 +226,8 @@ class PolygonLoss(nn.Module):
         check_choice("mode", mode, MODES)
         if isinstance(sigmas, Tensor):
             check_real_numbers("sigmas", sigmas)
+        if isinstance(sigmas, np.ndarray) and sigmas.dtype.kind in "fiu":
+            sigmas = sigmas.astype(np.float64, order="C")  # PyTorch takes no other orders, of numbers or of bytes
         if sigmas is not None:
             device = sigmas.device if isinstance(sigmas, Tensor) else torch.get_default_device()
             wrong = TypeError(f"sigmas must be numbers above 0, got {sigmas!r}")

@@ -243,7 +243,7 @@ ERRORS = {
     "long mask": (ValueError, r"mask2 must have shape \(3,\)", (BOXES, BOXES), {"mask2": torch.ones(4).bool()}),
     "long mask beside batches": (
         ValueError,
-        r"mask2 must have shape \(1, 3\), got \(4,\)",
+        r"mask2 must have shape \(1, 3\) or \(3,\), got \(4,\)",
         (BOXES[None], BOXES[None]),
         {"mask2": torch.ones(4).bool()},
     ),

@@ -132,6 +132,12 @@ def test_sigmas(given, each):
     assert_close(total, sum(l2_by_hand(*batch, each)) / 6, atol=1e-6)
 
 
+@pytest.mark.parametrize("change", [lambda x: x[::-1], lambda x: x.astype(">f4"), lambda x: (10 * x).astype(">i4")])
+def test_sigmas_of_an_array_in_another_order(change):
+    given = change(np.array(SIGMAS))
+    torch.testing.assert_close(make("l2", sigmas=given).sigmas, torch.tensor([float(each) for each in given]))
+
+
 def test_sigmas_are_those_that_were_given():
     given, batch = torch.tensor(SIGMAS), sample()
     loss = make("l2", sigmas=given)
