@@ -206,19 +206,24 @@ def test_a_convex_target_in_order_keeps_its_own_area_to_the_bit(backend, dtype, 
         assert_close(value, expected.expand(len(target)), atol=rounding * torch.finfo(dtype).eps)
 
 
+def assert_term_of_a_larger_one(backend, target, k, weight, counts, rtol):
+    """A pred k times as large as the target has the term (k - 1)^2 / (k^2 + 1), or none if it is rounding."""
+    value, gradient = backend.value_and_gradient(target * k, target, reduction="none", boundary_weight=weight)
+    if counts:
+        assert_close(value / weight, [(k - 1) ** 2 / (k * k + 1)], atol=0.0, rtol=rtol)
+    else:
+        without = backend.value_and_gradient(target * k, target, reduction="none")
+        assert_same(value, without[0])
+        assert_same(gradient, without[1], "gradient")
+
+
 @pytest.mark.parametrize(("bits", "counts"), [(10, False), (9, True)])
 @pytest.mark.parametrize(("dtype", "more", "weight"), [(torch.float32, 0, 2.0**29), (torch.float64, 14, 2.0**60)])
 def test_a_term_that_is_rounding(backend, dtype, more, weight, bits, counts):
     """A target k = 1 + e times as large has the term (k - 1)^2 / (k^2 + 1): up to 2^-20, in float64 2^-48, it is 0."""
     target = regular(8, dtype)
     k = 1 + 2.0 ** -(bits + more)
-    value, gradient = backend.value_and_gradient(target * k, target, reduction="none", boundary_weight=weight)
-    if counts:
-        assert_close(value / weight, [(k - 1) ** 2 / (k * k + 1)], atol=0.0, rtol=0.3)
-    else:
-        without = backend.value_and_gradient(target * k, target, reduction="none")
-        assert_same(value, without[0])
-        assert_same(gradient, without[1], "gradient")
+    assert_term_of_a_larger_one(backend, target, k, weight, counts, rtol=0.3)
 
 
 @pytest.mark.parametrize(("part", "counts"), [(1.1, True), (0.9, False)])
@@ -227,13 +232,7 @@ def test_a_term_that_is_rounding_beside_a_thin_target(backend, dtype, bits, weig
     """A rectangle of 1 x 1/16: the bound is 1 + 2^-8 over 2 / 16 of that of others, 8 times as high."""
     target = box(0, 0, 1, 2.0**-4, dtype)
     k = 1 + part * 2.0**-bits
-    value, gradient = backend.value_and_gradient(target * k, target, reduction="none", boundary_weight=weight)
-    if counts:
-        assert_close(value / weight, [(k - 1) ** 2 / (k * k + 1)], atol=0.0, rtol=0.15)
-    else:
-        without = backend.value_and_gradient(target * k, target, reduction="none")
-        assert_same(value, without[0])
-        assert_same(gradient, without[1], "gradient")
+    assert_term_of_a_larger_one(backend, target, k, weight, counts, rtol=0.15)
 
 
 def shuffled(polygons, rng):
