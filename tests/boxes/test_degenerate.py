@@ -28,6 +28,7 @@ from tests.helpers import (
     axis_weights,
     generator,
     numpy64,
+    uniform,
 )
 from triton_mgiou import PAPER
 from triton_mgiou.box_formats import FORMATS as ALL_FORMATS
@@ -183,6 +184,26 @@ def test_segments(boxes, axis_weight, axis_grad):
         assert_close(value, [expected], atol=1e-7, what=str(target))
         for gradient in gradients:
             assert torch.isfinite(gradient).all()
+
+
+@axis_grads
+@axis_weights
+@pytest.mark.parametrize(("distance", "length"), [(0.0, 1.0), (1.0, 1.0), (1.0, 0.1), (1e-30, 1e-30)])
+def test_segments_on_one_line_at_any_slope(boxes, distance, length, axis_weight, axis_grad):
+    """As along x. No numbers put a centre on such a line, so across it the offset is rounding."""
+    rng = generator(1903)
+    turn = uniform((64, 1), -7, 7, rng)
+    along = torch.cat((turn.cos(), turn.sin()), dim=1)
+    sides = []
+    for _ in range(2):
+        centre = along * uniform((64, 1), -length / 2, length / 2, rng) + distance * torch.tensor([0.6, -0.8])
+        size = uniform((64, 1), 0.1 * length, length, rng)
+        sides.append(torch.cat((centre, size, torch.zeros_like(size), turn), dim=1).float())
+    options = {"axis_weight": axis_weight, "axis_grad": axis_grad, "reduction": "none"}
+    value, *gradients = boxes.value_and_gradient(*sides, wrt=BOTH, **options)
+    assert_zero(value, "loss")
+    for gradient in gradients:
+        assert_zero(gradient)
 
 
 @formats

@@ -55,10 +55,10 @@ def axis_weight(length, is_axis, per_unit, AXIS_WEIGHT: tl.constexpr):
 
 @triton.jit
 def distance(pred, target, TINY: tl.constexpr):
-    """1 - GIoU1D of two intervals, and 1 / h; both 0 where h is 0 (sections 2 and 5)."""
+    """1 - GIoU1D of two intervals, 1 / h and h; the first two are 0 where h is 0 (sections 2 and 5)."""
     hull = tl.maximum(pred.high, target.high) - tl.minimum(pred.low, target.low)
     per_hull = tl.where(hull > TINY, inverse(hull), 0.0)
-    return (tl.abs(pred.high - target.high) + tl.abs(pred.low - target.low)) * per_hull, per_hull
+    return (tl.abs(pred.high - target.high) + tl.abs(pred.low - target.low)) * per_hull, per_hull, hull
 
 
 @triton.jit
@@ -88,8 +88,8 @@ def compare(axis, pred, target, TINY: tl.constexpr):
     on_target = project(axis.x, axis.y, target)
     pred_ends = Interval(lowest(on_pred), highest(on_pred))
     target_ends = Interval(lowest(on_target), highest(on_target))
-    apart, per_hull = distance(pred_ends, target_ends, TINY)
-    return Comparison(on_pred, on_target, pred_ends, target_ends, apart, per_hull)
+    apart, per_hull, hull = distance(pred_ends, target_ends, TINY)
+    return Comparison(on_pred, on_target, pred_ends, target_ends, apart, per_hull, hull)
 
 
 @triton.jit
@@ -144,9 +144,10 @@ def shares(projections, ends, derivatives):
 
 
 @triton.jit
-def add_distance(mean, distance, weight):
+def add_distance(mean, compared, weight):
     """`mean` with one more axis."""
-    return Mean(tl.fma(weight, distance, mean.distance), mean.weight + weight)
+    widest = tl.maximum(mean.widest, compared.hull)
+    return Mean(tl.fma(weight, compared.distance, mean.distance), mean.weight + weight, widest)
 
 
 @triton.jit

@@ -30,7 +30,7 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
     axis = edge_axis(edge, sample.pred_rule.floor)
     weight = axis_weight(axis.length, axis.is_axis, sample.pred_rule.per_unit, VARIANT.AXIS_WEIGHT)
     compared = compare(axis, sample.pred, sample.target, VARIANT.TINY)
-    mean = add_distance(sums.mean, compared.distance, weight.value)
+    mean = add_distance(sums.mean, compared, weight.value)
     convexity = sums.convexity
     mixed = sums.mixed
     gradient = sums.gradient
@@ -40,7 +40,7 @@ def pred_axis(sums, edge, sample, VARIANT: tl.constexpr):
     ends = ends_in_slots(edge, sample.lane, len(gradient.xs), VARIANT.LANES)
     if VARIANT.CONVEXITY:
         term = convexity_of(
-            axis, edge, sample.pred_shape, sample.pred_count, sample.convexity_factor, VARIANT.TINY, VARIANT.GRAD
+            axis, edge, sample.pred_shape, sample.pred_count, sample.convexity_factor, sample.pred_line, VARIANT.GRAD
         )
         convexity += term.value
         if VARIANT.GRAD:
@@ -91,7 +91,7 @@ def target_axis(sums, edge, sample, VARIANT: tl.constexpr):
     axis = edge_axis(edge, sample.target_rule.floor)
     weight = axis_weight(axis.length, axis.is_axis, sample.target_rule.per_unit, VARIANT.AXIS_WEIGHT)
     compared = compare(axis, sample.pred, sample.target, VARIANT.TINY)
-    mean = add_distance(sums.mean, compared.distance, weight.value)
+    mean = add_distance(sums.mean, compared, weight.value)
     gradient = sums.gradient
     if VARIANT.GRAD:
         to_pred, _ = slopes(compared.pred, compared.target, compared.distance, weight.value * compared.per_hull)

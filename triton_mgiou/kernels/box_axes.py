@@ -95,15 +95,16 @@ def above_zero(values):
 
 
 @triton.jit
-def distance(offset, pred, target, weight, PLAIN: tl.constexpr, V: tl.constexpr):
-    """D of an axis and the derivatives of w D."""
+def distance(offset, pred, target, weight, rounding, PLAIN: tl.constexpr, V: tl.constexpr):
+    """D of an axis and the derivatives of w D; all 0 for two points whose offset is up to `rounding`."""
     difference = pred - target
     high, low = offset + difference, offset - difference  # of the upper ends, of the lower ends
     apart = tl.abs(high) + tl.abs(low)
     hull = tl.fma(pred + target, 2.0, apart)  # twice the hull
     per_hull = reciprocal(hull)
     if not PLAIN:
-        per_hull = tl.where(hull > 2.0 * V.NO_LENGTH, per_hull, 0.0)
+        longest = tl.maximum(tl.where(pred + target == 0, 2.0 * rounding, 0.0), 2.0 * V.NO_LENGTH)
+        per_hull = tl.where(hull > longest, per_hull, 0.0)
     apart *= per_hull
     if not V.GRAD:
         return Distance(apart, Slopes(offset, offset, offset))

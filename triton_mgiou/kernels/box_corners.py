@@ -73,7 +73,7 @@ def _corners_axis(
     weight = (tl.fma(x, x, tl.fma(y, y, z * z)) > floor).to(scale.dtype)
     on_p, on_g = _project(x, y, z, p), _project(x, y, z, g)
     p_ends, g_ends = Interval(lowest(on_p), highest(on_p)), Interval(lowest(on_g), highest(on_g))
-    apart, per_hull = distance(p_ends, g_ends, V.TINY)
+    apart, per_hull, _ = distance(p_ends, g_ends, V.TINY)
     if V.GRAD:
         to_p, to_g = slopes(p_ends, g_ends, apart, weight * per_hull)
         size = tl.abs(x) + tl.abs(y) + tl.abs(z)

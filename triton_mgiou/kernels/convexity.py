@@ -14,7 +14,7 @@ from triton_mgiou.kernels.types import Convexity, ConvexityGradient, Interval, P
 
 
 @triton.jit
-def convexity_of(axis, edge, shape, count, factor, TINY: tl.constexpr, GRAD: tl.constexpr):
+def convexity_of(axis, edge, shape, count, factor, line, GRAD: tl.constexpr):
     """`factor` times the term of one edge of P, which has `count` vertices."""
     _, edge_ends = own_interval(axis, edge, shape.origin)
     projections = project(axis.x, axis.y, shape)
@@ -28,7 +28,7 @@ def convexity_of(axis, edge, shape, count, factor, TINY: tl.constexpr, GRAD: tl.
     sum_above = total(above)
     sum_below = total(below)
     width = ends.high - ends.low
-    wide = width > TINY
+    wide = width > line
     inverse = tl.where(wide, 1.0 / (tl.where(wide, width, 1.0) * count.to(width.dtype)), 0.0) * factor
     value = tl.minimum(sum_above, sum_below) * inverse
     sides = ()

@@ -28,7 +28,7 @@ from triton_mgiou.kernels.axis_sums import gradient_of, pred_axis, target_axis
 from triton_mgiou.kernels.boundary import area, boundary_term, put_in_order
 from triton_mgiou.kernels.edges import gradient_of_area, measure, over_edges
 from triton_mgiou.kernels.reduction import reduce_programs
-from triton_mgiou.kernels.slots import dealt_out, over_axes, zeros
+from triton_mgiou.kernels.slots import dealt_out, highest_over_axes, over_axes, zeros
 from triton_mgiou.kernels.types import (
     AxisRule,
     AxisSums,
@@ -237,21 +237,25 @@ def mgiou_kernel(
         widest = tl.full((1, 1, 1), TIE, COMPUTE)
         pred_slack = tl.minimum(joint.pred_extent * WIDEST, widest)
         target_slack = tl.minimum(joint.target_extent * WIDEST, widest)
+        pred_line = tl.maximum(2.0 * pred_slack * joint.pred_extent, TINY)
         sample = Sample(
             pred_placed, target_placed, pred_shape, target_shape, pred_rule, target_rule, pred.count, lane, pred_slack,
-            target_slack, convexity_factor, direction, target_direction,
+            target_slack, pred_line, convexity_factor, direction, target_direction,
         )  # fmt: skip
         no_slots = zeros(pred_placed.xs)
-        no_mean = Mean(none, none)
+        no_mean = Mean(none, none, none)
         handed = Handed(no_slots, no_slots, Point(none, none))
         sums = PredSums(no_mean, none, none, Gradient(no_slots, no_slots), handed, handed, handed)
         sums = over_edges(pred_axis, sums, pred_source, pred, lanes, scale, sample, PRED_REAL, VARIANT)
-        axes = AxisSums(no_mean, sums.gradient, none)
+        axes = AxisSums(Mean(none, none, sums.mean.widest), sums.gradient, none)
         axes = over_edges(target_axis, axes, target_source, target, lanes, scale, sample, TARGET_REAL, VARIANT)
         pred_distance, pred_weight = over_axes(sums.mean.distance), over_axes(sums.mean.weight)
         convexity = over_axes(sums.convexity)
         target_distance, target_weight = over_axes(axes.mean.distance), over_axes(axes.mean.weight)
         mixed = over_axes(sums.mixed)
+        rounding = 2.0 * tl.minimum(joint.extent * WIDEST, widest)
+        is_line = highest_over_axes(axes.mean.widest) <= rounding * joint.extent  # False where one is NaN
+        present &= ~(is_line & (tl.maximum(joint.pred_extent, joint.target_extent) > rounding))
 
         weights = pred_weight + target_weight
         weights = tl.where(weights > 0, weights, 1.0)

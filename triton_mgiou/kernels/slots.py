@@ -116,6 +116,14 @@ def over_axes(values):
 
 
 @triton.jit
+def highest_over_axes(values):
+    """The highest value over the axes that are taken at a time, (POLYGONS, 1, 1)."""
+    if values.shape[1] == 1:
+        return values
+    return tl.max(values, axis=1, keep_dims=True)
+
+
+@triton.jit
 def pick(slots, here):
     """What is in the one slot where `here`."""
     value = slots[0]

@@ -172,6 +172,7 @@ class Comparison(NamedTuple):
     target: Interval
     distance: tl.tensor  # 1 - GIoU1D
     per_hull: tl.tensor  # 1 / the length of the joint hull
+    hull: tl.tensor  # that length
 
 
 class Measuring(NamedTuple):
@@ -203,10 +204,11 @@ class Area(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """The two sums of the mean over axes."""
+    """The two sums of the mean over axes, and whether they see more than a line."""
 
     distance: tl.tensor  # of w_k (1 - GIoU1D_k)
     weight: tl.tensor  # of w_k
+    widest: tl.tensor  # the largest h_k
 
 
 class Gradient(NamedTuple):
@@ -257,6 +259,7 @@ class Sample(NamedTuple):
     lane: tl.tensor
     pred_slack: tl.tensor  # times |a_x| + |a_y| of an axis: by how much rounding tells equal projections of P apart
     target_slack: tl.tensor
+    pred_line: tl.tensor  # the longest interval of P on an axis that counts as a point in the convexity term
     convexity_factor: tl.tensor
     direction: tl.tensor  # the sign of P's area
     target_direction: tl.tensor

@@ -23,15 +23,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_mgiou.options import MIN_AXIS_LENGTH, SOFT_AXIS_LENGTH, WIDEST_TIE
+from triton_mgiou.options import MIN_AXIS_LENGTH, SOFT_AXIS_LENGTH
 from triton_mgiou.reference.polygons import (
     _RESOLUTION,
-    _TIE,
     _TINY,
     _extreme,
     _inverse_power_of_two,
     _quotient,
     _scale,
+    _slack,
     compute_dtype,
 )
 
@@ -72,8 +72,9 @@ def per_sample_loss(
 
     # `axis_grad` says whether the axes of P and of G, directions and weights, are variables (section 4).
     axes = pair if axis_grad else _Pair(*(each.detach() for each in pair))
-    p_distance, g_distance = (_distance(*intervals) for intervals in _on_axes(pair, axes, angle))
     extent = _extent(pair, angle)
+    rounding = 2.0 * _slack(extent) if fmt == "cxcywhr" else 0.0  # other directions are exact, or edges themselves
+    p_distance, g_distance = (_distance(*intervals, rounding) for intervals in _on_axes(pair, axes, angle))
     p_weights = _axis_weights(axes.p_half, extent, axis_weight)
     g_weights = _axis_weights(axes.g_half, extent, axis_weight)
     total = (p_weights * p_distance).sum(1) + (g_weights * g_distance).sum(1)
@@ -167,11 +168,14 @@ def _on_axes(pair: _Pair, axes: _Pair, unit: str) -> tuple[_Intervals, _Interval
     )
 
 
-def _distance(offset: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """(1 - GIoU1D) / 2 of two intervals, by the offset of their middles and their half-lengths."""
+def _distance(offset: Tensor, a: Tensor, b: Tensor, rounding: Tensor | float = 0.0) -> Tensor:
+    """(1 - GIoU1D) / 2 of two intervals, by the offset of their middles and their half-lengths.
+
+    Two points are one where their offset is no more than `rounding`.
+    """
     larger = torch.maximum(offset.abs(), (a - b).abs())
     hull = a + b + larger
-    flat = hull <= _no_length(hull)
+    flat = (hull <= _no_length(hull)) | ((a + b == 0) & (hull <= rounding))
     return torch.where(flat, 0.0, larger / torch.where(flat, 1.0, hull))
 
 
@@ -277,6 +281,5 @@ def _interval(corners: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
     values = projections.detach()
     low, high = values.amin(2, keepdim=True), values.amax(2, keepdim=True)
     extent = (corners.detach().amax(1) - corners.detach().amin(1)).amax(1, keepdim=True)
-    widest = (WIDEST_TIE * extent).clamp(max=_TIE[values.dtype]).unsqueeze(2)
-    slack = widest * axes.detach().abs().sum(2, keepdim=True)
+    slack = _slack(extent).unsqueeze(2) * axes.detach().abs().sum(2, keepdim=True)
     return _extreme(low, values <= low + slack, projections), _extreme(high, values >= high - slack, projections)

@@ -67,15 +67,17 @@ def per_sample_loss(
 
     p_polygons, g_polygons, extent = _normalise(p, p_real, g, g_real)
 
-    p_sum, p_weight, p_is_axis = _sum_over_axes(p_polygons, g_polygons, extent, axis_weight, axis_grad)
-    g_sum, g_weight, _ = _sum_over_axes(g_polygons, p_polygons, extent, axis_weight, axis_grad)
+    p_sum, p_weight, p_is_axis, p_hull = _sum_over_axes(p_polygons, g_polygons, extent, axis_weight, axis_grad)
+    g_sum, g_weight, _, g_hull = _sum_over_axes(g_polygons, p_polygons, extent, axis_weight, axis_grad)
     weight = p_weight + g_weight
     loss = 0.5 * (p_sum + g_sum) / torch.where(weight == 0, 1.0, weight)
     if convexity_weight:
         loss = loss + convexity_weight * _convexity(p_polygons, p_is_axis)
     if boundary_weight:
         loss = loss + boundary_weight * _boundary(p_polygons, g_polygons, extent, up_to_rounding=not axis_grad)
-    return loss
+    own_extent = torch.maximum(_extent(p_polygons), _extent(g_polygons)).squeeze(1)
+    is_line = (torch.maximum(p_hull, g_hull) <= _line(extent)) & (own_extent > 2.0 * _slack(extent).squeeze(1))
+    return torch.where(is_line, 0.0, loss)
 
 
 def _real_first(vertices: Tensor, lengths: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -261,11 +263,20 @@ def _interval(
         highest_low = torch.where(edge_low == low, edge_high, low)
         lowest_high = torch.where(edge_high == high, edge_low, high)
     if up_to_rounding:
-        slack = (WIDEST_TIE * _extent(polygons)).clamp(max=_TIE[axes.dtype]).unsqueeze(-1)
-        slack = slack * axes.detach().abs().sum(-1, keepdim=True)
+        slack = _slack(_extent(polygons)).unsqueeze(-1) * axes.detach().abs().sum(-1, keepdim=True)
         highest_low, lowest_high = torch.maximum(highest_low, low + slack), torch.minimum(lowest_high, high - slack)
     at_low, at_high = real & (values <= highest_low), real & (values >= lowest_high)
     return _extreme(low, at_low, projections), _extreme(high, at_high, projections)
+
+
+def _slack(extent: Tensor) -> Tensor:
+    """By how much rounding tells equal coordinates apart, by the extent (section 4)."""
+    return (WIDEST_TIE * extent).clamp(max=_TIE[extent.dtype])
+
+
+def _line(extent: Tensor) -> Tensor:
+    """The longest interval that is rounding on each of the axes of vertices on one line (section 5), (B,) by (B, 1)."""
+    return (2.0 * _slack(extent) * extent).squeeze(1)
 
 
 def _extent(polygons: _Polygons) -> Tensor:
@@ -300,8 +311,8 @@ def _axis_weights(edges: Tensor, extent: Tensor, axis_weight: str) -> tuple[Tens
 
 def _sum_over_axes(
     own: _Polygons, other: _Polygons, extent: Tensor, axis_weight: str, axis_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of w_k (1 - GIoU1D_k) and of w_k over the axes of `own`, both (B,), and which edges are axes."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Over the axes of `own`: sums of w_k (1 - GIoU1D_k) and w_k, (B,), which edges are axes, the largest h_k, (B,)."""
     edges = own.edges if axis_grad else own.edges.detach()
     weights, is_axis = _axis_weights(edges, extent, axis_weight)
     axes = _axes(edges)
@@ -309,7 +320,7 @@ def _sum_over_axes(
     other_low, other_high = _interval(other, _project(other.vertices, axes), axes, up_to_rounding=not axis_grad)
     difference = (own_high - other_high).abs() + (own_low - other_low).abs()
     hull = torch.maximum(own_high, other_high) - torch.minimum(own_low, other_low)
-    return (weights * _quotient(difference, hull)).sum(1), weights.sum(1), is_axis
+    return (weights * _quotient(difference, hull)).sum(1), weights.sum(1), is_axis, hull.detach().amax(1)
 
 
 def _convexity(polygons: _Polygons, is_axis: Tensor) -> Tensor:
@@ -326,7 +337,9 @@ def _convexity(polygons: _Polygons, is_axis: Tensor) -> Tensor:
     counts = polygons.real.unsqueeze(1) & ~on_edge
     distance = torch.where(counts, projections - projections.diagonal(dim1=1, dim2=2).unsqueeze(-1), 0.0)
     smaller_side = torch.minimum(distance.relu().sum(-1), (-distance).relu().sum(-1))
-    terms = torch.where(is_axis, _quotient(smaller_side, high - low), 0.0)
+    width = high - low
+    is_wide = is_axis & ~(width <= _line(_extent(polygons)).unsqueeze(1))
+    terms = torch.where(is_wide, _quotient(smaller_side, width), 0.0)
     return terms.sum(1) / (polygons.real.sum(1) * is_axis.sum(1).clamp(min=1))
 
 
