@@ -27,17 +27,21 @@ def wall_us(steps: dict[str, Step], device: torch.device, rounds: int) -> dict[s
     """Microseconds of each step in a loop, as a training loop sees it; one number for each round.
 
     The steps take turns, so that a drift of the machine reaches all of them: ratios within a round are the ones to
-    trust. One number is the median of three repetitions of as many steps as take 10 ms.
+    trust. Every other round goes backwards, and a turn begins with a repetition that does not count: after a slow step
+    the next one is slower too. One number is the median of three repetitions of as many steps as take 10 ms.
     """
     counts = {}
     for name, step in steps.items():
         _loop_us(step, 1, device)
         counts[name] = max(1, min(100, round(REPETITION_S * 1e6 / _loop_us(step, 3, device))))
     times: dict[str, list[float]] = {name: [] for name in steps}
+    turns = list(steps.items())
     for _ in range(rounds):
-        for name, step in steps.items():
-            repetitions = 3 if counts[name] > 1 else 1
-            times[name].append(statistics.median(_loop_us(step, counts[name], device) for _ in range(repetitions)))
+        for name, step in turns:
+            repetitions = 4 if counts[name] > 1 else 1
+            counted = [_loop_us(step, counts[name], device) for _ in range(repetitions)][-3:]
+            times[name].append(statistics.median(counted))
+        turns.reverse()
     return times
 
 
