@@ -238,6 +238,10 @@ def mgiou_kernel(
         pred_slack = tl.minimum(joint.pred_extent * WIDEST, widest)
         target_slack = tl.minimum(joint.target_extent * WIDEST, widest)
         pred_line = tl.maximum(2.0 * pred_slack * joint.pred_extent, TINY)
+        rounding = 2.0 * tl.minimum(joint.extent * WIDEST, widest)
+        line = rounding * joint.extent
+        if AXIS_WEIGHT != UNIFORM:
+            line = tl.where(tl.maximum(joint.pred_extent, joint.target_extent) > rounding, line, -1.0)
         sample = Sample(
             pred_placed, target_placed, pred_shape, target_shape, pred_rule, target_rule, pred.count, lane, pred_slack,
             target_slack, pred_line, convexity_factor, direction, target_direction,
@@ -253,9 +257,7 @@ def mgiou_kernel(
         convexity = over_axes(sums.convexity)
         target_distance, target_weight = over_axes(axes.mean.distance), over_axes(axes.mean.weight)
         mixed = over_axes(sums.mixed)
-        rounding = 2.0 * tl.minimum(joint.extent * WIDEST, widest)
-        is_line = highest_over_axes(axes.mean.widest) <= rounding * joint.extent  # False where one is NaN
-        present &= ~(is_line & (tl.maximum(joint.pred_extent, joint.target_extent) > rounding))
+        present &= ~(highest_over_axes(axes.mean.widest) <= line)  # where one is NaN it stays
 
         weights = pred_weight + target_weight
         weights = tl.where(weights > 0, weights, 1.0)

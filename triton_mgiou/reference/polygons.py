@@ -75,8 +75,10 @@ def per_sample_loss(
         loss = loss + convexity_weight * _convexity(p_polygons, p_is_axis)
     if boundary_weight:
         loss = loss + boundary_weight * _boundary(p_polygons, g_polygons, extent, up_to_rounding=not axis_grad)
-    own_extent = torch.maximum(_extent(p_polygons), _extent(g_polygons)).squeeze(1)
-    is_line = (torch.maximum(p_hull, g_hull) <= _line(extent)) & (own_extent > 2.0 * _slack(extent).squeeze(1))
+    is_line = torch.maximum(p_hull, g_hull) <= _line(extent)
+    if axis_weight != "uniform":
+        longer = torch.maximum(_extent(p_polygons), _extent(g_polygons))
+        is_line = is_line & (longer > 2.0 * _slack(extent)).squeeze(1)
     return torch.where(is_line, 0.0, loss)
 
 
