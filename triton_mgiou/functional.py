@@ -72,10 +72,10 @@ def mgiou_loss(
     together ("soft" weights: turned by right angles). It does when they are swapped, as the two terms are not
     symmetric; MGIoU is. Any unit will do, the same for both polygons.
 
-    A polygon of one vertex is a point, of two a segment. Where a side of a sample has no real vertex, or neither
-    polygon has an edge, the sample's loss and gradient are 0. Any finite input gives a finite value and
-    gradient, with weights of the terms up to 1e9; NaN or Inf in a real vertex makes that sample's value and gradient
-    NaN and leaves the others' gradients alone.
+    A polygon of one vertex is a point, of two a segment. Where a side of a sample has no real vertex, neither polygon
+    has an edge, or all vertices of both are on one line, the sample's loss and gradient are 0. Any finite input gives
+    a finite value and gradient, with weights of the terms up to 1e9; NaN or Inf in a real vertex makes that sample's
+    value and gradient NaN and leaves the others' gradients alone.
 
     Args:
         pred: Predicted vertices, shape (B, N, 2), in order along the outline; float16, bfloat16, float32 or
