@@ -95,6 +95,31 @@ TABLES = {
     "most cells are words": ("epoch,host,split,state,loss\n3,a,train,ok,0.5\n4,b,train,ok,0.25\n", LOSS),
     "what is missing": ("epoch,loss\n1,NA\n2,None\n3,0.5\n4,0.25\n5,-\n6,\n7,n/a\n", [LOSS[0]._replace(rows=[2, 3])]),
     "a decimal comma": ("a;b\n1,5;-2,5e1\n", [Column("a", [0], [1], [1.5]), Column("b", [0], [1], [-25.0])]),
+    "a decimal comma before three digits": (
+        "a;b\n1,234;2\n2,345;4\n", [Column("a", [0, 1], [1, 2], [1.234, 2.345]), TWO[1]]
+    ),
+    "the same, by another number of the column": (
+        'a,b\n"1,234",2.5\n"0,345",4.5\n',
+        [Column("a", [0, 1], [1, 2], [1.234, 0.345]), Column("b", [0, 1], [1, 2], [2.5, 4.5])],
+    ),
+    "the same, by a number of another column": (
+        'a,b\n"1,234","2,5"\n"2,345e1","-4,5"\n',
+        [Column("a", [0, 1], [1, 2], [1.234, 23.45]), Column("b", [0, 1], [1, 2], [2.5, -4.5])],
+    ),
+    "thousands": (
+        'step,loss,a,b,c\n"1,000",.5,"1,234,567","1,234.5","-12,345"\n"2,000",.25,"2,345,678.","345.5",1\n',
+        [
+            Column("loss", [0, 1], [1000.0, 2000.0], [0.5, 0.25]),
+            Column("a", [0, 1], [1000.0, 2000.0], [1234567.0, 2345678.0]),
+            Column("b", [0, 1], [1000.0, 2000.0], [1234.5, 345.5]),
+            Column("c", [0, 1], [1000.0, 2000.0], [-12345.0, 1.0]),
+        ],
+    ),
+    "thousands in JSON": (
+        json_lines('{"step": "1,234", "loss": 0.5}', '{"step": "2,234", "loss": 0.25}'),
+        [Column("loss", [0, 1], [1234.0, 2234.0], [0.5, 0.25])],
+    ),
+    "a cell of several lines": ('a,host,b\n1,"one\n, two\n\n",2\n3,x,4\n', TWO),
     "NaN and Inf of C": (
         "a,b,c,d\n1.#QNAN,1.#INF,-1.#INF00,nan(ind)\n",
         [Column(name, [0], [1], [value]) for name, value in zip("abcd", (NAN, INF, -INF, NAN), strict=True)],
@@ -213,10 +238,42 @@ def test_a_last_row_that_is_cut_off_in_a_number(read):
     assert (table.rows, table.notes) == (2, ["left out: the last row, which ends in '6e'"])
 
 
+def test_a_last_row_that_is_cut_off_in_a_quote(read):
+    """How much of the cell is there is not known."""
+    table = read('a,b,host\n1,2,x\n3,4,y\n5,6,"z')
+    assert (table.columns, table.rows) == (TWO, 2)
+    assert table.notes == ["left out: row 3 has 2 cells instead of 3"]
+    assert read('a,b\n1,2\n3,4\n5,"6.').columns == TWO
+
+
+HOSTS = "".join(f"{row},x,0.{row},y\n" for row in range(2, 9))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        f'1,"x,0.1,y\n{HOSTS}',
+        f'1,"x,0.1,y\n{HOSTS}9,"z",0.9,y\n10,x,1,y\n',
+        f'1,"x,0.1,y\n{HOSTS}9,z",0.9,y\n10,x,1,y\n',
+        f'{HOSTS}9,"x,0.9,y\n10,x,1,y\n',
+    ],
+    ids=["to the end", "to where another one opens", "to a stray one", "to the last row"],
+)
+def test_a_quote_that_is_not_closed_loses_no_rows(rows, read):
+    with pytest.raises(TableError, match=r"^is damaged: a quote is not closed in '\d,\"x,0\.\d,y'$"):
+        read(f"epoch,host,loss,user\n{rows}")
+
+
+@pytest.mark.parametrize("text", ['a,b\n1,"2,345"\n2,"3,456"\n', 'a,b,c\n1.5,"2,345","0,5"\n', '{"a": "2,345"}'])
+def test_a_comma_before_three_digits_may_be_unclear(text, read):
+    with pytest.raises(TableError, match=r"^is unclear: '\d,\d+' in the column '[ab]' may be \d\.\d+ or \d{4}$"):
+        read(text)
+
+
 @pytest.mark.parametrize(
     ("text", "cell"),
-    [("a,b\n1,2\n3e,4\n", "3e"), ("a,b\n1,2e\n3,4\n", "2e")],
-    ids=["not the last column", "not the last row"],
+    [("a,b\n1,2\n3e,4\n", "3e"), ("a,b\n1,2e\n3,4\n", "2e"), ('a,b\n1,"2\n3"\n3,4\n', r"2\\n3")],
+    ids=["not the last column", "not the last row", "a number of two lines"],
 )
 def test_another_word_among_numbers_is_damage(text, cell, read):
     with pytest.raises(TableError, match=f"^is damaged: '{cell}' in the column '[ab]' is no number$"):

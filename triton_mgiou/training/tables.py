@@ -20,12 +20,17 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # What the libraries of C write: nan(ind), nan(0x8000), 1.#QNAN, -1.#IND, 1.#INF
 C_NAN = re.compile(r"[-+]?(nan\(\w*\)|1\.#(QNAN|SNAN|IND)\d*)", re.IGNORECASE)
 C_INF = re.compile(r"[-+]?1\.#INF\d*", re.IGNORECASE)
+DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+([eE][-+]?\d+)?")
+DECIMAL_POINT = re.compile(r"[-+]?[\d,]*\.\d+([eE][-+]?\d+)?")
+THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}((,\d{3}){2,}|,\d{3}(?=\.))(\.\d*)?")
+UNCLEAR = re.compile(r"[-+]?[1-9]\d{0,2},\d{3}")  # has a decimal comma, or one between thousands
 TENSOR = re.compile(r"tensor\(([^,()]*)(,.*)?\)")  # as PyTorch prints a scalar that was logged without `item()`
 YOLO = re.compile(r"\d+/\d+|[\d.,]+[GM]")  # the epoch as `0/299`, then the memory as `7.37G`
 LARGEST = 1e300  # a finite number beyond it counts as this
 BROKEN_SHARE = 0.02  # of the rows may be broken, as a kill leaves them
 
 Row = dict[str, float | None]
+Cells = dict[str, Any]  # numbers, or text that may stand for one
 
 
 class TableError(Exception):
@@ -122,23 +127,23 @@ def _json_rows(lines: list[str], notes: list[str], words: dict[str, str]) -> lis
         objects = [each for each in objects if each is not None]
     elif isinstance(objects, dict):
         objects = objects.get("log_history", [objects])
-    rows = []
+    rows: list[Cells] = []
     for each in objects if isinstance(objects, list) else ():
         if not isinstance(each, dict):
             raise TableError(f"has no objects of numbers, but {type(each).__name__}")
         mode = each.get("mode")
         prefix = f"{mode}/" if isinstance(mode, str) and mode != "train" else ""
-        row: Row = {}
+        row: Cells = {}
         for name, value in each.items():
             full = name if CLOCK.fullmatch(name.lower()) else prefix + name
             number = _number(value) if isinstance(value, str) else value  # some write numbers as text
             if isinstance(number, float):
-                row[full] = number
+                row[full] = value
             elif isinstance(value, str) and value.lower() not in MISSING:
                 words.setdefault(full, value)
         if "env_info" not in each and row:
             rows.append(row)
-    return rows
+    return _values(rows)
 
 
 def _refuse_or_note(broken: list[str], count: int, notes: list[str]) -> None:
@@ -164,8 +169,11 @@ def _text_rows(lines: list[str], notes: list[str], words: dict[str, str], tag: s
     spaced = lines[0].split()
     if len(spaced) > 1 and all(YOLO.fullmatch(cell) or _number(cell) is not None for cell in spaced):
         delimiters = []
-    splits = [_split(lines, each) for each in delimiters] or [[line.split() for line in lines]]
-    split = splits[0] if len(splits) == 1 else max(splits, key=_share_of_numbers)
+    splits = {each: _split(lines, each) for each in delimiters} or {" ": [line.split() for line in lines]}
+    delimiter, *others = splits
+    if others:
+        delimiter = max(splits, key=lambda each: _share_of_numbers(splits[each]))
+    split = splits[delimiter]
     if len(split[0]) > 8 and all(map(YOLO.fullmatch, split[0][:2])):
         split = [[cells[0].partition("/")[0], *cells[2:]] for cells in split]
         head = _yolo_head(split)
@@ -178,7 +186,7 @@ def _text_rows(lines: list[str], notes: list[str], words: dict[str, str], tag: s
     if "Wall time" in head:
         head = [tag if name == "Value" else name for name in head]
 
-    rows: list[dict[str, str]] = []
+    rows: list[Cells] = []
     broken = []
     for number, row in enumerate(split, 1):
         cells = row if any(row[len(head) :]) else row[: len(head)]  # some end each row in a comma
@@ -189,16 +197,52 @@ def _text_rows(lines: list[str], notes: list[str], words: dict[str, str], tag: s
         else:
             broken.append(f"row {number} has {len(cells)} cells instead of {len(head)}")
     _refuse_or_note(broken, len(split), notes)
-    return _numbers(rows, notes, words)
+    return _numbers(rows, notes, words, comma="." if delimiter == ";" else None)
 
 
 def _split(lines: list[str], delimiter: str) -> list[list[str]]:
-    """The cells of each line, without the blanks around them."""
+    """The cells of each row, without the blanks around them; a quoted cell may go on over several lines.
+
+    A last row that is cut off in a quote is without that cell.
+    """
+    rows: list[list[str]] = []
+    ended = [f"{line}\n" for line in (*lines, "")]  # the last one is a row of its own if no quote is open
+    reader = csv.reader(ended, delimiter=delimiter, skipinitialspace=True)  # blanks before a quote too
+    start = 0
     try:
-        parsed = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True))  # blanks before a quote too
+        for cells in reader:
+            end = reader.line_num
+            if end > len(lines):
+                if end - start > 2:
+                    raise _open_quote(lines[start])
+                if not cells:
+                    break
+                cells.pop()
+            elif end - start > 1:
+                _check_lines_of_row(lines[start:end], delimiter, len(rows[0]) if rows else 0)
+            rows.append([cell.strip() for cell in cells])
+            start = end
     except csv.Error as error:
         raise TableError(f"is no table: {error}") from None
-    return [[cell.strip() for cell in cells] for cells in parsed]
+    return rows
+
+
+def _check_lines_of_row(lines: list[str], delimiter: str, width: int) -> None:
+    """Refuse lines of which a quote that is not closed makes one row: it ends at the next quote, wherever that is.
+
+    Behind a quote that closes a cell stands a delimiter; and no line in a cell is a row of the table by itself.
+    """
+    try:
+        next(csv.reader([f"{line}\n" for line in lines], delimiter=delimiter, skipinitialspace=True, strict=True))
+    except csv.Error:
+        raise _open_quote(lines[0]) from None
+    for cells in csv.reader(lines[1:], delimiter=delimiter):
+        if len(cells) == width and not _is_head(cells):
+            raise _open_quote(lines[0])
+
+
+def _open_quote(line: str) -> TableError:
+    return TableError(f"is damaged: a quote is not closed in {line[:60]!r}")
 
 
 def _share_of_numbers(split: list[list[str]]) -> float:
@@ -207,9 +251,9 @@ def _share_of_numbers(split: list[list[str]]) -> float:
     return numbers / sum(map(len, split))
 
 
-def _numbers(rows: list[dict[str, str]], notes: list[str], words: dict[str, str]) -> list[Row]:
+def _numbers(rows: list[Cells], notes: list[str], words: dict[str, str], comma: str | None) -> list[Row]:
     """The numbers of the cells; a column of nothing but words goes to `words`, a word among numbers is damage."""
-    numbers = [{name: _number(cell) for name, cell in row.items()} for row in rows]
+    numbers = _values(rows, comma)
     has_numbers = {name for row in numbers for name, value in row.items() if value is not None}
     for index, (row, cells) in enumerate(zip(numbers, rows, strict=True)):
         for name in [name for name, value in row.items() if value is None and cells[name].lower() not in MISSING]:
@@ -221,6 +265,40 @@ def _numbers(rows: list[dict[str, str]], notes: list[str], words: dict[str, str]
                 notes.append(f"left out: the last row, which ends in {cells[name]!r}")
                 return numbers[:-1]
     return numbers
+
+
+def _values(rows: list[Cells], comma: str | None = None) -> list[Row]:
+    """The numbers of the cells, None for words; `comma` is what that of `1,234` stands for if no other number tells."""
+    commas = _commas(rows, comma)
+    return [
+        {name: _number(cell, commas.get(name, ".")) if isinstance(cell, str) else cell for name, cell in row.items()}
+        for row in rows
+    ]
+
+
+def _commas(rows: list[Cells], default: str | None) -> dict[str, str]:
+    """What the comma of numbers such as `1,234` stands for: ".", or nothing between thousands; by column.
+
+    Another number of the column, or else of the table, tells: `0,5` has a decimal comma, `0.5` and `1,234.5` a point.
+    """
+    unclear = {
+        name: cell for row in rows for name, cell in row.items() if isinstance(cell, str) and UNCLEAR.fullmatch(cell)
+    }
+    commas = {}
+    for name, cell in unclear.items():
+        for cells in ([row.get(name) for row in rows], [each for row in rows for each in row.values()]):
+            texts = [str(each) for each in cells if each is not None]
+            has_point = any(DECIMAL_POINT.fullmatch(text) or THOUSANDS.fullmatch(text) for text in texts)
+            has_comma = any(DECIMAL_COMMA.fullmatch(text) and not UNCLEAR.fullmatch(text) for text in texts)
+            if has_point != has_comma:
+                commas[name] = "" if has_point else "."
+                break
+        else:
+            if default is None:
+                both = cell.replace(",", "."), cell.replace(",", "")
+                raise TableError(f"is unclear: {cell!r} in the column {name!r} may be {both[0]} or {both[1]}")
+            commas[name] = default
+    return commas
 
 
 def _distinct(head: list[str]) -> list[str]:
@@ -271,15 +349,18 @@ def _summable(value: float) -> float:
     return math.copysign(min(abs(value), LARGEST), value) if math.isfinite(value) else value
 
 
-def _number(cell: str) -> float | None:
+def _number(cell: str, comma: str = ".") -> float | None:
+    """The number that a text stands for; `comma` is what that of `1,234` stands for."""
     if C_NAN.fullmatch(cell):
         return math.nan
     if C_INF.fullmatch(cell):
         return -math.inf if cell.startswith("-") else math.inf
     if tensor := TENSOR.fullmatch(cell):
         cell = tensor[1]
-    if re.fullmatch(r"[-+]?\d+,\d+([eE][-+]?\d+)?", cell):
-        cell = cell.replace(",", ".")
+    if THOUSANDS.fullmatch(cell):
+        cell = cell.replace(",", "")
+    elif DECIMAL_COMMA.fullmatch(cell):
+        cell = cell.replace(",", comma if UNCLEAR.fullmatch(cell) else ".")
     try:
         return float(cell)
     except ValueError:
