@@ -131,6 +131,51 @@ CASES = {
         {"loss_box": held((1, 20), (2, 20)), "loss": held((1, 20), (2, 20))},
         ["loss_box: fell", "loss: fell"],
     ),
+    "a part of one that falls, as Lightning names them": (
+        {"train_box_loss_epoch": held((1, 20), (2, 20)), "train_loss_epoch": FALLS}, []
+    ),
+    # The KL term of a VAE.
+    "a KL term beside a reconstruction that falls": ({"recon_loss": FALLS, "kl_loss": held((0.1, 3), (9, 37))}, []),
+    "of the validation too, beside its own": (
+        {f"{part}{name}": values for part in ("", "val_") for name, values in
+         (("loss", FALLS), ("KLD_loss", held((0.1, 3), (9, 37))))}, []
+    ),
+    "beside that of the training only": (
+        {"loss": FALLS, "val_loss": held((1, 40)), "val_kl_loss": held((0.1, 3), (9, 37))},
+        ["val_loss: never", "val_kl_loss: collapsed"],
+    ),
+    "beside nothing": ({"kl_div_loss": held((0.1, 3), (9, 37))}, ["kl_div_loss: collapsed"]),
+    "beside another KL term": ({"kl_loss": FALLS, "kl_2_loss": held((1, 20), (2, 20))}, ["kl_2_loss: fell"]),
+    "beside one that falls by less than 5 %": (
+        {"recon_loss": held((1, 20), (0.96, 20)), "kl_loss": held((1, 20), (2, 20))}, ["kl_loss: fell"]
+    ),
+    "beside one that rises": (
+        {"recon_loss": held((1, 20), (2, 20)), "kl_loss": held((1, 20), (2, 20))}, ["recon_loss: fell", "kl_loss: fell"]
+    ),
+    "all of a VAE are flat": (
+        {"recon_loss": held((1, 40)), "kl_loss": [1.0, *[1.01] * 39]},
+        ["recon_loss: never", "kl_loss: never", "all losses are"],
+    ),
+    "NaN in a KL term": ({"loss": FALLS, "kl_loss": [*held((0.1, 3), (9, 36)), NAN]}, ["kl_loss: 1 NaN"]),
+    # The losses of a GAN.
+    "flat ones of a GAN": ({"g_loss": alternating(0.7, 0.01, 40), "d_loss": alternating(1.4, 0.01, 40)}, []),
+    "rising ones, with their penalty": (
+        {"Loss_G": RISES, "Loss_D": [-value for value in RISES], "gp_loss": alternating(0.1, 0.001, 40)}, []
+    ),
+    "in words": ({"generator loss": RISES, "val/critic_loss": held((1, 20), (2, 20))}, []),
+    "of one number": (
+        {"lossG": [0.7] * 40, "lossD": [1.4] * 40}, ["lossG: never", "lossD: never", "all losses are flat"]
+    ),
+    "NaN in one": ({"g_loss": RISES, "d_loss": [*FALLS[:39], NAN]}, ["d_loss: 1 NaN"]),
+    "a flat loss beside them": (
+        {"g_loss": RISES, "d_loss": FALLS, "rec_loss": held((1, 39), (1.01, 1))},
+        ["rec_loss: never", "all losses but those of the GAN are flat"],
+    ),
+    "one side only": ({"d_loss": held((1, 20), (2, 20))}, ["d_loss: fell"]),
+    "no side: layers of a decoder, and a GIoU": (
+        {"d0.loss_cls": held((1, 20), (2, 20)), "loss_giou": held((1, 20), (2, 20))},
+        ["d0.loss_cls: fell", "loss_giou: fell"],
+    ),
     # Which metrics count.
     "an accuracy of 0 beside mAP": ({"mAP": RISES, "accuracy": [0.0] * 40}, []),
     "an accuracy of 0": ({"accuracy": [0.0] * 40}, ["accuracy: never"]),
@@ -182,6 +227,15 @@ def notes(values):
     found, told = judged({"loss": values})
     assert found == []
     return [note.partition(" ")[2].split(":")[0] for note in told]
+
+
+def test_what_is_said_of_a_gan_and_of_a_kl_term():
+    """That the losses of a GAN are not judged; neither is called converged where it rises."""
+    columns = {"g_loss": held((0.7, 20), (2, 20)), "d_loss": alternating(1.4, 0.01, 40), "mAP": RISES}
+    assert judged(columns)[1] == [
+        "g_loss, d_loss: of a GAN, whose losses tell little of how it learns: only NaN and Inf count"
+    ]
+    assert judged({"loss": FALLS, "kl_loss": held((0.1, 3), (9, 37))})[1] == []
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,12 @@ NO_CURVE = re.compile(
     r"(?<![a-z])(lr|weight|scaler?|coef|gain|time)\d*$|(^|/)best[_ ]|(fast|mask)_rcnn/.*accuracy|cardinality_error"
     r"|_copypaste$"
 )
-TOTAL = re.compile(r"(train[/_. ])?(total_?loss|loss_?total|loss)")
+TOTAL = re.compile(r"(train[/_. ])?(total_?loss|loss_?total|loss)(_epoch|_step)?")  # the last are Lightning's
+KL = re.compile(r"(?<![a-z])kl(d|_?div|_?divergence)?(?![a-z])")
+# The losses of a GAN: those of its two sides, and what goes with them
+GENERATOR = re.compile(r"(?<![a-z0-9])(g|gen|generator|adv|adversarial|gan)(?![a-z0-9])|lossg(?![a-z])")
+DISCRIMINATOR = re.compile(r"(?<![a-z0-9])(d|disc|discriminator|critic)(?![a-z0-9])|lossd(?![a-z])")
+PENALTY = re.compile(r"(?<![a-z0-9])(real|fake|gp|r1|penalty)(?![a-z])")
 # By what they say of a run: each kind is judged where there is none of the kinds before. An accuracy beside mAP is
 # that of a head on its proposals, and high at once.
 METRICS = (
@@ -106,7 +111,11 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     and all losses of the validation are 0 does not count where the last row has numbers: Ultralytics and YOLOv5 write
     so what they do not validate.
 
-    Losses and metrics without a number, such as percentages with their sign, are named and not judged.
+    Losses and metrics without a number, such as percentages with their sign, are named and not judged. Where there are
+    losses of a generator and of a discriminator (or critic), these and their penalties are named too and judged only if
+    they are one number in all rows: each side works against the other, so that they may stay flat, or rise, as the
+    samples get better. A KL term that rises while another loss falls has not fallen from its best: the latent variables
+    of a VAE are used then.
 
     - NaN or Inf in a loss, or in a metric after it had a number, is a fault; in other columns, as the norm of a
       gradient, if it stays so until the end. So is a loss or metric that is empty at the end while what was written
@@ -163,9 +172,12 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     good = [curve.name for curve in curves if curve.name not in faults and curve.best >= USEFUL * full(curve)]
     others_good = [name for name in good if "train" not in name.lower()]
     has_none = not any(curve.best >= HARDLY * full(curve) for curve in curves)
+    gan = _of_a_gan(losses, names)
+    losses = [loss for loss in losses if loss.name not in gan]
     still = _standing_still(losses, FLAT_BESIDE_NOTHING if curves else FLAT) if has_none else []
     total_falls = any(TOTAL.fullmatch(loss.name.lower()) and loss.end < loss.start for loss in losses)
-    for loss in losses:
+    rising = [loss for loss in losses if _is_kl_that_may_rise(loss, losses)]
+    for loss in [each for each in losses if each not in rising]:
         is_part = not TOTAL.fullmatch(loss.name.lower()) and not _is_of_validation(loss.name)
         is_excused = bool(good if "train" in loss.name.lower() else others_good) or (is_part and total_falls)
         fault = _fault_of_loss(loss, losses, is_excused, loss.name in still)
@@ -173,10 +185,16 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
             faults[loss.name] = fault
     problems += [f"{column.name}: {faults[column.name]}" for column in table.columns if column.name in faults]
     if still:
-        which = " of the training" if any("train" in name.lower() for name in still) else ""
+        which = " but those of the GAN" if gan else ""
+        which = " of the training" if any("train" in name.lower() for name in still) else which
         problems.append(f"all losses{which} {NO_STEP}")
-    notes = [f"{c.name}: {note}" for c in (*losses, *curves) if c.name not in faults and (note := _converged(c))]
+    sound = [curve for curve in (*losses, *curves) if curve.name not in faults and curve not in rising]
+    notes = [f"{curve.name}: {note}" for curve in sound if (note := _converged(curve))]
     notes += [f"{loss.name}: {note}" for loss in losses if (note := _oscillation(loss.values))]
+    if gan:
+        notes.insert(
+            0, f"{', '.join(gan)}: of a GAN, whose losses tell little of how it learns: only NaN and Inf count"
+        )
     return problems, [*words, *notes]
 
 
@@ -297,6 +315,26 @@ def _fault_of_metric(curve: Curve, table: Table, losses_fall: bool) -> str:
     if curve.end < GOOD * curve.best and curve.best - curve.end > NOISE * curve.noise:
         return f"fell from its best: {after}"
     return ""
+
+
+def _of_a_gan(losses: list[Curve], names: set[str]) -> list[str]:
+    """The losses of a generator and a discriminator, if there are columns of both, but for those of one number."""
+    sides = (GENERATOR, DISCRIMINATOR)
+    of_losses = [name.lower() for name in names if kind_of(name) == "loss"]
+    if not all(any(map(side.search, of_losses)) for side in sides):
+        return []
+    own = [loss for loss in losses if any(each.search(loss.name.lower()) for each in (*sides, PENALTY))]
+    return [loss.name for loss in own if min(loss.values) < max(loss.values)]
+
+
+def _is_kl_that_may_rise(loss: Curve, losses: list[Curve]) -> bool:
+    """Whether it is a KL term, beside which another loss of the same data falls, in the training or the validation."""
+    if not KL.search(loss.name.lower()) or loss.end <= loss.start:
+        return False
+    others = [each for each in losses if _is_of_validation(each.name) == _is_of_validation(loss.name)]
+    return any(
+        each.end < each.start and not _is_flat(each, FLAT) for each in others if not KL.search(each.name.lower())
+    )
 
 
 def _fault_of_loss(loss: Curve, losses: list[Curve], is_excused: bool, stands_still: bool) -> str:
