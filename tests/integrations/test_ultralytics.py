@@ -596,6 +596,19 @@ WRONG = [
             ({"backend": "cuda"}, ValueError, "Wrong: options: backend must be one of .*got 'cuda'"),
         )
     ),
+    *(
+        ("pose", {name: "mgiou"}, TypeError, f"Wrong: attributes must be among mode, alpha, .*got {name}")
+        for name in ("mdoe", "moed", "aplha", "shedule", "schedlue", "sigams", "optoins", "opions")
+    ),
+    *(
+        ("obb", {name: 1.0}, TypeError, f"Wrong: attributes must be among options, gain, got {name}")
+        for name in ("gian", "optinos")
+    ),
+    *(
+        (task, {name: 0.5}, TypeError, f"Wrong: options of the loss belong into options, such as .*got {name}")
+        for task in TRAINERS
+        for name in ("boundary_weight", "bounday_weight", "axis_wieght", "axsi_grad", "convexity_wight")
+    ),
 ]
 
 
@@ -604,6 +617,30 @@ def test_wrong_attributes_are_told_before_the_training(data, tmp_path, task, att
     trainer_class = type("Wrong", (TRAINERS[task],), attributes)
     with pytest.raises(error, match=message):
         trainer_class(overrides=settings(data, task, tmp_path))
+
+
+class Mixin:
+    mdoe = "what it is to a mixin behind the trainer"
+
+
+@pytest.mark.parametrize("task", TRAINERS)
+def test_what_a_subclass_adds_is_its_own(data, tmp_path, task):
+    """Values under names that are like an option's, methods and properties under any, and what its methods read."""
+    own = dict.fromkeys(
+        ("model_name", "model", "node", "demo", "scheduler", "sigma", "option", "again", "alpha2", "gains")
+    )
+    own |= {"mdoe": id, "optoins": property(type), "gian": staticmethod(max), "_mdoe": 3}
+    own |= {"boundary_weight": 0.1, "axis_weights": 0.2, "freeze_backbone": True}
+    trainer_class = type("Own", (TRAINERS[task], Mixin), own)
+    trainer = trainer_class(overrides=settings(data, task, tmp_path))
+    assert (trainer.boundary_weight, trainer.gian(1, 2), trainer.optoins) == (0.1, 2, trainer_class)
+
+
+@pytest.mark.parametrize("task", TRAINERS)
+def test_a_misspelt_attribute_is_found_in_the_class_between(data, tmp_path, task):
+    between = type("Between", (TRAINERS[task],), {"optoins": {}})
+    with pytest.raises(TypeError, match=r"Wrong: attributes must be among .*, got optoins"):
+        type("Wrong", (between,), {"options": {}})(overrides=settings(data, task, tmp_path))
 
 
 @pytest.mark.parametrize("task", TRAINERS)

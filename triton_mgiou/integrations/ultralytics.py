@@ -31,6 +31,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
 from types import FunctionType
@@ -46,7 +47,7 @@ from triton_mgiou.arguments import check_factor, check_names
 from triton_mgiou.functional import box_mgiou_loss, mgiou_loss
 from triton_mgiou.metrics import polygon_iou_matrix
 from triton_mgiou.modules import BoxMGIoULoss, MGIoULoss, PolygonLoss
-from triton_mgiou.options import PAPER
+from triton_mgiou.options import PAPER, Options
 from triton_mgiou.training.schedules import AlphaSchedule
 
 TESTED = "8.4.190"
@@ -83,6 +84,7 @@ SHOWN_IMAGES = 16  # of a batch, in a plot
 SHOWN_CONFIDENCE = 0.25
 SHRINK = 4  # of the masks in a plot, as of Ultralytics' own: thousands of whole ones would not fit into memory
 FARTHEST = 1e6  # pixels, in a plot: OpenCV fills a polygon of 1e10, or of NaN, for half a minute
+ALIKE = 0.85  # of two names, by difflib: from here on one is taken for the other, misspelt
 VISIBLE = 0.5  # a predicted vertex is there from this confidence on
 OVERLAP = "probiou"  # by this name Ultralytics' loss of boxes calls what MGIoU replaces
 
@@ -223,6 +225,35 @@ def _check_names(name: str, options: Any, known: Collection[str]) -> None:
     check_names(name, options, known)
 
 
+def _check_spelling(trainer: type[_MGIoUTrainer]) -> None:
+    """Refuse values in a subclass that nobody reads: under an option's name that is misspelt, or in a wrong place.
+
+    A name that contains an option's, or is part of one, such as `model` or `scheduler`, may be the subclass's own, and
+    its own methods may read an option of the loss there.
+    """
+    classes = trainer.__mro__
+    ours = next(index for index, each in enumerate(classes) if each.__module__ == __name__)
+    own = {name: each for cls in classes[:ours] for name, each in vars(cls).items() if not name.startswith("__")}
+    has_methods = any(map(callable, own.values()))
+    for name, each in own.items():
+        if hasattr(classes[ours], name) or callable(each) or hasattr(each, "__get__"):
+            continue
+        if any(_is_misspelt(name, known) for known in trainer.OPTIONS):
+            raise TypeError(f"attributes must be among {', '.join(trainer.OPTIONS)}, got {name}")
+        is_option = name in Options._fields and not has_methods
+        if is_option or any(_is_misspelt(name, known) for known in Options._fields):
+            raise TypeError(
+                f"options of the loss belong into options, such as {', '.join(Options._fields)}, got {name}"
+            )
+
+
+def _is_misspelt(name: str, known: str) -> bool:
+    if name in known or known in name:
+        return False
+    swapped = (known[:k] + known[k + 1] + known[k] + known[k + 2 :] for k in range(len(known) - 1))
+    return name in swapped or SequenceMatcher(None, name, known).ratio() >= ALIKE
+
+
 class _MGIoUTrainer:
     """The base of both trainers: the criteria of the model and of its average get another loss before each epoch.
 
@@ -230,17 +261,19 @@ class _MGIoUTrainer:
     new ones. They belong to no model's class and are not saved, which keeps checkpoints plain.
 
     Raises:
-        TypeError: An attribute has the wrong type.
+        TypeError: An attribute has the wrong type, or the name of an option misspelt.
         ValueError: An attribute has the wrong value.
         RuntimeError: This Ultralytics calls its losses in another way.
     """
 
     HEAD: ClassVar[type[nn.Module]]
     PARTS: ClassVar[tuple[str, ...]]
+    OPTIONS: ClassVar[tuple[str, ...]]  # attributes that a subclass sets
 
     def __init__(self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: Any = None) -> None:
         check_version()
         with _naming(type(self).__name__):
+            _check_spelling(type(self))
             self.check_attributes()
         super().__init__(cfg, overrides, _callbacks)  # type: ignore[call-arg]
 
@@ -336,6 +369,7 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
 
     HEAD = tasks.Pose
     PARTS = ("keypoint_loss", "assigner")
+    OPTIONS = ("mode", "alpha", "schedule", "sigmas", "options")
     mode: ClassVar[str] = "hybrid"
     alpha: ClassVar[float | None] = None
     schedule: ClassVar[Mapping[str, Any]] = {}
@@ -438,6 +472,7 @@ class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
 
     HEAD = tasks.OBB
     PARTS = ("bbox_loss", "assigner", "calculate_angle_loss", "reg_max")
+    OPTIONS = ("options", "gain")
     options: ClassVar[Mapping[str, Any]] = PAPER
     gain: ClassVar[float] = 2.5
 
