@@ -158,14 +158,6 @@ def run_python(
     )
 
 
-def triton_version() -> tuple[int, int]:
-    """Major and minor number of the installed Triton: as text, 3.10 would come before 3.6."""
-    import triton  # noqa: PLC0415 - not everywhere
-
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
 def numpy64(values: Any) -> npt.NDArray[np.float64]:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import run_python, triton_version
+from tests.helpers import run_python
 from triton_mgiou import backends, box_mgiou_loss, mgiou_loss
-from triton_mgiou.backends import kernels_unavailable
+from triton_mgiou.backends import kernels_unavailable, triton_version
 
 launch = pytest.importorskip("triton_mgiou.launch")
 GPU = torch.device("cuda", 0)

@@ -52,12 +52,24 @@ def kernels_unavailable(device: torch.device) -> str | None:
 kernels_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def triton_version() -> tuple[int, int]:
+    """Major and minor number of the installed Triton: as text, 3.10 would come before 3.6.
+
+    Raises:
+        ImportError: There is none.
+    """
+    import triton  # noqa: PLC0415 - not everywhere, and slow
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def _find_reason(device: torch.device) -> str | None:
     try:
         import triton  # noqa: PLC0415 - not everywhere, and slow
     except ImportError:
         return "Triton is not installed"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    version = triton_version()
     if version < (3, 4):
         return f"the kernels need Triton 3.4, and {triton.__version__} is installed"
     from triton_mgiou import launch, ops, pairs  # noqa: F401, PLC0415 - from here on the package has them

@@ -8,9 +8,9 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from tests.helpers import triton_version  # noqa: E402
 from tests.polygons.test_kernels import local_memory  # noqa: E402
 from triton_mgiou import launch, pairs  # noqa: E402
+from triton_mgiou.backends import triton_version  # noqa: E402
 from triton_mgiou.kernels.polygon_pairs import polygon_pairs_kernel  # noqa: E402
 from triton_mgiou.options import OVERS  # noqa: E402
 from triton_mgiou.tuning import layouts  # noqa: E402

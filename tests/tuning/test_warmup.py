@@ -16,8 +16,9 @@ import torch
 
 import triton_mgiou
 from tests.conftest import INTERPRETED
-from tests.helpers import Name, run_python, triton_version
+from tests.helpers import Name, run_python
 from triton_mgiou import PolygonLoss
+from triton_mgiou.backends import triton_version
 from triton_mgiou.cli import main, table
 from triton_mgiou.tuning import layouts, store
 from triton_mgiou.tuning.warmup import WarmupResult
