@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.helpers import assert_close, assert_does_not_wait, assert_gradient_close, assert_same, generator
+from tests.helpers import assert_close, assert_does_not_wait, assert_gradient_close, assert_same, convex, generator
+from tests.pairs import oracle
 from tests.pairs.helpers import random_boxes
 from tests.pairs.test_gradient import gradients
 from tests.pairs.test_value import matrix
@@ -400,5 +401,26 @@ def test_a_program_goes_down_its_columns_tile_by_tile(backend, monkeypatch, tile
     try:
         for options, want in zip(({}, masks), expected, strict=True):
             assert_same(matrix(backend, first, second, **options), want)
+    finally:
+        launch.forget_plans()
+
+
+def test_a_program_goes_along_its_rows_tile_by_tile(backend, monkeypatch):
+    """Two programs take the five tiles of a row, of which the last one is not full; there are three rows of tiles."""
+    if backend.name != "triton":
+        pytest.skip("of the kernel")
+    from triton_mgiou import launch  # noqa: PLC0415 - needs Triton
+    from triton_mgiou.tuning import layouts  # noqa: PLC0415
+
+    layout = layouts.PolygonPairLayout(4, 8, 1, 255)
+    monkeypatch.setattr(layouts, "polygon_pair_candidates", lambda *_: [layout])
+    monkeypatch.setattr(layouts.PolygonPairLayout, "grid", lambda *_: (3, 2, 2))
+    rng = generator(16)
+    first, second = (convex(2 * n, 3, rng).reshape(2, n, 3, 2) for n in (9, 35))
+    expected = [oracle.polygon_matrix(*pair) for pair in zip(first.numpy(), second.numpy(), strict=True)]
+    launch.forget_plans()
+    try:
+        actual = polygon_mgiou(first.to(backend.device), second.to(backend.device), backend=backend.name)
+        assert_close(actual, np.stack(expected), atol=1e-13)
     finally:
         launch.forget_plans()
