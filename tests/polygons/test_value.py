@@ -116,6 +116,27 @@ def test_reductions_and_weights(backend, reduction, avg_factor, shape):
             assert_close(again, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("divisor", "number"),
+    [(torch.int32, 2**24 + 1), (torch.uint32, 2**32 - 1), (torch.int64, 2**40 + 3), (torch.int64, 2**63 - 1)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_large_divisor_of_integers(backend, dtype, divisor, number):
+    """Which float32 holds to half a unit of 2^24 only: the loss is in the type of the polygons, to their precision."""
+    pred, target = box(0, 0, 1, 1).repeat(3, 1, 1), box(0.5, 0, 1.5, 1).repeat(3, 1, 1)
+    pred = pred.to(backend.device, dtype).requires_grad_()
+    factor = torch.tensor(number, dtype=divisor, device=backend.device)
+    loss = backend.loss(pred, target.to(backend.device, dtype), avg_factor=factor)
+    (gradient,) = torch.autograd.grad(loss, pred)
+    right = pred.detach().double().requires_grad_()
+    of_sum = backend.loss(right, target.to(backend.device).double(), reduction="sum")
+    assert loss.dtype == dtype
+    assert_close(loss.double() * number, 0.5, atol=0, rtol=4 * torch.finfo(dtype).eps)
+    expected = torch.autograd.grad(of_sum, right)[0]
+    assert expected.any()
+    assert_close(gradient.double() * number, expected, atol=4 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.float64])
 def test_a_weight_of_any_real_type(backend, dtype):
     rng = generator(6)
