@@ -335,6 +335,19 @@ def test_an_infinite_upstream_gradient_is_seen(backend):
         assert torch.isnan(gradient[2]).all()
 
 
+def test_an_overflow_behind_the_upstream_gradient_is_seen(backend):
+    """A point's gradient is a difference of two that may overflow: it is the true one, or not finite."""
+    rng = generator(68)
+    pred, target = torch.randn(500, 1, 2, generator=rng), torch.randn(500, 2, 2, generator=rng)
+    upstream = torch.full((500,), 3e38)
+    _, *found = backend.value_and_gradient(pred, target, upstream, reduction="none", wrt=BOTH)
+    _, *right = backend.value_and_gradient(
+        pred.double(), target.double(), upstream.double(), reduction="none", wrt=BOTH
+    )
+    for got, want in zip(found, right, strict=True):
+        assert ((got.double() - want).abs() <= 1e-3 * (want.abs() + 3e38))[got.isfinite()].all()
+
+
 @axis_weights
 @pytest.mark.parametrize("largest", [1.0, 3e38])
 def test_a_needle_along_each_half_axis(backend, largest, axis_weight):
