@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import importlib
 import importlib.util
@@ -285,6 +286,25 @@ def test_bounding_boxes_in_compiled_code(function):
     )
     assert type(got) is torch.Tensor
     assert_close(got.detach(), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("fmt", ["cxcywh", "xyxy", "cxcywhr", "xyxyxyxy"])
+@pytest.mark.parametrize("function", [box_mgiou_loss, box_mgiou], ids=lambda each: each.__name__)
+def test_a_result_is_no_bounding_boxes(bounding, function, fmt):
+    """Under `set_return_type("TVTensor")` an operation on torchvision's keeps the class, as PyTorch's default is."""
+    boxes = pixels(generator(90))[0][:, :4]
+    made = bounding(boxes, "CXCYWH")
+    if type(made) is BoundingBoxes:
+        made = boxes.as_subclass(type("BoundingBoxes", (torch.Tensor,), {"format": Format.CXCYWH}))
+        assert type(made + 1) is type(made)
+        keeping = contextlib.nullcontext()
+    else:
+        keeping = imported("torchvision.tv_tensors").set_return_type("TVTensor")
+    want = function(bounding(boxes, "CXCYWH"), bounding(boxes.flip(0), "CXCYWH"), fmt=fmt)
+    with keeping:
+        got = function(made, made.flip(0), fmt=fmt)
+    assert type(got) is torch.Tensor
+    assert_close(got, want, atol=0)
 
 
 def test_bounding_boxes_that_a_format_has_no_place_for(bounding):
