@@ -384,7 +384,7 @@ def _area_in_order(polygons: _Polygons, extent: Tensor) -> Tensor:
     turn = _turn(x, y).masked_fill(~real, torch.inf)
     order = turn.argsort(1)
     alike = turn.unsqueeze(2) == turn.unsqueeze(1)
-    x, y = (torch.where(alike, each.unsqueeze(1), 0.0).sum(2) / alike.sum(2).clamp(min=1) for each in (x, y))
+    x, y = (torch.where(alike, each.unsqueeze(1), 0.0).sum(2) / alike.sum(2) for each in (x, y))
     x, y = x.masked_fill(~real, 0.0).gather(1, order), y.masked_fill(~real, 0.0).gather(1, order)
     last = real.sum(1, keepdim=True) - 1
     cross = (x[:, :-1] * y[:, 1:] - y[:, :-1] * x[:, 1:]).sum(1)
