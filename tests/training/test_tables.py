@@ -133,6 +133,27 @@ TABLES = {
     "a list of JSON": ('[{"a": 1, "b": 2},\n {"a": 3, "b": 4}]', TWO),
     "one object of JSON": ('{"a": NaN}', [Column("a", [0], [1], [NAN])]),
     "log_history of Transformers": ('{\n "best": 7,\n "log_history": [{"a": 1, "b": 2}, {"a": 3, "b": 4}]}', TWO),
+    "an object of columns": ('{"a": [1, 3],\n "b": [2, 4]}', TWO),
+    "columns of other lengths, which end together": (
+        '{"loss": [1, 2, 3, 4, 5], "mAP": [6, 7], "x": [], "y": [8]}',
+        [
+            Column("loss", [0, 1, 2, 3, 4], [1, 2, 3, 4, 5], [1.0, 2.0, 3.0, 4.0, 5.0]),
+            Column("mAP", [2, 4], [3, 5], [6.0, 7.0]),
+            Column("y", [4], [5], [8.0]),
+        ],
+    ),
+    "objects within objects, and lists of numbers": (
+        json_lines(
+            '{"epoch": 3, "train": {"loss": 0.5, "more": {"x": "1.5"}}, "AP": [0.1, null, 0.3], "names": ["a", "b"]}',
+            '{"epoch": 4, "train": {"loss": 0.25}, "AP": [0.2, null, 0.4], "names": [{"a": 1}]}',
+        ),
+        [
+            Column("train/loss", [0, 1], [3.0, 4.0], [0.5, 0.25]),
+            Column("train/more/x", [0], [3.0], [1.5]),
+            Column("AP/0", [0, 1], [3.0, 4.0], [0.1, 0.2]),
+            Column("AP/2", [0, 1], [3.0, 4.0], [0.3, 0.4]),
+        ],
+    ),
     "an integer that is too large": (f'{{"a": {"1" * 400}}}', [Column("a", [0], [1], [INF])]),
     "JSON lines without a number": (json_lines('{"a": 1, "b": 2}', '{"c": "x"}', '{"a": 3, "b": 4}'), TWO),
     "of MMEngine": (
@@ -168,6 +189,7 @@ def test_the_tag_of_a_download_of_tensorboard_is_the_name(read):
     table = read("Wall time,Step,Value\n1e9,3,0.5\n2e9,4,0.25\n", "run-exp-tag-loss.csv")
     assert table.columns == LOSS
     assert read("Step,Value\n3,0.5\n4,0.25\n", "run-exp-tag-loss.csv").columns == [LOSS[0]._replace(name="Value")]
+    assert read("[[1e9,3,0.5],[2e9,4,0.25]]", "run-exp-tag-loss.json").columns == LOSS
 
 
 V5 = "{epoch}/299 7.37G 0.11 0.07 0.03 {total} 90 640 0.1 0.2 0.3 0.4 0.05 0.06 0.01"
@@ -293,6 +315,8 @@ def test_another_word_among_numbers_is_damage(text, cell, read):
         ('{"a": "x"}', "has no column of numbers"),
         ('{"log_history": 3}', "has no column of numbers"),
         ("[1, 2]", "has no objects of numbers, but float"),
+        ("[[1, 2, 3], [1, 2]]", "has no objects of numbers, but list"),
+        ('{"a": []}', "has no column of numbers"),
         ("a,b\n1," + "x" * 200_000, r"is no table: field larger than field limit \(131072\)"),
         (b"a,b\n\xff\xfe\n", "is no table: it is not UTF-8 text"),
         ("0/9 1G 0.5 7 31 0.1 0.2 0.3 0.4 0.6", "is no results.txt of YOLOv5: it has no column of image sizes"),

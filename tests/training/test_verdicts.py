@@ -1238,6 +1238,62 @@ CASES |= {
         1,
         "loss: 0 NaN and 1 Inf, the first at epoch 10",
     ),
+    "DETR, mAP 0": (
+        "log.txt",
+        table(
+            json_text(
+                [{"train_loss": v, "test_coco_eval_bbox": [0.0] * 12, "epoch": i} for i, v in enumerate(fall(60))]
+            )
+        ),
+        1,
+        "test_coco_eval_bbox/0: never learnt",
+    ),
+    "DETR": (
+        "log.txt",
+        table(
+            json_text(
+                [
+                    {"train_loss": v, "test_coco_eval_bbox": [w, 2 * w, 0.0, -1.0], "epoch": i}
+                    for i, (v, w) in enumerate(zip(fall(60), rise(60, 0.4), strict=True))
+                ]
+            )
+        ),
+        0,
+        None,
+    ),
+    "a metric within an object, 0": (
+        "log.json",
+        table(json_text([{"epoch": i, "train_loss": v, "val": {"mAP": 0.0}} for i, v in enumerate(fall(60))])),
+        1,
+        "val/mAP: never learnt",
+    ),
+    "the history of Keras, validated in every fifth epoch": (
+        "history.json",
+        table(json.dumps({"loss": fall(62), "val_loss": fall(12), "val_accuracy": rise(12)})),
+        0,
+        None,
+    ),
+    "the history of Keras, accuracy 0": (
+        "history.json",
+        table(json.dumps({"loss": fall(60), "accuracy": [0.0] * 60})),
+        1,
+        "accuracy: never learnt",
+    ),
+    "TensorBoard's JSON, NaN": (
+        "run-a-tag-train_loss.json",
+        table(json.dumps([[1e9 + i, 50 * i, v] for i, v in enumerate([*fall(40), NAN])])),
+        1,
+        "train_loss: 1 NaN and 0 Inf, the first at epoch 2000",
+    ),
+    "Weights and Biases' table of runs": (
+        "wandb_export.csv",
+        table(
+            '"Name","State","Notes","val/mAP"\n'
+            + "".join(f'"run-{i}","finished","-","{0.8 - i / 20}"\n' for i in range(12))
+        ),
+        2,
+        "has one run a row",
+    ),
     "a metric with its sign of percent": (
         "log.csv",
         table(csv_text({"loss": fall(N), "acc": ["0.0%"] * N})),

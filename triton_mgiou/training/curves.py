@@ -29,7 +29,10 @@ PENALTY = re.compile(r"(?<![a-z0-9])(real|fake|gp|r1|penalty)(?![a-z])")
 # By what they say of a run: each kind is judged where there is none of the kinds before. An accuracy beside mAP is
 # that of a head on its proposals, and high at once.
 METRICS = (
-    re.compile(r"(?<![a-z])((hbb|obb)?m?ap[sml]?(?![a-z])|f1|fitness|dice|auc|pck|oks)|iou(?![a-z])"),
+    re.compile(
+        r"(?<![a-z])((hbb|obb)?m?ap[sml]?(?![a-z])|f1|fitness|dice|auc|pck|oks)|iou(?![a-z])"
+        r"|coco_eval_[a-z]+/0$"  # DETR's list of COCO's twelve numbers begins with AP
+    ),
     re.compile(r"(?<![a-z])acc(?![a-z])|accuracy|(?<![a-z])top.?[15](?!\d)"),
     re.compile(r"precision|recall|(?<![a-z])m?ar(?![a-z])"),
 )
@@ -137,8 +140,10 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
         The faults, and the notes.
 
     Raises:
-        NothingToJudgeError: There is neither a loss nor a metric, and no NaN or Inf.
+        NothingToJudgeError: There is neither a loss nor a metric, and no NaN or Inf; or each row is another run.
     """
+    if {"Name", "State"} <= table.words.keys():  # Weights and Biases' table of runs
+        raise NothingToJudgeError("has one run a row, and no curve of a run")
     table = _where_validated(table)
     problems: list[str] = []
     losses: list[Curve] = []

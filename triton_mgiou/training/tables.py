@@ -7,7 +7,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,7 +88,8 @@ def read_table(path: Path) -> Table:
     words: dict[str, str] = {}
     lines[0] = lines[0].lstrip("# ") or lines[0]  # numpy.savetxt
     is_json = lines[0].startswith(("{", "["))
-    rows = _json_rows(lines, notes, words) if is_json else _text_rows(lines, notes, words, _tag(path))
+    read = _json_rows if is_json else _text_rows
+    rows = read(lines, notes, words, _tag(path))
     names = dict.fromkeys(name for row in rows for name in row)
     clocks = [name for name in names if CLOCK.fullmatch(name.lower())]
     clocks.sort(key=lambda name: "epoch" not in name.lower())
@@ -117,16 +118,23 @@ def _first(row: Row, names: list[str], default: float) -> float:
     return next((value for name in names if (value := row.get(name)) is not None), default)
 
 
-def _json_rows(lines: list[str], notes: list[str], words: dict[str, str]) -> list[Row]:
-    """The objects of a file that has one a line, or of a list, alone or as `log_history` of Transformers."""
+def _json_rows(lines: list[str], notes: list[str], words: dict[str, str], tag: str) -> list[Row]:
+    """The objects of a file that has one a line, or of a list, alone or as `log_history` of Transformers.
+
+    Or an object of columns, as the `history` of Keras; or TensorBoard's list of time, step and value.
+    """
     objects: Any = _json("\n".join(lines))
     if objects is None:
         objects = [_json(line) for line in lines]
         broken = [f"line {number} is no JSON, or cut off" for number, each in enumerate(objects, 1) if each is None]
         _refuse_or_note(broken, len(lines), notes)
         objects = [each for each in objects if each is not None]
+    elif isinstance(objects, dict) and objects and all(map(_is_list_of_numbers, objects.values())):
+        objects = _rows_of_columns(objects)
     elif isinstance(objects, dict):
         objects = objects.get("log_history", [objects])
+    elif isinstance(objects, list) and all(_is_list_of_numbers(each) and len(each) == 3 for each in objects):
+        objects = [{"step": step, tag: value} for _, step, value in objects]
     rows: list[Cells] = []
     for each in objects if isinstance(objects, list) else ():
         if not isinstance(each, dict):
@@ -134,7 +142,7 @@ def _json_rows(lines: list[str], notes: list[str], words: dict[str, str]) -> lis
         mode = each.get("mode")
         prefix = f"{mode}/" if isinstance(mode, str) and mode != "train" else ""
         row: Cells = {}
-        for name, value in each.items():
+        for name, value in _leaves(each):
             full = name if CLOCK.fullmatch(name.lower()) else prefix + name
             number = _number(value) if isinstance(value, str) else value  # some write numbers as text
             if isinstance(number, float):
@@ -144,6 +152,33 @@ def _json_rows(lines: list[str], notes: list[str], words: dict[str, str]) -> lis
         if "env_info" not in each and row:
             rows.append(row)
     return _values(rows)
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(each is None or isinstance(each, float) for each in value)
+
+
+def _rows_of_columns(columns: dict[str, list[float | None]]) -> list[dict[str, Any]]:
+    """The rows of columns that end together, a shorter one with a number in every second row or every fifth."""
+    count = max(map(len, columns.values()))
+    rows: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, values in columns.items():
+        for place, value in enumerate(reversed(values)):
+            rows[count - 1 - place * (count // len(values))][name] = value
+    return rows
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """What objects within an object hold, as `val/mAP`, and the numbers of lists, by their place: `AP/0`."""
+    parts: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        parts = value.items()
+    elif _is_list_of_numbers(value):
+        parts = enumerate(value)
+    else:
+        yield name, value
+    for key, part in parts:
+        yield from _leaves(part, f"{name}/{key}" if name else str(key))
 
 
 def _refuse_or_note(broken: list[str], count: int, notes: list[str]) -> None:
