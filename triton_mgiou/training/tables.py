@@ -265,15 +265,18 @@ def _split(lines: list[str], delimiter: str) -> list[list[str]]:
 def _check_lines_of_row(lines: list[str], delimiter: str, width: int) -> None:
     """Refuse lines of which a quote that is not closed makes one row: it ends at the next quote, wherever that is.
 
-    Behind a quote that closes a cell stands a delimiter; and no line in a cell is a row of the table by itself.
+    Behind a quote that closes a cell stands a delimiter; and where each of the first two lines is a whole row but for
+    the quote that is open, they are two rows.
     """
+    options: Any = {"delimiter": delimiter, "skipinitialspace": True}
     try:
-        next(csv.reader([f"{line}\n" for line in lines], delimiter=delimiter, skipinitialspace=True, strict=True))
+        next(csv.reader([f"{line}\n" for line in lines], strict=True, **options))
     except csv.Error:
         raise _open_quote(lines[0]) from None
-    for cells in csv.reader(lines[1:], delimiter=delimiter):
-        if len(cells) == width and not _is_head(cells):
-            raise _open_quote(lines[0])
+    (*first, opened), second = (next(csv.reader([line], **options)) for line in lines[:2])
+    first += next(csv.reader([opened], **options))
+    if all(len(cells) == width and not _is_head(cells) for cells in (first, second)):
+        raise _open_quote(lines[0])
 
 
 def _open_quote(line: str) -> TableError:
