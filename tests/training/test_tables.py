@@ -120,6 +120,10 @@ TABLES = {
         [Column("loss", [0, 1], [1234.0, 2234.0], [0.5, 0.25])],
     ),
     "a cell of several lines": ('a,host,b\n1,"one\n, two\n\n",2\n3,x,4\n', TWO),
+    "cells of several lines at the end and the start of a row": (
+        'a,b,host\n1,2,"one\ntwo"\n3,4,x\n', TWO
+    ),
+    "the same, quoted as a whole": ('"host","a","b"\n"one\ntwo","1","2"\n"x","3","4"\n', TWO),
     "NaN and Inf of C": (
         "a,b,c,d\n1.#QNAN,1.#INF,-1.#INF00,nan(ind)\n",
         [Column(name, [0], [1], [value]) for name, value in zip("abcd", (NAN, INF, -INF, NAN), strict=True)],
