@@ -1238,6 +1238,11 @@ CASES |= {
         1,
         "loss: 0 NaN and 1 Inf, the first at epoch 10",
     ),
+    "YOLOX, AP 0": run(
+        plain(**{"train/total_loss": fall(60), "val/COCOAP50": [0.0] * 60, "val/COCOAP50_95": [0.0] * 60}),
+        1,
+        "val/COCOAP50: never learnt",
+    ),
     "DETR, mAP 0": (
         "log.txt",
         table(

@@ -17,8 +17,8 @@ SCALER_AT = 16.0  # a scale that never gets there is no GradScaler's, which begi
 # The last are detectron2's, of heads on their proposals, DETR's number of objects, which it does not train, and
 # mmdetection's, of all metrics once more as one text
 NO_CURVE = re.compile(
-    r"(?<![a-z])(lr|weight|scaler?|coef|gain|time)\d*$|(^|/)best[_ ]|(fast|mask)_rcnn/.*accuracy|cardinality_error"
-    r"|_copypaste$"
+    r"(?<![a-z])(lr|weight|scaler?|(?<!dice_)coef|gain|time|thres(h(old)?)?|map_size)\d*$|(^|/)best[_ ]"
+    r"|(fast|mask)_rcnn/.*accuracy|cardinality_error|_copypaste$"
 )
 TOTAL = re.compile(r"(train[/_. ])?(total_?loss|loss_?total|loss)(_epoch|_step)?")  # the last are Lightning's
 KL = re.compile(r"(?<![a-z])kl(d|_?div|_?divergence)?(?![a-z])")
@@ -30,10 +30,11 @@ PENALTY = re.compile(r"(?<![a-z0-9])(real|fake|gp|r1|penalty)(?![a-z])")
 # that of a head on its proposals, and high at once.
 METRICS = (
     re.compile(
-        r"(?<![a-z])((hbb|obb)?m?ap[sml]?(?![a-z])|f1|fitness|dice|auc|pck|oks)|iou(?![a-z])"
+        r"(?<![a-z])((hbb|obb|coco)?m?ap[sml]?(?![a-z])|f1|fitness|m?dice|auc|pck|oks|hmean|io_u(?![a-z]))"
+        r"|iou(?![a-z])|f1_?score|jaccard"
         r"|coco_eval_[a-z]+/0$"  # DETR's list of COCO's twelve numbers begins with AP
     ),
-    re.compile(r"(?<![a-z])acc(?![a-z])|accuracy|(?<![a-z])top.?[15](?!\d)"),
+    re.compile(r"(?<![a-z])[am]?acc(?![a-z])|accuracy|(?<![a-z])top.?[15](?!\d)"),
     re.compile(r"precision|recall|(?<![a-z])m?ar(?![a-z])"),
 )
 PERCENT = re.compile(r"^(bbox|segm|keypoints)/AP")  # detectron2
