@@ -33,6 +33,7 @@ from tests.helpers import (
 )
 from triton_mgiou import PAPER, box_mgiou, box_mgiou_loss
 from triton_mgiou.box_formats import FORMATS as ALL_FORMATS
+from triton_mgiou.tuning import layouts
 
 
 @formats
@@ -337,3 +338,24 @@ def test_the_target_is_a_constant_of_the_boundary_term(boxes, fmt):
         for weight in (0.7, 0.0)
     ]
     assert_gradient_close(gradients[0], gradients[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("fmt", ["cxcywhr", "corners3d"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_program_goes_on_with_other_boxes(boxes, monkeypatch, reduction, fmt):
+    """Two programs take five blocks or more, the last of which is not full, as where the batch is a large one."""
+    if boxes.name == "eager":
+        pytest.skip("of the kernel")
+    monkeypatch.setattr(layouts.BoxLayout, "grid", lambda *_: (2, 1, 1))
+    rng = generator(38)
+    batch = 4 * 128 + 5
+    pred, target = random_boxes(fmt, batch, rng).float(), random_boxes(fmt, batch, rng).float()
+    upstream = uniform((batch,), 0.5, 2, rng).float() if reduction == "none" else None
+    options = options_of(fmt, axis_weight="uniform", axis_grad=True, boundary_weight=0.0)
+    options |= {"fmt": fmt, "reduction": reduction}
+    value, gradient = boxes.value_and_gradient(pred, target, upstream, **options)
+    leaf = pred.double().requires_grad_()
+    want = box_mgiou_loss(leaf, target.double(), backend="eager", **options)
+    (right,) = torch.autograd.grad(want, leaf, None if upstream is None else upstream.double())
+    assert_close(value, want, atol=2e-6)
+    assert_gradient_close(gradient, right, rtol=1e-4)

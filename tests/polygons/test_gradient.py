@@ -29,6 +29,7 @@ from tests.helpers import (
     uniform,
 )
 from triton_mgiou import PAPER, mgiou_loss
+from triton_mgiou.tuning import layouts
 
 
 def differences(pred, target, **options):
@@ -506,3 +507,26 @@ def test_per_sample_gradients_by_vmap():
     leaf = pred.clone().requires_grad_()
     mgiou_loss(leaf, target, reduction="sum", backend="eager").backward()
     assert_close(actual, leaf.grad, atol=1e-14)
+
+
+@pytest.mark.parametrize("boundary_weight", [0.0, 0.25])
+@pytest.mark.parametrize("real", ["all", "some"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_program_goes_on_with_other_samples(backend, monkeypatch, reduction, real, boundary_weight):
+    """Two programs take five blocks, the last of which is not full, as where there are more samples than programs."""
+    if backend.name == "eager":
+        pytest.skip("of the kernel")
+    monkeypatch.setattr(layouts.Layout, "grid", lambda *_: (2, 1, 1))
+    rng = generator(37)
+    batch = 4 * 128 + 5
+    pred, target = star(batch, 3, rng).float(), convex(batch, 3, rng).float()
+    options = {"reduction": reduction, "boundary_weight": boundary_weight}
+    if real == "some":
+        options["pred_lengths"] = torch.arange(batch) % 4
+    upstream = uniform((batch,), 0.5, 2, rng).float() if reduction == "none" else None
+    value, gradient = backend.value_and_gradient(pred, target, upstream, **options)
+    leaf = pred.double().requires_grad_()
+    want = mgiou_loss(leaf, target.double(), backend="eager", **PAPER | options)
+    (right,) = torch.autograd.grad(want, leaf, None if upstream is None else upstream.double())
+    assert_close(value, want, atol=2e-6)
+    assert_gradient_close(gradient, right, rtol=1e-4)
