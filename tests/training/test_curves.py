@@ -140,6 +140,10 @@ CASES = {
         {f"{part}{name}": values for part in ("", "val_") for name, values in
          (("loss", FALLS), ("KLD_loss", held((0.1, 3), (9, 37))))}, []
     ),
+    "of rotated boxes, beside a metric": (
+        {"train/kld_loss": held((1, 20), (4, 20)), "train/cls_loss": FALLS, "mAP": held((0, 20), (0.04, 20))},
+        ["train/kld_loss: collapsed"],
+    ),
     "beside that of the training only": (
         {"loss": FALLS, "val_loss": held((1, 40)), "val_kl_loss": held((0.1, 3), (9, 37))},
         ["val_loss: never", "val_kl_loss: collapsed"],

@@ -118,8 +118,8 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     Losses and metrics without a number, such as percentages with their sign, are named and not judged. Where there are
     losses of a generator and of a discriminator (or critic), these and their penalties are named too and judged only if
     they are one number in all rows: each side works against the other, so that they may stay flat, or rise, as the
-    samples get better. A KL term that rises while another loss falls has not fallen from its best: the latent variables
-    of a VAE are used then.
+    samples get better. A KL term that rises while another loss falls, and no metric is there, is a VAE's, whose latent
+    variables are used then. (Beside metrics it may be the loss of rotated boxes that has this name.)
 
     - NaN or Inf in a loss, or in a metric after it had a number, is a fault; in other columns, as the norm of a
       gradient, if it stays so until the end. So is a loss or metric that is empty at the end while what was written
@@ -182,7 +182,7 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     losses = [loss for loss in losses if loss.name not in gan]
     still = _standing_still(losses, FLAT_BESIDE_NOTHING if curves else FLAT) if has_none else []
     total_falls = any(TOTAL.fullmatch(loss.name.lower()) and loss.end < loss.start for loss in losses)
-    rising = [loss for loss in losses if _is_kl_that_may_rise(loss, losses)]
+    rising = [] if curves else [loss for loss in losses if _is_kl_that_may_rise(loss, losses)]
     for loss in [each for each in losses if each not in rising]:
         is_part = not TOTAL.fullmatch(loss.name.lower()) and not _is_of_validation(loss.name)
         is_excused = bool(good if "train" in loss.name.lower() else others_good) or (is_part and total_falls)
