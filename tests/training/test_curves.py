@@ -280,7 +280,7 @@ OF_RUNS = """mAP mAP50-95(B) coco/bbox_mAP_s APl hbbmAP f1 fitness dice auc PCK 
     mAcc icdar/hmean test_coco_eval_bbox/0"""
 OTHERS = """lr lr0 weight_decay loss_weight loss_scale scaler cls_coef gain time data_time best_loss val/best_acc epoch
     fast_rcnn/cls_accuracy mask_rcnn/accuracy bbox_mAP_copypaste cardinality_error test_coco_eval_bbox/1 iou_threshold
-    iou_thres feature_map_size kl_coef capture salary camera cerium"""
+    iou_thres iou_thresholds/0 loss_weights/1 lr/0 feature_map_size kl_coef capture salary camera cerium"""
 
 
 @pytest.mark.parametrize(("kind", "names"), [("loss", LOSSES), ("metric", OF_RUNS), ("", OTHERS)])

@@ -17,7 +17,7 @@ SCALER_AT = 16.0  # a scale that never gets there is no GradScaler's, which begi
 # The last are detectron2's, of heads on their proposals, DETR's number of objects, which it does not train, and
 # mmdetection's, of all metrics once more as one text
 NO_CURVE = re.compile(
-    r"(?<![a-z])(lr|weight|scaler?|(?<!dice_)coef|gain|time|thres(h(old)?)?|map_size)\d*$|(^|/)best[_ ]"
+    r"(?<![a-z])(lr|weights?|scaler?|(?<!dice_)coef|gain|time|thres(h(olds?)?)?|map_size)(\d*|/\d+)$|(^|/)best[_ ]"
     r"|(fast|mask)_rcnn/.*accuracy|cardinality_error|_copypaste$"
 )
 TOTAL = re.compile(r"(train[/_. ])?(total_?loss|loss_?total|loss)(_epoch|_step)?")  # the last are Lightning's
