@@ -1336,6 +1336,15 @@ CASES |= {
         "rows: 20",
     ),
     "an empty file": ("last.pt", binary(b""), 2, "is empty"),
+    **{
+        f"a pointer of Git LFS for {name}": (
+            name,
+            table("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"),
+            2,
+            "it is a pointer of Git LFS",
+        )
+        for name in ("best.pt", "model.safetensors", "results.csv")
+    },
     "a compressed shard": (
         "step_100",
         compressed_shard,

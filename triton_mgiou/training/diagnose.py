@@ -9,6 +9,8 @@ from triton_mgiou.training import checkpoints, curves, tables
 
 READ = f"{tables.READ}, and {checkpoints.READ}"
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 class DiagnoseError(Exception):
     """The file cannot be read; the text is for the user."""
@@ -32,6 +34,8 @@ def diagnose(path: Path) -> bool:
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise OSError("it is a pipe or a device, and a file is read several times")
+        if path.is_file() and _starts_with(path, LFS_POINTER):
+            raise OSError("it is a pointer of Git LFS, and `git lfs pull` brings the file")
         if checkpoints.is_checkpoint(path):
             found = checkpoints.read(path)
             problems = checkpoints.check(found)
@@ -52,3 +56,8 @@ def diagnose(path: Path) -> bool:
     lines = [f"{path}: {summary}, problems: {len(problems)}", *(f"  {line}" for line in (*problems, *notes))]
     print_out("\n".join(lines))
     return not problems
+
+
+def _starts_with(path: Path, start: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(start)) == start
