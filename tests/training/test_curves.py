@@ -134,12 +134,15 @@ CASES = {
     "a part of one that falls, as Lightning names them": (
         {"train_box_loss_epoch": held((1, 20), (2, 20)), "train_loss_epoch": FALLS}, []
     ),
+    "the same in steps": ({"train_box_loss_step": held((1, 20), (2, 20)), "train_loss_step": FALLS}, []),
     # The KL term of a VAE.
     "a KL term beside a reconstruction that falls": ({"recon_loss": FALLS, "kl_loss": held((0.1, 3), (9, 37))}, []),
     "of the validation too, beside its own": (
         {f"{part}{name}": values for part in ("", "val_") for name, values in
          (("loss", FALLS), ("KLD_loss", held((0.1, 3), (9, 37))))}, []
     ),
+    "one that falls first": ({"recon_loss": FALLS, "kl_loss": held((10, 5), (1, 20), (9, 15))}, []),
+    "one of one number": ({"recon_loss": FALLS, "kl_loss": [0.1] * 40}, ["kl_loss: never"]),
     "of rotated boxes, beside a metric": (
         {"train/kld_loss": held((1, 20), (4, 20)), "train/cls_loss": FALLS, "mAP": held((0, 20), (0.04, 20))},
         ["train/kld_loss: collapsed"],

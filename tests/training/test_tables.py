@@ -115,6 +115,9 @@ TABLES = {
             Column("c", [0, 1], [1000.0, 2000.0], [-12345.0, 1.0]),
         ],
     ),
+    "thousands, by those of a larger number": (
+        'step,a\n"1,000","1,234,567"\n"2,000","234"\n', [Column("a", [0, 1], [1000.0, 2000.0], [1234567.0, 234.0])]
+    ),
     "thousands in JSON": (
         json_lines('{"step": "1,234", "loss": 0.5}', '{"step": "2,234", "loss": 0.25}'),
         [Column("loss", [0, 1], [1234.0, 2234.0], [0.5, 0.25])],
@@ -123,6 +126,8 @@ TABLES = {
     "cells of several lines at the end and the start of a row": (
         'a,b,host\n1,2,"one\ntwo"\n3,4,x\n', TWO
     ),
+    "one that ends as a row of words would": ('a,host\n1,"one\ntwo, three"\n3,x\n', TWO[:1]),
+    "one with more cells in its lines than a row has": ('a,host\n1,"one, 2, 3\n4, 5, 6"\n3,x\n', TWO[:1]),
     "the same, quoted as a whole": ('"host","a","b"\n"one\ntwo","1","2"\n"x","3","4"\n', TWO),
     "NaN and Inf of C": (
         "a,b,c,d\n1.#QNAN,1.#INF,-1.#INF00,nan(ind)\n",
@@ -282,12 +287,19 @@ HOSTS = "".join(f"{row},x,0.{row},y\n" for row in range(2, 9))
         f'1,"x,0.1,y\n{HOSTS}9,"z",0.9,y\n10,x,1,y\n',
         f'1,"x,0.1,y\n{HOSTS}9,z",0.9,y\n10,x,1,y\n',
         f'{HOSTS}9,"x,0.9,y\n10,x,1,y\n',
+        f'1,"x,0.1,y\n2,x",0.2,y\n{HOSTS}',
     ],
-    ids=["to the end", "to where another one opens", "to a stray one", "to the last row"],
+    ids=["to the end", "to where another one opens", "to a stray one", "to the last row", "to the next row"],
 )
 def test_a_quote_that_is_not_closed_loses_no_rows(rows, read):
     with pytest.raises(TableError, match=r"^is damaged: a quote is not closed in '\d,\"x,0\.\d,y'$"):
         read(f"epoch,host,loss,user\n{rows}")
+
+
+def test_a_quote_that_is_not_closed_loses_no_rows_of_words(read):
+    rows = "".join(f"{row},p,q,x,0.{row}\n" for row in range(2, 9))
+    with pytest.raises(TableError, match=r"^is damaged: a quote is not closed in '1,\"p,q,x,0\.1'$"):
+        read(f'epoch,user,project,host,loss\n1,"p,q,x,0.1\n{rows}9,p,q,"x",0.9\n')
 
 
 @pytest.mark.parametrize("text", ['a,b\n1,"2,345"\n2,"3,456"\n', 'a,b,c\n1.5,"2,345","0,5"\n', '{"a": "2,345"}'])
@@ -321,6 +333,7 @@ def test_another_word_among_numbers_is_damage(text, cell, read):
         ("[1, 2]", "has no objects of numbers, but float"),
         ("[[1, 2, 3], [1, 2]]", "has no objects of numbers, but list"),
         ('{"a": []}', "has no column of numbers"),
+        ("{}", "has no column of numbers"),
         ("a,b\n1," + "x" * 200_000, r"is no table: field larger than field limit \(131072\)"),
         (b"a,b\n\xff\xfe\n", "is no table: it is not UTF-8 text"),
         ("0/9 1G 0.5 7 31 0.1 0.2 0.3 0.4 0.6", "is no results.txt of YOLOv5: it has no column of image sizes"),

@@ -1299,6 +1299,12 @@ CASES |= {
         2,
         "has one run a row",
     ),
+    "a column of the run's name": (
+        "log.csv",
+        table("epoch,Name,loss\n" + "".join(f"{i},exp-1,0.7\n" for i in range(20))),
+        1,
+        "loss: never learnt",
+    ),
     "a metric with its sign of percent": (
         "log.csv",
         table(csv_text({"loss": fall(N), "acc": ["0.0%"] * N})),

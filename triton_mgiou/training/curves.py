@@ -118,8 +118,8 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     Losses and metrics without a number, such as percentages with their sign, are named and not judged. Where there are
     losses of a generator and of a discriminator (or critic), these and their penalties are named too and judged only if
     they are one number in all rows: each side works against the other, so that they may stay flat, or rise, as the
-    samples get better. A KL term that rises while another loss falls, and no metric is there, is a VAE's, whose latent
-    variables are used then. (Beside metrics it may be the loss of rotated boxes that has this name.)
+    samples get better. Nor is a KL term judged otherwise, beside another loss that falls and no metric: that of a VAE
+    rises as its latent variables are used. (Beside metrics it may be the loss of rotated boxes that has this name.)
 
     - NaN or Inf in a loss, or in a metric after it had a number, is a fault; in other columns, as the norm of a
       gradient, if it stays so until the end. So is a loss or metric that is empty at the end while what was written
@@ -182,8 +182,9 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     losses = [loss for loss in losses if loss.name not in gan]
     still = _standing_still(losses, FLAT_BESIDE_NOTHING if curves else FLAT) if has_none else []
     total_falls = any(TOTAL.fullmatch(loss.name.lower()) and loss.end < loss.start for loss in losses)
-    rising = [] if curves else [loss for loss in losses if _is_kl_that_may_rise(loss, losses)]
-    for loss in [each for each in losses if each not in rising]:
+    if not curves:
+        losses = [loss for loss in losses if not _is_kl_of_a_vae(loss, losses)]
+    for loss in losses:
         is_part = not TOTAL.fullmatch(loss.name.lower()) and not _is_of_validation(loss.name)
         is_excused = bool(good if "train" in loss.name.lower() else others_good) or (is_part and total_falls)
         fault = _fault_of_loss(loss, losses, is_excused, loss.name in still)
@@ -194,8 +195,7 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
         which = " but those of the GAN" if gan else ""
         which = " of the training" if any("train" in name.lower() for name in still) else which
         problems.append(f"all losses{which} {NO_STEP}")
-    sound = [curve for curve in (*losses, *curves) if curve.name not in faults and curve not in rising]
-    notes = [f"{curve.name}: {note}" for curve in sound if (note := _converged(curve))]
+    notes = [f"{c.name}: {note}" for c in (*losses, *curves) if c.name not in faults and (note := _converged(c))]
     notes += [f"{loss.name}: {note}" for loss in losses if (note := _oscillation(loss.values))]
     if gan:
         notes.insert(
@@ -333,9 +333,9 @@ def _of_a_gan(losses: list[Curve], names: set[str]) -> list[str]:
     return [loss.name for loss in own if min(loss.values) < max(loss.values)]
 
 
-def _is_kl_that_may_rise(loss: Curve, losses: list[Curve]) -> bool:
-    """Whether it is a KL term, beside which another loss of the same data falls, in the training or the validation."""
-    if not KL.search(loss.name.lower()) or loss.end <= loss.start:
+def _is_kl_of_a_vae(loss: Curve, losses: list[Curve]) -> bool:
+    """Whether it is a KL term that moves while another loss of the same data, training or validation, falls."""
+    if not KL.search(loss.name.lower()) or min(loss.values) == max(loss.values):
         return False
     others = [each for each in losses if _is_of_validation(each.name) == _is_of_validation(loss.name)]
     return any(
