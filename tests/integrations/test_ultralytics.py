@@ -637,6 +637,14 @@ def test_what_a_subclass_adds_is_its_own(data, tmp_path, task):
 
 
 @pytest.mark.parametrize("task", TRAINERS)
+def test_a_property_may_read_an_option_of_the_loss(data, tmp_path, task):
+    own = {"boundary_weight": 0.1, "options": property(lambda trainer: {"boundary_weight": trainer.boundary_weight})}
+    assert type("Own", (TRAINERS[task],), own)(overrides=settings(data, task, tmp_path)).options == {
+        "boundary_weight": 0.1
+    }
+
+
+@pytest.mark.parametrize("task", TRAINERS)
 def test_a_misspelt_attribute_is_found_in_the_class_between(data, tmp_path, task):
     between = type("Between", (TRAINERS[task],), {"optoins": {}})
     with pytest.raises(TypeError, match=r"Wrong: attributes must be among .*, got optoins"):

@@ -234,13 +234,13 @@ def _check_spelling(trainer: type[_MGIoUTrainer]) -> None:
     classes = trainer.__mro__
     ours = next(index for index, each in enumerate(classes) if each.__module__ == __name__)
     own = {name: each for cls in classes[:ours] for name, each in vars(cls).items() if not name.startswith("__")}
-    has_methods = any(map(callable, own.values()))
-    for name, each in own.items():
-        if hasattr(classes[ours], name) or callable(each) or hasattr(each, "__get__"):
+    methods = {name for name, each in own.items() if callable(each) or hasattr(each, "__get__")}
+    for name in own:
+        if hasattr(classes[ours], name) or name in methods:
             continue
         if any(_is_misspelt(name, known) for known in trainer.OPTIONS):
             raise TypeError(f"attributes must be among {', '.join(trainer.OPTIONS)}, got {name}")
-        is_option = name in Options._fields and not has_methods
+        is_option = name in Options._fields and not methods
         if is_option or any(_is_misspelt(name, known) for known in Options._fields):
             raise TypeError(
                 f"options of the loss belong into options, such as {', '.join(Options._fields)}, got {name}"
