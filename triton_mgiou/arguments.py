@@ -16,7 +16,7 @@ from triton_mgiou.options import AXIS_WEIGHTS, BACKENDS, OVERS, REDUCTIONS, Opti
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LARGEST_FACTOR = 1e30
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 _STRIDED = torch.strided
 
 
@@ -27,7 +27,7 @@ def check_tensor(name: str, value: object) -> None:
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if type(value) in _PLAIN and value.layout is torch.strided and not (value.is_nested or value.is_quantized):
+    if type(value) in PLAIN and value.layout is torch.strided and not (value.is_nested or value.is_quantized):
         return  # the usual case, which should take no time
     if hasattr(value, "to_local") and hasattr(value, "device_mesh"):
         raise TypeError(f"{name} must be a plain torch.Tensor, got a DTensor: pass {name}.to_local() or .full_tensor()")
@@ -159,7 +159,7 @@ def check_not_traced(function: str, size: int) -> None:
 
 def _is_usual(value: Tensor) -> bool:
     """Whether there is nothing to refuse but a wrong shape; most are, and this takes least time."""
-    return type(value) in _PLAIN and value.dtype in FLOATING and value.layout is _STRIDED and not value.is_nested
+    return type(value) in PLAIN and value.dtype in FLOATING and value.layout is _STRIDED and not value.is_nested
 
 
 def _check_vertices(name: str, value: Tensor, size: str) -> int:

@@ -1,4 +1,4 @@
-"""Read `tv_tensors.BoundingBoxes` of torchvision, which know their own format. Does not import torchvision."""
+"""Read `tv_tensors` of torchvision: `BoundingBoxes` know their own format. Does not import torchvision."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_mgiou.arguments import check_floating
+from triton_mgiou.arguments import PLAIN, check_floating
 
 _ROTATED = {"XYWHR": 5, "CXCYWHR": 5, "XYXYXYXY": 8}  # and how many numbers a box has; the upright ones have 4
 
@@ -54,10 +54,24 @@ def plain_boxes(name: str, boxes: Any, fmt: str, angle: str, clockwise: bool) ->
     return torch.stack((x, y, w, h, turn if angle == "degrees" else torch.deg2rad(turn)), dim=-1)
 
 
-def _plain(boxes: Tensor) -> Tensor:
-    """The same tensor without its class. An operation that forgets the class, as compiled code cannot cast it."""
+def without_classes(*values: Any) -> list[Any]:
+    """Tensors without what `tv_tensors.KeyPoints` and others add to them, for compiled code; the rest as it is.
+
+    The compiler knows neither attributes of such a class nor an operator of ours that gets it.
+    """
+    return [_plain(each) if isinstance(each, Tensor) and type(each) not in PLAIN else each for each in values]
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The same tensor without its class: an operation that forgets the class, as compiled code cannot cast it.
+
+    Compiled code gets one that computes something. Of a view or a copy the compiler makes nothing, so that an operator
+    of ours would get the tensor itself, and PyTorch 2.13 refuses its first call.
+    """
     with torch._C.DisableTorchFunctionSubclass():
-        return boxes[...]
+        if torch.compiler.is_dynamo_compiling() and not tensor.dtype.is_complex:
+            return torch.maximum(tensor, tensor)
+        return tensor[...]
 
 
 def _centre(kind: str, numbers: Tensor) -> tuple[Tensor, ...]:

@@ -23,7 +23,7 @@ from triton_mgiou.arguments import (
     check_set_mask,
 )
 from triton_mgiou.backends import are_transforms_active, is_empty, takes_kernel
-from triton_mgiou.bounding_boxes import is_bounding_boxes, plain_boxes
+from triton_mgiou.bounding_boxes import is_bounding_boxes, plain_boxes, without_classes
 from triton_mgiou.box_formats import FORMATS, PAIR_FORMATS
 from triton_mgiou.options import AXIS_WEIGHTS, Options, Reduction
 from triton_mgiou.reduction import as_divisor, kernel_reduction, reduce
@@ -119,6 +119,11 @@ def mgiou_loss(
 
     Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
     """
+    if torch.compiler.is_dynamo_compiling():
+        pred, target, weight = without_classes(pred, target, weight)
+        pred_lengths, target_lengths, pred_mask, target_mask = without_classes(
+            pred_lengths, target_lengths, pred_mask, target_mask
+        )
     check_polygons(pred, target)
     if pred_lengths is not None or pred_mask is not None:
         check_real("pred", pred, pred_lengths, pred_mask)
@@ -264,6 +269,8 @@ def box_mgiou_loss(
         pred = plain_boxes("pred", pred, fmt, angle, clockwise)
     if is_bounding_boxes(target):
         target = plain_boxes("target", target, fmt, angle, clockwise)
+    if torch.compiler.is_dynamo_compiling():
+        pred, target, weight = without_classes(pred, target, weight)
     check_boxes(pred, target, fmt)
     default = FORMATS[fmt].defaults
     options = Options(
@@ -391,6 +398,8 @@ def box_mgiou(
         boxes1 = plain_boxes("boxes1", boxes1, fmt, angle, clockwise)
     if is_bounding_boxes(boxes2):
         boxes2 = plain_boxes("boxes2", boxes2, fmt, angle, clockwise)
+    if torch.compiler.is_dynamo_compiling():
+        boxes1, boxes2, mask1, mask2 = without_classes(boxes1, boxes2, mask1, mask2)
     kind = FORMATS[fmt]
     numbers = ", ".join(map(str, kind.shape))
     check_pairs(
@@ -470,6 +479,9 @@ def polygon_mgiou(
 
     Source: Le, Pham, Cai, Rezatofighi, "Marginalized Generalized IoU (MGIoU)", AAAI-26, arXiv 2504.16443.
     """
+    if torch.compiler.is_dynamo_compiling():
+        polygons1, polygons2, lengths1, lengths2 = without_classes(polygons1, polygons2, lengths1, lengths2)
+        mask1, mask2 = without_classes(mask1, mask2)
     check_pairs("polygon_mgiou", "polygons", polygons1, polygons2, (None, 2), "(P, N, 2) or (B, P, N, 2) with N >= 1")
     check_matrix_options(over, axis_weight, AXIS_WEIGHTS, backend)
     check_lengths("lengths1", lengths1, "polygons1", polygons1)

@@ -19,6 +19,7 @@ from triton_mgiou.arguments import (
     check_box_options,
     check_choice,
     check_factor,
+    check_is_number,
     check_keypoints,
     check_names,
     check_number,
@@ -27,6 +28,7 @@ from triton_mgiou.arguments import (
     check_real_numbers,
     check_weight,
 )
+from triton_mgiou.bounding_boxes import without_classes
 from triton_mgiou.box_formats import FORMATS
 from triton_mgiou.functional import box_mgiou_loss, debug_checks, keypoint_l2, mgiou_loss
 from triton_mgiou.options import BACKENDS, PAPER, REDUCTIONS, Options
@@ -241,9 +243,7 @@ class PolygonLoss(nn.Module):
                 raise ValueError(f"sigmas must be finite numbers above 0, got {sigmas.tolist()}")
             sigmas = _with_values(sigmas, device)
         if isinstance(alpha, Real) and not isinstance(alpha, bool):
-            if not 0 <= alpha <= 1:
-                raise ValueError(f"alpha must be in 0..1, got {alpha}")
-            check_number("alpha", alpha)
+            _check_alpha(alpha)
         elif not isinstance(alpha, nn.Module) and (mode == "hybrid" or alpha is not None):
             raise TypeError(f"alpha must be a number or a module such as AlphaSchedule, got {type(alpha).__name__}")
         check_bool("return_parts", return_parts)
@@ -287,9 +287,12 @@ class PolygonLoss(nn.Module):
 
         Raises:
             TypeError: An argument has the wrong type or dtype.
-            ValueError: An argument has the wrong shape, device or value.
+            ValueError: An argument has the wrong shape, device or value, or a module gives an `alpha` outside 0..1. The
+                value of one in a tensor is never read.
             RuntimeError: As `mgiou_loss`.
         """
+        if torch.compiler.is_dynamo_compiling():
+            pred_kpts, gt_kpts, kpt_mask, area, weight = without_classes(pred_kpts, gt_kpts, kpt_mask, area, weight)
         check_keypoints(pred_kpts, gt_kpts, kpt_mask, area)
         pred, target, visible = pred_kpts[..., :2], gt_kpts[..., :2], kpt_mask != 0
         checks = self.mode != "mgiou" and debugging.on and debug_checks("PolygonLoss", pred, target)
@@ -319,6 +322,10 @@ class PolygonLoss(nn.Module):
             alpha: Any = self.alpha() if isinstance(self.alpha, nn.Module) else self.alpha
             if isinstance(alpha, Tensor):
                 check_one_number("alpha", alpha)
+            elif not (
+                torch.compiler.is_compiling() and isinstance(alpha, np.ndarray)
+            ):  # there numpy's numbers are arrays
+                _check_alpha(alpha)
             alpha = factor_for(parts["l2"], alpha)
             total = alpha * parts["l2"] + (1 - alpha) * parts["mgiou"]
         else:
@@ -354,6 +361,14 @@ class PolygonLoss(nn.Module):
         if self.reduction != "mean":
             shown["reduction"] = self.reduction
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+def _check_alpha(alpha: Any) -> None:
+    """Refuse what is no share of the L2 term."""
+    check_is_number("alpha", alpha)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in 0..1, got {alpha}")
+    check_number("alpha", alpha)
 
 
 def _are_no_numbers(values: Any) -> bool:

@@ -307,6 +307,19 @@ def test_a_result_is_no_bounding_boxes(bounding, function, fmt):
     assert_close(got, want, atol=0)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("function", [box_mgiou_loss, box_mgiou], ids=lambda each: each.__name__)
+def test_bounding_boxes_of_the_format_itself_in_compiled_code(backend, function):
+    """There is nothing to convert, and yet an operator must not get the class."""
+    pred, target = (side[:, :4].float().to(backend.device) for side in pixels(generator(91)))
+    options = {"fmt": "cxcywh", "backend": backend.name}
+    compiler = "inductor" if backend.name == "triton" else "eager"  # which generates no code
+    compiled = torch.compile(lambda p, t: function(p, t, **options), fullgraph=True, backend=compiler)
+    upright = type("BoundingBoxes", (BoundingBoxes,), {"format": Format.CXCYWH})
+    got = compiled(pred, target.as_subclass(upright))
+    assert_close(got, function(pred, target, **options), atol=1e-6)
+
+
 def test_bounding_boxes_that_a_format_has_no_place_for(bounding):
     rotated = bounding(pixels(generator(87))[0], "CXCYWHR")
     for fmt in ("xyxy", "cxcywh", "cxcyczlwhr", "corners3d"):

@@ -239,6 +239,42 @@ def test_subclasses_that_only_add_something_are_taken(backend, other):
     assert_close(gradient, expected[1], atol=1e-7)
 
 
+class KeyPoints(Subclass):
+    """`tv_tensors` have attributes of their own, too, which the compiler does not know."""
+
+    @property
+    def shape(self):
+        with torch._C.DisableTorchFunctionSubclass():
+            return super().shape
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", ["loss", "keypoints", "matrix", "corners", "boxes"])
+def test_subclasses_in_compiled_code(backend, name):
+    """The operators too get plain tensors: PyTorch 2.13 refuses the first call of one that gets another."""
+    rng = generator(76)
+    pred, target = star(4, 5, rng).float(), convex(4, 5, rng).float()
+    mask, weight, area = torch.rand(4, 5, generator=rng) > 0.3, torch.rand(4, generator=rng), torch.ones(4)
+    options = {"backend": backend.name}
+    polygon_loss = PolygonLoss("hybrid", alpha=0.5, return_parts=False, **options)
+    corners = [side[:, :4].flatten(1) for side in (pred, target)]
+    function, sides = {
+        "loss": (lambda p, t, m, w: mgiou_loss(p, t, target_mask=m, weight=w, **options), (pred, target, mask)),
+        "keypoints": (lambda p, t, m, w: polygon_loss(p, t, m, area.to(p.device), weight=w), (pred, target, mask)),
+        "matrix": (lambda p, t, m, _: polygon_mgiou(p, t, mask2=m, **options), (pred, target, mask[:, 0])),
+        "corners": (lambda p, t, _, w: box_mgiou_loss(p, t, fmt="xyxyxyxy", weight=w, **options), (*corners, mask)),
+        "boxes": (lambda p, t, m, _: box_mgiou(p, t, mask1=m, **options), (BOXES, BOXES.flip(0), mask[:, 0])),
+    }[name]
+    given = [each.contiguous().to(backend.device) for each in (*sides, weight)]
+    classes = (torch.Tensor, KeyPoints, Subclass, Subclass)
+    compiler = "inductor" if backend.name == "triton" else "eager"  # which generates no code
+    got = torch.compile(function, fullgraph=True, backend=compiler)(
+        *(each.as_subclass(kind) for each, kind in zip(given, classes, strict=True))
+    )
+    assert type(got) is torch.Tensor
+    assert_close(got, function(*given), atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(
     ("name", "function"),

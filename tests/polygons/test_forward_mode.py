@@ -173,3 +173,28 @@ def test_without_the_path_a_second_derivative_takes_the_axes_for_constants(sampl
 
     want = torch.autograd.functional.hessian(on_axes_of(pred.clone()), pred)
     helpers.assert_close(torch.autograd.functional.hessian(total, pred), want, atol=1e-9)
+
+
+@pytest.mark.parametrize("function", [mgiou_loss, polygon_mgiou, box_mgiou_loss, box_mgiou], ids=lambda f: f.__name__)
+def test_functionalize_changes_nothing(function):
+    """It knows no `autograd.Function`; alone, around a gradient and within one, under `vmap`."""
+    rng = helpers.generator(16)
+    first, second = helpers.random_boxes(4, rng), helpers.random_boxes(4, rng)
+    if function in (mgiou_loss, polygon_mgiou):
+        first, second = helpers.rectangle_corners(first), helpers.rectangle_corners(second)
+
+    def total(shapes):
+        return function(shapes, second, backend="eager").sum()
+
+    leaf = first.clone().requires_grad_()
+    value = total(leaf)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    helpers.assert_same(torch.func.functionalize(total)(first), value.detach())
+    slope = torch.func.grad(total)
+    for got in (
+        torch.func.functionalize(slope)(first),
+        torch.func.grad(torch.func.functionalize(total))(first),
+        vmap(torch.func.functionalize(slope))(first[None])[0],
+        torch.func.functionalize(jacfwd(total))(first),
+    ):
+        helpers.assert_close(got, gradient, atol=1e-12)

@@ -183,6 +183,21 @@ def test_an_exported_program_has_the_gradient(kernels, function, with_gradient):
         assert_close(got, want, atol=1e-6)
 
 
+@pytest.mark.parametrize("function", [mgiou_loss, polygon_mgiou], ids=lambda each: each.__name__)
+def test_an_exported_program_takes_any_number_of_vertices(backend, function):
+    """Segments too, whose parts of N - 1 vertices would be of one."""
+
+    def given(n, m):
+        return [convex(6, size, generator(size)).float().to(backend.device) for size in (n, m)]
+
+    exported = Function(function, backend.name)
+    n, m = torch.export.Dim("n"), torch.export.Dim("m")
+    shapes = {"arguments": ({1: n}, {1: m})}
+    program = torch.export.export(exported, tuple(given(5, 7)), dynamic_shapes=shapes).module()
+    for sizes in ((5, 7), (9, 3), (2, 4), (4, 2), (2, 2)):
+        assert_close(program(*given(*sizes)), exported(*given(*sizes)), atol=1e-6)
+
+
 FORWARD = r'backend="triton" cannot run: forward-mode .*expected .*"eager"'
 BATCHED = r'backend="triton" cannot run: a batch of gradients .*expected .*"eager"'
 

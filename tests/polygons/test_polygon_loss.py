@@ -496,11 +496,33 @@ def test_compiled_with_an_alpha_of_numpy(fullgraph):
     assert got.dtype == torch.float32
 
 
+class Giving(torch.nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.given = value
+
+    def forward(self):
+        return self.given
+
+
 def test_alpha_of_a_module_is_one_number():
     total, parts = PolygonLoss("hybrid", alpha=Constant(torch.tensor([0.5], dtype=torch.float64)))(*sample())
     assert_same(total, 0.5 * parts["l2"] + 0.5 * parts["mgiou"])
     with pytest.raises(ValueError, match=r"^alpha must have one element, got shape \(2,\)"):
         PolygonLoss("hybrid", alpha=Constant(torch.ones(2)))(*sample())
+
+
+def test_what_a_module_gives_for_alpha_is_checked_as_alpha_is():
+    given = sample()
+    for wrong in (None, "0.5", [0.5], np.array(0.5), True):
+        with pytest.raises(TypeError, match=rf"^alpha must be a number, got {type(wrong).__name__}"):
+            PolygonLoss("hybrid", alpha=Giving(wrong))(*given)
+    for wrong in (1.5, -0.1, math.nan, np.float32(2)):
+        with pytest.raises(ValueError, match=rf"^alpha must be in 0\.\.1, got {wrong}"):
+            PolygonLoss("hybrid", alpha=Giving(wrong))(*given)
+    for right in (1, 0.5, np.float32(0.5)):
+        want = PolygonLoss("hybrid", alpha=float(right))(*given)[0]
+        assert_same(PolygonLoss("hybrid", alpha=Giving(right))(*given)[0], want)
 
 
 def test_state_dict():

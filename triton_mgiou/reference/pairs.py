@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from triton_mgiou.options import ABSENT, MIN_AXIS_LENGTH
 from triton_mgiou.reference import boxes, polygons
-from triton_mgiou.reference.polygons import compute_dtype, is_transform_compiled, real_count
+from triton_mgiou.reference.polygons import compute_dtype, real_count, takes_no_function
 
 MEMORY = 2**28
 """Bytes that the eager backend may take for a matrix, beside the matrix itself and its gradient."""
@@ -166,7 +166,7 @@ class _RepeatBothModes(_Repeat):
 
 def _repeat(values: Tensor, dim: int, count: int, total: int) -> Tensor:
     """For each of `count` shapes of the other set, of which there are `total`."""
-    if is_transform_compiled():
+    if takes_no_function():
         return _Repeat.forward(values, dim, count, total)
     function = _Repeat if torch.compiler.is_compiling() else _RepeatBothModes
     return cast("Tensor", function.apply(values, dim, count, total))  # type: ignore[no-untyped-call]

@@ -167,13 +167,21 @@ class _ScaleBothModes(_Scale):
         return tangent * scale
 
 
-def is_transform_compiled() -> bool:
-    """Whether a transform of `torch.func` is in compiled code, which has no `vmap` of an `autograd.Function`."""
-    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def takes_no_function() -> bool:
+    """Whether a transform of `torch.func` is active that knows no `autograd.Function`.
+
+    In compiled code it may be any: there is no `vmap` of one. Elsewhere it is `functionalize`.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    functionalize = torch._C._functorch.TransformType.Functionalize
+    return torch.compiler.is_compiling() or any(
+        transform.key() == functionalize for transform in torch._C._functorch.get_interpreter_stack()
+    )
 
 
 def _scale(values: Tensor, scale: Tensor) -> Tensor:
-    if is_transform_compiled():
+    if takes_no_function():
         return values * scale  # its gradient may overflow
     function: type[_Scale] = _Scale if torch.compiler.is_compiling() else _ScaleBothModes
     return cast("Tensor", function.apply(values, scale))  # type: ignore[no-untyped-call]
@@ -183,12 +191,19 @@ def _polygons(vertices: Tensor, real: Tensor, low: Tensor) -> _Polygons:
     """Move scaled vertices by `low`. The move rounds, so edges and shape come from before it: small polygons stay."""
     index = torch.arange(vertices.shape[1], device=vertices.device)
     is_last = index == real.sum(1, keepdim=True) - 1  # (B, N)
-    following_ones = torch.cat((vertices[:, 1:], vertices[:, :1]), dim=1)  # `roll` asks how many numbers there are
-    end = torch.where(is_last.unsqueeze(-1), vertices[:, :1], following_ones)
+    end = torch.where(is_last.unsqueeze(-1), vertices[:, :1], _next(vertices))
     edges = torch.where(real.unsqueeze(-1), end - vertices, 0.0)
     following = torch.where(is_last, 0, (index + 1).clamp(max=index.shape[0] - 1)).unsqueeze(-1)
     moved, shape = (torch.where(real.unsqueeze(-1), vertices - to, 0.0) for to in (low, vertices[:, :1].detach()))
     return _Polygons(moved, shape, real, following, edges)
+
+
+def _next(values: Tensor) -> Tensor:
+    """What follows in each row, behind the last one the first.
+
+    `roll` asks how many numbers there are, and a part of N - 1 numbers has a graph of its own where N is 2.
+    """
+    return torch.cat((values, values[:, :1]), dim=1)[:, 1:]
 
 
 def _axes(edges: Tensor) -> Tensor:
@@ -386,9 +401,9 @@ def _area_in_order(polygons: _Polygons, extent: Tensor) -> Tensor:
     alike = turn.unsqueeze(2) == turn.unsqueeze(1)
     x, y = (torch.where(alike, each.unsqueeze(1), 0.0).sum(2) / alike.sum(2) for each in (x, y))
     x, y = x.masked_fill(~real, 0.0).gather(1, order), y.masked_fill(~real, 0.0).gather(1, order)
-    last = real.sum(1, keepdim=True) - 1
-    cross = (x[:, :-1] * y[:, 1:] - y[:, :-1] * x[:, 1:]).sum(1)
-    ordered = cross + (x.gather(1, last) * y[:, :1] - y.gather(1, last) * x[:, :1]).squeeze(1)
+    is_last = torch.arange(x.shape[1], device=x.device) == real.sum(1, keepdim=True) - 1
+    next_x, next_y = (torch.where(is_last, each[:, :1], _next(each)) for each in (x, y))
+    ordered = (x * next_y - y * next_x).sum(1)
     area = _outward(polygons)[1].detach()
     rounding = _RESOLUTION[area.dtype] * extent.squeeze(1) * polygons.edges.detach().abs().sum((1, 2))
     return torch.where((ordered - area).abs() > rounding, ordered, area)
