@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_mgiou.arguments import PLAIN, check_floating
+from triton_mgiou.arguments import INTEGERS, PLAIN, check_floating
 
 _ROTATED = {"XYWHR": 5, "CXCYWHR": 5, "XYXYXYXY": 8}  # and how many numbers a box has; the upright ones have 4
 
@@ -65,13 +65,14 @@ def without_classes(*values: Any) -> list[Any]:
 def _plain(tensor: Tensor) -> Tensor:
     """The same tensor without its class: an operation that forgets the class, as compiled code cannot cast it.
 
-    Compiled code gets one that computes something. Of a view or a copy the compiler makes nothing, so that an operator
-    of ours would get the tensor itself, and PyTorch 2.13 refuses its first call.
+    Compiled code gets two more, which change no bit and keep nothing for a gradient. Of a view or a copy alone the
+    compiler makes nothing: an operator of ours would get the tensor itself, and PyTorch 2.13 refuses its first call.
     """
     with torch._C.DisableTorchFunctionSubclass():
-        if torch.compiler.is_dynamo_compiling() and not tensor.dtype.is_complex:
-            return torch.maximum(tensor, tensor)
-        return tensor[...]
+        plain = tensor[...]
+    if not torch.compiler.is_dynamo_compiling():
+        return plain
+    return ~~plain if plain.dtype in (torch.bool, *INTEGERS) else -(-plain)
 
 
 def _centre(kind: str, numbers: Tensor) -> tuple[Tensor, ...]:

@@ -266,13 +266,18 @@ def test_subclasses_in_compiled_code(backend, name):
         "boxes": (lambda p, t, m, _: box_mgiou(p, t, mask1=m, **options), (BOXES, BOXES.flip(0), mask[:, 0])),
     }[name]
     given = [each.contiguous().to(backend.device) for each in (*sides, weight)]
-    classes = (torch.Tensor, KeyPoints, Subclass, Subclass)
+    leaf = given[0].clone().requires_grad_(name != "matrix")  # of polygons, which the kernels have no gradient of
+    classes = (KeyPoints, KeyPoints, Subclass, Subclass)
     compiler = "inductor" if backend.name == "triton" else "eager"  # which generates no code
     got = torch.compile(function, fullgraph=True, backend=compiler)(
-        *(each.as_subclass(kind) for each, kind in zip(given, classes, strict=True))
+        *(each.as_subclass(kind) for each, kind in zip((leaf, *given[1:]), classes, strict=True))
     )
+    want = function(leaf, *given[1:])
     assert type(got) is torch.Tensor
-    assert_close(got, function(*given), atol=1e-6)
+    assert_close(got.detach(), want.detach(), atol=1e-6)
+    if leaf.requires_grad:
+        gradients = (torch.autograd.grad(each.sum(), leaf)[0] for each in (got, want))
+        assert_close(*gradients, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
