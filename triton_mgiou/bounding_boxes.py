@@ -72,7 +72,7 @@ def _plain(tensor: Tensor) -> Tensor:
         plain = tensor[...]
     if not torch.compiler.is_dynamo_compiling():
         return plain
-    return ~~plain if plain.dtype in (torch.bool, *INTEGERS) else -(-plain)
+    return ~~plain if plain.dtype in (torch.bool, *INTEGERS) else plain.neg().neg()
 
 
 def _centre(kind: str, numbers: Tensor) -> tuple[Tensor, ...]:
