@@ -16,7 +16,7 @@ import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import minus, reciprocal
 from triton_mgiou.kernels.axis import LENGTH, SHORTEST, SOFT, SOFT_UNIT, UNIFORM, axis_weight
-from triton_mgiou.kernels.box_types import CXCYCZLWHR, XYXY, Distance, Side, Slopes, Sums, Weights
+from triton_mgiou.kernels.box_types import CXCYCZLWHR, CXCYWHR, XYXY, Distance, Side, Slopes, Sums, Weights
 
 
 @triton.jit
@@ -95,16 +95,19 @@ def above_zero(values):
 
 
 @triton.jit
-def distance(offset, pred, target, weight, rounding, PLAIN: tl.constexpr, V: tl.constexpr):
-    """D of an axis and the derivatives of w D; all 0 for two points whose offset is up to `rounding`."""
+def distance(offset, pred, target, weight, PLAIN: tl.constexpr, V: tl.constexpr):
+    """D of an axis and the derivatives of w D."""
     difference = pred - target
     high, low = offset + difference, offset - difference  # of the upper ends, of the lower ends
     apart = tl.abs(high) + tl.abs(low)
     hull = tl.fma(pred + target, 2.0, apart)  # twice the hull
     per_hull = reciprocal(hull)
     if not PLAIN:
-        longest = tl.maximum(tl.where(pred + target == 0, 2.0 * rounding, 0.0), 2.0 * V.NO_LENGTH)
-        per_hull = tl.where(hull > longest, per_hull, 0.0)
+        if V.FORMAT == CXCYWHR:  # two points at an angle are one but for rounding: see the reference
+            some = tl.fma(pred + target, 8.0 * V.TIE / V.NO_LENGTH, apart) > 4.0 * V.TIE
+        else:
+            some = hull > 2.0 * V.NO_LENGTH
+        per_hull = tl.where(some, per_hull, 0.0)
     apart *= per_hull
     if not V.GRAD:
         return Distance(apart, Slopes(offset, offset, offset))

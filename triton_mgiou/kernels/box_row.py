@@ -41,7 +41,6 @@ from triton_mgiou.kernels.box_types import (
     Turns,
     Weights,
 )
-from triton_mgiou.options import WIDEST_TIE
 
 # A pair is plain if its sizes are above the first times the sum of its numbers, and above the second, and if that sum
 # over the third and the sum of its angles over the fourth are below 1 together; a batch, if its divisor is above the
@@ -54,8 +53,6 @@ PLAIN_DIVISOR = tl.constexpr(2.0**-40)
 
 # Of the areas of the term: its square is finite, and one more is nothing to it. What is plain stays below.
 LARGEST_RATIO = tl.constexpr(2.0**60)
-
-WIDEST = tl.constexpr(WIDEST_TIE)
 
 
 @triton.jit
@@ -103,20 +100,15 @@ def box_row(pred, target, boundary_weight, PLAIN: tl.constexpr, V: tl.constexpr)
         one = none + 1.0
         each = Weights(one, one, one, none, none)
         weights = AxisWeights(each, each)
-        rounding = none
     else:
-        extent = _extent(sides, turns, crossing, V)
-        weights = _weights(sides, extent, V)
-        rounding = none
-        if V.FORMAT == CXCYWHR:  # other directions are exact, or edges themselves
-            rounding = 2.0 * tl.minimum(extent * tl.full(extent.shape, WIDEST, extent.dtype), V.TIE)
+        weights = _weights(sides, _extent(sides, turns, crossing, V), V)
 
-    distances = _distances(sides, crossing, weights, rounding, PLAIN, V)
+    distances = _distances(sides, crossing, weights, PLAIN, V)
     on_p = add(weighted(distances.p1, weights.pred.x), distances.p2, weights.pred.y)
     on_g = add(weighted(distances.g1, weights.target.x), distances.g2, weights.target.y)
     on_z = distances.p1
     if V.FORMAT == CXCYCZLWHR:
-        on_z = distance(z.offset, z.pred, z.target, weights.pred.z + weights.target.z, rounding, PLAIN, V)
+        on_z = distance(z.offset, z.pred, z.target, weights.pred.z + weights.target.z, PLAIN, V)
         on_p = add(on_p, on_z, weights.pred.z + weights.target.z)
     weight = on_p.weight + on_g.weight
     total = on_p.distance + on_g.distance
@@ -194,9 +186,9 @@ def _crossing(sides, turns, V: tl.constexpr):
 
 @triton.jit
 def _extent(sides, turns, crossing, V: tl.constexpr):
-    """The longer side of the joint bounding box (section 3); nothing that is used where nothing needs it."""
+    """The longer side of the joint bounding box (section 3); nothing that is used where no weight needs it."""
     extent = crossing.g1
-    if V.FORMAT == CXCYWHR or V.AXIS_WEIGHT != LENGTH:
+    if V.AXIS_WEIGHT != LENGTH:
         x, y, z = sides
         pred_x, pred_y, target_x, target_y = x.pred, y.pred, x.target, y.target
         if V.HAS_ANGLE:
@@ -227,17 +219,17 @@ def _weights(sides, extent, V: tl.constexpr):
 
 
 @triton.jit
-def _distances(sides, crossing, weights, rounding, PLAIN: tl.constexpr, V: tl.constexpr):
+def _distances(sides, crossing, weights, PLAIN: tl.constexpr, V: tl.constexpr):
     x, y, _ = sides
     p, g = weights
     if V.HAS_ANGLE:
-        on_p1 = distance(crossing.p1, x.pred, crossing.g_on_p1, p.x, rounding, PLAIN, V)
-        on_p2 = distance(crossing.p2, y.pred, crossing.g_on_p2, p.y, rounding, PLAIN, V)
-        on_g1 = distance(crossing.g1, crossing.p_on_g1, x.target, g.x, rounding, PLAIN, V)
-        on_g2 = distance(crossing.g2, crossing.p_on_g2, y.target, g.y, rounding, PLAIN, V)
+        on_p1 = distance(crossing.p1, x.pred, crossing.g_on_p1, p.x, PLAIN, V)
+        on_p2 = distance(crossing.p2, y.pred, crossing.g_on_p2, p.y, PLAIN, V)
+        on_g1 = distance(crossing.g1, crossing.p_on_g1, x.target, g.x, PLAIN, V)
+        on_g2 = distance(crossing.g2, crossing.p_on_g2, y.target, g.y, PLAIN, V)
     else:  # both boxes have the same axes
-        on_p1 = distance(x.offset, x.pred, x.target, p.x + g.x, rounding, PLAIN, V)
-        on_p2 = distance(y.offset, y.pred, y.target, p.y + g.y, rounding, PLAIN, V)
+        on_p1 = distance(x.offset, x.pred, x.target, p.x + g.x, PLAIN, V)
+        on_p2 = distance(y.offset, y.pred, y.target, p.y + g.y, PLAIN, V)
         on_g1, on_g2 = on_p1, on_p2
     return Distances(on_p1, on_p2, on_g1, on_g2)
 

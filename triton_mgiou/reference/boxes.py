@@ -26,6 +26,7 @@ from torch import Tensor
 from triton_mgiou.options import MIN_AXIS_LENGTH, SOFT_AXIS_LENGTH
 from triton_mgiou.reference.polygons import (
     _RESOLUTION,
+    _TIE,
     _TINY,
     _extreme,
     _inverse_power_of_two,
@@ -72,9 +73,9 @@ def per_sample_loss(
 
     # `axis_grad` says whether the axes of P and of G, directions and weights, are variables (section 4).
     axes = pair if axis_grad else _Pair(*(each.detach() for each in pair))
-    extent = _extent(pair, angle)
-    rounding = 2.0 * _slack(extent) if fmt == "cxcywhr" else 0.0  # other directions are exact, or edges themselves
+    rounding = 2.0 * _TIE[dtype] if fmt == "cxcywhr" else 0.0  # other directions are exact, or edges themselves
     p_distance, g_distance = (_distance(*intervals, rounding) for intervals in _on_axes(pair, axes, angle))
+    extent = _extent(pair, angle)
     p_weights = _axis_weights(axes.p_half, extent, axis_weight)
     g_weights = _axis_weights(axes.g_half, extent, axis_weight)
     total = (p_weights * p_distance).sum(1) + (g_weights * g_distance).sum(1)
@@ -168,14 +169,16 @@ def _on_axes(pair: _Pair, axes: _Pair, unit: str) -> tuple[_Intervals, _Interval
     )
 
 
-def _distance(offset: Tensor, a: Tensor, b: Tensor, rounding: Tensor | float = 0.0) -> Tensor:
+def _distance(offset: Tensor, a: Tensor, b: Tensor, rounding: float = 0.0) -> Tensor:
     """(1 - GIoU1D) / 2 of two intervals, by the offset of their middles and their half-lengths.
 
-    Two points are one where their offset is no more than `rounding`.
+    Two points, of half-lengths up to half of what counts as 0, are one where their offset is no more than `rounding`.
     """
     larger = torch.maximum(offset.abs(), (a - b).abs())
     hull = a + b + larger
-    flat = (hull <= _no_length(hull)) | ((a + b == 0) & (hull <= rounding))
+    nothing = _no_length(hull)
+    scale, limit = (2.0 * rounding / nothing, rounding) if rounding else (1.0, nothing)
+    flat = (a + b) * scale + larger <= limit
     return torch.where(flat, 0.0, larger / torch.where(flat, 1.0, hull))
 
 
