@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from triton_mgiou.arguments import PLAIN
 from triton_mgiou.launch import BoxCall, Call, PolygonCall
 from triton_mgiou.options import Options, Reduction
 from triton_mgiou.reference.polygons import compute_dtype, refuse_forward_mode
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # anything else, such as a fake tensor, needs PyTorch's dispatcher
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _modes = torch._C._len_torch_dispatch_stack
 _is_in_transform = torch._C._are_functorch_transforms_active
@@ -97,7 +97,7 @@ def needs_dispatcher(pred: Tensor, target: Tensor) -> bool:
 
     A mode, such as that of `make_fx`, sees the operators, but not a launch.
     """
-    if torch.compiler.is_compiling() or type(pred) not in _PLAIN or type(target) not in _PLAIN or _modes():
+    if torch.compiler.is_compiling() or type(pred) not in PLAIN or type(target) not in PLAIN or _modes():
         return True
     return pred.is_neg() or target.is_neg()
 
