@@ -9,7 +9,9 @@ from bench.detectors.scenes import BOXES
 from triton_mgiou import PAPER
 
 SEEDS = (0, 1, 2)
-MORE_SEEDS = tuple(range(3, 12))  # for `boxes` and `long`, where three leave open which loss is ahead
+MORE_SEEDS = tuple(range(3, 12))  # of what was tried
+CLOSE = ("boxes", "long")  # where few seeds and images leave open which loss is ahead
+CLOSE_SEEDS = tuple(range(18, 30))  # on which nothing about the losses compared there was chosen
 ABLATION = ("corners", 2)  # task and epochs
 
 
@@ -24,11 +26,13 @@ class Size(NamedTuple):
     box_epochs: int
     seeds: tuple[int, ...]
     more_seeds: tuple[int, ...] = ()
+    close_seeds: tuple[int, ...] = ()
+    close_test_images: int = 0
     all_losses: bool = True  # else one of each kind
 
 
-FULL = Size(1500, 300, 320, 64, 40, 30, SEEDS, MORE_SEEDS)
-TOY = Size(24, 8, 96, 8, 1, 1, SEEDS[:1], all_losses=False)
+FULL = Size(1500, 300, 320, 64, 40, 30, SEEDS, MORE_SEEDS, CLOSE_SEEDS, 1500)
+TOY = Size(24, 8, 96, 8, 1, 1, SEEDS[:1], (), CLOSE_SEEDS[:1], 12, all_losses=False)
 KINDS = {  # what the toy size trains, beside the table
     ("reports", "reported"),
     ("reports", "reported, float32"),
@@ -41,7 +45,7 @@ KINDS = {  # what the toy size trains, beside the table
 class Job(NamedTuple):
     """A training."""
 
-    part: str  # "reports", "table", "rest", "tried", or "speed": the step times
+    part: str  # "reports", "table", "close", "rest", "tried", "choice", or "speed": the step times
     task: str
     loss: str
     seed: int
@@ -55,10 +59,11 @@ class Job(NamedTuple):
         return "-".join("".join(c if c.isalnum() or c in ".+" else "_" for c in word) for word in words)
 
 
+OURS = "mgiou, floor assigns, root weighs"  # `MGIoUOBBTrainer` as it comes
 SPEED = Job("speed", "steps", "all", 0, 0)
 SPEED_LOSSES = {
     "corners": ("OKS", "mgiou", "hybrid"),
-    "boxes": ("ProbIoU + angle", "mgiou, squared assigns + angle", "mgiou, squared assigns"),
+    "boxes": ("ProbIoU + angle", OURS + " + angle", OURS),
 }
 
 # ---- the ablation of the reports: the loss of the reports, what is changed of it, and how the training computes
@@ -100,8 +105,8 @@ KEYPOINT_LOSSES: dict[str, Mapping[str, Any] | None] = {
 }
 
 # ---- losses of boxes: attributes of `MGIoUOBBTrainer`, and the bench's own "quadratic", "saturating", "centre",
-# "float32" and "assigner": "squared" for the trainer's own, "Jaccard", "ProbIoU", or a power of MGIoU, 1 where it is
-# not given; None for ProbIoU
+# "float32", "root" for the root of the score as a box's weight, and "assigner", see training.py, MGIoU itself where it
+# is not given; None for ProbIoU
 
 BOUNDARY: dict[str, Any] = {"options": PAPER | {"boundary_weight": 0.25}}
 BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
@@ -116,8 +121,17 @@ BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
     "mgiou, squared assigns, centre .5 + angle": {"assigner": "squared", "centre": 0.5},
     "mgiou, squared assigns, saturating + angle": {"assigner": "squared", "saturating": True},
     "mgiou, squared assigns, saturating": {"assigner": "squared", "saturating": True},
-    "mgiou, power 1.5 assigns": {"assigner": 1.5},
+    "mgiou, power 1.5 assigns": {"assigner": "power 1.5"},
     "mgiou, Jaccard assigns": {"assigner": "Jaccard"},
+    "mgiou, shifted assigns": {"assigner": "shifted"},
+    "mgiou, exponential 3 assigns": {"assigner": "exponential 3"},
+    "mgiou, exponential 4 assigns": {"assigner": "exponential 4"},
+    "mgiou, floor assigns": {"assigner": "floor"},
+    "mgiou, floor .7 assigns": {"assigner": "floor .7"},
+    "mgiou, squared assigns, root weighs": {"assigner": "squared", "root": True},
+    "mgiou, shifted assigns, root weighs": {"assigner": "shifted", "root": True},
+    OURS: {"assigner": "floor", "root": True},
+    OURS + " + angle": {"assigner": "floor", "root": True},
     "mgiou, squared assigns, float32 decode": {"assigner": "squared", "float32": True},
     "mgiou, ProbIoU assigns + angle": {"assigner": "ProbIoU"},
     "mgiou, quadratic + angle": {"quadratic": True},
@@ -151,6 +165,7 @@ BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
 }
 
 TRIED = {  # looking for a better loss or assigner; tasks, and with how many seeds
+    "ProbIoU + angle": {"boxes": 12, "long": 12},
     "YOLO26, mgiou": {"hulls": 3},
     "YOLO26, mgiou, squared assigns": {"hulls": 3},
     "YOLO26, mgiou, OKS assigns": {"hulls": 3},
@@ -158,7 +173,9 @@ TRIED = {  # looking for a better loss or assigner; tasks, and with how many see
     "mgiou, power 1.5 assigns": {"squares": 3, "boxes": 6, "long": 6},
     "mgiou, Jaccard assigns": {"boxes": 9, "long": 9},
     "mgiou, squared assigns, float32 decode": {"boxes": 12, "long": 12, "squares": 9},
-    "mgiou, squared assigns": {"squares": 9},
+    "mgiou, squared assigns": {"squares": 9, "boxes": 12, "long": 12},
+    "mgiou, exponential 3 assigns": {"squares": 3},
+    "mgiou, exponential 4 assigns": {"squares": 3},
     "mgiou, float32 decode": {"hulls": 3},
     "hybrid, float32 decode": {"corners": 3},
     "boundary + angle": {"boxes": 3, "squares": 1, "long": 1},
@@ -186,24 +203,41 @@ TRIED = {  # looking for a better loss or assigner; tasks, and with how many see
     "mgiou, ProbIoU assigns, quadratic, saturating + angle": {"boxes": 3, "long": 1},
 }
 
+CHOICE = {  # looking further on `boxes` and `long`, judged by more images: with how many seeds, from FIRST on
+    "ProbIoU + angle": 6,
+    "mgiou, squared assigns": 12,
+    "mgiou, shifted assigns": 12,
+    "mgiou, exponential 3 assigns": 6,
+    "mgiou, exponential 4 assigns": 6,
+    "mgiou, squared assigns, root weighs": 6,
+    "mgiou, shifted assigns, root weighs": 6,
+    "mgiou, floor assigns": 6,
+    "mgiou, floor .7 assigns": 4,
+    OURS: 4,
+}
+FIRST = 12
+
 
 def jobs(size: Size) -> list[Job]:
     """All trainings, the most important ones first."""
     task, epochs = ABLATION
     found = [SPEED, *(Job("reports", task, name, 0, epochs) for name in [*REPORTED, *PRECISIONS, "mgiou", "hybrid"])]
-    close = [(task, name) for task in ("boxes", "long") for name in ("ProbIoU + angle", "mgiou, squared assigns")]
     table = [
         *(("hulls", name) for name in ("OKS", "mgiou")),
         *(("corners", name) for name in ("OKS", "mgiou", "hybrid")),
-        *(("squares", name) for name in ("ProbIoU + angle", "mgiou, squared assigns")),
-        *close,
+        *(("squares", name) for name in ("ProbIoU + angle", OURS)),
         *(("tops", name) for name in ("OKS", "mgiou")),
     ]
     for seed in size.seeds:
         found += [_job("table", task, name, seed, size, watch=(seed, task) == (0, "corners")) for task, name in table]
         if seed == 0:
             found.append(_job("table", "corners", "reported", 0, size, watch=True))
-    found += [_job("table", task, name, seed, size) for seed in size.more_seeds for task, name in close]
+    found += [
+        _job("close", task, name, seed, size)
+        for seed in size.close_seeds
+        for task in CLOSE
+        for name in ("ProbIoU + angle", OURS)
+    ]
     rest = [
         ("corners", "paper"),
         ("hulls", "paper"),
@@ -231,12 +265,28 @@ def jobs(size: Size) -> list[Job]:
         for seed in (*size.seeds, *size.more_seeds)[:count]
         if (task, name, seed) not in tabled
     ]
-    return [job for job in found if size.all_losses or job.part in {"speed", "table"} or (job.part, job.loss) in KINDS]
+    found += [
+        _job("choice", task, name, seed, size)
+        for name, count in CHOICE.items()
+        for task in CLOSE
+        for seed in range(FIRST, FIRST + count)
+    ]
+    parts = {"speed", "table", "close"}
+    return [job for job in found if size.all_losses or job.part in parts or (job.part, job.loss) in KINDS]
 
 
-def tasks(chosen: Iterable[Job]) -> set[str]:
-    """The tasks whose scenes these trainings need, and the step times."""
-    return {task for job in chosen for task in (SPEED_LOSSES if job == SPEED else (job.task,))}
+def images_to_judge_by(job: Job, size: Size) -> int:
+    """How many scenes a training is judged by, the first ones."""
+    return size.close_test_images if job.part in {"close", "choice"} else size.test_images
+
+
+def tasks(chosen: Iterable[Job], size: Size) -> dict[str, int]:
+    """The tasks whose scenes these trainings and the step times need, and how many to judge by."""
+    needed: dict[str, int] = {}
+    for job in chosen:
+        for task in SPEED_LOSSES if job == SPEED else (job.task,):
+            needed[task] = max(images_to_judge_by(job, size), needed.get(task, 0))
+    return needed
 
 
 def _job(part: str, task: str, loss: str, seed: int, size: Size, *, watch: bool = False) -> Job:

@@ -13,12 +13,13 @@ from bench.detectors import plan
 from bench.detectors.scenes import BOXES
 
 FIGURE = "curves.png"
+OWN = "ProbIoU + angle"  # Ultralytics'
 COLUMNS = ("AP50", "AP75", "AP90", "AP50-95", "hull AP50", "IoU", "crossing", "angle error")
 CURVES = {"reported": "tab:red", "OKS": "tab:blue", "mgiou": "tab:green", "hybrid": "tab:purple"}
 
 # What is to be reached: task, metric, our loss, Ultralytics' own or another of ours, by how much at least. "" for the
 # other: the metric itself. None for how much: nothing, but the difference is asked for, as hulls of outlines that are
-# not convex must lose
+# not convex must lose. Where losses are close, the trainings that were judged by more images count
 TARGETS: tuple[tuple[str, str, str, str, float | None], ...] = (
     ("hulls", "AP75", "mgiou", "OKS", 0.10),
     ("hulls", "AP50", "mgiou", "", 0.98),
@@ -28,13 +29,13 @@ TARGETS: tuple[tuple[str, str, str, str, float | None], ...] = (
     ("corners", "AP75", "hybrid", "mgiou", 0.0),
     ("corners", "AP90", "hybrid", "OKS", 0.0),
     ("corners", "AP90", "hybrid", "mgiou", 0.0),
-    ("boxes", "AP75", "mgiou, squared assigns", "ProbIoU + angle", 0.0),
-    ("boxes", "AP90", "mgiou, squared assigns", "ProbIoU + angle", 0.0),
-    ("boxes", "AP50-95", "mgiou, squared assigns", "ProbIoU + angle", 0.0),
-    ("squares", "AP90", "mgiou, squared assigns", "ProbIoU + angle", 0.0),
-    ("long", "AP75", "mgiou, squared assigns", "ProbIoU + angle", 0.0),
-    ("long", "AP90", "mgiou, squared assigns", "ProbIoU + angle", 0.0),
-    ("long", "AP50-95", "mgiou, squared assigns", "ProbIoU + angle", 0.0),
+    ("boxes", "AP75", plan.OURS, "ProbIoU + angle", 0.0),
+    ("boxes", "AP90", plan.OURS, "ProbIoU + angle", 0.0),
+    ("boxes", "AP50-95", plan.OURS, "ProbIoU + angle", 0.0),
+    ("squares", "AP90", plan.OURS, "ProbIoU + angle", 0.0),
+    ("long", "AP75", plan.OURS, "ProbIoU + angle", 0.0),
+    ("long", "AP90", plan.OURS, "ProbIoU + angle", 0.0),
+    ("long", "AP50-95", plan.OURS, "ProbIoU + angle", 0.0),
     ("outlines", "AP50", "mgiou", "OKS", None),
     ("outlines", "AP50", "hybrid", "OKS", None),
     ("outlines", "AP75", "mgiou", "OKS", None),
@@ -75,6 +76,7 @@ def sections(folder: Path) -> dict[str, str]:
         "crops of polygons": crop_tables([row for row in studied if row["task"] not in BOXES]),
         "figure": figure if watched(rows) else "",
         "tables": tables(rows),
+        "choices": choices(rows),
         "targets": targets(rows),
         "speed": speeds(times),
         "missing": missing(folder),
@@ -183,8 +185,11 @@ def crop_tables(rows: Rows) -> str:
 def tables(rows: Rows) -> str:
     """What the detectors find, a table for each task; means over the seeds, their number where it is not one."""
     texts = []
-    for task in dict.fromkeys(row["job"]["task"] for row in rows if row["job"]["part"] != "reports"):
-        same = [row for row in rows if row["job"]["task"] == task and row["job"]["part"] != "reports"]
+    groups: dict[str, Rows] = {}
+    for row in (each for each in rows if each["job"]["part"] not in {"reports", "choice"}):
+        more = f", judged by {plan.FULL.close_test_images} images" if row["job"]["part"] == "close" else ""
+        groups.setdefault(row["job"]["task"] + more, []).append(row)
+    for title, same in groups.items():
         own = [key for key in same[0]["judged"][-1] if key.startswith("mAP")]
         shown = [key for key in COLUMNS if any(key in row["judged"][-1] for row in same)]
         lines = []
@@ -194,7 +199,7 @@ def tables(rows: Rows) -> str:
             after = max(row["skipped_after_20"] for row in group)
             lines.append((loss, len(group), *numbers, after))
         head = ("loss", "seeds", *own, *shown, "skipped after 20 steps")
-        texts.append(markdown(f"### {task}", head, lines))
+        texts.append(markdown(f"### {title}", head, lines))
     return "\n\n".join(texts)
 
 
@@ -202,30 +207,55 @@ def targets(rows: Rows) -> str:
     """Differences, paired by seed, with their standard error."""
     lines = []
     for task, metric, ours, other, least in TARGETS:
-        by_seed: list[dict[int, float]] = [
-            {
-                row["job"]["seed"]: row["judged"][-1].get(metric, 0.0)
-                for row in rows
-                if (row["job"]["task"], row["job"]["loss"]) == (task, loss) and row["job"]["part"] != "reports"
-            }
-            for loss in (ours, other)
-        ]
-        if not other:
-            by_seed[1] = dict.fromkeys(by_seed[0], 0.0)
-        seeds = sorted(set(by_seed[0]) & set(by_seed[1]))
-        if not seeds:
+        parts = {"close"} if task in plan.CLOSE else {"table", "rest", "tried"}
+        same = [row for row in rows if row["job"]["task"] == task and row["job"]["part"] in parts]
+        differences = differences_of(same, metric, ours, other)
+        if not differences:
             continue
-        differences = [by_seed[0][seed] - by_seed[1][seed] for seed in seeds]
         mean = statistics.mean(differences)
         told = ["", ""]  # of a single seed nothing can be said
-        if len(seeds) > 1:
-            error = statistics.stdev(differences) / len(seeds) ** 0.5
+        if len(differences) > 1:
+            error = standard_error(differences)
             told = [f"{error:.4f}", "" if least is None else "yes" if mean >= least - error else "no"]
         wanted = "" if least is None else f"{least:+.2f}"
         what = f"{task}: {ours} to {other}" if other else f"{task}: {ours}"
-        lines.append((what, metric, f"{mean:+.4f}", told[0], len(seeds), wanted, told[1]))
+        lines.append((what, metric, f"{mean:+.4f}", told[0], len(differences), wanted, told[1]))
     head = ("what", "metric", "difference", "standard error", "seeds", "at least", "reached")
     return markdown("### What was to be reached", head, lines)
+
+
+def choices(rows: Rows) -> str:
+    """What was tried to choose by, as differences to Ultralytics' own loss on the same seeds, with standard errors."""
+    metrics = ("AP50", "AP75", "AP90", "AP50-95", "IoU")
+    lines = []
+    for task in plan.CLOSE:
+        same = [row for row in rows if row["job"]["task"] == task and row["job"]["part"] in {"close", "choice"}]
+        tried = [row for row in same if row["job"]["part"] == "choice"]
+        for loss in dict.fromkeys(row["job"]["loss"] for row in tried if row["job"]["loss"] != OWN):
+            seeds = {row["job"]["seed"] for row in tried if row["job"]["loss"] == loss}
+            group = [row for row in same if row["job"]["seed"] in seeds]
+            found = [differences_of(group, metric, loss, OWN) for metric in metrics]
+            if len(found[0]) > 1:
+                cells = (f"{statistics.mean(each):+.4f} ({standard_error(each):.4f})" for each in found)
+                lines.append((task, loss, len(found[0]), *cells))
+    return markdown("### Differences to ProbIoU + angle", ("task", "loss", "seeds", *metrics), lines)
+
+
+def differences_of(rows: Rows, metric: str, ours: str, other: str) -> list[float]:
+    """A metric of one loss less that of another, for each seed that both have; the metric itself without another."""
+    ours_by_seed, other_by_seed = (
+        {row["job"]["seed"]: row["judged"][-1].get(metric, 0.0) for row in rows if row["job"]["loss"] == loss}
+        for loss in (ours, other)
+    )
+    if not other:
+        other_by_seed = dict.fromkeys(ours_by_seed, 0.0)
+    return [ours_by_seed[seed] - other_by_seed[seed] for seed in sorted(ours_by_seed.keys() & other_by_seed.keys())]
+
+
+def standard_error(values: list[float]) -> float:
+    """Of their mean."""
+    error: float = statistics.stdev(values) / len(values) ** 0.5
+    return error
 
 
 def speeds(rows: Rows) -> str:

@@ -21,7 +21,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import metadata
@@ -126,7 +126,7 @@ def train_missing(jobs: list[Job], size: Size, out: Path, args: argparse.Namespa
         crew_of = [devices[k % len(devices)] for k in range(processes)]
         with Crew(crew_of, partial(work, setup=setup), partial(prepare, kind)) as crew:
             # Its processes import what they need while the scenes are drawn.
-            draw(plan.tasks(left), size, setup.scenes)
+            draw(plan.tasks(left, size), size, setup.scenes)
             progress.say("scenes drawn")
             progress.missed = crew.run(
                 left, end=progress.end, seconds=progress.seconds, alone=plan.SPEED.__eq__, heard=progress.heard
@@ -141,16 +141,16 @@ def find_devices() -> list[str]:
     return (given or [str(k) for k in range(count)])[:count] or ["cpu"]
 
 
-def draw(tasks: Iterable[str], size: Size, folder: Path) -> None:
-    """Draw the scenes of all tasks into files."""
+def draw(tasks: Mapping[str, int], size: Size, folder: Path) -> None:
+    """Draw the scenes of all tasks into files, as many to judge by as each needs."""
     with ProcessPoolExecutor(os.cpu_count() or 1, CONTEXT) as pool:
         parts = {
             (task, split): [
                 pool.submit(make, task, range(first, min(first + CHUNK, count)), size.side, split)
                 for first in range(0, count, CHUNK)
             ]
-            for task in sorted(tasks)
-            for split, count in enumerate((size.images, size.test_images))
+            for task, test_images in sorted(tasks.items())
+            for split, count in enumerate((size.images, test_images))
         }
         try:
             for (task, split), drawn in parts.items():

@@ -29,7 +29,16 @@ from ultralytics.utils.loss import KeypointLoss
 from bench.detectors.loader import Loader
 from bench.detectors.losses import FewVisible, Reported, Watched, quadratic
 from bench.detectors.nms import provide_nms
-from bench.detectors.plan import BOX_LOSSES, KEYPOINT_LOSSES, PRECISIONS, REPORTED, SPEED, Job, Size
+from bench.detectors.plan import (
+    BOX_LOSSES,
+    KEYPOINT_LOSSES,
+    PRECISIONS,
+    REPORTED,
+    SPEED,
+    Job,
+    Size,
+    images_to_judge_by,
+)
 from bench.detectors.scenes import BOXES, KEYPOINTS, Scenes
 from bench.detectors.workers import Tell
 from triton_mgiou import PAPER, box_mgiou_loss
@@ -97,6 +106,7 @@ def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: st
     """An Ultralytics trainer with the loss of a job, with batches that lie on the device, that saves nothing."""
     is_boxes, is_26 = job.task in BOXES, job.loss.startswith("YOLO26")
     precision = PRECISIONS.get(job.loss, "fp16")
+    judged_by = Scenes._make(each[: images_to_judge_by(job, size)] for each in scenes[1])
     base: Any = _boxes(job) if is_boxes else _keypoints(job)
 
     class BenchTrainer(base):  # type: ignore[misc]
@@ -108,8 +118,14 @@ def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: st
 
         def get_dataloader(self, _path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Loader:  # noqa: ARG002
             training = mode == "train"
-            chosen = scenes[0 if training else 1]
-            return Loader(chosen, job.task, size.batch_size, self.device, training=training, seed=job.seed)
+            return Loader(
+                scenes[0] if training else judged_by,
+                job.task,
+                size.batch_size,
+                self.device,
+                training=training,
+                seed=job.seed,
+            )
 
         def get_validator(self) -> Any:
             return (JudgeBoxes if is_boxes else JudgeKeypoints)(
@@ -228,6 +244,7 @@ class BoxVariant(adapter.MGIoUBoxLoss):
     """Our loss of boxes with something changed.
 
     Args:
+        root: A box weighs as much as the root of its score, as in `MGIoUBoxLoss`; else as its score.
         quadratic: The root of the mean of the axes' squared distances, in place of their mean.
         saturating: What is far off costs no more than by ProbIoU, (1 - exp(-gain loss)) / gain; the slope near the
             target is the same.
@@ -235,11 +252,23 @@ class BoxVariant(adapter.MGIoUBoxLoss):
         *arguments: Those of `MGIoUBoxLoss`.
     """
 
-    def __init__(self, *arguments: Any, quadratic: bool = False, saturating: bool = False, centre: float = 0.0) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        root: bool = False,
+        quadratic: bool = False,
+        saturating: bool = False,
+        centre: float = 0.0,
+    ) -> None:
         super().__init__(*arguments)
+        self.root = root
         self.quadratic = quadratic
         self.saturating = saturating
         self.centre = centre
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """Return the weight of each anchor, shape (B, A, 1), by the scores of its classes, (B, A, C)."""
+        return super().weights(scores) if self.root else scores.sum(-1, keepdim=True)
 
     def losses(self, pred: Tensor, target: Tensor) -> Tensor:
         """Return the loss of paired boxes (P, 5). Shape (P,)."""
@@ -259,15 +288,21 @@ def in_float32(decode: Callable[..., Tensor], *arguments: Any) -> Tensor:
         return decode(*(each.float() if isinstance(each, Tensor) else each for each in arguments))
 
 
-def overlap_to_the(power: float, gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
-    """A power of the MGIoU of paired boxes (P, 5), and 0 where that is negative; the package's assigner squares it."""
-    return adapter._overlap(box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER)) ** power
+OVERLAPS: dict[str, Callable[[Tensor], Tensor]] = {  # what an assigner takes where MGIoU is m; "floor" is the package's
+    "itself": lambda m: m.clamp(min=0),
+    "power 1.5": lambda m: m.clamp(min=0) ** 1.5,
+    "squared": lambda m: m.clamp(min=0).square(),
+    "Jaccard": lambda m: m.clamp(min=0) / (2 - m),  # near 1 it falls as the square does, and far from it more slowly
+    "shifted": lambda m: ((1 + m) / 2) ** 4,  # likewise, and it is above 0 for every m
+    "exponential 3": lambda m: torch.exp(-1.5 * (1 - m)),
+    "exponential 4": lambda m: torch.exp(-2 * (1 - m)),  # as "shifted", and the further off the slower
+    "floor .7": lambda m: m.clamp(min=0.7).square(),
+}
 
 
-def overlap_as_jaccard(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
-    """For a MGIoU of m, m / (2 - m): near 1 it falls as the square does, and far from it more slowly."""
-    overlap = overlap_to_the(1.0, gt_bboxes, pd_bboxes)
-    return overlap / (2 - overlap)
+def overlap_by(overlap: Callable[[Tensor], Tensor], gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
+    """A function of the MGIoU of paired boxes (P, 5)."""
+    return overlap(1 - 2 * box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER))
 
 
 def _boxes(job: Job) -> Any:
@@ -277,21 +312,20 @@ def _boxes(job: Job) -> Any:
     options: Mapping[str, Any] = given
 
     class Trainer(adapter.MGIoUOBBTrainer):
-        assigner: float | str = 1.0
+        assigner = "itself"
         float32 = False
 
         def make_loss(self, reg_max: int) -> adapter.MGIoUBoxLoss:
-            changes = {name: options[name] for name in ("quadratic", "saturating", "centre") if name in options}
-            if not changes:
+            names = ("root", "quadratic", "saturating", "centre")
+            changes = {name: options[name] for name in names if name in options}
+            if changes == {"root": True}:
                 return super().make_loss(reg_max)
             return BoxVariant(reg_max, self.options, self.gain, **changes)
 
         def set_loss(self, criterion: Any) -> None:
             super().set_loss(criterion)
-            if isinstance(self.assigner, float):
-                criterion.assigner.iou_calculation = partial(overlap_to_the, self.assigner)
-            if self.assigner == "Jaccard":
-                criterion.assigner.iou_calculation = overlap_as_jaccard
+            if self.assigner in OVERLAPS:
+                criterion.assigner.iou_calculation = partial(overlap_by, OVERLAPS[self.assigner])
             if self.assigner == "ProbIoU":
                 vars(criterion.assigner).pop("iou_calculation", None)  # the class has Ultralytics' own
             if self.float32:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.detectors import plan, report, run
+from bench.detectors import plan, report, run, scenes
 from bench.detectors.losses import FewVisible, Reported, Watched
 from tests.helpers import CLAMP_STOPS_NAN, convex, generator
 from tests.oracle import loss as oracle_loss
@@ -140,15 +140,18 @@ def test_the_plan_is_in_the_order_of_importance():
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names)
     parts = [job.part for job in jobs]
-    assert parts == sorted(parts, key=["speed", "reports", "table", "rest", "tried"].index)
+    assert parts == sorted(parts, key=["speed", "reports", "table", "close", "rest", "tried", "choice"].index)
     first = [job for job in jobs if job.part == "table"]
     assert [job.seed for job in first] == sorted(job.seed for job in first)
     for task, _, *losses, least in report.TARGETS:
-        part = "rest" if least is None else "table"
+        part = "rest" if least is None else "close" if task in plan.CLOSE else "table"
         for loss in filter(None, losses):
             seeds = {job.seed for job in jobs if (job.task, job.loss, job.part) == (task, loss, part)}
-            assert seeds == ({0} if least is None else set(range(12 if task in {"boxes", "long"} else 3)))
+            assert seeds == ({0} if least is None else set(range(18, 30) if task in {"boxes", "long"} else range(3)))
     assert {job.name for job in plan.jobs(plan.TOY)} <= set(names)
+    assert plan.tasks(jobs, plan.FULL) == dict.fromkeys(scenes.KEYPOINTS, 300) | dict.fromkeys(scenes.BOXES, 1500) | {
+        "squares": 300
+    }
 
 
 def finished(job, **judged):
@@ -182,6 +185,37 @@ def test_differences_are_paired_by_seed(tmp_path):
     (tmp_path / f"{job.name}.json").write_text(json.dumps(finished(job)), encoding="utf-8")
     report.write(tmp_path, ())
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_close_losses_are_compared_by_the_trainings_that_were_judged_by_more_images(tmp_path):
+    for job in plan.jobs(plan.FULL):
+        if job.task == "long" and job.loss in {"ProbIoU + angle", plan.OURS} and job.seed in {0, 18, 19}:
+            ours = job.loss == plan.OURS
+            value = 0.5 + 0.1 * (ours if job.part == "close" else -ours)
+            (tmp_path / f"{job.name}.json").write_text(json.dumps(finished(job, AP75=value)), encoding="utf-8")
+    found = report.sections(tmp_path)
+    assert f"| long: {plan.OURS} to ProbIoU + angle | AP75 | +0.1000 | 0.0000 | 2 | +0.00 | yes |" in found["targets"]
+    assert not found["choices"]
+    more, few = found["tables"].split("### long\n")
+    assert more.startswith("### long, judged by 1500 images\n")
+    assert f"| {plan.OURS} | 2 | 0.900 | 0.600 |" in more
+    assert "| ProbIoU + angle | 1 | 0.900 | 0.500 |" in few
+
+
+def test_choices_are_compared_on_their_own_seeds(tmp_path):
+    """+.1 and +.3 on two seeds: .2, with a standard error of .1; one more seed of ProbIoU has no part in it."""
+    for job in plan.jobs(plan.FULL):
+        if job.part in {"choice", "close"} and job.task == "boxes" and job.seed in {12, 17, 18}:
+            value = {12: 0.2, 17: 0.4, 18: 0.9}[job.seed]
+            if job.loss == "mgiou, floor assigns":
+                value += {12: 0.1, 17: 0.3}[job.seed]
+            if job.loss in {"ProbIoU + angle", "mgiou, floor assigns"}:
+                row = finished(job, AP75=value, **{"AP50-95": 0.5, "IoU": 0.5})
+                (tmp_path / f"{job.name}.json").write_text(json.dumps(row), encoding="utf-8")
+    (line,) = report.sections(tmp_path)["choices"].splitlines()[4:]
+    assert line.startswith(
+        "| boxes | mgiou, floor assigns | 2 | +0.0000 (0.0000) | +0.2000 (0.1000) | +0.0000 (0.0000) |"
+    )
 
 
 def test_the_reports_table(tmp_path):
@@ -307,7 +341,7 @@ def test_what_cannot_be_imported_is_said_at_once(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--only", "squared assigns"], "--only: no training's file has 'squared assigns' in its name, as tried-"),
+        (["--only", "squared assigns"], "--only: no training's file has 'squared assigns' in its name, as choice-"),
         (["--processes", "-1"], "--processes: expected an integer of 1 or above, got '-1'"),
         (["--report"], "--report: there is no folder"),
         (["--toy"], "has results without --toy, such as table-hulls-OKS-seed_0.json: another --out"),

@@ -18,6 +18,7 @@ from ultralytics.nn.tasks import OBBModel, PoseModel
 from ultralytics.utils.metrics import probiou
 
 from bench.detectors import crops, losses, plan, training
+from bench.detectors.scenes import make
 from tests.boxes import oracle
 from triton_mgiou import PAPER
 from triton_mgiou.integrations.ultralytics import set_losses
@@ -52,16 +53,27 @@ def test_variants_of_the_loss_of_boxes_differ_by_what_they_say():
     """A shift by (3, 1) of a box of 12 x 5 turned by 90 degrees: 1 along its 12, 3 along its 5."""
     target = torch.tensor([[50.0, 40, 12, 5, math.pi / 2]])
     pred = target + torch.tensor([3.0, 1, 0, 0, 0])
-    scores, positive = torch.full((1, 1, 1), 0.5), torch.ones(1, 1, dtype=torch.bool)
-    rest = (torch.zeros(1, 2), target[None], scores, 0.25, positive, torch.tensor([64.0, 64]), torch.full((1, 1), 8.0))
+    scores, positive = torch.tensor([[[0.25], [1.0]]]), torch.ones(1, 2, dtype=torch.bool)
+    targets = target[None].expand(1, 2, 5)
+    rest = (
+        torch.zeros(2, 2),
+        targets,
+        scores,
+        scores.sum(),
+        positive,
+        torch.tensor([64.0, 64]),
+        torch.full((2, 1), 8.0),
+    )
 
     def loss(**options):
-        changes = {"quadratic": False, "saturating": False, "centre": 0.0} | options
-        made = training.BoxVariant(16, dict(PAPER), 2.0, **changes)
-        return made(torch.zeros(1, 1, 64), pred[None], *rest)[0].item() / 2  # a score of .5 over a sum of .25
+        """Of the first box, which has a score of .25; the second one is right."""
+        made = training.BoxVariant(16, dict(PAPER), 2.0, **options)
+        value = made(torch.zeros(1, 2, 64), torch.stack((pred, target), 1), *rest)[0].item()
+        return value * (1.5 / 0.5 if "root" in options else 1.25 / 0.25)
 
     (plain,) = oracle.per_sample_loss(pred, target, "cxcywhr", **PAPER)
     assert loss() == pytest.approx(2 * plain, rel=1e-5)
+    assert loss(root=True) == pytest.approx(2 * plain, rel=1e-5)
     assert loss(centre=0.5) == pytest.approx(2 * (plain + 0.5 * (1 / 12 + 3 / 5)), rel=1e-5)
     assert loss(saturating=True) == pytest.approx(1 - math.exp(-2 * plain), rel=1e-5)
     assert loss(quadratic=True) == pytest.approx(rooted(2 / 13, 6 / 8), rel=1e-5)
@@ -94,19 +106,32 @@ def criterion_of(model, trainer_class):
 
 
 def test_the_assigner_takes_what_the_name_of_a_loss_of_boxes_says():
-    """A box of 12 x 5 that is shifted by 3 along its 12: a function of its MGIoU (9 / 15 + 1) / 2, or ProbIoU."""
-    values = {"squared assigns": 0.8**2, "power 1.5 assigns": 0.8**1.5, "Jaccard assigns": 0.8 / 1.2}
+    """A box of 12 x 5 that is shifted along its 12: a function of its MGIoU m, or ProbIoU."""
+    functions = {
+        "squared": lambda m: max(m, 0) ** 2,
+        "power 1.5": lambda m: max(m, 0) ** 1.5,
+        "Jaccard": lambda m: max(m, 0) / (2 - max(m, 0)),
+        "shifted": lambda m: ((1 + m) / 2) ** 4,
+        "exponential 3": lambda m: math.exp(-3 * (1 - m) / 2),
+        "exponential 4": lambda m: math.exp(-4 * (1 - m) / 2),
+        "floor .7": lambda m: max(m, 0.7) ** 2,
+        "floor": lambda m: max(m, 0.5) ** 2,
+    }
     target = torch.tensor([[50.0, 40, 12, 5, math.pi / 2]])
-    pred = target + torch.tensor([0.0, 3, 0, 0, 0])
+    shifts = torch.zeros(4, 5)
+    shifts[:, 1], shifts[3, 0] = torch.tensor([3.0, 9, 30, 30]), 20
+    mgious = [(9 / 15 + 1) / 2, (3 / 21 + 1) / 2, (-18 / 42 + 1) / 2, (-18 / 42 - 15 / 25) / 2]
+    preds, targets = target + shifts, target.expand(4, 5)
     model = OBBModel("yolo11n-obb.yaml", nc=1, verbose=False)
     for name in (name for name, options in plan.BOX_LOSSES.items() if options is not None):
         criterion = criterion_of(model, training._boxes(plan.Job("tried", "boxes", name, 0, 1)))
-        found = criterion.assigner.iou_calculation(target, pred)
+        found = criterion.assigner.iou_calculation(targets, preds)
         if "ProbIoU assigns" in name:
-            assert torch.equal(found, probiou(target, pred).squeeze(1))
+            assert torch.equal(found, probiou(targets, preds).squeeze(1))
         else:
-            expected = next((value for words, value in values.items() if words in name), 0.8)
-            assert found.item() == pytest.approx(expected, rel=1e-5)
+            own = (function for words, function in functions.items() if f"{words} assigns" in name)
+            function = next(own, lambda m: max(m, 0))
+            assert found.tolist() == pytest.approx([function(m) for m in mgious], rel=1e-5, abs=1e-6)
 
 
 def test_the_assigner_of_yolo26_takes_what_the_name_of_a_loss_says():
@@ -209,6 +234,16 @@ def test_how_crops_are_judged():
 def test_a_network_learns_from_crops(task, name):
     begin, end = (crops.train(task, name, 0, steps=steps, images=200)["IoU"] for steps in (1, 40))
     assert end > begin + 0.05
+
+
+def test_close_trainings_are_judged_by_more_images(tmp_path):
+    drawn = tuple(make("long", range(count), 96, split) for split, count in enumerate((2, 5)))
+    size = plan.TOY._replace(test_images=3, close_test_images=5)
+    for part, images in (("table", 3), ("close", 5)):
+        job = plan.Job(part, "long", plan.OURS, 18, 1)
+        trainer = training.make_trainer(job, size, drawn, "cpu", tmp_path)
+        assert len(trainer.get_dataloader("", mode="val").dataset) == images
+        assert len(trainer.get_dataloader("", mode="train").dataset) == 2
 
 
 def test_toy_size_and_going_on(tmp_path):

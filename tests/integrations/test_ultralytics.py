@@ -209,27 +209,29 @@ def test_the_tolerances_of_the_data_are_taken_where_ultralytics_does_not_know_th
 
 @pytest.mark.parametrize("head", HEADS)
 def test_obb_criterion(head):
-    """The box part is the oracle's loss of the corners by the weights, the others are Ultralytics' own."""
+    """The box part is the oracle's loss of the corners by the roots of the scores, the others are Ultralytics' own."""
     model, _, parts, batch = make("obb", head, Gain)
     seen = []
 
     def note(own, given):
-        seen.append((given, RotatedBboxLoss.forward(own, *given)))
+        roots = given[4] ** 0.5
+        seen.append((given, RotatedBboxLoss.forward(own, *given[:4], roots, max(roots.sum(), 1), *given[6:])))
 
     for part in parts:
         part.bbox_loss.register_forward_pre_hook(note)
     loss, items = model.loss(batch)
     loss.sum().backward()
     assert len(seen) == len(parts)
-    (_, pred, _, target, scores, total, positive, *_), (_, distribution) = seen[-1]
+    (_, pred, _, target, scores, _, positive, *_), (_, distribution) = seen[-1]
     values = oracle_loss(
         *(corners_of(boxes[positive].detach()) for boxes in (pred, target)),
         axis_weight="length",
         boundary_weight=0.25,
         reduction="none",
     )
-    weight = scores[positive].sum(-1).double()
-    expected = 7.5 * Gain.gain * (torch.as_tensor(values) * weight).sum() / total
+    weight = scores[positive].sum(-1).double() ** 0.5
+    assert len(set(weight.tolist())) > 1
+    expected = 7.5 * Gain.gain * (torch.as_tensor(values) * weight).sum() / max(weight.sum(), 1)
     torch.testing.assert_close(items["box_loss"].double(), expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(items[parts[0].loss_names[2]], 1.5 * distribution.detach())
     gradients = [p.grad for p in model.model[-1].parameters() if p.requires_grad]
@@ -321,7 +323,7 @@ def test_the_angle_loss_is_off_unless_it_is_asked_for(data, tmp_path, given, exp
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_the_assigner_of_obb_takes_the_square_of_mgiou(head):
+def test_the_assigner_of_obb_takes_the_square_of_mgiou_from_a_quarter_on(head):
     """By hand, for a box of 20 x 12 turned by .3: MGIoU is the mean of the GIoU1D along its sides."""
     box = torch.tensor([50.0, 40, 20, 12, 0.3])
     along, across = box.new_tensor([math.cos(0.3), math.sin(0.3)]), box.new_tensor([-math.sin(0.3), math.cos(0.3)])
@@ -335,10 +337,11 @@ def test_the_assigner_of_obb_takes_the_square_of_mgiou(head):
         (changed(up=3), (1 + 9 / 15) / 2),
         (changed(length=20), (20 / 40 + 1) / 2),
         (changed(length=20, width=12), (20 / 40 + 12 / 24) / 2),
+        (changed(right=16), (4 / 36 + 1) / 2),
         (changed(right=20), (0 + 1) / 2),
-        (changed(right=30, up=6), (-10 / 50 + 6 / 18) / 2),
-        (changed(right=30, up=18), 0),  # (-10 / 50 - 6 / 30) / 2 is below 0
-        (changed(right=300, up=300), 0),
+        (changed(right=30, up=6), 0.5),  # (-10 / 50 + 6 / 18) / 2
+        (changed(right=30, up=18), 0.5),  # (-10 / 50 - 6 / 30) / 2
+        (changed(right=300, up=300), 0.5),
     ]
     preds, mgiou = zip(*cases, strict=True)
     _, _, parts, _ = make("obb", head)

@@ -85,6 +85,7 @@ SHOWN_CONFIDENCE = 0.25
 SHRINK = 4  # of the masks in a plot, as of Ultralytics' own: thousands of whole ones would not fit into memory
 FARTHEST = 1e6  # pixels, in a plot: OpenCV fills a polygon of 1e10, or of NaN, for half a minute
 ALIKE = 0.85  # of two names, by difflib: from here on one is taken for the other, misspelt
+LEAST_OVERLAP = 0.5  # a MGIoU below is none the worse in the assigner of boxes
 VISIBLE = 0.5  # a predicted vertex is there from this confidence on
 OVERLAP = "probiou"  # by this name Ultralytics' loss of boxes calls what MGIoU replaces
 
@@ -124,6 +125,9 @@ def check_version() -> None:
 class MGIoUBoxLoss(RotatedBboxLoss):
     """Ultralytics' loss of oriented boxes with MGIoU in the place of ProbIoU; the distribution's part is theirs.
 
+    A box weighs as much as the root of its score, which is about its MGIoU (see `_box_overlap`). With the score itself,
+    what is far off would hardly count, and stay there.
+
     Args:
         reg_max: Bins of the distributions.
         options: Of `box_mgiou_loss`.
@@ -139,8 +143,22 @@ class MGIoUBoxLoss(RotatedBboxLoss):
         """Return the loss of paired boxes (P, 5): centre, size, angle in radians. Shape (P,)."""
         return box_mgiou_loss(pred, target, reduction="none", **self.options)
 
-    def forward(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        """Return the loss of the boxes and that of the distribution, both over the sum of the scores.
+    def weights(self, scores: Tensor) -> Tensor:
+        """Return the weight of each anchor, shape (B, A, 1), by the scores of its classes, (B, A, C)."""
+        return scores.sum(-1, keepdim=True).sqrt()
+
+    def forward(
+        self,
+        pred_dist: Tensor,
+        pred_bboxes: Tensor,
+        anchor_points: Tensor,
+        target_bboxes: Tensor,
+        target_scores: Tensor,
+        target_scores_sum: Tensor,  # noqa: ARG002 - theirs is passed by this name
+        *rest: Tensor,
+        **named: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of the boxes and that of the distribution, both over the sum of the weights.
 
         Takes what Ultralytics' own takes, and is its own, which computes one minus ProbIoU, with ours in that place.
         """
@@ -151,7 +169,10 @@ class MGIoUBoxLoss(RotatedBboxLoss):
         own = RotatedBboxLoss.forward
         names = own.__globals__ | {OVERLAP: overlap}
         ours = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
-        box, distribution = ours(self, *arguments, **named)
+        weights = self.weights(target_scores)
+        total = weights.sum().clamp(min=1)
+        boxes = (pred_dist, pred_bboxes, anchor_points, target_bboxes)
+        box, distribution = ours(self, *boxes, weights, total, *rest, **named)
         return self.gain * box, distribution
 
 
@@ -164,13 +185,15 @@ def _angle_loss(criterion: Any, *arguments: Any) -> Tensor | float:
 
 
 def _box_overlap(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
-    """The square of MGIoU of paired boxes (P, 5), without terms, and 0 where MGIoU is negative, for the assigner.
+    """The square of MGIoU of paired boxes (P, 5), without terms, from 1/4 on, for the assigner.
 
     The assigner takes a power of the overlap and makes scores of it, chosen for an IoU. A box of side w that is shifted
     by d along that side has an IoU of (w - d) / (w + d) and an MGIoU of w / (w + d), which falls half as fast; the
-    square falls as fast as IoU. What a detector gains by it: bench/detectors.
+    square falls as fast as IoU. Below a MGIoU of 1/2, where nothing is right yet, the class alone decides which
+    predictions learn a target, and they learn it with some weight. What a detector gains by both: bench/detectors.
     """
-    return _overlap(box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER)).square()
+    overlap = 1 - 2 * box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER)
+    return overlap.clamp(min=LEAST_OVERLAP).square()
 
 
 def _polygon_overlap(
@@ -186,11 +209,7 @@ def _polygon_overlap(
     losses = mgiou_loss(
         pd_kpts[image, anchor].float(), vertices, pred_mask=visible, target_mask=visible, reduction="none", **PAPER
     )
-    return torch.where(visible.sum(-1) >= 3, _overlap(losses).to(box.dtype), box)
-
-
-def _overlap(losses: Tensor) -> Tensor:
-    return (1 - 2 * losses).clamp(min=0)
+    return torch.where(visible.sum(-1) >= 3, (1 - 2 * losses).clamp(min=0).to(box.dtype), box)
 
 
 class _Places(nn.Module):
@@ -455,9 +474,10 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
 
 
 class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
-    """Train an OBB head with MGIoU in the place of ProbIoU, in the loss and, squared, in the assigner.
+    """Train an OBB head with MGIoU in the place of ProbIoU, in the loss and, squared and from 1/4 on, in the assigner.
 
     The assigner was made for an IoU, and where a box is shifted the square falls as fast as IoU, MGIoU half as fast.
+    Boxes weigh as much as the root of their scores, so that the loss goes on to pull at what is far off.
     `PolygonOBBValidator` judges by the IoU of the corners and chooses `best.pt`. Ultralytics' loss of the distribution
     stays as it is. Its angle loss, which ProbIoU needs for squares, is off where the setting `angle` is not given:
     MGIoU sees their angle, and boxes came out less exact with both (bench/detectors). Set in a subclass:
