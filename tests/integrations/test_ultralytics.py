@@ -22,7 +22,7 @@ from ultralytics.utils.loss import KeypointLoss, RotatedBboxLoss
 from ultralytics.utils.metrics import probiou
 
 from tests.oracle import loss as oracle_loss
-from triton_mgiou import PolygonLoss, box_mgiou_loss, mgiou_loss
+from triton_mgiou import PAPER, PolygonLoss, box_mgiou_loss, mgiou_loss
 from triton_mgiou.integrations import ultralytics as adapter
 from triton_mgiou.integrations.ultralytics import (
     MGIoUOBBTrainer,
@@ -236,6 +236,19 @@ def test_obb_criterion(head):
     torch.testing.assert_close(items[parts[0].loss_names[2]], 1.5 * distribution.detach())
     gradients = [p.grad for p in model.model[-1].parameters() if p.requires_grad]
     assert all(g is None or g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize(("scores", "weight"), [((0.04,), 0.2), ((0.64, 0.0), 0.8), ((0.0, 0.09), 0.3)])
+def test_a_box_that_is_alone_weighs_as_the_root_of_its_score(scores, weight):
+    """Of whatever class it is; the sum of the weights, over which they are taken, is at least 1, as Ultralytics' is."""
+    target = torch.tensor([[[50.0, 40, 12, 4, 0.3]]])
+    pred = target + torch.tensor([0.0, 0, 12, 4, 0])  # twice as long and as wide: an MGIoU of 1/2, a loss of 1/4
+    one = torch.ones(1, 1, dtype=torch.bool)
+    rest = (torch.tensor([64.0, 64]), torch.full((1, 1), 8.0))
+    loss = adapter.MGIoUBoxLoss(16, dict(PAPER), 3.0)
+    given = torch.tensor([[scores]])
+    value, _ = loss(torch.zeros(1, 1, 64), pred, torch.zeros(1, 2), target, given, given.sum(), one, *rest)
+    assert value.item() == pytest.approx(3 * weight * 0.25, rel=1e-5)
 
 
 @pytest.mark.parametrize("task", TRAINERS)
