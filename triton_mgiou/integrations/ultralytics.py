@@ -85,7 +85,7 @@ SHOWN_CONFIDENCE = 0.25
 SHRINK = 4  # of the masks in a plot, as of Ultralytics' own: thousands of whole ones would not fit into memory
 FARTHEST = 1e6  # pixels, in a plot: OpenCV fills a polygon of 1e10, or of NaN, for half a minute
 ALIKE = 0.85  # of two names, by difflib: from here on one is taken for the other, misspelt
-LEAST_OVERLAP = 0.5  # a MGIoU below is none the worse in the assigner of boxes
+LEAST_OVERLAP = 0.5  # the assigner of boxes takes an MGIoU below for this
 VISIBLE = 0.5  # a predicted vertex is there from this confidence on
 OVERLAP = "probiou"  # by this name Ultralytics' loss of boxes calls what MGIoU replaces
 
@@ -185,11 +185,11 @@ def _angle_loss(criterion: Any, *arguments: Any) -> Tensor | float:
 
 
 def _box_overlap(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
-    """The square of MGIoU of paired boxes (P, 5), without terms, from 1/4 on, for the assigner.
+    """The square of MGIoU of paired boxes (P, 5), without terms, but at least 1/4, for the assigner.
 
     The assigner takes a power of the overlap and makes scores of it, chosen for an IoU. A box of side w that is shifted
     by d along that side has an IoU of (w - d) / (w + d) and an MGIoU of w / (w + d), which falls half as fast; the
-    square falls as fast as IoU. Below a MGIoU of 1/2, where nothing is right yet, the class alone decides which
+    square falls as fast as IoU. Below an MGIoU of 1/2, where nothing is right yet, the class alone decides which
     predictions learn a target, and they learn it with some weight. What a detector gains by both: bench/detectors.
     """
     overlap = 1 - 2 * box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER)
@@ -474,7 +474,7 @@ class MGIoUPoseTrainer(_MGIoUTrainer, PoseTrainer):
 
 
 class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
-    """Train an OBB head with MGIoU in the place of ProbIoU, in the loss and, squared and from 1/4 on, in the assigner.
+    """Train an OBB head with MGIoU in the place of ProbIoU, in the loss and, squared but at least 1/4, in the assigner.
 
     The assigner was made for an IoU, and where a box is shifted the square falls as fast as IoU, MGIoU half as fast.
     Boxes weigh as much as the root of their scores, so that the loss goes on to pull at what is far off.
