@@ -151,6 +151,26 @@ TABLES = {
             Column("y", [4], [5], [8.0]),
         ],
     ),
+    "columns beside a number and within objects": (
+        '{"best_epoch": 2, "train": {"loss": [1, 2, 3], "names": ["a"]}, "val": {"mAP": [0.5, null, 0.7]}}',
+        [
+            Column("train/loss", [0, 1, 2], [1, 2, 3], [1.0, 2.0, 3.0]),
+            Column("val/mAP", [0, 2], [1, 3], [0.5, 0.7]),
+        ],
+    ),
+    "columns of pandas": (
+        '{"epoch": {"0": 3, "1": 4}, "loss": {"0": 0.5, "1": 0.25}, "mAP": {"0": null, "1": 0.1}}',
+        [*LOSS, Column("mAP", [1], [4.0], [0.1])],
+    ),
+    "rows of pandas by their index": ('{"0": {"a": 1, "b": 2}, "1": {"a": 3, "b": 4}}', TWO),
+    "scalars of ClearML": (
+        '{"loss": {"train": {"name": "train", "x": [9, 7], "y": [0.5, 0.25]}}}',
+        [Column("loss/train", [0, 1], [1, 2], [0.5, 0.25])],
+    ),
+    "one row with a list": (
+        '{"epoch": 3, "train_loss": 0.5, "AP": [0.1], "x": {"0": 7}}',
+        [Column(name, [0], [3.0], [value]) for name, value in (("train_loss", 0.5), ("AP/0", 0.1), ("x/0", 7.0))],
+    ),
     "objects within objects, and lists of numbers": (
         json_lines(
             '{"epoch": 3, "train": {"loss": 0.5, "more": {"x": "1.5"}}, "AP": [0.1, null, 0.3], "names": ["a", "b"]}',
@@ -235,11 +255,12 @@ def test_results_of_yolov5_with_other_losses(read):
 
 def test_words(read):
     """The first word of each column without a number."""
-    table = read("epoch,host,loss,note\n1,a,0.5,\n2,b,0.4,late\n3,c,0.3,later\n")
-    assert table.words == {"host": "a", "note": "late"}
+    table = read("epoch,host,loss,note,mAP\n1,a,0.5,,\n2,b,0.4,late,\n3,c,0.3,later,NA\n")
+    assert table.words == {"host": "a", "note": "late", "mAP": ""}
     rows = '{"loss": "none", "host": "a", "x": "word"}', '{"loss": "NONE", "host": "b", "x": 1}', '{"loss": []}'
     table = read(json_lines(*rows))
-    assert (table.words, table.rows) == ({"host": "a"}, 1)
+    assert (table.words, table.rows) == ({"loss": "", "host": "a"}, 1)
+    assert read(json_lines('{"loss": null, "x": 1}', '{"loss": "late", "x": 2}')).words == {"loss": "late"}
 
 
 def lines(good, bad, row="1,2", broken="3"):

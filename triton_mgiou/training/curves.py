@@ -65,6 +65,7 @@ NO_STEP = (
 
 
 NO_RUN = "has neither a loss nor a metric by name"
+NAN_AS_EMPTY = "(some libraries write NaN so)"
 
 
 class NothingToJudgeError(Exception):
@@ -169,7 +170,11 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     if any(column.name.endswith("(G)") for column in metrics):
         metrics = [column for column in metrics if not column.name.endswith("(P)")]
     curves = _families(metrics, table, problems)
-    words = [f"{name}: holds no number, but {word[:40]!r}" for name, word in table.words.items() if kind_of(name)]
+    words = [
+        f"{name}: holds no number, but {word[:40]!r}" if word else f"{name}: empty in all rows {NAN_AS_EMPTY}"
+        for name, word in table.words.items()
+        if kind_of(name)
+    ]
     if not problems and not is_run:
         raise NothingToJudgeError(f"has nothing to judge: {words[0]}" if words else NO_RUN)
 
@@ -421,7 +426,7 @@ def _ends_early(column: Column, table: Table) -> str:
     if not after or after <= max(gaps[: len(gaps) - after]):
         return ""
     empty = table.rows - 1 - last
-    return f"empty in the last {empty} rows, after epoch {column.epochs[-1]:g} (some libraries write NaN so)"
+    return f"empty in the last {empty} rows, after epoch {column.epochs[-1]:g} {NAN_AS_EMPTY}"
 
 
 def _fallen_scale(values: list[float]) -> str:

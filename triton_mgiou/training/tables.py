@@ -56,8 +56,8 @@ class Column(NamedTuple):
 class Table(NamedTuple):
     """The columns of a table, without its clocks; how many rows it has, and what was left out of it.
 
-    `words` are the columns without a number, each with the first of its words; `epochs` the epoch of each row, None
-    where it has none.
+    `words` are the columns without a number, each with the first of its words, "" where all cells are empty; `epochs`
+    the epoch of each row, None where it has none.
     """
 
     columns: list[Column]
@@ -119,20 +119,15 @@ def _first(row: Row, names: list[str], default: float) -> float:
 
 
 def _json_rows(lines: list[str], notes: list[str], words: dict[str, str], tag: str) -> list[Row]:
-    """The objects of a file that has one a line, or of a list, alone or as `log_history` of Transformers.
-
-    Or an object of columns, as the `history` of Keras; or TensorBoard's list of time, step and value.
-    """
+    """The rows of a file that has an object a line, or is an object or a list, as TensorBoard's of threes."""
     objects: Any = _json("\n".join(lines))
     if objects is None:
         objects = [_json(line) for line in lines]
         broken = [f"line {number} is no JSON, or cut off" for number, each in enumerate(objects, 1) if each is None]
         _refuse_or_note(broken, len(lines), notes)
         objects = [each for each in objects if each is not None]
-    elif isinstance(objects, dict) and objects and all(map(_is_list_of_numbers, objects.values())):
-        objects = _rows_of_columns(objects)
     elif isinstance(objects, dict):
-        objects = objects.get("log_history", [objects])
+        objects = _rows_of_object(objects)
     elif isinstance(objects, list) and all(_is_list_of_numbers(each) and len(each) == 3 for each in objects):
         objects = [{"step": step, tag: value} for _, step, value in objects]
     rows: list[Cells] = []
@@ -147,11 +142,44 @@ def _json_rows(lines: list[str], notes: list[str], words: dict[str, str], tag: s
             number = _number(value) if isinstance(value, str) else value  # some write numbers as text
             if isinstance(number, float):
                 row[full] = value
-            elif isinstance(value, str) and value.lower() not in MISSING:
-                words.setdefault(full, value)
+            elif value is None or isinstance(value, str):
+                word = "" if value is None or value.lower() in MISSING else value
+                words[full] = words.get(full) or word
         if "env_info" not in each and row:
             rows.append(row)
     return _values(rows)
+
+
+def _rows_of_object(whole: dict[str, Any]) -> Any:
+    """The rows of an object: `log_history` of Transformers, pandas' by their index, or those of its columns.
+
+    It has columns if it holds nothing but lists of numbers, as the `history` of Keras, or if one of them is a loss.
+    Else it is a row itself.
+    """
+    if "log_history" in whole:
+        return whole["log_history"]
+    if _is_numbered(whole) and all(isinstance(row, dict) for row in whole.values()):
+        return list(whole.values())
+    columns = dict(_columns_in(whole))
+    has_loss = any("loss" in name.lower() for name in columns)
+    return _rows_of_columns(columns) if columns and (has_loss or columns.keys() == whole.keys()) else [whole]
+
+
+def _columns_in(whole: dict[str, Any], name: str = "") -> Iterator[tuple[str, list[float | None]]]:
+    """The lists of numbers in it, with names as those of `_leaves`; pandas' are objects, ClearML's have places in x."""
+    for key, value in whole.items():
+        full = f"{name}/{key}" if name else key
+        numbers: Any = value
+        if isinstance(value, dict):
+            numbers = list(value.values()) if _is_numbered(value) else value.get("y") if "x" in value else None
+        if _is_list_of_numbers(numbers):
+            yield full, numbers
+        elif isinstance(value, dict):
+            yield from _columns_in(value, full)
+
+
+def _is_numbered(value: dict[str, Any]) -> bool:
+    return bool(value) and all(map(str.isdecimal, value))
 
 
 def _is_list_of_numbers(value: Any) -> bool:
@@ -294,9 +322,11 @@ def _numbers(rows: list[Cells], notes: list[str], words: dict[str, str], comma: 
     numbers = _values(rows, comma)
     has_numbers = {name for row in numbers for name, value in row.items() if value is not None}
     for index, (row, cells) in enumerate(zip(numbers, rows, strict=True)):
-        for name in [name for name, value in row.items() if value is None and cells[name].lower() not in MISSING]:
-            if name not in has_numbers:
-                words.setdefault(name, cells[name])
+        for name in [name for name, value in row.items() if value is None]:
+            if cells[name].lower() in MISSING:
+                words.setdefault(name, "")
+            elif name not in has_numbers:
+                words[name] = words.get(name) or cells[name]
             elif index < len(rows) - 1 or name != list(row)[-1]:
                 raise TableError(f"is damaged: {cells[name]!r} in the column {name!r} is no number")
             else:
