@@ -277,13 +277,14 @@ def test_oscillating(values, expected):
     assert ("oscillation" in notes(values)) == expected
 
 
-LOSSES = """loss train/box_loss error nll val_mae loss_size mse rmse wer cer perplexity ppl eval_loss"""
+LOSSES = """loss train/box_loss error nll val_mae loss_size mse rmse wer cer perplexity ppl eval_loss top1_err
+    val_err"""
 OF_RUNS = """mAP mAP50-95(B) coco/bbox_mAP_s APl hbbmAP f1 fitness dice auc PCK oks mIoU acc accuracy top1 top-5
     AR mAR_100 precision recall val/COCOAP50_95 mean_io_u BinaryF1Score val_MulticlassJaccardIndex dice_coef mDice aAcc
-    mAcc icdar/hmean test_coco_eval_bbox/0"""
+    mAcc icdar/hmean test_coco_eval_bbox/0 panoptic_seg/PQ coco_panoptic/PQ_th"""
 OTHERS = """lr lr0 weight_decay loss_weight loss_scale scaler cls_coef gain time data_time best_loss val/best_acc epoch
     fast_rcnn/cls_accuracy mask_rcnn/accuracy bbox_mAP_copypaste cardinality_error test_coco_eval_bbox/1 iou_threshold
-    iou_thres iou_thresholds/0 loss_weights/1 lr/0 feature_map_size kl_coef capture salary camera cerium"""
+    iou_thres iou_thresholds/0 loss_weights/1 lr/0 feature_map_size kl_coef capture salary camera cerium terr pqs"""
 
 
 @pytest.mark.parametrize(("kind", "names"), [("loss", LOSSES), ("metric", OF_RUNS), ("", OTHERS)])

@@ -1118,6 +1118,12 @@ def yolov5_obb(rows, top, precision):
     return columns | maps | {"metrics/precision": precision}
 
 
+def of_runs(head, row, name="runs.csv"):
+    """The result of another run in each row."""
+    rows = [row.format(i=i, loss=0.3 + i / 50, score=0.8 - i / 20) for i in range(12)]
+    return name, table("\n".join([head, *rows] if head else rows)), 2, "has one run a row"
+
+
 PROPOSALS = {"fast_rcnn/fg_cls_accuracy": 0.0, "fast_rcnn/cls_accuracy": 0.95, "mask_rcnn/accuracy": 0.5}
 FOREIGN = {"p": pathlib.Path("runs")}
 
@@ -1298,6 +1304,82 @@ CASES |= {
         ),
         2,
         "has one run a row",
+    ),
+    "MLflow's table of runs": of_runs(
+        "Start Time,Run ID,Name,Status,lr,loss,mAP", "2026-01-01 10:00:00,ab{i},run-{i},FINISHED,0.1,{loss},{score}"
+    ),
+    "MLflow's table of runs, of search_runs": of_runs(
+        "run_id,status,metrics.loss,metrics.mAP,params.lr", "ab{i},FINISHED,{loss},{score},0.1"
+    ),
+    "Ray's table of trials": of_runs(
+        "loss,mAP,done,trial_id,config/lr,logdir", "{loss},{score},True,ab_{i},0.1,ab_{i}", "results.csv"
+    ),
+    "Ultralytics' tune": of_runs("fitness,lr0,lrf,momentum", "{score},0.01,0.01,0.937", "tune_results.csv"),
+    "Ultralytics' tune, of 8.4": of_runs(
+        None, '{{"iteration": {i}, "fitness": {score}, "hyperparameters": {{"lr0": 0.01}}}}', "tune_results.ndjson"
+    ),
+    "a fitness beside learning rates": run(
+        plain(loss=flat(60, 0.7), fitness=[0.0] * 60, lr0=[0.1] * 60), 1, "get_scale"
+    ),
+    "Ray's progress of one trial": (
+        "progress.csv",
+        table(csv_text({"loss": flat(60, 0.7), "training_iteration": range(60), "trial_id": ["ab_0"] * 60})),
+        1,
+        "loss: never learnt",
+    ),
+    "a loss that is empty in all rows": (
+        "log.csv",
+        table(csv_text({"epoch": range(60), "loss": [""] * 60, "mAP": [0.0] * 60})),
+        1,
+        "loss: empty in all rows (some libraries write NaN so)",
+    ),
+    "a loss that is null in all rows, and nothing else": (
+        "log.json",
+        table(json_text([{"epoch": i, "loss": None, "lr": 0.1} for i in range(60)])),
+        2,
+        "has nothing to judge: loss: empty in all rows",
+    ),
+    "a history with a number beside, flat": (
+        "history.json",
+        table(json.dumps({"best_epoch": 3, "train_loss": flat(60, 0.7), "val_mAP": [0.0] * 60})),
+        1,
+        "get_scale",
+    ),
+    "a history with a number beside": (
+        "history.json",
+        table(json.dumps({"best_loss": 0.5, "train_loss": fall(60), "val_loss": fall(60), "val_mAP": rise(60)})),
+        0,
+        "rows: 60, columns of numbers: 3",
+    ),
+    "a table of pandas as JSON, mAP 0": (
+        "log.json",
+        table(json.dumps({"loss": dict(enumerate(fall(60))), "mAP": dict.fromkeys(range(60), 0.0)})),
+        1,
+        "mAP: never learnt: 0 in all 60 rows",
+    ),
+    "ClearML's scalars": (
+        "scalars.json",
+        table(json.dumps({"loss": {"train": {"name": "train", "x": list(range(60)), "y": fall(60)}}})),
+        0,
+        "rows: 60, columns of numbers: 1",
+    ),
+    "shares of errors fall": run(
+        plain(loss=fall(60), top1_err=fall(60, 90, 25), top5_err=fall(60, 70, 8), val_err=fall(60, 90, 30)), 0
+    ),
+    "an error of the validation that rises": run(
+        plain(train_err=fall(60, 90, 10), val_err=[*fall(30, 90, 40), *fall(30, 40, 80)]), 1, "val_err: fell from"
+    ),
+    "detectron2, panoptic quality 0": text(
+        json_text([{"iteration": i, "total_loss": v, "panoptic_seg/PQ": 0.0} for i, v in enumerate(fall(60))]),
+        1,
+        "panoptic_seg/PQ: never learnt",
+        name="metrics.json",
+    ),
+    "detectron2, IoU of segments below 1 percent": text(
+        json_text([{"iteration": i, "total_loss": v, "sem_seg/mIoU": 0.9} for i, v in enumerate(flat(60, 0.7))]),
+        1,
+        "get_scale",
+        name="metrics.json",
     ),
     "a column of the run's name": (
         "log.csv",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from triton_mgiou.training.checkpoints import LOWEST_SCALE
 from triton_mgiou.training.tables import Column, Table
 
-LOWER_IS_BETTER = re.compile(r"loss|error|nll|perplexity|(?<![a-z])(mae|mse|rmse|wer|cer|ppl)(?![a-z])")
+LOWER_IS_BETTER = re.compile(r"loss|error|nll|perplexity|(?<![a-z])(err|mae|mse|rmse|wer|cer|ppl)(?![a-z])")
 LOSS_SCALE = re.compile(r"(loss|grad|amp|scaler?)[_/ .]*scaler?$|(^|/)scaler?$")
 SCALER_AT = 16.0  # a scale that never gets there is no GradScaler's, which begins at 65536
 # The last are detectron2's, of heads on their proposals, DETR's number of objects, which it does not train, and
@@ -30,14 +30,14 @@ PENALTY = re.compile(r"(?<![a-z0-9])(real|fake|gp|r1|penalty)(?![a-z])")
 # that of a head on its proposals, and high at once.
 METRICS = (
     re.compile(
-        r"(?<![a-z])((hbb|obb|coco)?m?ap[sml]?(?![a-z])|f1|fitness|m?dice|auc|pck|oks|hmean|io_u(?![a-z]))"
+        r"(?<![a-z])((hbb|obb|coco)?m?ap[sml]?(?![a-z])|f1|fitness|m?dice|auc|pck|oks|hmean|io_u(?![a-z])|pq(?![a-z]))"
         r"|iou(?![a-z])|f1_?score|jaccard"
         r"|coco_eval_[a-z]+/0$"  # DETR's list of COCO's twelve numbers begins with AP
     ),
     re.compile(r"(?<![a-z])[am]?acc(?![a-z])|accuracy|(?<![a-z])top.?[15](?!\d)"),
     re.compile(r"precision|recall|(?<![a-z])m?ar(?![a-z])"),
 )
-PERCENT = re.compile(r"^(bbox|segm|keypoints)/AP")  # detectron2
+PERCENT = re.compile(r"^((bbox|segm|keypoints)/AP|(sem|panoptic)_seg/)")  # detectron2
 
 FEWEST = 5  # numbers that a curve must have to be judged
 SETTLED, LONG = 10, 30  # rows, or 30 epochs, after which a metric at 0 is a fault: if no loss falls any more, or anyway
@@ -66,6 +66,9 @@ NO_STEP = (
 
 NO_RUN = "has neither a loss nor a metric by name"
 NAN_AS_EMPTY = "(some libraries write NaN so)"
+# Columns of tables that have one run a row: those of Weights and Biases, MLflow (of its page, and of its Python), Ray
+RUNS = ({"Name", "State"}, {"Run ID", "Status"}, {"run_id", "status"}, {"trial_id", "logdir"})
+TUNED = re.compile(r"hyperparameters/.*|lrf")  # Ultralytics' `tune` has the fitness of a training in each row
 
 
 class NothingToJudgeError(Exception):
@@ -144,7 +147,7 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     Raises:
         NothingToJudgeError: There is neither a loss nor a metric, and no NaN or Inf; or each row is another run.
     """
-    if {"Name", "State"} <= table.words.keys():  # Weights and Biases' table of runs
+    if _is_of_runs(table):
         raise NothingToJudgeError("has one run a row, and no curve of a run")
     table = _where_validated(table)
     problems: list[str] = []
@@ -207,6 +210,12 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
             0, f"{', '.join(gan)}: of a GAN, whose losses tell little of how it learns: only NaN and Inf count"
         )
     return problems, [*words, *notes]
+
+
+def _is_of_runs(table: Table) -> bool:
+    names = {column.name for column in table.columns}
+    is_of_tune = "fitness" in names and any(map(TUNED.fullmatch, names))
+    return is_of_tune or any(run <= table.words.keys() for run in RUNS)
 
 
 def _where_validated(table: Table) -> Table:
