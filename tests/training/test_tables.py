@@ -152,10 +152,11 @@ TABLES = {
         ],
     ),
     "columns beside a number and within objects": (
-        '{"best_epoch": 2, "train": {"loss": [1, 2, 3], "names": ["a"]}, "val": {"mAP": [0.5, null, 0.7]}}',
+        '{"test": {"mAP": 0.9, "names": ["a"]}, "train": {"loss": [1, 2, 3]}, "val": {"mAP": [0.5, null, 0.7]}}',
         [
             Column("train/loss", [0, 1, 2], [1, 2, 3], [1.0, 2.0, 3.0]),
             Column("val/mAP", [0, 2], [1, 3], [0.5, 0.7]),
+            Column("test/mAP", [2], [3], [0.9]),
         ],
     ),
     "columns of pandas": (

@@ -1349,7 +1349,13 @@ CASES |= {
         "history.json",
         table(json.dumps({"best_loss": 0.5, "train_loss": fall(60), "val_loss": fall(60), "val_mAP": rise(60)})),
         0,
-        "rows: 60, columns of numbers: 3",
+        "rows: 60, columns of numbers: 4",
+    ),
+    "a history with a number beside, NaN": (
+        "history.json",
+        table(json.dumps({"train_loss": fall(60), "test_loss": NAN})),
+        1,
+        "test_loss: 1 NaN and 0 Inf, the first at epoch 60",
     ),
     "a table of pandas as JSON, mAP 0": (
         "log.json",

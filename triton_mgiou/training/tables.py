@@ -161,12 +161,13 @@ def _rows_of_object(whole: dict[str, Any]) -> Any:
     if _is_numbered(whole) and all(isinstance(row, dict) for row in whole.values()):
         return list(whole.values())
     columns = dict(_columns_in(whole))
-    has_loss = any("loss" in name.lower() for name in columns)
-    return _rows_of_columns(columns) if columns and (has_loss or columns.keys() == whole.keys()) else [whole]
+    has_loss = any("loss" in name.lower() and len(numbers) > 1 for name, numbers in columns.items())
+    has_lists = has_loss or all(map(_is_list_of_numbers, whole.values()))
+    return _rows_of_columns(columns) if columns and has_lists else [whole]
 
 
 def _columns_in(whole: dict[str, Any], name: str = "") -> Iterator[tuple[str, list[float | None]]]:
-    """The lists of numbers in it, with names as those of `_leaves`; pandas' are objects, ClearML's have places in x."""
+    """Its numbers and lists of them, named as by `_leaves`; pandas' lists are objects, ClearML's have places in x."""
     for key, value in whole.items():
         full = f"{name}/{key}" if name else key
         numbers: Any = value
@@ -174,6 +175,8 @@ def _columns_in(whole: dict[str, Any], name: str = "") -> Iterator[tuple[str, li
             numbers = list(value.values()) if _is_numbered(value) else value.get("y") if "x" in value else None
         if _is_list_of_numbers(numbers):
             yield full, numbers
+        elif isinstance(value, float):
+            yield full, [value]
         elif isinstance(value, dict):
             yield from _columns_in(value, full)
 
