@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import struct
 import subprocess
 import sys
 import warnings
@@ -102,6 +103,26 @@ def test_a_whole_optimizer(new, tmp_path, diagnose):
 def test_the_number_of_tensors_and_numbers(tmp_path, diagnose):
     torch.save({"a": torch.zeros(3, 5), "b": [torch.tensor(1), "text"]}, tmp_path / "c.pt")
     assert diagnose(tmp_path / "c.pt")[1] == [f"{tmp_path / 'c.pt'}: tensors: 2, numbers: 16, problems: 0"]
+
+
+def test_the_number_of_numbers_in_safetensors(tmp_path, diagnose):
+    """Of more and of less than a byte each."""
+    path = tmp_path / "m.safetensors"
+    head, places = {}, 0
+    for name, shape, size in (
+        ("F4", [2, 4], 4),
+        ("BOOL", [3], 3),
+        ("I64", [2, 5], 80),
+        ("U16", [], 2),
+        ("F32", [4], 16),
+    ):
+        head[name] = {"dtype": name, "shape": shape, "data_offsets": [places, places + size]}
+        places += size
+    text = json.dumps(head).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(places))
+    assert diagnose(path)[1] == [f"{path}: tensors: 5, numbers: {8 + 3 + 10 + 1 + 4}, problems: 0"]
+    path.write_bytes(path.read_bytes().replace(b"[2, 5]", b"[3, 5]"))
+    assert "damaged" in diagnose(path)[2][0]
 
 
 class Malicious:

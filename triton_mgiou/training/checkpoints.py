@@ -35,7 +35,9 @@ SAFETENSORS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
     "F8_E8M0": getattr(torch, "float8_e8m0fnu", None), "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "BOOL": torch.bool, "I8": torch.int8, "U8": torch.uint8,
+    "I16": torch.int16, "U16": torch.uint16, "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64,
+    "U64": torch.uint64,
 }  # fmt: skip
 
 
@@ -293,8 +295,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             if not 0 <= start <= end or len(stored) != end - start:
                 raise CheckpointError(f"is damaged: {name} lies beyond the end")
             numbers = torch.from_numpy(stored)
-            if dtype is None:  # integers, and formats that have neither NaN nor Inf
-                tensors[name] = numbers
+            if dtype is None:  # of less than a byte: such formats have neither NaN nor Inf
+                tensors[name] = torch.empty(shape, dtype=torch.uint8, device="meta")
                 continue
             aligned = numbers if numbers.storage_offset() % dtype.itemsize == 0 else numbers.clone()
             tensors[name] = aligned.view(dtype).reshape(shape)
