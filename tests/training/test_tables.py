@@ -73,6 +73,7 @@ TABLES = {
     "no head and no commas": ("1 2\n3 4\n", UNNAMED),
     "no head, commas and blanks": ("1, 2\n3, 4\n", UNNAMED),
     "no head, a missing number": ("NA,2\n3,4\n", [Column("column 1", [1], [2], [3.0]), UNNAMED[1]]),
+    "one name of several words": ("# a of the test\n1\n3\n", [TWO[0]._replace(name="a of the test")]),
     "one number a line": ("1\n3\n", UNNAMED[:1]),
     "names that end in numbers": (
         "loss 1,loss 2\n1,2\n3,4\n",

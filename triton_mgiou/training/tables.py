@@ -236,6 +236,8 @@ def _text_rows(lines: list[str], notes: list[str], words: dict[str, str], tag: s
     if len(spaced) > 1 and all(YOLO.fullmatch(cell) or _number(cell) is not None for cell in spaced):
         delimiters = []
     splits = {each: _split(lines, each) for each in delimiters} or {" ": [line.split() for line in lines]}
+    if not delimiters and len(lines) > 2 and all(len(cells) == 1 for cells in splits[" "][1:]):
+        splits[" "][0] = [lines[0].strip()]  # a name of several words
     delimiter, *others = splits
     if others:
         delimiter = max(splits, key=lambda each: _share_of_numbers(splits[each]))
