@@ -109,6 +109,33 @@ def test_letters_that_the_console_lacks(command, tmp_path):
     assert "\\u03c9" in done.stdout
 
 
+class Log:
+    """What scripts put in the place of stdout to keep a copy: it can write and flush, and no more."""
+
+    def __init__(self, error=None):
+        self.text, self.error = "", error
+
+    def write(self, text):
+        if self.error is not None:
+            raise self.error
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_stdout_may_be_any_object_that_writes(tmp_path, monkeypatch, capsys):
+    table = tmp_path / "results.csv"
+    table.write_text("epoch,train/loss\n0,1.0\n1,nan\n", encoding="utf-8")
+    log = Log()
+    monkeypatch.setattr(sys, "stdout", log)
+    assert main(["diagnose", str(table)]) == 1
+    assert log.text.splitlines()[1:] == ["  train/loss: 1 NaN and 0 Inf, the first at epoch 1"]
+    monkeypatch.setattr(sys, "stdout", Log(OSError(28, "no space")))
+    assert main(["diagnose", str(table)]) == 2
+    assert capsys.readouterr().err == "triton-mgiou diagnose: cannot write to stdout: no space\n"
+
+
 def test_a_reader_that_leaves_is_no_error(tmp_path):
     """As `head`; the exit status stays that of the command."""
     table = tmp_path / "results.csv"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
 
 class OutputError(Exception):
@@ -20,16 +21,19 @@ def open_closed_streams() -> None:
 def print_out(text: str) -> None:
     """Print a text to stdout, with what stands for the letters that its encoding lacks, as that of a Windows console.
 
-    Where the reader has left, as `head` does, nothing is said about it: the exit status stays the command's own.
+    Stdout may be any object with `write` and `flush`, such as one that keeps a log. Where the reader has left, as
+    `head` does, nothing is said about it: the exit status stays the command's own.
 
     Raises:
         OutputError: The text cannot be written, as to a full disk.
     """
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         sys.stdout.write(f"{text}\n".encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        with suppress(AttributeError, OSError):  # of an object without a file
+            file = sys.stdout.fileno()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file)  # for what Python flushes at its end
         if not isinstance(error, BrokenPipeError):
             raise OutputError(f"cannot write to stdout: {error.strerror}") from None
