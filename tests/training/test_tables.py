@@ -164,7 +164,12 @@ TABLES = {
         '{"epoch": {"0": 3, "1": 4}, "loss": {"0": 0.5, "1": 0.25}, "mAP": {"0": null, "1": 0.1}}',
         [*LOSS, Column("mAP", [1], [4.0], [0.1])],
     ),
-    "rows of pandas by their index": ('{"0": {"a": 1, "b": 2}, "1": {"a": 3, "b": 4}}', TWO),
+    "rows of pandas by their index": (
+        '{"0": {"epoch": 3, "loss": 0.5}, "1": {"epoch": 4, "loss": 0.25}}', LOSS
+    ),
+    "one row with a part for each class": (
+        '{"0": {"AP": 0.9}, "1": {"AP": 0.1}}', [Column("0/AP", [0], [1], [0.9]), Column("1/AP", [0], [1], [0.1])]
+    ),
     "scalars of ClearML": (
         '{"loss": {"train": {"name": "train", "x": [9, 7], "y": [0.5, 0.25]}}}',
         [Column("loss/train", [0, 1], [1, 2], [0.5, 0.25])],

@@ -151,18 +151,18 @@ def _json_rows(lines: list[str], notes: list[str], words: dict[str, str], tag: s
 
 
 def _rows_of_object(whole: dict[str, Any]) -> Any:
-    """The rows of an object: `log_history` of Transformers, pandas' by their index, or those of its columns.
+    """The rows of an object: `log_history` of Transformers, those of pandas by their index, or those of its columns.
 
     It has columns if it holds nothing but lists of numbers, as the `history` of Keras, or if one of them is a loss.
-    Else it is a row itself.
+    Else it is a row itself; so is what has a part for each class of the data, by its number, and no loss.
     """
     if "log_history" in whole:
         return whole["log_history"]
-    if _is_numbered(whole) and all(isinstance(row, dict) for row in whole.values()):
-        return list(whole.values())
     columns = dict(_columns_in(whole))
-    has_loss = any("loss" in name.lower() and len(numbers) > 1 for name, numbers in columns.items())
-    has_lists = has_loss or all(map(_is_list_of_numbers, whole.values()))
+    losses = [numbers for name, numbers in columns.items() if "loss" in name.lower()]
+    if losses and _is_numbered(whole) and all(isinstance(row, dict) for row in whole.values()):
+        return list(whole.values())
+    has_lists = any(len(numbers) > 1 for numbers in losses) or all(map(_is_list_of_numbers, whole.values()))
     return _rows_of_columns(columns) if columns and has_lists else [whole]
 
 
