@@ -175,6 +175,24 @@ def test_ten_records_are_the_measure_of_a_jump(jump):
     assert found == ([10] if jump == 10 else [])
 
 
+def test_gradients_that_are_nearly_zero_may_leap():
+    """As where a run has converged: what counts is a thousandth of what they have been on average."""
+    model = nn.Linear(1, 1, bias=False)
+    monitor = GradientMonitor(model, decay=0.5)
+    norms = [2.0] * 20 + [1e-7] * 60 + [2e-5, 1e-7, 0.19, 1e-7, 0.21]
+    found = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for norm in norms:
+            model.weight.grad = torch.full((1, 1), norm)
+            with torch.no_grad():
+                model.weight *= 1.001
+            monitor.record()
+            found += [(norm, str(each.message)) for each in caught]
+            caught.clear()
+    assert found == [(0.21, "step 85: weight: exploding: gradient norm 0.21, its average was 0.002")]
+
+
 def test_gradients_that_begin_late_do_not_explode():
     model = nn.Linear(1, 1, bias=False)
     monitor = GradientMonitor(model)

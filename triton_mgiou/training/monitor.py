@@ -23,6 +23,7 @@ LOST_UPDATE = 1e-7  # of the weights: below float32's rounding
 DEAD_SHARE = 0.99  # of zeros
 STILL = 20  # records in a row in which no parameter changes
 WEAK = 0.1  # of the strongest group's gradient: what a group behind a layer of zeros begins far below
+FADED = 1e-3  # of the group's highest average: where a run has converged, gradients are far below, and leap there
 
 
 class GradientMonitor:
@@ -50,6 +51,7 @@ class GradientMonitor:
     Weights that start at 0, as those of an offset head, or near it grow to their size without a warning: for
     `max_update` the change is set against the norm that PyTorch's usual initialisation would have, where that is
     larger than the weights'; and the lowest average of a group counts as 10 % of the strongest group's at the least.
+    Gradients that are nearly 0 where a run has converged may leap: it counts as 0.1 % of its highest average, too.
 
     Cost: one wait for the device a record, a few launches for each group, and a copy of the weights.
 
@@ -213,6 +215,7 @@ class _Group:
         self.last = [math.nan] * 4  # the measures, and the change over the usual norm
         self.averages = [math.nan] * 4
         self.lowest = math.inf  # average norm, after the warm-up
+        self._highest = 0.0  # the same
         self.verdict = ""
         self._decay = decay
         self._sums = [0.0] * 4
@@ -243,7 +246,8 @@ class _Group:
         self.last = values
         self._count += 1
         if self._count > WARM_UP:
-            self.lowest = min(self.lowest, max(self.averages[0], least))  # before this record
+            self._highest = max(self._highest, self.averages[0])
+            self.lowest = min(self.lowest, max(self.averages[0], least, FADED * self._highest))  # before this record
         for index, value in enumerate(values):
             if math.isfinite(value):
                 self._sums[index] += (1 - self._decay) * (value - self._sums[index])
