@@ -290,3 +290,33 @@ OTHERS = """lr lr0 weight_decay loss_weight loss_scale scaler cls_coef gain time
 @pytest.mark.parametrize(("kind", "names"), [("loss", LOSSES), ("metric", OF_RUNS), ("", OTHERS)])
 def test_which_columns_are_losses_and_metrics(kind, names):
     assert {name: kind_of(name) for name in names.split()} == dict.fromkeys(names.split(), kind)
+
+
+OF_TRAINING = [
+    "train/loss_a",
+    "Train Loss a",
+    "trainLoss",
+    "lossTrain",
+    "losstrain",
+    "training_loss",
+    "run - train_loss",
+]
+OF_VALIDATION = ["val/loss", "Val Loss", "valLoss", "lossVal", "lossval", "test_loss", "eval/loss", "Validation loss"]
+OF_NEITHER = [
+    "box_loss",
+    "constraint_loss",
+    "strain_loss",
+    "loss_interval",
+    "retrieval_loss",
+    "latest_loss",
+    "value_loss",
+]
+
+
+@pytest.mark.parametrize("name", [*OF_TRAINING, *OF_VALIDATION, *OF_NEITHER])
+def test_which_columns_are_of_the_training_and_of_the_validation(name):
+    """All of the training may not stand still; a part of a training loss may rise as the total falls."""
+    problems, _ = judged({name: held((1, 20), (0.98, 20)), "other_loss": FALLS})
+    assert bool(problems) == (name in OF_TRAINING)
+    problems, _ = judged({name: held((0.2, 20), (0.5, 20)), "total_loss": FALLS})
+    assert bool(problems) == (name in OF_VALIDATION)

@@ -20,6 +20,8 @@ NO_CURVE = re.compile(
     r"(?<![a-z])(lr|weights?|scaler?|(?<!dice_)coef|gain|time|thres(h(olds?)?)?|map_size)(\d*|/\d+)$|(^|/)best[_ ]"
     r"|(fast|mask)_rcnn/.*accuracy|cardinality_error|_copypaste$"
 )
+TRAINING = re.compile(r"(?<![a-z])train")  # no constraint and no strain
+VALIDATION = re.compile(r"(?<![a-z])(val(?!ue)|test|eval)")  # no interval and no retrieval
 TOTAL = re.compile(r"(train[/_. ])?(total_?loss|loss_?total|loss)(_epoch|_step)?")  # the last are Lightning's
 KL = re.compile(r"(?<![a-z])kl(d|_?div|_?divergence)?(?![a-z])")
 # The losses of a GAN: those of its two sides, and what goes with them
@@ -184,7 +186,7 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     falls = any(_falls(loss.values) for loss in losses)
     faults = {curve.name: fault for curve in curves if (fault := _fault_of_metric(curve, table, falls))}
     good = [curve.name for curve in curves if curve.name not in faults and curve.best >= USEFUL * full(curve)]
-    others_good = [name for name in good if "train" not in name.lower()]
+    others_good = [name for name in good if not _is_of_training(name)]
     has_none = not any(curve.best >= HARDLY * full(curve) for curve in curves)
     gan = _of_a_gan(losses, names)
     losses = [loss for loss in losses if loss.name not in gan]
@@ -194,14 +196,14 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
         losses = [loss for loss in losses if not _is_kl_of_a_vae(loss, losses)]
     for loss in losses:
         is_part = not TOTAL.fullmatch(loss.name.lower()) and not _is_of_validation(loss.name)
-        is_excused = bool(good if "train" in loss.name.lower() else others_good) or (is_part and total_falls)
+        is_excused = bool(good if _is_of_training(loss.name) else others_good) or (is_part and total_falls)
         fault = _fault_of_loss(loss, losses, is_excused, loss.name in still)
         if fault:
             faults[loss.name] = fault
     problems += [f"{column.name}: {faults[column.name]}" for column in table.columns if column.name in faults]
     if still:
         which = " but those of the GAN" if gan else ""
-        which = " of the training" if any("train" in name.lower() for name in still) else which
+        which = " of the training" if any(map(_is_of_training, still)) else which
         problems.append(f"all losses{which} {NO_STEP}")
     notes = [f"{c.name}: {note}" for c in (*losses, *curves) if c.name not in faults and (note := _converged(c))]
     notes += [f"{loss.name}: {note}" for loss in losses if (note := _oscillation(loss.values))]
@@ -243,8 +245,17 @@ def _without(column: Column, rows: set[int]) -> Column:
     return Column(column.name, [column.rows[index] for index in kept], epochs, values)
 
 
+def _is_of_training(name: str) -> bool:
+    return TRAINING.search(_in_words(name)) is not None
+
+
 def _is_of_validation(name: str) -> bool:
-    return re.search(r"val|test|eval", name.lower()) is not None
+    return VALIDATION.search(_in_words(name)) is not None
+
+
+def _in_words(name: str) -> str:
+    """The name in lower case, with its words apart: those of `lossTrain` and `losstrain` too."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=loss)(?=[a-z])", "_", name).lower()
 
 
 def kind_of(name: str) -> str:
@@ -382,7 +393,7 @@ def _standing_still(losses: list[Curve], within: float) -> list[str]:
     """The names of those that stay where they are, if that is all, or all of the training; 0 says nothing."""
     losses = [loss for loss in losses if any(loss.values)]
     still = [loss.name for loss in losses if _is_flat(loss, within)]
-    trained = [loss.name for loss in losses if "train" in loss.name.lower()] or [loss.name for loss in losses]
+    trained = [loss.name for loss in losses if _is_of_training(loss.name)] or [loss.name for loss in losses]
     return still if set(trained) <= set(still) else []
 
 
