@@ -173,6 +173,15 @@ CASES = {
     "of one number": (
         {"lossG": [0.7] * 40, "lossD": [1.4] * 40}, ["lossG: never", "lossD: never", "all losses are flat"]
     ),
+    "the accuracy of its discriminator falls": (
+        {"g_loss": RISES, "d_loss": FALLS, "d_acc": held((1, 20), (0.5, 20))}, []
+    ),
+    "another accuracy beside it falls": (
+        {"g_loss": RISES, "d_loss": FALLS, "acc_real": held((1, 20), (0.5, 20))}, ["acc_real: fell from its best"]
+    ),
+    "the accuracy of a discriminator alone falls": (
+        {"loss": FALLS, "d_acc": held((1, 20), (0.5, 20))}, ["d_acc: fell from its best"]
+    ),
     "NaN in one": ({"g_loss": RISES, "d_loss": [*FALLS[:39], NAN]}, ["d_loss: 1 NaN"]),
     "a flat loss beside them": (
         {"g_loss": RISES, "d_loss": FALLS, "rec_loss": held((1, 39), (1.01, 1))},

@@ -122,10 +122,11 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     so what they do not validate.
 
     Losses and metrics without a number, such as percentages with their sign, are named and not judged. Where there are
-    losses of a generator and of a discriminator (or critic), these and their penalties are named too and judged only if
-    they are one number in all rows: each side works against the other, so that they may stay flat, or rise, as the
-    samples get better. Nor is a KL term judged otherwise, beside another loss that falls and no metric: that of a VAE
-    rises as its latent variables are used. (Beside metrics it may be the loss of rotated boxes that has this name.)
+    losses of a generator and of a discriminator (or critic), these, their penalties and their accuracies are named too
+    and judged only if they are one number in all rows: each side works against the other, so that they may stay flat,
+    or get worse, as the samples get better. Nor is a KL term judged otherwise, beside another loss that falls and no
+    metric: that of a VAE rises as its latent variables are used. (Beside metrics it may be the loss of rotated boxes
+    that has this name.)
 
     - NaN or Inf in a loss, or in a metric after it had a number, is a fault; in other columns, as the norm of a
       gradient, if it stays so until the end. So is a loss or metric that is empty at the end while what was written
@@ -183,12 +184,13 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
     if not problems and not is_run:
         raise NothingToJudgeError(f"has nothing to judge: {words[0]}" if words else NO_RUN)
 
+    gan = _of_a_gan([*losses, *curves], names)
+    curves = [curve for curve in curves if curve.name not in gan]
     falls = any(_falls(loss.values) for loss in losses)
     faults = {curve.name: fault for curve in curves if (fault := _fault_of_metric(curve, table, falls))}
     good = [curve.name for curve in curves if curve.name not in faults and curve.best >= USEFUL * full(curve)]
     others_good = [name for name in good if not _is_of_training(name)]
     has_none = not any(curve.best >= HARDLY * full(curve) for curve in curves)
-    gan = _of_a_gan(losses, names)
     losses = [loss for loss in losses if loss.name not in gan]
     still = _standing_still(losses, FLAT_BESIDE_NOTHING if curves else FLAT) if has_none else []
     total_falls = any(TOTAL.fullmatch(loss.name.lower()) and loss.end < loss.start for loss in losses)
@@ -348,14 +350,15 @@ def _fault_of_metric(curve: Curve, table: Table, losses_fall: bool) -> str:
     return ""
 
 
-def _of_a_gan(losses: list[Curve], names: set[str]) -> list[str]:
-    """The losses of a generator and a discriminator, if there are columns of both, but for those of one number."""
+def _of_a_gan(curves: list[Curve], names: set[str]) -> list[str]:
+    """The curves of a generator and a discriminator, if there are losses of both, but for those of one number."""
     sides = (GENERATOR, DISCRIMINATOR)
     of_losses = [name.lower() for name in names if kind_of(name) == "loss"]
     if not all(any(map(side.search, of_losses)) for side in sides):
         return []
-    own = [loss for loss in losses if any(each.search(loss.name.lower()) for each in (*sides, PENALTY))]
-    return [loss.name for loss in own if min(loss.values) < max(loss.values)]
+    kinds = (*sides, PENALTY)
+    own = [c for c in curves if any(each.search(c.name.lower()) for each in (kinds if c.is_lower_better else sides))]
+    return [curve.name for curve in own if min(curve.values) < max(curve.values)]
 
 
 def _is_kl_of_a_vae(loss: Curve, losses: list[Curve]) -> bool:
