@@ -480,6 +480,20 @@ def test_parameters_without_elements_are_left_out():
             monitor.record()
 
 
+def test_lazy_modules_are_left_out_until_they_have_been_run():
+    model = nn.ModuleDict({"head": nn.Linear(3, 1), "lazy": nn.LazyLinear(2)})
+    monitor = GradientMonitor(model)
+    for parameter in model["head"].parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    monitor.record()
+    rows = [line.split() for line in monitor.summary().splitlines()[1:]]
+    assert [row[:3] for row in rows] == [["head", "4", "6"], ["lazy", "0", "nan"]]
+    model["lazy"](torch.ones(4, 2)).sum().backward()
+    monitor.record()
+    rows = [line.split() for line in monitor.summary().splitlines()[1:]]
+    assert [row[:3] for row in rows] == [["head", "4", "6"], ["lazy", "6", f"{math.sqrt(6 * 4**2):.3g}"]]
+
+
 def test_parameters_that_take_turns_in_a_group():
     """As where a few random layers are trained at a time: the weights of others are no change of these."""
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from triton_mgiou.arguments import check_integer, check_is_number
 from triton_mgiou.training.snapshot import check_plain
@@ -56,7 +57,8 @@ class GradientMonitor:
     Cost: one wait for the device a record, a few launches for each group, and a copy of the weights.
 
     Args:
-        model: The module to follow. Parameters that do not require a gradient are left out.
+        model: The module to follow. Parameters that do not require a gradient are left out, and those of a lazy module
+            until it has been run.
         depth: How many components of a parameter's name make its group: with 1, "backbone.stem.conv.weight" is in
             "backbone", with 2 in "backbone.stem". What `torch.compile` and data parallelism put before it is left out.
         decay: Of the exponential averages, in 0..1 (1 excluded): 0.98 looks back about 50 records.
@@ -128,7 +130,7 @@ class GradientMonitor:
             check_integer("step", step)
         self.records += 1
         step = self.records if step is None else step
-        groups = [group for group in self._groups if any(p.requires_grad and p.numel() for p in group.parameters)]
+        groups = [group for group in self._groups if any(p.numel() for p in group.trained())]
         if not groups:
             return
         measured = [group.measure() for group in groups]
@@ -181,7 +183,7 @@ class GradientMonitor:
         rows = [
             (
                 group.name,
-                str(sum(parameter.numel() for parameter in group.parameters)),
+                str(sum(parameter.numel() for parameter in group.parameters if not is_lazy(parameter))),
                 *(f"{value:.3g}" for value in (group.last[0], *group.averages[:3])),
                 group.verdict,
             )
@@ -224,9 +226,13 @@ class _Group:
         self._before: Tensor | None = None  # the weights of these parameters, by their ids
         self._measured: list[int] = []
 
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that require a gradient, without those of lazy modules that have not been run yet."""
+        return [parameter for parameter in self.parameters if parameter.requires_grad and not is_lazy(parameter)]
+
     def measure(self) -> Tensor:
         """The measures, the change over the usual norm, and whether there is a change, on the device, shape (5,)."""
-        parameters = [parameter for parameter in self.parameters if parameter.requires_grad]
+        parameters = self.trained()
         gradient = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
         weights = _flat(parameters)
         ratio = growth = changed = gradient.new_full((), math.nan)
