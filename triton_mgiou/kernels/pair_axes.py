@@ -25,7 +25,7 @@ from triton_mgiou.kernels.pair_boxes import (
     scale_of,
     scaled_numbers,
 )
-from triton_mgiou.options import ABSENT, MIN_AXIS_LENGTH, OVERS
+from triton_mgiou.options import ABSENT, MIN_AXIS_LENGTH, OVERS, WIDEST_TIE
 
 # OVER
 MEAN = tl.constexpr(OVERS.index("mean"))
@@ -34,6 +34,7 @@ DEPTH = tl.constexpr(OVERS.index("depth"))
 
 SHORTEST = tl.constexpr(MIN_AXIS_LENGTH)
 NOT_THERE = tl.constexpr(ABSENT)
+WIDEST = tl.constexpr(WIDEST_TIE)
 
 
 class Axis(NamedTuple):
@@ -129,8 +130,8 @@ def _bounds(boxes):
 
 
 @triton.jit
-def _seen(axis, limit):
-    return (axis.hull > limit).to(limit.dtype)
+def _seen(axis, point):
+    return (axis.hull > point).to(point.dtype)
 
 
 @triton.jit
@@ -146,6 +147,10 @@ def rule_of(pair, V: tl.constexpr):
     if V.IN_SPACE:
         extent = tl.maximum(extent, pair.z.hull)
     limit = tl.maximum(extent * tl.full(extent.shape, SHORTEST, extent.dtype), V.NO_LENGTH)
+    point = limit
+    if V.TURNS:  # directions round, and so do offsets along them
+        point = tl.minimum(extent * (2.0 * WIDEST), tl.full(extent.shape, 2.0 * V.TIE, extent.dtype))
+        point = tl.maximum(limit, point)
     none = tl.zeros_like(limit)
     if V.IN_SPACE:  # an axis is an edge: without one it counts where both are points on it, and apart
         w_p, w_g = (
@@ -153,12 +158,12 @@ def rule_of(pair, V: tl.constexpr):
             edge_weights(g.a + none, g.b + none, g.c + none, extent, V),
         )
         return Rule(
-            tl.where(pair.p1.halves <= limit, _seen(pair.p1, limit), w_p.x),
-            tl.where(pair.p2.halves <= limit, _seen(pair.p2, limit), w_p.y),
-            tl.where(pair.g1.halves <= limit, _seen(pair.g1, limit), w_g.x),
-            tl.where(pair.g2.halves <= limit, _seen(pair.g2, limit), w_g.y),
-            tl.where(pair.z.halves <= limit, _seen(pair.z, limit), w_p.z),
-            tl.where(pair.z.halves <= limit, _seen(pair.z, limit), w_g.z),
+            tl.where(pair.p1.halves <= limit, _seen(pair.p1, point), w_p.x),
+            tl.where(pair.p2.halves <= limit, _seen(pair.p2, point), w_p.y),
+            tl.where(pair.g1.halves <= limit, _seen(pair.g1, point), w_g.x),
+            tl.where(pair.g2.halves <= limit, _seen(pair.g2, point), w_g.y),
+            tl.where(pair.z.halves <= limit, _seen(pair.z, point), w_p.z),
+            tl.where(pair.z.halves <= limit, _seen(pair.z, point), w_g.z),
             none, none, limit,
         )  # fmt: skip
     else:
@@ -168,12 +173,12 @@ def rule_of(pair, V: tl.constexpr):
         )
         thinnest = tl.minimum(tl.minimum(pair.p1.hull, pair.p2.hull), tl.minimum(pair.g1.hull, pair.g2.hull))
         heaviest = tl.maximum(tl.maximum(w_p.x, w_p.y), tl.maximum(w_g.x, w_g.y))
-        other = (thinnest <= limit) | (heaviest == 0)
+        other = (thinnest <= point) | (heaviest == 0)
         return Rule(
-            tl.where(other, _seen(pair.p1, limit), w_p.x),
-            tl.where(other, _seen(pair.p2, limit), w_p.y),
-            tl.where(other, _seen(pair.g1, limit), w_g.x),
-            tl.where(other, _seen(pair.g2, limit), w_g.y),
+            tl.where(other, _seen(pair.p1, point), w_p.x),
+            tl.where(other, _seen(pair.p2, point), w_p.y),
+            tl.where(other, _seen(pair.g1, point), w_g.x),
+            tl.where(other, _seen(pair.g2, point), w_g.y),
             none, none,
             tl.where(other, 0.0, w_p.slope_x),
             tl.where(other, 0.0, w_p.slope_y),

@@ -36,6 +36,7 @@ class PairVariant(NamedTuple):
     """What is decided at compile time."""
 
     NO_LENGTH: float  # the longest length that counts as 0
+    TIE: float
     FORMAT: int
     DEGREES: bool
     CLOCKWISE: bool

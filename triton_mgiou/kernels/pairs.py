@@ -14,7 +14,7 @@ import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import reciprocal
 from triton_mgiou.kernels.axis import UNIFORM
-from triton_mgiou.kernels.box_types import NO_LENGTH_32, NO_LENGTH_64
+from triton_mgiou.kernels.box_types import NO_LENGTH_32, NO_LENGTH_64, TIE_32, TIE_64
 from triton_mgiou.kernels.pair_axes import (
     DEPTH,
     MEAN,
@@ -161,7 +161,8 @@ def box_pairs_kernel(
     TURNS: tl.constexpr = HAS_ANGLE[FORMAT]
     IN_SPACE: tl.constexpr = IS_IN_SPACE[FORMAT]
     NO_LENGTH: tl.constexpr = NO_LENGTH_64 if COMPUTE == tl.float64 else NO_LENGTH_32
-    V: tl.constexpr = PairVariant(NO_LENGTH, FORMAT, DEGREES, CLOCKWISE, OVER, AXIS_WEIGHT, TURNS, IN_SPACE)
+    TIE: tl.constexpr = TIE_64 if COMPUTE == tl.float64 else TIE_32
+    V: tl.constexpr = PairVariant(NO_LENGTH, TIE, FORMAT, DEGREES, CLOCKWISE, OVER, AXIS_WEIGHT, TURNS, IN_SPACE)
     COUNT: tl.constexpr = NUMBERS[FORMAT]
     GROUPS: tl.constexpr = 8 if ROWS * COLUMNS == 256 else 4
     LANES: tl.constexpr = COLUMNS // GROUPS

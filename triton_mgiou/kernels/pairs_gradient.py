@@ -18,7 +18,7 @@ import triton.language as tl
 from triton_mgiou.kernels.arithmetic import minus, reciprocal, saturate, sign
 from triton_mgiou.kernels.axis import LENGTH, UNIFORM
 from triton_mgiou.kernels.box_axes import above_zero
-from triton_mgiou.kernels.box_types import CXCYCZLWHR, CXCYWHR, NO_LENGTH_32, NO_LENGTH_64, XYXY
+from triton_mgiou.kernels.box_types import CXCYCZLWHR, CXCYWHR, NO_LENGTH_32, NO_LENGTH_64, TIE_32, TIE_64, XYXY
 from triton_mgiou.kernels.pair_axes import (
     DEPTH,
     MEAN,
@@ -237,7 +237,8 @@ def box_pairs_gradient_kernel(
     TURNS: tl.constexpr = HAS_ANGLE[FORMAT]
     IN_SPACE: tl.constexpr = IS_IN_SPACE[FORMAT]
     NO_LENGTH: tl.constexpr = NO_LENGTH_64 if COMPUTE == tl.float64 else NO_LENGTH_32
-    V: tl.constexpr = PairVariant(NO_LENGTH, FORMAT, DEGREES, CLOCKWISE, OVER, AXIS_WEIGHT, TURNS, IN_SPACE)
+    TIE: tl.constexpr = TIE_64 if COMPUTE == tl.float64 else TIE_32
+    V: tl.constexpr = PairVariant(NO_LENGTH, TIE, FORMAT, DEGREES, CLOCKWISE, OVER, AXIS_WEIGHT, TURNS, IN_SPACE)
     COUNT: tl.constexpr = NUMBERS[FORMAT]
     batch = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]

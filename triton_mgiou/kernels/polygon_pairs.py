@@ -13,8 +13,8 @@ import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import inverse, inverse_power_of_two, minus
 from triton_mgiou.kernels.axis import LENGTH, SHORTEST, SOFT, SOFT_UNIT, UNIFORM, axis_weight
-from triton_mgiou.kernels.box_types import NO_LENGTH_32, NO_LENGTH_64, TINY_32, TINY_64
-from triton_mgiou.kernels.pair_axes import DEPTH, MEAN, NOT_THERE
+from triton_mgiou.kernels.box_types import NO_LENGTH_32, NO_LENGTH_64, TIE_32, TIE_64, TINY_32, TINY_64
+from triton_mgiou.kernels.pair_axes import DEPTH, MEAN, NOT_THERE, WIDEST
 from triton_mgiou.kernels.pair_boxes import is_there
 
 
@@ -23,6 +23,7 @@ class PolygonVariant(NamedTuple):
 
     TINY: float
     NO_LENGTH: float  # the longest length that counts as 0
+    TIE: float
     OVER: int
     AXIS_WEIGHT: int
     CORNERS: int  # vertices of every polygon of both sets, all of them real, or 0
@@ -58,6 +59,7 @@ class Sums(NamedTuple):
     largest: tl.tensor  # of the axes that count: 1 - GIoU1D, or the distance of the middles over the half-lengths
     is_axis: tl.tensor  # 1 if there is one, else 0
     is_flat: tl.tensor  # 1 if on one the pair is a point, else 0
+    widest: tl.tensor  # the largest joint length, of axes as long as their edges
 
 
 @triton.jit
@@ -179,6 +181,7 @@ def _add_axis(
         tl.where(weight > 0, tl.maximum(sums.largest, distance), sums.largest),
         tl.where(is_axis, 1.0, sums.is_axis),
         tl.where(is_axis & (hull <= own_limit), 1.0, sums.is_flat),
+        tl.maximum(sums.widest, hull * to_own),
     )
 
 
@@ -192,7 +195,7 @@ def _axes(own, other, to_own, to_other, shift_x, shift_y, extent, limit, V: tl.c
         shortest = tl.maximum(shortest, limit)
     if V.AXIS_WEIGHT == SOFT:
         per_unit = 1.0 / (tl.maximum(extent, V.TINY) * tl.full(extent.shape, SOFT_UNIT, COMPUTE))
-    sums = Sums(none, none, none, none, none)
+    sums = Sums(none, none, none, none, none, none)
     if V.CORNERS > 0:
         for index in tl.static_range(V.CORNERS):
             x, y = own.edges_x[index], own.edges_y[index]
@@ -226,8 +229,13 @@ def _values(p, g, V: tl.constexpr, COMPUTE: tl.constexpr):
     # Where these see only a line or nothing, x and y, as far as there is something along them.
     distance_x, hull_x = _compare(p_left, p_right, g_left, g_right, limit, V)
     distance_y, hull_y = _compare(p_low, p_high, g_low, g_high, limit, V)
-    weight_x, weight_y = (hull_x > limit).to(COMPUTE), (hull_y > limit).to(COMPUTE)
-    other = (on_p.is_flat + on_g.is_flat > 0) | (on_p.is_axis + on_g.is_axis == 0)
+    rounding = tl.minimum(extent * (2.0 * WIDEST), tl.full(extent.shape, 2.0 * V.TIE, COMPUTE))
+    point = tl.maximum(limit, rounding)
+    weight_x, weight_y = (hull_x > point).to(COMPUTE), (hull_y > point).to(COMPUTE)
+    is_line = tl.maximum(on_p.widest, on_g.widest) <= rounding * extent  # section 5
+    if V.AXIS_WEIGHT != UNIFORM:
+        is_line &= tl.maximum(tl.maximum(p_width, p_height), tl.maximum(g_width, g_height)) > rounding
+    other = is_line | (on_p.is_flat + on_g.is_flat > 0) | (on_p.is_axis + on_g.is_axis == 0)
     if V.OVER == MEAN:
         distance = tl.where(other, weight_x * distance_x + weight_y * distance_y, on_p.distance + on_g.distance)
         weight = tl.where(other, weight_x + weight_y, on_p.weight + on_g.weight)
@@ -299,6 +307,7 @@ def polygon_pairs_kernel(
     V: tl.constexpr = PolygonVariant(
         TINY=TINY_64 if COMPUTE == tl.float64 else TINY_32,
         NO_LENGTH=NO_LENGTH_64 if COMPUTE == tl.float64 else NO_LENGTH_32,
+        TIE=TIE_64 if COMPUTE == tl.float64 else TIE_32,
         OVER=OVER,
         AXIS_WEIGHT=AXIS_WEIGHT,
         CORNERS=CORNERS,

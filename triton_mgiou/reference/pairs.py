@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from triton_mgiou.box_formats import FORMATS
 from triton_mgiou.options import ABSENT, MIN_AXIS_LENGTH
 from triton_mgiou.reference import boxes, polygons
 from triton_mgiou.reference.polygons import compute_dtype, real_count, takes_no_function
@@ -67,7 +68,7 @@ def box_matrix(
         if fmt == "corners3d":
             return _over_axes(_axes_of_corners(first.numbers, second.numbers), over)
         pair = boxes._pair(first.numbers, second.numbers, fmt, angle, clockwise)
-        return _over_axes(_axes_of_boxes(pair, angle, axis_weight), over)
+        return _over_axes(_axes_of_boxes(pair, angle, axis_weight, FORMATS[fmt].has_angle), over)
 
     floats = 1200 if fmt == "corners3d" else 300  # of one pair, with the gradient
     return _matrix(values, _boxes(boxes1.to(dtype), mask1), _boxes(boxes2.to(dtype), mask2), floats * dtype.itemsize)
@@ -267,26 +268,32 @@ def _limit(extent: Tensor) -> Tensor:
     return (MIN_AXIS_LENGTH * extent).clamp(min=boxes._no_length(extent))
 
 
-def _axes_of_boxes(pair: boxes._Pair, unit: str, axis_weight: str) -> tuple[_Axes, _Axes]:
-    """The directions of both boxes, (n, D) each."""
+def _point(extent: Tensor, limit: Tensor) -> Tensor:
+    """What is no longer than this is a point on an axis but for rounding, (n, 1)."""
+    return torch.maximum(limit, 2.0 * polygons._slack(extent))
+
+
+def _axes_of_boxes(pair: boxes._Pair, unit: str, axis_weight: str, has_angle: bool) -> tuple[_Axes, _Axes]:
+    """The directions of both boxes, (n, D) each. Those of boxes without an angle do not round."""
     extent = boxes._extent(pair, unit)
     limit = _limit(extent)
+    point = _point(extent, limit) if has_angle else limit
     p, g = (
         _axes(*intervals, limit, boxes._axis_weights(half, extent, axis_weight))
         for intervals, half in zip(boxes._on_axes(pair, pair, unit), (pair.p_half, pair.g_half), strict=True)
     )
     if pair.offset.shape[1] == 2:
-        flat = ((p.hull <= limit) | (g.hull <= limit)).any(1, keepdim=True)
+        flat = ((p.hull <= point) | (g.hull <= point)).any(1, keepdim=True)
         none = torch.maximum(p.weight, g.weight).amax(1, keepdim=True) == 0
         p_other, g_other = flat | none, flat | none
     else:  # an axis is the edge itself: without one it counts where both are points on it, and apart
         p_other, g_other = p.halves <= limit, g.halves <= limit
-    return _else_seen(p, p_other, limit), _else_seen(g, g_other, limit)
+    return _else_seen(p, p_other, point), _else_seen(g, g_other, point)
 
 
-def _else_seen(side: _Axes, other: Tensor, limit: Tensor) -> _Axes:
+def _else_seen(side: _Axes, other: Tensor, point: Tensor) -> _Axes:
     """Where `other` is True, all axes count on which the pair is more than a point."""
-    return _weighted(side, torch.where(other, (side.hull > limit).to(side.weight.dtype), side.weight))
+    return _weighted(side, torch.where(other, (side.hull > point).to(side.weight.dtype), side.weight))
 
 
 def _weighted(side: _Axes, weight: Tensor) -> _Axes:
@@ -308,11 +315,13 @@ def _axes_of_polygons(first: _Shapes, second: _Shapes, axis_weight: str) -> tupl
         sides.append(side)
         is_flat.append(counts & (side.hull <= own_limit))
         is_axis.append(counts)
-    degenerate = torch.cat(is_flat, dim=1).any(1, keepdim=True) | ~torch.cat(is_axis, dim=1).any(1, keepdim=True)
+    hull = torch.cat([side.hull for side in sides], dim=1).detach().amax(1)
+    is_line = polygons._is_line(p, g, hull, extent, axis_weight).unsqueeze(1) | torch.cat(is_flat, 1).any(1, True)
+    degenerate = is_line | ~torch.cat(is_axis, dim=1).any(1, keepdim=True)
     x_and_y = torch.eye(2, dtype=extent.dtype, device=extent.device).expand(extent.shape[0], 2, 2)
     coordinates = _axes_by_ends(*_ends(p, g, x_and_y, is_own=False), limit, torch.zeros_like(extent))
     sides = [_weighted(side, torch.where(degenerate, 0.0, side.weight)) for side in sides]
-    return *sides, _else_seen(coordinates, degenerate, limit)
+    return *sides, _else_seen(coordinates, degenerate, _point(extent, limit))
 
 
 def _ends(

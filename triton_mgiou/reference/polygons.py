@@ -75,10 +75,7 @@ def per_sample_loss(
         loss = loss + convexity_weight * _convexity(p_polygons, p_is_axis)
     if boundary_weight:
         loss = loss + boundary_weight * _boundary(p_polygons, g_polygons, extent, up_to_rounding=not axis_grad)
-    is_line = torch.maximum(p_hull, g_hull) <= _line(extent)
-    if axis_weight != "uniform":
-        longer = torch.maximum(_extent(p_polygons), _extent(g_polygons))
-        is_line = is_line & (longer > 2.0 * _slack(extent)).squeeze(1)
+    is_line = _is_line(p_polygons, g_polygons, torch.maximum(p_hull, g_hull), extent, axis_weight)
     return torch.where(is_line, 0.0, loss)
 
 
@@ -294,6 +291,14 @@ def _slack(extent: Tensor) -> Tensor:
 def _line(extent: Tensor) -> Tensor:
     """The longest interval that is rounding on each of the axes of vertices on one line (section 5), (B,) by (B, 1)."""
     return (2.0 * _slack(extent) * extent).squeeze(1)
+
+
+def _is_line(p: _Polygons, g: _Polygons, hull: Tensor, extent: Tensor, axis_weight: str) -> Tensor:
+    """Whether all vertices of both are on one line but for rounding, by the largest h_k (section 5), (B,)."""
+    is_line = hull <= _line(extent)
+    if axis_weight == "uniform":
+        return is_line
+    return is_line & (torch.maximum(_extent(p), _extent(g)) > 2.0 * _slack(extent)).squeeze(1)
 
 
 def _extent(polygons: _Polygons) -> Tensor:
