@@ -197,8 +197,8 @@ class PolygonLoss(nn.Module):
         alpha: The weight of L2 in "hybrid", without effect in the other modes: a number in 0..1, or a module that
             returns one when it is called, such as an `AlphaSchedule`. A module becomes part of this one, its state
             of this one's `state_dict`, and the caller steps it.
-        sigmas: Tolerance of each vertex in the L2 term, N numbers above 0, or one for all; None for 1 / N, which is
-            what Ultralytics takes for N vertices.
+        sigmas: Tolerance of each vertex in the L2 term, N numbers above 0, or one for all, which are rounded to float32
+            also where the loss is float64; None for 1 / N, which is what Ultralytics takes for N vertices.
         reduction: "mean", "sum" or "none".
         return_parts: Whether a call returns the loss and its parts, or the loss alone, as the keypoint loss of a pose
             head does.
