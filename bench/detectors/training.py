@@ -118,14 +118,8 @@ def make_trainer(job: Job, size: Size, scenes: tuple[Scenes, Scenes], device: st
 
         def get_dataloader(self, _path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Loader:  # noqa: ARG002
             training = mode == "train"
-            return Loader(
-                scenes[0] if training else judged_by,
-                job.task,
-                size.batch_size,
-                self.device,
-                training=training,
-                seed=job.seed,
-            )
+            chosen = scenes[0] if training else judged_by
+            return Loader(chosen, job.task, size.batch_size, self.device, training=training, seed=job.seed)
 
         def get_validator(self) -> Any:
             return (JudgeBoxes if is_boxes else JudgeKeypoints)(
