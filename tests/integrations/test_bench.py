@@ -115,7 +115,7 @@ def test_the_assigner_takes_what_the_name_of_a_loss_of_boxes_says():
         "exponential 3": lambda m: math.exp(-3 * (1 - m) / 2),
         "exponential 4": lambda m: math.exp(-4 * (1 - m) / 2),
         "floor .7": lambda m: max(m, 0.7) ** 2,
-        "floor": lambda m: max(m, 0.5) ** 2,
+        "floor": lambda m: max(m, 0.5) ** 2 + min(m - 0.5, 0) / 1024,
     }
     target = torch.tensor([[50.0, 40, 12, 5, math.pi / 2]])
     shifts = torch.zeros(4, 5)

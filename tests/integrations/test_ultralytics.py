@@ -352,15 +352,29 @@ def test_the_assigner_of_obb_takes_the_square_of_mgiou_from_a_quarter_on(head):
         (changed(length=20, width=12), (20 / 40 + 12 / 24) / 2),
         (changed(right=16), (4 / 36 + 1) / 2),
         (changed(right=20), (0 + 1) / 2),
-        (changed(right=30, up=6), 0.5),  # (-10 / 50 + 6 / 18) / 2
-        (changed(right=30, up=18), 0.5),  # (-10 / 50 - 6 / 30) / 2
-        (changed(right=300, up=300), 0.5),
+        (changed(right=30, up=6), (-10 / 50 + 6 / 18) / 2),
+        (changed(right=30, up=18), (-10 / 50 - 6 / 30) / 2),
+        (changed(right=300, up=300), (-280 / 320 - 288 / 312) / 2),
     ]
-    preds, mgiou = zip(*cases, strict=True)
+    preds, mgious = zip(*cases, strict=True)
+    expected = [mgiou**2 if mgiou > 0.5 else 0.25 - (0.5 - mgiou) / 1024 for mgiou in mgious]
     _, _, parts, _ = make("obb", head)
     for part in parts:
         overlap = part.assigner.iou_calculation(box.expand(len(preds), -1), torch.stack(preds))
-        torch.testing.assert_close(overlap, torch.tensor(mgiou) ** 2, atol=1e-5, rtol=0)
+        torch.testing.assert_close(overlap, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_place_in_two_targets_belongs_to_the_one_that_its_prediction_overlaps_more(order):
+    """Both by less than 1/2: (16 / 80 + 6 / 8) / 2 of the one and (8 / 80 + 6 / 16) / 2 of the other."""
+    _, _, (part,), _ = make("obb", "yolo11n")
+    targets = torch.tensor([[40.0, 40, 16, 8, 0], [40, 40, 8, 16, 0]])[list(order)]
+    preds = torch.tensor([[40.0, 40, 80, 6, 0]]).repeat(12, 1)
+    preds[1:, 0] += 200  # out of both targets
+    scores, labels, mask = torch.full((1, 12, 2), 0.5), torch.zeros(1, 2, 1), torch.ones(1, 2, 1)
+    _, boxes, _, positive, _ = part.assigner(scores, preds[None], preds[:, :2], labels, targets[None], mask)
+    assert positive[0].tolist() == [True] + 11 * [False]
+    assert boxes[0, 0].tolist() == [40, 40, 16, 8, 0]
 
 
 def test_the_angle_of_a_square_counts_in_the_assigner():

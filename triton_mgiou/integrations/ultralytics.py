@@ -85,7 +85,8 @@ SHOWN_CONFIDENCE = 0.25
 SHRINK = 4  # of the masks in a plot, as of Ultralytics' own: thousands of whole ones would not fit into memory
 FARTHEST = 1e6  # pixels, in a plot: OpenCV fills a polygon of 1e10, or of NaN, for half a minute
 ALIKE = 0.85  # of two names, by difflib: from here on one is taken for the other, misspelt
-LEAST_OVERLAP = 0.5  # the assigner of boxes takes an MGIoU below for this
+LEAST_OVERLAP = 0.5  # the assigner of boxes takes an MGIoU below for about this
+SLOPE_BELOW = 2.0**-10  # at which what it takes falls there
 VISIBLE = 0.5  # a predicted vertex is there from this confidence on
 OVERLAP = "probiou"  # by this name Ultralytics' loss of boxes calls what MGIoU replaces
 
@@ -185,15 +186,16 @@ def _angle_loss(criterion: Any, *arguments: Any) -> Tensor | float:
 
 
 def _box_overlap(gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
-    """The square of MGIoU of paired boxes (P, 5), without terms, but at least 1/4, for the assigner.
+    """The square of MGIoU of paired boxes (P, 5), without terms, but at least about 1/4, for the assigner.
 
     The assigner takes a power of the overlap and makes scores of it, chosen for an IoU. A box of side w that is shifted
     by d along that side has an IoU of (w - d) / (w + d) and an MGIoU of w / (w + d), which falls half as fast; the
     square falls as fast as IoU. Below an MGIoU of 1/2, where nothing is right yet, the class alone decides which
     predictions learn a target, and they learn it with some weight. What a detector gains by both: bench/detectors.
+    A place in two targets belongs to the one that its prediction overlaps more: so it falls a little there too.
     """
     overlap = 1 - 2 * box_mgiou_loss(pd_bboxes, gt_bboxes, reduction="none", **PAPER)
-    return overlap.clamp(min=LEAST_OVERLAP).square()
+    return overlap.clamp(min=LEAST_OVERLAP).square() + SLOPE_BELOW * (overlap - LEAST_OVERLAP).clamp(max=0)
 
 
 def _polygon_overlap(
