@@ -59,11 +59,12 @@ class Job(NamedTuple):
         return "-".join("".join(c if c.isalnum() or c in ".+" else "_" for c in word) for word in words)
 
 
+THEIRS = "ProbIoU + angle"  # Ultralytics' own loss of boxes
 OURS = "mgiou, floor assigns, root weighs"  # `MGIoUOBBTrainer` as it comes
 SPEED = Job("speed", "steps", "all", 0, 0)
 SPEED_LOSSES = {
     "corners": ("OKS", "mgiou", "hybrid"),
-    "boxes": ("ProbIoU + angle", OURS + " + angle", OURS),
+    "boxes": (THEIRS, OURS + " + angle", OURS),
 }
 
 # ---- the ablation of the reports: the loss of the reports, what is changed of it, and how the training computes
@@ -110,7 +111,7 @@ KEYPOINT_LOSSES: dict[str, Mapping[str, Any] | None] = {
 
 BOUNDARY: dict[str, Any] = {"options": PAPER | {"boundary_weight": 0.25}}
 BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
-    "ProbIoU + angle": None,
+    THEIRS: None,
     "ProbIoU": None,
     "mgiou + angle": {},
     "mgiou": {},
@@ -165,7 +166,7 @@ BOX_LOSSES: dict[str, Mapping[str, Any] | None] = {
 }
 
 TRIED = {  # looking for a better loss or assigner; tasks, and with how many seeds
-    "ProbIoU + angle": {"boxes": 12, "long": 12},
+    THEIRS: {"boxes": 12, "long": 12},
     "YOLO26, mgiou": {"hulls": 3},
     "YOLO26, mgiou, squared assigns": {"hulls": 3},
     "YOLO26, mgiou, OKS assigns": {"hulls": 3},
@@ -204,7 +205,7 @@ TRIED = {  # looking for a better loss or assigner; tasks, and with how many see
 }
 
 CHOICE = {  # looking further on `boxes` and `long`, judged by more images: with how many seeds, from FIRST on
-    "ProbIoU + angle": 6,
+    THEIRS: 6,
     "mgiou, squared assigns": 12,
     "mgiou, shifted assigns": 12,
     "mgiou, exponential 3 assigns": 6,
@@ -225,7 +226,7 @@ def jobs(size: Size) -> list[Job]:
     table = [
         *(("hulls", name) for name in ("OKS", "mgiou")),
         *(("corners", name) for name in ("OKS", "mgiou", "hybrid")),
-        *(("squares", name) for name in ("ProbIoU + angle", OURS)),
+        *(("squares", name) for name in (THEIRS, OURS)),
         *(("tops", name) for name in ("OKS", "mgiou")),
     ]
     for seed in size.seeds:
@@ -233,10 +234,7 @@ def jobs(size: Size) -> list[Job]:
         if seed == 0:
             found.append(_job("table", "corners", "reported", 0, size, watch=True))
     found += [
-        _job("close", task, name, seed, size)
-        for seed in size.close_seeds
-        for task in CLOSE
-        for name in ("ProbIoU + angle", OURS)
+        _job("close", task, name, seed, size) for seed in size.close_seeds for task in CLOSE for name in (THEIRS, OURS)
     ]
     rest = [
         ("corners", "paper"),

@@ -13,7 +13,6 @@ from bench.detectors import plan
 from bench.detectors.scenes import BOXES
 
 FIGURE = "curves.png"
-OWN = "ProbIoU + angle"  # Ultralytics'
 COLUMNS = ("AP50", "AP75", "AP90", "AP50-95", "hull AP50", "IoU", "crossing", "angle error")
 CURVES = {"reported": "tab:red", "OKS": "tab:blue", "mgiou": "tab:green", "hybrid": "tab:purple"}
 
@@ -29,13 +28,13 @@ TARGETS: tuple[tuple[str, str, str, str, float | None], ...] = (
     ("corners", "AP75", "hybrid", "mgiou", 0.0),
     ("corners", "AP90", "hybrid", "OKS", 0.0),
     ("corners", "AP90", "hybrid", "mgiou", 0.0),
-    ("boxes", "AP75", plan.OURS, "ProbIoU + angle", 0.0),
-    ("boxes", "AP90", plan.OURS, "ProbIoU + angle", 0.0),
-    ("boxes", "AP50-95", plan.OURS, "ProbIoU + angle", 0.0),
-    ("squares", "AP90", plan.OURS, "ProbIoU + angle", 0.0),
-    ("long", "AP75", plan.OURS, "ProbIoU + angle", 0.0),
-    ("long", "AP90", plan.OURS, "ProbIoU + angle", 0.0),
-    ("long", "AP50-95", plan.OURS, "ProbIoU + angle", 0.0),
+    ("boxes", "AP75", plan.OURS, plan.THEIRS, 0.0),
+    ("boxes", "AP90", plan.OURS, plan.THEIRS, 0.0),
+    ("boxes", "AP50-95", plan.OURS, plan.THEIRS, 0.0),
+    ("squares", "AP90", plan.OURS, plan.THEIRS, 0.0),
+    ("long", "AP75", plan.OURS, plan.THEIRS, 0.0),
+    ("long", "AP90", plan.OURS, plan.THEIRS, 0.0),
+    ("long", "AP50-95", plan.OURS, plan.THEIRS, 0.0),
     ("outlines", "AP50", "mgiou", "OKS", None),
     ("outlines", "AP50", "hybrid", "OKS", None),
     ("outlines", "AP75", "mgiou", "OKS", None),
@@ -231,14 +230,14 @@ def choices(rows: Rows) -> str:
     for task in plan.CLOSE:
         same = [row for row in rows if row["job"]["task"] == task and row["job"]["part"] in {"close", "choice"}]
         tried = [row for row in same if row["job"]["part"] == "choice"]
-        for loss in dict.fromkeys(row["job"]["loss"] for row in tried if row["job"]["loss"] != OWN):
+        for loss in dict.fromkeys(row["job"]["loss"] for row in tried if row["job"]["loss"] != plan.THEIRS):
             seeds = {row["job"]["seed"] for row in tried if row["job"]["loss"] == loss}
             group = [row for row in same if row["job"]["seed"] in seeds]
-            found = [differences_of(group, metric, loss, OWN) for metric in metrics]
+            found = [differences_of(group, metric, loss, plan.THEIRS) for metric in metrics]
             if len(found[0]) > 1:
                 cells = (f"{statistics.mean(each):+.4f} ({standard_error(each):.4f})" for each in found)
                 lines.append((task, loss, len(found[0]), *cells))
-    return markdown("### Differences to ProbIoU + angle", ("task", "loss", "seeds", *metrics), lines)
+    return markdown(f"### Differences to {plan.THEIRS}", ("task", "loss", "seeds", *metrics), lines)
 
 
 def differences_of(rows: Rows, metric: str, ours: str, other: str) -> list[float]:

@@ -26,13 +26,13 @@ def line(extent, distance, seed):
     return turn, origin, ends[0], ends[1]
 
 
-def along(first, second, over, shortest=0.0):
+def along(first, second, over):
     """The value of all pairs of two sets of intervals on the line, each the hull of some numbers."""
     low, high = first.amin(1).unsqueeze(1), first.amax(1).unsqueeze(1)
     other_low, other_high = second.amin(1).unsqueeze(0), second.amax(1).unsqueeze(0)
     halves = (high - low + other_high - other_low) / 2
     if over == "depth":
-        return 1 - ((high + low) - (other_high + other_low)).abs() / 2 / halves.clamp(min=shortest)
+        return 1 - ((high + low) - (other_high + other_low)).abs() / 2 / halves
     return 2 * halves / (torch.maximum(high, other_high) - torch.minimum(low, other_low)) - 1
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from triton_mgiou.kernels.arithmetic import inverse, minus, one_minus_exp, rough_inverse, sign
 from triton_mgiou.kernels.slots import add_scaled, highest, lowest, total
 from triton_mgiou.kernels.types import Axis, AxisRule, Comparison, Gradient, Interval, Mean, Point, Weight
-from triton_mgiou.options import AXIS_WEIGHTS, MIN_AXIS_LENGTH, SOFT_AXIS_LENGTH
+from triton_mgiou.options import AXIS_WEIGHTS, MIN_AXIS_LENGTH, SOFT_AXIS_LENGTH, WIDEST_TIE
 
 UNIFORM = tl.constexpr(AXIS_WEIGHTS.index("uniform"))
 LENGTH = tl.constexpr(AXIS_WEIGHTS.index("length"))
@@ -14,6 +14,7 @@ SOFT = tl.constexpr(AXIS_WEIGHTS.index("soft"))
 
 SHORTEST = tl.constexpr(MIN_AXIS_LENGTH)
 SOFT_UNIT = tl.constexpr(SOFT_AXIS_LENGTH)
+WIDEST = tl.constexpr(WIDEST_TIE)
 
 
 @triton.jit

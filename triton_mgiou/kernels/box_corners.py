@@ -7,13 +7,10 @@ import triton
 import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import inverse, inverse_power_of_two, minus
-from triton_mgiou.kernels.axis import SHORTEST, distance, rounded, shares, slopes
+from triton_mgiou.kernels.axis import SHORTEST, WIDEST, distance, rounded, shares, slopes
 from triton_mgiou.kernels.box_types import Row
 from triton_mgiou.kernels.slots import add_scaled, dot, highest, lowest, zeros
 from triton_mgiou.kernels.types import Interval
-from triton_mgiou.options import WIDEST_TIE
-
-WIDEST = tl.constexpr(WIDEST_TIE)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import minus, reciprocal
+from triton_mgiou.kernels.axis import SHORTEST, WIDEST
 from triton_mgiou.kernels.box_axes import edge_weights, reach
 from triton_mgiou.kernels.box_types import XYXY
 from triton_mgiou.kernels.pair_boxes import (
@@ -25,16 +26,14 @@ from triton_mgiou.kernels.pair_boxes import (
     scale_of,
     scaled_numbers,
 )
-from triton_mgiou.options import ABSENT, MIN_AXIS_LENGTH, OVERS, WIDEST_TIE
+from triton_mgiou.options import ABSENT, OVERS
 
 # OVER
 MEAN = tl.constexpr(OVERS.index("mean"))
 MIN = tl.constexpr(OVERS.index("min"))
 DEPTH = tl.constexpr(OVERS.index("depth"))
 
-SHORTEST = tl.constexpr(MIN_AXIS_LENGTH)
 NOT_THERE = tl.constexpr(ABSENT)
-WIDEST = tl.constexpr(WIDEST_TIE)
 
 
 class Axis(NamedTuple):
@@ -130,6 +129,12 @@ def _bounds(boxes):
 
 
 @triton.jit
+def rounding_of(extent, V: tl.constexpr):
+    """2 t of section 5: up to there two offsets may differ by rounding."""
+    return tl.minimum(extent * (2.0 * WIDEST), tl.full(extent.shape, 2.0 * V.TIE, extent.dtype))
+
+
+@triton.jit
 def _seen(axis, point):
     return (axis.hull > point).to(point.dtype)
 
@@ -149,8 +154,7 @@ def rule_of(pair, V: tl.constexpr):
     limit = tl.maximum(extent * tl.full(extent.shape, SHORTEST, extent.dtype), V.NO_LENGTH)
     point = limit
     if V.TURNS:  # directions round, and so do offsets along them
-        point = tl.minimum(extent * (2.0 * WIDEST), tl.full(extent.shape, 2.0 * V.TIE, extent.dtype))
-        point = tl.maximum(limit, point)
+        point = tl.maximum(limit, rounding_of(extent, V))
     none = tl.zeros_like(limit)
     if V.IN_SPACE:  # an axis is an edge: without one it counts where both are points on it, and apart
         w_p, w_g = (

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton_mgiou.kernels.arithmetic import inverse, inverse_power_of_two, minus
 from triton_mgiou.kernels.axis import LENGTH, SHORTEST, SOFT, SOFT_UNIT, UNIFORM, axis_weight
 from triton_mgiou.kernels.box_types import NO_LENGTH_32, NO_LENGTH_64, TIE_32, TIE_64, TINY_32, TINY_64
-from triton_mgiou.kernels.pair_axes import DEPTH, MEAN, NOT_THERE, WIDEST
+from triton_mgiou.kernels.pair_axes import DEPTH, MEAN, NOT_THERE, rounding_of
 from triton_mgiou.kernels.pair_boxes import is_there
 
 
@@ -229,7 +229,7 @@ def _values(p, g, V: tl.constexpr, COMPUTE: tl.constexpr):
     # Where these see only a line or nothing, x and y, as far as there is something along them.
     distance_x, hull_x = _compare(p_left, p_right, g_left, g_right, limit, V)
     distance_y, hull_y = _compare(p_low, p_high, g_low, g_high, limit, V)
-    rounding = tl.minimum(extent * (2.0 * WIDEST), tl.full(extent.shape, 2.0 * V.TIE, COMPUTE))
+    rounding = rounding_of(extent, V)
     point = tl.maximum(limit, rounding)
     weight_x, weight_y = (hull_x > point).to(COMPUTE), (hull_y > point).to(COMPUTE)
     is_line = tl.maximum(on_p.widest, on_g.widest) <= rounding * extent  # section 5

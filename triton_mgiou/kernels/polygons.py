@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import saturate
-from triton_mgiou.kernels.axis import LENGTH, SOFT, UNIFORM, axis_rule
+from triton_mgiou.kernels.axis import LENGTH, SOFT, UNIFORM, WIDEST, axis_rule
 from triton_mgiou.kernels.axis_sums import gradient_of, pred_axis, target_axis
 from triton_mgiou.kernels.boundary import area, boundary_term, put_in_order
 from triton_mgiou.kernels.edges import gradient_of_area, measure, over_edges
@@ -54,7 +54,7 @@ from triton_mgiou.kernels.vertices import (
     source_of,
     store,
 )
-from triton_mgiou.options import RESOLUTION, TIE, TINY, WIDEST_TIE
+from triton_mgiou.options import RESOLUTION, TIE, TINY
 
 TINY_32 = tl.constexpr(TINY[32])
 TINY_64 = tl.constexpr(TINY[64])
@@ -62,7 +62,6 @@ RESOLUTION_32 = tl.constexpr(RESOLUTION[32])
 RESOLUTION_64 = tl.constexpr(RESOLUTION[64])
 TIE_32 = tl.constexpr(TIE[32])
 TIE_64 = tl.constexpr(TIE[64])
-WIDEST = tl.constexpr(WIDEST_TIE)
 
 
 @triton.jit
