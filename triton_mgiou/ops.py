@@ -105,10 +105,11 @@ def needs_dispatcher(pred: Tensor, target: Tensor) -> bool:
 def direct(pred: Tensor, target: Tensor, call: Call) -> Tensor:
     """The loss of a call that does not need the dispatcher, with its derivative."""
     pred, target = _without_ended_transform(pred), _without_ended_transform(target)
-    if (pred.requires_grad or target.requires_grad) and torch.is_grad_enabled():
-        loss: Tensor = _apply(pred, target, call)
-        return loss
-    return call.launch(pred, target, False)[0]
+    if not torch.is_grad_enabled() or not (pred.requires_grad or target.requires_grad):
+        return call.launch(pred, target, False)[0]
+    usual = not target.requires_grad and pred.dtype == compute_dtype(pred.dtype, target.dtype)
+    loss: Tensor = (_apply_usual if usual else _apply)(pred, target, call)
+    return loss
 
 
 class _Loss(torch.autograd.Function):
@@ -134,8 +135,27 @@ class _Loss(torch.autograd.Function):
         )
 
 
+class _UsualLoss(torch.autograd.Function):
+    """`_Loss` where `pred` alone gets a gradient, and in the type that is computed in: less Python in each step."""
+
+    @staticmethod
+    def forward(ctx: Any, pred: Tensor, target: Tensor, call: Call) -> Tensor:
+        loss, grad = call.launch(pred, target, True)
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        check_backward(upstream)
+        (grad,) = ctx.saved_tensors
+        if upstream.dim() == 0 and type(upstream) is Tensor and not _keeps_graph():
+            return grad.mul_(upstream), None, None
+        return _scaled(grad, grad.dtype, upstream, False), None, None
+
+
 # `Function.apply` but for what it does for transforms of torch.func: none is active where the kernels run.
 _apply: Callable[..., Any] = super(torch.autograd.Function, _Loss).apply
+_apply_usual: Callable[..., Any] = super(torch.autograd.Function, _UsualLoss).apply
 
 
 def check_backward(upstream: Tensor) -> None:
