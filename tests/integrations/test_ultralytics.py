@@ -628,11 +628,11 @@ WRONG = [
     ),
     *(
         ("pose", {name: "mgiou"}, TypeError, f"Wrong: attributes must be among mode, alpha, .*got {name}")
-        for name in ("mdoe", "moed", "aplha", "shedule", "schedlue", "sigams", "optoins", "opions")
+        for name in ("mdoe", "moed", "aplha", "shedule", "schedlue", "sigams", "optoins", "opions", "Mode", "ALPHA")
     ),
     *(
         ("obb", {name: 1.0}, TypeError, f"Wrong: attributes must be among options, gain, got {name}")
-        for name in ("gian", "optinos")
+        for name in ("gian", "optinos", "Gain", "GAIN", "Options")
     ),
     *(
         (task, {name: 0.5}, TypeError, f"Wrong: options of the loss belong into options, such as .*got {name}")
@@ -660,7 +660,7 @@ def test_what_a_subclass_adds_is_its_own(data, tmp_path, task):
         ("model_name", "model", "node", "demo", "scheduler", "sigma", "option", "again", "alpha2", "gains")
     )
     own |= {"mdoe": id, "optoins": property(type), "gian": staticmethod(max), "_mdoe": 3}
-    own |= {"boundary_weight": 0.1, "axis_weights": 0.2, "freeze_backbone": True}
+    own |= {"MODE": "its own", "GAIN": 3, "boundary_weight": 0.1, "axis_weights": 0.2, "freeze_backbone": True}
     trainer_class = type("Own", (TRAINERS[task], Mixin), own)
     trainer = trainer_class(overrides=settings(data, task, tmp_path))
     assert (trainer.boundary_weight, trainer.gian(1, 2), trainer.optoins) == (0.1, 2, trainer_class)
@@ -672,6 +672,11 @@ def test_a_property_may_read_an_option_of_the_loss(data, tmp_path, task):
     assert type("Own", (TRAINERS[task],), own)(overrides=settings(data, task, tmp_path)).options == {
         "boundary_weight": 0.1
     }
+
+
+def test_a_constant_may_give_an_option(data, tmp_path):
+    own = {"GAIN": 2.0, "gain": 2.0}
+    assert type("Own", (MGIoUOBBTrainer,), own)(overrides=settings(data, "obb", tmp_path)).gain == 2.0
 
 
 @pytest.mark.parametrize("task", TRAINERS)

@@ -250,7 +250,7 @@ def _check_spelling(trainer: type[_MGIoUTrainer]) -> None:
     """Refuse values in a subclass that nobody reads: under an option's name that is misspelt, or in a wrong place.
 
     A name that contains an option's, or is part of one, such as `model` or `scheduler`, may be the subclass's own, and
-    its own methods may read an option of the loss there.
+    its own methods may read an option of the loss there, or a constant whose name is an option's but for its case.
     """
     classes = trainer.__mro__
     ours = next(index for index, each in enumerate(classes) if each.__module__ == __name__)
@@ -259,7 +259,8 @@ def _check_spelling(trainer: type[_MGIoUTrainer]) -> None:
     for name in own:
         if hasattr(classes[ours], name) or name in methods:
             continue
-        if any(_is_misspelt(name, known) for known in trainer.OPTIONS):
+        other_case = name.lower() in trainer.OPTIONS and name.lower() not in own  # no constant that gives the option
+        if (other_case and not methods) or any(_is_misspelt(name, known) for known in trainer.OPTIONS):
             raise TypeError(f"attributes must be among {', '.join(trainer.OPTIONS)}, got {name}")
         is_option = name in Options._fields and not methods
         if is_option or any(_is_misspelt(name, known) for known in Options._fields):
