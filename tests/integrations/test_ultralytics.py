@@ -238,9 +238,9 @@ def test_obb_criterion(head):
     assert all(g is None or g.isfinite().all() for g in gradients)
 
 
-@pytest.mark.parametrize(("scores", "weight"), [((0.04,), 0.2), ((0.64, 0.0), 0.8), ((0.0, 0.09), 0.3)])
+@pytest.mark.parametrize(("scores", "weight"), [((0.04,), 0.2), ((0.64, 0.0), 0.8), ((0.16, 0.2), 0.6)])
 def test_a_box_that_is_alone_weighs_as_the_root_of_its_score(scores, weight):
-    """Of whatever class it is; the sum of the weights, over which they are taken, is at least 1, as Ultralytics' is."""
+    """The sum over its classes; that of the weights, over which they are taken, is at least 1, as Ultralytics' is."""
     target = torch.tensor([[[50.0, 40, 12, 4, 0.3]]])
     pred = target + torch.tensor([0.0, 0, 12, 4, 0])  # twice as long and as wide: an MGIoU of 1/2, a loss of 1/4
     one = torch.ones(1, 1, dtype=torch.bool)
@@ -309,7 +309,7 @@ def test_a_step_does_not_compute_probiou(monkeypatch):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_the_angle_loss_is_computed_where_it_counts(head):
+def test_the_angle_loss_is_computed_where_it_counts(head, monkeypatch):
     model, _, parts, batch = make("obb", head)
     stock = model.init_criterion()
     assert model.args.angle == 1
@@ -322,6 +322,13 @@ def test_the_angle_loss_is_computed_where_it_counts(head):
     expected = own(pred, target, positive, scores[positive].sum(-1), total)
     torch.testing.assert_close(items[names[3]], expected.detach())
     assert expected > 0
+
+    def refused(*_):
+        raise AssertionError("the angle loss was computed")
+
+    monkeypatch.setattr(type(parts[0]), "calculate_angle_loss", refused)
+    with pytest.raises(AssertionError, match="the angle loss was computed"):
+        model.loss(batch)
     model.args.angle = 0.0
     _, without = model.loss(batch)
     assert without[names[3]] == 0
