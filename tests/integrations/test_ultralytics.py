@@ -734,6 +734,12 @@ def test_objects_without_a_polygon_are_refused(data, tmp_path, count):
         MGIoUPoseTrainer(overrides={**settings(data, "pose", tmp_path), "data": str(tmp_path / "few.yaml")})
 
 
+def test_triangles_are_taken(data, tmp_path):
+    YAML.save(tmp_path / "three.yaml", {**YAML.load(data["pose"]), "kpt_shape": [3, 2]})
+    trainer = MGIoUPoseTrainer(overrides={**settings(data, "pose", tmp_path), "data": str(tmp_path / "three.yaml")})
+    assert trainer.data["kpt_shape"] == [3, 2]
+
+
 @pytest.mark.parametrize(
     "sigmas", [0.2, torch.tensor([0.1, 0.2, 0.3, 0.4]), np.full((4, 1), 0.2), (0.1, 0.2, 0.3, 0.4)]
 )
@@ -902,11 +908,11 @@ def test_vertices_that_are_not_there_are_left_out(tmp_path):
     """A triangle in a head of four vertices; a target of two vertices matches nothing."""
     validator = PolygonPoseValidator(args={"task": "pose"}, save_dir=tmp_path)
     validator.sigma = np.full(4, 0.25)
-    triangle = torch.tensor([[10.0, 10, 2], [40, 10, 2], [40, 40, 2], [0, 0, 0]])
+    triangle = torch.tensor([[10.0, 10, 2], [40, 10, 2], [40, 40, 2], [0, 90, 0]])
     segment = torch.tensor([[10.0, 10, 2], [40, 10, 2], [0, 0, 0], [0, 0, 0]])
     pred = triangle.clone()
     pred[:, 2] = torch.tensor([0.9, 0.8, 0.7, 0.1])
-    pred[3, :2] = 1000
+    pred[3, :2] = torch.tensor([0.0, 1000])  # on no line through two others, which would have no area with them
     boxes = torch.tensor([[10.0, 10, 40, 40], [10, 10, 40, 10]])
     found = validator._process_batch(
         predictions(keypoints=pred[None], bboxes=boxes[:1], conf=torch.ones(1)),
