@@ -186,6 +186,8 @@ def test_an_exported_program_has_the_gradient(kernels, function, with_gradient):
 @pytest.mark.parametrize("function", [mgiou_loss, polygon_mgiou], ids=lambda each: each.__name__)
 def test_an_exported_program_takes_any_number_of_vertices(backend, function):
     """Segments too, whose parts of N - 1 vertices would be of one."""
+    if function is polygon_mgiou and backend.name == "eager" and torch.__version__ < (2, 13):
+        pytest.skip("PyTorch 2.11 cannot merge dimensions before one whose size it does not know")
 
     def given(n, m):
         return [convex(6, size, generator(size)).float().to(backend.device) for size in (n, m)]
