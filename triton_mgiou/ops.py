@@ -148,7 +148,7 @@ class _UsualLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         check_backward(upstream)
         (grad,) = ctx.saved_tensors
-        if upstream.dim() == 0 and type(upstream) is Tensor and not _keeps_graph():
+        if upstream.dim() == 0 and not _keeps_graph():
             return grad.mul_(upstream), None, None
         return _scaled(grad, grad.dtype, upstream, False), None, None
 
