@@ -271,6 +271,19 @@ def test_converged(values, expected):
 
 
 @pytest.mark.parametrize(
+    ("name", "values", "best"),
+    [
+        ("mAP", [0.1, 0.3, 0.9, 0.3, 0.5, 0.4, 0.5, 0.4, 0.3, 0.6], 0.6),
+        ("loss", [0.9, 0.7, 0.1, 0.7, 0.5, 0.6, 0.5, 0.6, 0.7, 0.4], 0.4),
+    ],
+)
+def test_the_best_of_a_noisy_curve_is_not_worse_than_its_end(name, values, best):
+    """A single value, as that in the third row, is not its best; the last one is its end."""
+    _, noted = judged({name: values})
+    assert noted[0] == f"{name}: converged: {best} at the end, best {best} at epoch 9"
+
+
+@pytest.mark.parametrize(
     ("values", "expected"),
     [
         ([*FALLS[:4], *alternating(0.5, 0.1, 6)], True),

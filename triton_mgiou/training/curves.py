@@ -468,7 +468,10 @@ def _converged(curve: Curve) -> str:
     before, last = (max(sign * value for value in part) for part in (values[:-window], values[-window:]))
     if last - before >= PLATEAU_GAIN * abs(before):
         return ""
-    return f"converged: {curve.end:.4g} at the end, best {curve.best:.4g} at epoch {curve.at:g}"
+    best, at = curve.best, curve.at
+    if sign * curve.end > sign * best:  # which is smoothed
+        best, at = curve.end, curve.column.epochs[-1]
+    return f"converged: {curve.end:.4g} at the end, best {best:.4g} at epoch {at:g}"
 
 
 def _oscillation(values: list[float]) -> str:
