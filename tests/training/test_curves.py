@@ -202,6 +202,19 @@ CASES = {
     "mAP of masks and of boxes are two": ({"mAP(M)": [0.0] * 40, "mAP(B)": RISES}, ["mAP(M): never"]),
     "mgiou without l2 is a metric": ({"mgiou": RISES}, []),
     # What is not finite or not there.
+    "the losses of the training are 0, as where no object is left, and nothing moves": (
+        {"train/box_loss": [0.0] * 10, "train/cls_loss": [0.0] * 10, "val/box_loss": [0.7] * 10},
+        ["train/box_loss: never learnt: 0 in all 10", "train/cls_", "val/box_", f"all losses of the training {FLAT}"],
+    ),
+    "the same of a loss by no other name": (
+        {"loss": [0.0] * 10, "eval_loss": [0.7] * 10},
+        ["loss: never learnt: 0 in all 10", "eval_loss: never", f"all losses {FLAT}"],
+    ),
+    "one of several losses of the training is 0": (
+        {"train/box_loss": [0.0] * 10, "train/cls_loss": [0.6] * 10, "val/box_loss": [0.7] * 10},
+        ["train/cls_loss: never", "val/box_loss: never", f"all losses of the training {FLAT}"],
+    ),
+    "a loss of the training is 0 and that of the validation falls": ({"train_loss": [0.0] * 40, "val_loss": FALLS}, []),
     "NaN in all mAP": ({"mAP": [NAN] * 10, "mAP50": [NAN] * 10, "recall": RISES}, ["mAP: 10 NaN", "mAP50: 10 NaN"]),
     "NaN in one mAP": ({"mAP": RISES, "mAP_small": [NAN] * 10}, []),
     "NaN before the first mAP": ({"mAP": [NAN, INF, *RISES]}, []),

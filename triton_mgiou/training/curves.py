@@ -133,8 +133,9 @@ def judge(table: Table) -> tuple[list[str], list[str]]:
       beside it goes on, and the scale of a GradScaler that ends below 1.
     - never learnt: a metric stays below 0.1 % for 30 rows or epochs, or for 10 rows if no loss falls any more; a loss,
       or from 10 rows on a metric, is the same number in all rows (0 in a loss is by definition, unless all losses are
-      0; 95 % in a metric is enough; beside a good metric a loss counts from 10 rows on too); all losses stay within 5 %
-      from the first row to the last, and there is no metric, or within 10 %, and none gets to 1 %.
+      0, or all of the training while those of the validation stand still; 95 % in a metric is enough; beside a good
+      metric a loss counts from 10 rows on too); all losses stay within 5 % from the first row to the last, and there is
+      no metric, or within 10 %, and none gets to 1 %.
     - fell from its best: a metric ends below 85 % of its best by more than its noise; a loss ends above its best
       by 30 %, and by 30 % of what it had fallen, or above its start by 5 % (from 10 rows on), while no metric is good
       (5 %, and not fallen) and it is no part of a training loss whose total has fallen.
@@ -374,7 +375,7 @@ def _is_kl_of_a_vae(loss: Curve, losses: list[Curve]) -> bool:
 def _fault_of_loss(loss: Curve, losses: list[Curve], is_excused: bool, stands_still: bool) -> str:
     values = loss.values
     if min(values) == max(values):
-        is_defined_so = values[0] == 0 and any(any(other.values) for other in losses)
+        is_defined_so = values[0] == 0 and not stands_still and any(any(other.values) for other in losses)
         is_rounded = is_excused and len(values) < SETTLED
         return "" if is_defined_so or is_rounded else f"never learnt: {values[0]:.4g} in all {len(values)} rows"
     if stands_still:
@@ -393,11 +394,17 @@ def _fault_of_loss(loss: Curve, losses: list[Curve], is_excused: bool, stands_st
 
 
 def _standing_still(losses: list[Curve], within: float) -> list[str]:
-    """The names of those that stay where they are, if that is all, or all of the training; 0 says nothing."""
+    """The names of those that stay where they are, if that is all, or all of the training.
+
+    0 says nothing, but where all that there is of the training is 0: then there may be nothing that it learns from.
+    """
+    zeros = [loss.name for loss in losses if not (any(loss.values) or _is_of_validation(loss.name))]
     losses = [loss for loss in losses if any(loss.values)]
     still = [loss.name for loss in losses if _is_flat(loss, within)]
     trained = [loss.name for loss in losses if _is_of_training(loss.name)] or [loss.name for loss in losses]
-    return still if set(trained) <= set(still) else []
+    if not still or not set(trained) <= set(still):
+        return []
+    return [*zeros, *still] if all(_is_of_validation(loss.name) for loss in losses) else still
 
 
 def _is_flat(loss: Curve, within: float) -> bool:
