@@ -19,6 +19,7 @@ from tests.helpers import (
     generator,
     random_boxes,
     rectangle_corners,
+    run_python,
     star,
 )
 from triton_mgiou import PAPER, box_mgiou, box_mgiou_loss, mgiou_loss, polygon_mgiou
@@ -181,6 +182,34 @@ def test_an_exported_program_has_the_gradient(kernels, function, with_gradient):
     assert_close(actual, expected, atol=1e-6)
     for got, want in zip(torch.autograd.grad(actual, sides), torch.autograd.grad(expected, sides), strict=True):
         assert_close(got, want, atol=1e-6)
+
+
+LOAD = """
+import sys
+import torch
+import {module}
+for path in sys.argv[1:]:
+    sides, expected = torch.load(path + ".pt")
+    torch.testing.assert_close(torch.export.load(path + ".pt2").module()(*sides), expected, atol=1e-5, rtol=1e-5)
+"""
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.export")
+def test_another_process_loads_exported_programs(backend, tmp_path):
+    """By the import that the page on the first use names."""
+    rng = generator(8)
+    paths = []
+    for function in LOSSES_AND_MATRICES if backend.name == "triton" else [mgiou_loss]:
+        has_vertices = function in (mgiou_loss, polygon_mgiou)
+        sides = polygons(backend) if has_vertices else [random_boxes(6, rng).float() for _ in range(2)]
+        sides = tuple(side.to(backend.device) for side in sides)
+        path = str(tmp_path / function.__name__)
+        torch.export.save(torch.export.export(Function(function, backend.name), sides), path + ".pt2")
+        torch.save((sides, function(*sides, backend="eager")), path + ".pt")
+        paths.append(path)
+    module = "triton_mgiou.pairs" if backend.name == "triton" else "triton_mgiou"
+    done = run_python("-c", LOAD.format(module=module), *paths)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("function", [mgiou_loss, polygon_mgiou], ids=lambda each: each.__name__)
