@@ -369,10 +369,10 @@ def box_mgiou(
         mask2: The same for the second set, (T,) or (B, T).
         over: What to take over the axes.
             "mean": MGIoU, in (-1, 1], or -1 for points apart and for parallel segments beside each other.
-            "min": the smallest 1-D GIoU. Below 0 the two are apart. In the plane they overlap where it is above 0; in
-            space they may still be apart where it is, as the normals of faces alone cannot tell an edge from an edge.
-            Its gradient is 0 where one interval lies inside the other on that axis, however the boxes move there. Its
-            positive part is the paper's MGIoU-.
+            "min": the smallest 1-D GIoU. Below 0 the two are apart. In the plane they overlap where it is above 0 (free
+            corners with a dent or a crossing: see `polygon_mgiou`); in space they may still be apart where it is, as
+            the normals of faces alone cannot tell an edge from an edge. Its gradient is 0 where one interval lies
+            inside the other on that axis, however the boxes move there. Its positive part is the paper's MGIoU-.
             "depth": the smallest 1 - |distance of the middles| / (sum of the half-lengths), with the same sign: it
             says how far one must move. It has no lower bound of -1: for two points it is down to about -10^6, as an
             extent below a millionth of the pair's counts as that.
@@ -464,7 +464,9 @@ def polygon_mgiou(
         lengths2: The same for the second set, (T,) or (B, T).
         mask1: Which polygons of the first set are there, bool, (P,) or (B, P).
         mask2: The same for the second set, (T,) or (B, T).
-        over: As in `box_mgiou`. The sign of "min" and "depth" speaks of the hulls.
+        over: As in `box_mgiou`. Below 0, "min" and "depth" say that the hulls are apart; above 0 that they overlap, if
+            both polygons are convex and in order. The edges of a hull that bridge dents are no axes, so beside a dent
+            the hulls may be apart where it is above 0: give the hulls' vertices to know.
         axis_weight: As in `mgiou_loss`.
         backend: As in `box_mgiou`.
 

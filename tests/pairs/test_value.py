@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import AXIS_WEIGHTS, assert_close, assert_same, convex, generator, rectangle_corners, star
+from tests.helpers import AXIS_WEIGHTS, assert_close, assert_same, convex, generator, rectangle_corners, star, uniform
 from tests.pairs import oracle
 from tests.pairs.helpers import FORMATS, OVER, PLANE, ULP, needs_kernel, random_boxes
 from triton_mgiou import PAPER, box_mgiou, box_mgiou_loss, mgiou_loss, polygon_mgiou
@@ -105,6 +105,26 @@ def test_polygons_match_the_oracle(backend, sizes, axis_weight, over):
     )
     actual = matrix(backend, first, second, lengths1=lengths1, lengths2=lengths2, **options)
     assert_close(actual, expected, atol=1e-13, rtol=1e-13)
+
+
+@pytest.mark.parametrize("over", ["min", "depth"])
+def test_the_sign_beside_a_dent(backend, over):
+    """Below 0 the hulls are apart; above 0 they may be too, as here across the dent of an L, but not of its hull."""
+    shapely = pytest.importorskip("shapely")
+    rng = generator(67)
+    places = uniform((12, 1, 2), -1, 4, rng)
+    squares = torch.tensor([[0.0, 0], [0.8, 0], [0.8, 0.8], [0, 0.8]], dtype=torch.float64) + places
+    squares[0] += 2.2 - places[0]  # beyond the bridge of the dent, on which x + y is 4
+    dented = torch.tensor([[[0.0, 0], [3, 0], [3, 1], [1, 1], [1, 3], [0, 3]]], dtype=torch.float64)
+    hull = dented[:, [0, 1, 2, 4, 5]]
+    bodies = [shapely.Polygon(square) for square in squares.tolist()]
+    overlap = torch.tensor([shapely.Polygon(hull[0].tolist()).intersects(body) for body in bodies])
+    of_dented, of_hull = (matrix(backend, each, squares, over=over)[0].cpu() for each in (dented, hull))
+    assert 2 < overlap.sum() < 10
+    assert_same(of_hull > 0, overlap)
+    assert (of_dented[overlap] > 0).all()
+    assert of_dented[0] > 0
+    assert not overlap[0]
 
 
 @pytest.mark.parametrize("of", ["boxes", "polygons"])
