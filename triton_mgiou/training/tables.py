@@ -1,4 +1,4 @@
-"""Tables of losses and metrics as trainers write them: columns by name, from CSV, plain text and JSON lines."""
+"""Tables of losses and metrics as trainers write them: columns by name, from CSV, plain text and JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-READ = "CSV (Ultralytics, Lightning, TensorBoard), YOLOv5's results.txt, JSON lines (MMEngine, detectron2)"
+READ = (
+    "CSV (Ultralytics, Lightning, TensorBoard), YOLOv5's results.txt, "
+    "JSON (MMEngine, detectron2, DETR, Keras, Transformers)"
+)
 
 CLOCK = re.compile(r"(trainer/)?(global_|_)?(epochs?|steps?|iter(ation)?s?)")
 NO_NUMBERS = ("wall time", "unnamed: 0", "index", "")  # of a training
