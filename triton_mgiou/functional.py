@@ -379,8 +379,8 @@ def box_mgiou(
         axis_weight: As in `mgiou_loss`; in space "uniform" only. For "min" and "depth" it says which axes there are.
         backend: "eager" (PyTorch), "triton" (fused kernels; an error where they cannot run) or "auto". The kernels
             need no memory but the matrix; eager PyTorch takes up to `triton_mgiou.reference.pairs.MEMORY` bytes more,
-            without a limit under transforms of `torch.func` and in `torch.compile`. There is no kernel for "corners3d"
-            and none with a gradient for "xyxyxyxy": with "auto" these are eager on a GPU too.
+            without a limit under transforms of `torch.func`, in forward mode and in `torch.compile`. There is no kernel
+            for "corners3d" and none with a gradient for "xyxyxyxy": with "auto" these are eager on a GPU too.
 
     Returns:
         The matrix, (P, T) or (B, P, T); float64 if either set is float64, else float32. NaN where a number of either

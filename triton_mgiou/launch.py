@@ -3,7 +3,7 @@
 The first part is for any kernel, the second for that of polygons, the third for that of boxes, the fourth for that of
 keypoints. Another kernel brings what the second part has:
 
-- a call, a `NamedTuple` of what is asked for besides both sides, with `launch` and `swapped`;
+- a call, a `NamedTuple` of what is asked for besides both sides, with `launch` and `loss_and_gradients`;
 - a key, a `NamedTuple` of all that decides which variant runs and nothing else, and a function that makes its `Plan`;
 - in `tuning/layouts.py` its layouts: what the user's cache may choose from.
 

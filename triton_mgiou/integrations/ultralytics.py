@@ -486,8 +486,8 @@ class MGIoUOBBTrainer(_MGIoUTrainer, OBBTrainer):
     MGIoU sees their angle, and boxes came out less exact with both (bench/detectors). Set in a subclass:
 
     Attributes:
-        options: Options of the loss: `axis_weight`, `axis_grad`, `boundary_weight`. The boundary term is off: detectors
-            came out less exact with it (bench/detectors). An option that a subclass leaves out is as in
+        options: Options of the loss: `axis_weight`, `axis_grad`, `boundary_weight` and `backend`. The boundary term is
+            off: detectors came out less exact with it (bench/detectors). An option that a subclass leaves out is as in
             `box_mgiou_loss`, where it is on; `PAPER | {"axis_grad": False}` changes one and leaves it off.
         gain: Factor on the loss of the boxes. Near the target a shift by d of a box of width w costs d / 2w by MGIoU
             and sqrt(6) times that by ProbIoU, for which Ultralytics chose its gains; with 1 the centres come out less

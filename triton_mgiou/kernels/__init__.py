@@ -1,1 +1,1 @@
-"""The Triton kernel and the small functions that it is made of."""
+"""The Triton kernels and the small functions that they are made of."""

@@ -1,6 +1,6 @@
 """Two boxes on their axes: intervals, weights, and the sums or the largest of the distances (section 11).
 
-On an axis with the offset s of the two middles and the half-lengths a and b, as in `boxes`:
+On an axis with the offset s of the two middles and the half-lengths a and b, as in `box_axes`:
 
     m = max(|s|, |a - b|),   D = (1 - GIoU1D) / 2 = m / (a + b + m),   apart = |s| / (a + b)
 

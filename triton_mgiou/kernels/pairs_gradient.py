@@ -60,7 +60,7 @@ def _no_slopes(pair):
 
 @triton.jit
 def _slopes(axis, factor, V: tl.constexpr):
-    """`factor` times the derivatives of D, or of `apart` if `V.OVER` is DEPTH, by what an axis measures; as in `boxes`.
+    """`factor` times the derivatives of D by what an axis measures; as in `box_axes`.
 
     At a tie of |offset| and |difference| both have half.
     """
@@ -76,6 +76,7 @@ def _slopes(axis, factor, V: tl.constexpr):
 
 @triton.jit
 def _depth_slopes(axis, factor, limit):
+    """The same of `apart`."""
     per_half = reciprocal(tl.maximum(axis.halves, limit))
     to_offset = factor * per_half
     to_halves = tl.where(axis.halves > limit, minus(tl.abs(axis.offset) * per_half) * to_offset, 0.0)

@@ -86,7 +86,7 @@ class Curve(NamedTuple):
         start: Mean of its first 3 values.
         best: The best of its values, each smoothed with its neighbours.
         at: The epoch of it.
-        end: Median of its last values.
+        end: Median of its last values; of fewer than 100 values the last one, if that is better.
         noise: Standard deviation of a value.
     """
 

@@ -262,13 +262,13 @@ _blocks: dict[object, bool] = {None: debugging.on}  # of `debug`, in all threads
 def debug(enabled: bool = True) -> Iterator[None]:
     """Check all losses and matrices in a `with` block, as `TRITON_MGIOU_DEBUG=1` does in the whole process.
 
-    Checked are the real vertices or the boxes of both sides, the weights and areas, the loss or matrix, and in the
-    backward pass, which may run after the block, the upstream gradient and those of both sides. Padding, and what a
-    mask leaves out, may hold anything. Angles in radians that look like degrees get a warning. The checks hold for
-    all threads. Each waits for the device, so use none inside a captured CUDA graph; `torch.compile` breaks its
-    graph there. Where no value can be read nothing is checked: under a `torch.func` transform, in `torch.export`
-    and other tracing, of meta and fake tensors, and of a batch of gradients. A GradScaler lets gradients overflow
-    on purpose until it has found its scale: expect Inf in a float16 gradient in its first steps.
+    Checked are the real vertices or the boxes of both sides, weights, areas and an `avg_factor` in a tensor, the loss
+    or matrix, and in the backward pass, which may run after the block, the upstream gradient and those of both sides.
+    Padding, and what a mask leaves out, may hold anything. Angles in radians that look like degrees get a warning. The
+    checks hold for all threads. Each waits for the device, so use none inside a captured CUDA graph; `torch.compile`
+    breaks its graph there. Where no value can be read nothing is checked: under a `torch.func` transform, in
+    `torch.export` and other tracing, of meta and fake tensors, and of a batch of gradients. A GradScaler lets gradients
+    overflow on purpose until it has found its scale: expect Inf in a float16 gradient in its first steps.
 
     Args:
         enabled: False turns the checks off in the block.

@@ -244,9 +244,9 @@ class TrainingGuard:
 
         Raises:
             TrainingStoppedError: This was the last bad step that `patience` allows. The last good state is restored.
-                `checkpoint_dir` has it as `last-good.pt`, and the state that failed, with the gradients, as
-                `failed.pt`, each a dict of "model", "optimizer", "scaler", "step", "gradients" and, if there are
-                any, "extra_modules".
+                `checkpoint_dir` has it as `last-good.pt`, and the state that failed as `failed.pt`, each a dict of
+                "model", "optimizer", "scaler", "step" and, if there are any, "extra_modules"; the latter has
+                "gradients" too.
             RuntimeError: No parameter has a gradient.
             TypeError: `loss` is no tensor of a real number.
             ValueError: `loss` has more than one element, or the optimizer has got parameters of another module.
@@ -336,7 +336,8 @@ class TrainingGuard:
         """Write the last good state to `last-good.pt`, at once or not at all.
 
         A process that is killed on the way leaves the file that was there before. The file holds "model", "optimizer"
-        and "scaler" for their `load_state_dict`, and "step"; `torch.load` reads it with `weights_only=True`.
+        and "scaler" for their `load_state_dict`, the same of "extra_modules" as a list if there are any, and "step";
+        `torch.load` reads it with `weights_only=True`.
         The guard replaces what it has written itself, and nothing else: see `checkpoint_dir`.
 
         Returns:
