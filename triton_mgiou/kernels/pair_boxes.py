@@ -88,9 +88,8 @@ def cos_sin(turn, DEGREES: tl.constexpr):
     IS_64: tl.constexpr = turn.dtype == tl.float64
     turn = tl.abs(turn)
     if DEGREES:
-        RADIAN: tl.constexpr = 0.017453292519943295
-        rest = (90.0 - turn) * tl.full(turn.shape, RADIAN, turn.dtype)
-        turn = turn * tl.full(turn.shape, RADIAN, turn.dtype)
+        rest = (90.0 - turn) * tl.full(turn.shape, math.pi / 180, turn.dtype)
+        turn = turn * tl.full(turn.shape, math.pi / 180, turn.dtype)
     else:
         QUARTER: tl.constexpr = QUARTER_64 if IS_64 else QUARTER_32
         QUARTER_REST: tl.constexpr = QUARTER_REST_64 if IS_64 else QUARTER_REST_32

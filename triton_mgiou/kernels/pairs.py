@@ -6,7 +6,8 @@ with the distances of `pair_axes`. A program is one warp. It keeps four or eight
 all that these boxes have by themselves, and goes down the rows, ROWS at a time; the next rows are loaded meanwhile.
 
 Most rows are plain: with all boxes of the columns they are finite, and none is so small beside another that an edge is
-no axis or a number leaves its range. These take a fraction of the instructions, and give the same bits.
+no axis or a number leaves its range (the bounds are those of `box_row`). These take a fraction of the instructions, and
+give the same bits.
 """
 
 import triton
@@ -14,6 +15,7 @@ import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import reciprocal
 from triton_mgiou.kernels.axis import UNIFORM
+from triton_mgiou.kernels.box_row import PLAIN_ANGLE, PLAIN_NUMBER, PLAIN_RATIO, PLAIN_SIZE
 from triton_mgiou.kernels.box_types import NO_LENGTH_32, NO_LENGTH_64, TIE_32, TIE_64
 from triton_mgiou.kernels.pair_axes import (
     DEPTH,
@@ -41,13 +43,6 @@ from triton_mgiou.kernels.pair_boxes import (
     size_of_numbers,
     sizes_of,
 )
-
-# A row is plain if its sizes and those of the columns are above the first of the numbers of both, and above the second,
-# and its numbers and angle are below the others.
-PLAIN_RATIO = tl.constexpr(1e-5)
-PLAIN_SIZE = tl.constexpr(2.0**-40)
-PLAIN_NUMBER = tl.constexpr(2.0**40)
-PLAIN_ANGLE = tl.constexpr(2.0**22)
 
 
 @triton.jit

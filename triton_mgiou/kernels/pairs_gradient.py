@@ -10,6 +10,7 @@ A program takes ROWS of its boxes along all boxes of the other set, and adds in 
 What belongs to P's own directions is added along these, and turned to x and y at the end.
 """
 
+import math
 from typing import NamedTuple
 
 import triton
@@ -280,7 +281,7 @@ def box_pairs_gradient_kernel(
         y = tl.fma(p.sin, along, tl.fma(p.cos, across, y))
         a, b = tl.where(direction.is_odd, b, a), tl.where(direction.is_odd, a, b)
         if DEGREES:
-            turn = turn * tl.full(turn.shape, 0.017453292519943295, COMPUTE)
+            turn = turn * tl.full(turn.shape, math.pi / 180, COMPUTE)
         if not CLOCKWISE:
             turn = minus(turn)
     width, height, depth = sizes_of(p_numbers, V)
