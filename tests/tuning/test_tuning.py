@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import INF, NAN, Name, assert_close, assert_gradient_close, convex, generator, star
+from tests.helpers import INF, NAN, Name, assert_close, assert_gradient_close, convex, generator, star, uniform
 
 pytest.importorskip("triton")
 
@@ -186,6 +186,26 @@ def test_the_fastest_layout_that_is_right_and_worth_it(us_right, wins):
     assert entry.layout == (right if wins else default)._asdict()
     assert entry.us == pytest.approx(us_right if wins else 10.0)
     assert entry.default_us == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "wrong", "is_same"),
+    [
+        (2.0, 0, True),
+        (2.0 * (1 + 8e-5), 0, True),
+        (2.0 * (1 + 2e-4), 0, False),
+        (NAN, 0, False),
+        (2.0, 10, True),  # of 1000 samples: near ties
+        (2.0, 11, False),
+    ],
+)
+@pytest.mark.parametrize("bad", [2e-4, NAN])
+def test_what_a_layout_gives_is_the_same_but_for_rounding_and_near_ties(loss, wrong, is_same, bad):
+    scales = torch.logspace(-15, 15, 1000)[:, None, None]  # of the samples: each is compared with itself
+    expected = scales * uniform((1000, 4, 2), 1, 2, generator(0)).float()
+    found = expected * (1 + 5e-5)
+    found[:wrong] = expected[:wrong] * (1 + bad)
+    assert measure._same_result([torch.tensor(loss), found], [torch.tensor(2.0), expected]) == is_same
 
 
 @pytest.fixture
