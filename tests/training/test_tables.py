@@ -88,6 +88,10 @@ TABLES = {
     "an Epoch before the Step": ("Step,Epoch,loss\n30,3,0.5\n40,4,0.25\n", LOSS),
     "the step where there is no epoch": ("epoch,step,loss\n,3,0.5\n,4,0.25\n", LOSS),
     "no number of a training": ("Wall Time,Unnamed: 0,Index,epoch,loss\n1e9,0,0,3,0.5\n2e9,1,1,4,0.25\n", LOSS),
+    "Weights and Biases: the lowest and highest are beside a column, or there is none that they are of": (
+        "Step,run - loss,run - loss__MIN,run - loss__MAX,lr__MAX\n3,0.5,0.125,1,2\n4,0.25,0.125,1,3\n",
+        [LOSS[0]._replace(name="run - loss"), Column("lr__MAX", [0, 1], [3.0, 4.0], [2.0, 3.0])],
+    ),
     "a head again, with another column": (
         "epoch,loss\n3,0.5\nepoch,loss,mAP,mAP\n4,0.25,0.1,0.2\n",
         [*LOSS, Column("mAP", [1], [4.0], [0.1]), Column("mAP (2)", [1], [4.0], [0.2])],

@@ -18,6 +18,7 @@ READ = (
 
 CLOCK = re.compile(r"(trainer/)?(global_|_)?(epochs?|steps?|iter(ation)?s?)")
 NO_NUMBERS = ("wall time", "unnamed: 0", "index", "")  # of a training
+EXTREMES = ("__MIN", "__MAX")  # Weights and Biases exports them beside each column
 MISSING = ("", "-", "none", "null", "n/a", "na")
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # What the libraries of C write: nan(ind), nan(0x8000), 1.#QNAN, -1.#IND, 1.#INF
@@ -108,7 +109,8 @@ def _columns(rows: list[Row], names: list[str], clocks: list[str]) -> Iterator[C
     found = False
     for name in names:
         filled = {index: value for index, row in enumerate(rows) if (value := row.get(name)) is not None}
-        if not filled or name in clocks or name.lower() in NO_NUMBERS:
+        is_beside = name.endswith(EXTREMES) and name[: -len(EXTREMES[0])] in names
+        if not filled or name in clocks or name.lower() in NO_NUMBERS or is_beside:
             continue
         found = True
         epochs = [_first(rows[index], clocks, index + 1) for index in filled]
