@@ -29,6 +29,10 @@ from triton_mgiou.kernels.box_types import (
     CXCYCZLWHR,
     CXCYWH,
     CXCYWHR,
+    PLAIN_ANGLE,
+    PLAIN_NUMBER,
+    PLAIN_RATIO,
+    PLAIN_SIZE,
     XYXY,
     AxisWeights,
     BoundarySlopes,
@@ -41,15 +45,6 @@ from triton_mgiou.kernels.box_types import (
     Turns,
     Weights,
 )
-
-# A pair is plain if its sizes are above the first times the sum of its numbers, and above the second, and if that sum
-# over the third and the sum of its angles over the fourth are below 1 together; a batch, if its divisor is above the
-# last and the weight of its term below the third.
-PLAIN_RATIO = tl.constexpr(1e-5)
-PLAIN_SIZE = tl.constexpr(2.0**-40)
-PLAIN_NUMBER = tl.constexpr(2.0**40)
-PLAIN_ANGLE = tl.constexpr(2.0**22)
-PLAIN_DIVISOR = tl.constexpr(2.0**-40)
 
 # Of the areas of the term: its square is finite, and one more is nothing to it. What is plain stays below.
 LARGEST_RATIO = tl.constexpr(2.0**60)

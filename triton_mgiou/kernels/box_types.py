@@ -26,6 +26,15 @@ RESOLUTION_64 = tl.constexpr(RESOLUTION[64])
 TIE_32 = tl.constexpr(TIE[32])
 TIE_64 = tl.constexpr(TIE[64])
 
+# A pair is plain if its sizes are above the first times the sum of its numbers, and above the second, and if that sum
+# over the third and the sum of its angles over the fourth are below 1 together; a batch, if its divisor is above the
+# last and the weight of its term below the third.
+PLAIN_RATIO = tl.constexpr(1e-5)
+PLAIN_SIZE = tl.constexpr(2.0**-40)
+PLAIN_NUMBER = tl.constexpr(2.0**40)
+PLAIN_ANGLE = tl.constexpr(2.0**22)
+PLAIN_DIVISOR = tl.constexpr(2.0**-40)
+
 
 class BoxVariant(NamedTuple):
     """What is decided at compile time. Handed on as a `tl.constexpr`, since a tuple of its own makes tensors of it."""

@@ -11,12 +11,14 @@ from triton_mgiou.kernels.arithmetic import saturate
 from triton_mgiou.kernels.axis import UNIFORM
 from triton_mgiou.kernels.box_corners import corners_row
 from triton_mgiou.kernels.box_memory import addresses_of, load, store
-from triton_mgiou.kernels.box_row import PLAIN_DIVISOR, PLAIN_NUMBER, box_row, is_plain
+from triton_mgiou.kernels.box_row import box_row, is_plain
 from triton_mgiou.kernels.box_types import (
     CORNERS3D,
     CXCYCZLWHR,
     NO_LENGTH_32,
     NO_LENGTH_64,
+    PLAIN_DIVISOR,
+    PLAIN_NUMBER,
     RESOLUTION_32,
     RESOLUTION_64,
     TIE_32,

@@ -6,8 +6,8 @@ with the distances of `pair_axes`. A program is one warp. It keeps four or eight
 all that these boxes have by themselves, and goes down the rows, ROWS at a time; the next rows are loaded meanwhile.
 
 Most rows are plain: with all boxes of the columns they are finite, and none is so small beside another that an edge is
-no axis or a number leaves its range (the bounds are those of `box_row`). These take a fraction of the instructions, and
-give the same bits.
+no axis or a number leaves its range (the bounds are those of `box_types`). These take a fraction of the instructions,
+and give the same bits.
 """
 
 import triton
@@ -15,8 +15,16 @@ import triton.language as tl
 
 from triton_mgiou.kernels.arithmetic import reciprocal
 from triton_mgiou.kernels.axis import UNIFORM
-from triton_mgiou.kernels.box_row import PLAIN_ANGLE, PLAIN_NUMBER, PLAIN_RATIO, PLAIN_SIZE
-from triton_mgiou.kernels.box_types import NO_LENGTH_32, NO_LENGTH_64, TIE_32, TIE_64
+from triton_mgiou.kernels.box_types import (
+    NO_LENGTH_32,
+    NO_LENGTH_64,
+    PLAIN_ANGLE,
+    PLAIN_NUMBER,
+    PLAIN_RATIO,
+    PLAIN_SIZE,
+    TIE_32,
+    TIE_64,
+)
 from triton_mgiou.kernels.pair_axes import (
     DEPTH,
     MEAN,
