@@ -125,7 +125,7 @@ def corrupt_weights(diagnose):
     return output
 
 
-def learning_rate_too_high(_):
+def learning_rate_too_high(diagnose):
     def run(lr):
         model = make_model()
         monitor = GradientMonitor(model)
@@ -146,6 +146,10 @@ def learning_rate_too_high(_):
     assert said == ""
     losses, said = run(1.0)
     assert losses[-1] == pytest.approx(0.75, abs=0.01)
+    flat = losses[1:]  # from where the shapes have flown apart
+    status, output = diagnose("results.csv", {"train/loss": flat, "metrics/mAP50": [0.0] * len(flat)})
+    assert status == 1
+    assert "learning rate is far too high" in output
     return said
 
 

@@ -61,7 +61,8 @@ OSCILLATION_STEP = 0.1  # and goes 10 % of its mean magnitude from row to row
 NO_STEP = (
     "are flat and no metric has moved: most likely no step of the optimizer is taken. A GradScaler skips "
     "each step whose gradient has NaN or Inf while the loss stays finite: print scaler.get_scale() after 20 steps, it "
-    "falls below 1 then. If it does not, the gradients may be 0: compare the units of predictions and targets. See "
+    "falls below 1 then. If it does not, the gradients may be 0: compare the units of predictions and targets. Or the "
+    "learning rate is far too high: GradientMonitor tells how much a step changes the weights. See "
     "triton_mgiou/training/README.md, When training goes wrong"
 )
 
