@@ -109,7 +109,7 @@ def _columns(rows: list[Row], names: list[str], clocks: list[str]) -> Iterator[C
     found = False
     for name in names:
         filled = {index: value for index, row in enumerate(rows) if (value := row.get(name)) is not None}
-        is_beside = name.endswith(EXTREMES) and name[: -len(EXTREMES[0])] in names
+        is_beside = name.endswith(EXTREMES) and name.rpartition("__")[0] in names
         if not filled or name in clocks or name.lower() in NO_NUMBERS or is_beside:
             continue
         found = True
