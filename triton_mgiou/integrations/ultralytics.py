@@ -88,6 +88,7 @@ ALIKE = 0.85  # of two names, by difflib: from here on one is taken for the othe
 LEAST_OVERLAP = 0.5  # the assigner of boxes takes an MGIoU below for about this
 SLOPE_BELOW = 2.0**-10  # at which what it takes falls there
 VISIBLE = 0.5  # a predicted vertex is there from this confidence on
+START_SCALE = 16.0  # of a GradScaler: trainings end at 64 to 512 (bench/detectors), and it grows where it can
 OVERLAP = "probiou"  # by this name Ultralytics' loss of boxes calls what MGIoU replaces
 
 # What is called here, or called by Ultralytics with these arguments.
@@ -99,6 +100,7 @@ CALLS: dict[Callable[..., Any], tuple[str, ...]] = {
         *("target_scores_sum", "fg_mask", "imgsz", "stride"),
     ),
     tal.RotatedTaskAlignedAssigner.iou_calculation: ("self", "gt_bboxes", "pd_bboxes"),
+    PoseTrainer.resume_training: ("self", "ckpt"),
     PoseTrainer.get_model: ("self", "cfg", "weights", "verbose"),
     OBBTrainer.get_model: ("self", "cfg", "weights", "verbose"),
     OBBTrainer.run_callbacks: ("self", "event"),
@@ -317,6 +319,16 @@ class _MGIoUTrainer:
             raise ValueError(f"{owner} must have a model with the head {known}, got one with {name}")
         model: nn.Module = super().get_model(config, weights, verbose)  # type: ignore[misc]
         return model
+
+    def resume_training(self, ckpt: Any) -> None:
+        """Start the GradScaler low; where a training is resumed, it goes on with its own scale.
+
+        PyTorch's start, 65536, is for a loss that is a mean; Ultralytics multiplies its own by the size of the batch.
+        So the scaler would skip some ten steps, one at a time, whenever the gradient outgrows float16 once more.
+        """
+        scaler: Any = self.scaler  # type: ignore[attr-defined]
+        scaler.load_state_dict(scaler.state_dict() | {"scale": START_SCALE})  # without effect if it is not enabled
+        super().resume_training(ckpt)  # type: ignore[misc]
 
     def run_callbacks(self, event: str) -> None:
         """Run the callbacks of an event; at the start of an epoch set the losses first.
